@@ -1,0 +1,110 @@
+"""Every setting of a run: once, with its default, its unit and its meaning.
+
+A field of `TrainConfig` is the option of the same name (`learning_rate` is `--learning-rate`) and an entry
+of `config` in the metrics file. The defaults are the published settings of the arithmetic experiment that
+this project rebuilds. A model's folder may carry better ones for that model in `grpo.json` (the starter's
+does, and so does every `saved_model/`), and what is given on the command line comes before both.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tasks.prompts import STYLES
+
+STARTER = Path(__file__).parent / "starter" / "model"
+CARD = "grpo.json"
+DEVICES = ("auto", "cuda", "mps", "cpu")
+
+
+def setting(default: Any, group: str, meaning: str, least: float | None = None, choices: tuple = ()) -> Any:
+    """A field with its group in --help, its meaning, and the least value or the values that it may have."""
+    return field(default=default, metadata={"group": group, "meaning": meaning, "least": least, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run; raises ValueError for a value that cannot be."""
+
+    model: str = setting("starter", "Model", "starter (bundled), a Hub id, or a folder")
+    device: str = setting("auto", "Model", "where to compute; auto takes cuda, then mps, then cpu", None, DEVICES)
+
+    max_operand: int = setting(10, "Task", "operands are integers from 0 to this", 1)
+    prompt_style: str = setting("answer", "Task", "form of the answer the prompt asks for", None, STYLES)
+
+    num_iterations: int = setting(2000, "Algorithm", "steps: one rollout and its updates each", 1)
+    batch_size: int = setting(4, "Algorithm", "prompts a step", 1)
+    num_generations: int = setting(8, "Algorithm", "completions a prompt (G, the group)", 2)
+    max_new_tokens: int = setting(16, "Algorithm", "longest completion, tokens", 1)
+    temperature: float = setting(1.0, "Algorithm", "of sampling; log-probabilities are taken at it too", 1e-3)
+    learning_rate: float = setting(1e-7, "Algorithm", "of AdamW, constant", 0.0)
+    beta: float = setting(0.04, "Algorithm", "weight of the KL to the reference; 0 loads no reference", 0.0)
+    epsilon: float = setting(0.2, "Algorithm", "the ratio is clipped to 1 ± this", 0.0)
+    num_inner_updates: int = setting(5, "Algorithm", "updates on one rollout", 1)
+    clip_grad_norm: float = setting(0.5, "Algorithm", "largest norm of the gradient", 1e-9)
+    micro_batch_size: int = setting(0, "Algorithm", "prompts a pass, for less memory; 0 takes all at once", 0)
+    seed: int = setting(0, "Algorithm", "decides problems and sampling", 0)
+
+    eval_every: int = setting(50, "Evaluation and output", "steps between evaluations on validation", 1)
+    eval_problems: int = setting(500, "Evaluation and output", "validation problems each time", 1)
+    show_every: int = setting(50, "Evaluation and output", "steps between printed completions; 0: never", 0)
+    output_dir: str = setting(".", "Evaluation and output", "folder for everything that is written")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check(f.name, getattr(self, f.name), f.type, f.metadata)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        return asdict(self)
+
+    def passed_on(self) -> dict[str, Any]:
+        """What a saved model hands to a run that starts from it: all but place, model and seed."""
+        own = {"model", "device", "seed", "output_dir"}
+        return {name: value for name, value in asdict(self).items() if name not in own}
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder of a model on this machine, `starter` included; None for the name of a Hub model."""
+    folder = STARTER if name == "starter" else Path(name)
+    return folder if folder.is_dir() else None
+
+
+def read_card(name: str) -> dict[str, Any]:
+    """What `grpo.json` in a model's folder says (task, settings, skills, …); empty where there is none."""
+    folder = model_folder(name)
+    if folder is None or not (folder / CARD).is_file():
+        return {}
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CARD} is not JSON ({error}); restore or delete it") from None
+    if not isinstance(card, dict) or not isinstance(card.get("settings", {}), dict):
+        raise ValueError(f"{folder / CARD} does not hold what this program writes there; restore or delete it")
+    return card
+
+
+def resolve(given: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a run: those given, then those that the model's folder carries, then the defaults."""
+    card = read_card(given.get("model", "starter")).get("settings", {})
+    known = {f.name for f in fields(TrainConfig)}
+    if unknown := sorted(set(card) - known):
+        raise ValueError(f"the model's {CARD} has settings that this version does not know: {', '.join(unknown)}")
+    return TrainConfig(**{**card, **given})
+
+
+def _check(name: str, value: Any, kind: type, metadata: Any) -> None:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be a finite number")
+    least, choices = metadata["least"], metadata["choices"]
+    if least is not None and value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least:g}")
+    if choices and value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")

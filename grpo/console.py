@@ -1,0 +1,70 @@
+"""What a person sees while a run goes on: a progress bar or plain lines, and text that is safe to print."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+PLAIN_LINE_EVERY = 15.0  # seconds, where there is no terminal to draw a bar on
+
+
+def printable(text: str) -> str:
+    """A model's text on one line, with every control character escaped: it cannot move the cursor.
+
+    >>> printable("4 - 9 = -5\\n\\x1b[2J")
+    '4 - 9 = -5\\\\n\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str = "") -> None:
+    """Print a result on standard output, above the bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Progress:
+    """A bar on standard error; off a terminal, a plain line now and then."""
+
+    def __init__(self, first: int, total: int) -> None:
+        self.total = total
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(initial=first, total=total, desc="GRPO", unit="step", dynamic_ncols=True)
+        self._started = self._said = time.monotonic()
+        self._first = first
+
+    def update(self, step: int, figures: Mapping[str, float | None]) -> None:
+        """Step number `step` (from 1) is done; show its figures."""
+        shown = {name: "-" if value is None else f"{value:.3f}" for name, value in figures.items()}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(1)
+            return
+        now = time.monotonic()
+        if now - self._said > PLAIN_LINE_EVERY or step == self.total:
+            self._said = now
+            rate = (now - self._started) / (step - self._first)
+            left = duration(rate * (self.total - step))
+            text = "  ".join(f"{name} {value}" for name, value in shown.items())
+            print(
+                f"step {step}/{self.total}  {text}  {rate:.2f} s/step, {left} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 3 min 20 s, 2 h 05 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -1,0 +1,126 @@
+"""The metrics file: what a run wrote down, always whole, readable while it grows."""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+FILE_NAME = "grpo_metrics.json"
+WRITE_EVERY = 5.0  # seconds, between evaluations
+
+
+class Stopwatch:
+    """Seconds by phase: `with clock("sample"): ...` adds to `clock.seconds["sample"]`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time what is inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class Metrics:
+    """The run's record: settings, environment, one entry a step, one an evaluation."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], environment: dict[str, Any]) -> None:
+        self.path = folder / FILE_NAME
+        self.record: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "config": config,
+            "environment": environment,
+            "steps": [],
+            "evals": [],
+            "findings": [],
+        }
+        self._written = 0.0
+
+    def add_step(self, entry: dict[str, Any]) -> None:
+        """Append a step; the file follows within a few seconds."""
+        self.record["steps"].append(_finite(entry))
+        if time.monotonic() - self._written > WRITE_EVERY:
+            self.write()
+
+    def add_eval(self, entry: dict[str, Any]) -> None:
+        """Append an evaluation and write the file."""
+        self.record["evals"].append(_finite(entry))
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file by a whole new one."""
+        temporary = self.path.with_name(f".{self.path.name}.new")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(self.record, file, allow_nan=False, separators=(",", ":"))
+            file.write("\n")
+        os.replace(temporary, self.path)
+        self._written = time.monotonic()
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for every number that is not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def load_metrics(path: Path) -> dict[str, Any]:
+    """The record in a metrics file, or in the folder of a run.
+
+    Raises ValueError, in one line that says what to do, where it is missing, empty, cut short or not ours.
+    """
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}; python train_grpo.py writes one") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text, so not a metrics file of this program") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty; train again, or give another file")
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); train again, or give another file") from None
+    _check(record, path)
+    return record
+
+
+def _check(record: Any, path: Path) -> None:
+    if not isinstance(record, dict) or "schema_version" not in record:
+        raise ValueError(f"{path} was not written by this program; give the grpo_metrics.json of a run")
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"{path} has schema version {record['schema_version']}, this program reads {SCHEMA_VERSION}")
+    for key in ("steps", "evals"):
+        rows = record.get(key)
+        if not isinstance(rows, list) or not all(isinstance(r, dict) and _is_step(r.get("step")) for r in rows):
+            raise ValueError(f"{path} is damaged: its {key!r} is not a list of entries with a step")
+    if not isinstance(record.get("config"), dict):
+        raise ValueError(f"{path} is damaged: it has no 'config'")
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def environment(device: str, threads: int, versions: dict[str, str]) -> dict[str, Any]:
+    """What a figure needs to be compared with another: device, threads, versions, platform."""
+    return {
+        "device": device,
+        "threads": threads,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        **versions,
+    }

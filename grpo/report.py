@@ -1,0 +1,110 @@
+"""What a run says: at its start, on the way, at its end, and in the card of the model it saves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from grpo.config import TrainConfig
+from grpo.console import duration, printable, say
+from grpo.models import SAVED_MODEL, LanguageModel
+from grpo.rollout import RolloutBatch
+
+HUB_EXAMPLE = "python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"
+SHOWN = 4  # completions each time
+
+
+def introduce(config: TrainConfig, lm: LanguageModel, environment: Mapping[str, Any]) -> None:
+    """Say which model is trained on what, and the settings that were resolved."""
+    millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
+    where = environment["device"]
+    if lm.device.type == "cpu":
+        where = f"cpu, {environment['threads']} threads"
+    if config.model == "starter":
+        say(f"Training the bundled starter model ({millions:.1f}M parameters) on {where}.")
+        say(f"To train a Hub model instead: {HUB_EXAMPLE}")
+    else:
+        say(f"Training {printable(config.model)} ({millions:,.1f}M parameters) on {where}.")
+    shown = config.passed_on() | {"seed": config.seed}
+    line = "Settings:"
+    for item in (f"{name}={value}" for name, value in shown.items()):
+        if len(line) + len(item) > 99:
+            say(line)
+            line = "         "
+        line += " " + item
+    say(line + "\n")
+
+
+def accuracy_text(entry: Mapping[str, Any]) -> str:
+    """An accuracy with its interval and n: 97.2% [95.4, 98.3], n = 500."""
+    low, high = 100 * entry["ci_low"], 100 * entry["ci_high"]
+    return f"{100 * entry['accuracy']:.1f}% [{low:.1f}, {high:.1f}], n = {entry['n']}"
+
+
+def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
+    """One line for an evaluation on the way."""
+    best = "  best so far, saved" if improved and entry["step"] else ""
+    well_formed = f"{100 * entry['well_formed']:.0f}% well-formed"
+    say(f"step {entry['step']:>4}  validation {accuracy_text(entry)}, {well_formed}{best}")
+
+
+def show_completions(step: int, rollout: RolloutBatch) -> None:
+    """The first completions of a step's first groups, each with its reward."""
+    per_group = len(rollout.completions) // len(rollout.problems)
+    say(f"step {step:>4}  some completions:")
+    for i, problem in enumerate(rollout.problems[:SHOWN]):
+        reward, text = rollout.rewards[i * per_group], rollout.completions[i * per_group]
+        mark = "right" if reward.correct else "wrong"
+        say(f"    {printable(problem.question)}  {printable(text)}  reward {reward.total:.1f}, {mark}")
+
+
+def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
+    """What the run reached, what it cost the neighbouring skills, and what to do next."""
+    tests = [entry for entry in record["evals"] if entry["split"] == "test"]
+    before, after = tests[0], tests[-1]
+    steps = record["steps"]
+    kl = [s["kl"] for s in steps[-10:] if s["kl"] is not None]
+    say(f"\nDone: {len(steps)} steps in {duration(seconds)}. The best policy is that of step {after['step']}.")
+    rows = [("test accuracy", before, after)]
+    rows += [(f"skill: {name}", before["skills"][name], after["skills"][name]) for name in after["skills"]]
+    for name, was, now in rows:
+        say(f"  {name:<18} {accuracy_text(was):>32}  ->  {accuracy_text(now)}")
+    if kl:
+        say(f"  KL to the start    {fmean(kl):.3f} nats a token (mean of the last {len(kl)} steps)")
+    if after["step"] == 0:
+        say("  No evaluation was better than the start, so saved_model/ holds the starting model.")
+    say("  A loss near 0 is normal: advantages are centred in each group and the ratio starts at 1.")
+    say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, grpo_training_curve.png, grpo_kl_divergence.png")
+    where = "" if folder == Path() else f" --model {folder / SAVED_MODEL}"
+    say(f'Next: python inference.py{where} --compare "What is (4 - 9) * 6?"')
+
+
+def model_card(
+    config: TrainConfig, best: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any] | None
+) -> str:
+    """README.md of saved_model/: what it is, what it can do with n and interval, how it was made."""
+    lines = [
+        "# A model trained with GRPO on arithmetic",
+        "",
+        f"Started from `{config.model}`; the policy of step {best['step']}, the best on validation problems: "
+        f"{accuracy_text(best)}.",
+        "",
+        "Greedy decoding, exact answers, Wilson 95% intervals, on problems that were not trained on:",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+    ]
+    rows = [("test problems", before, after or {})]
+    for name, was in before.get("skills", {}).items():
+        rows.append((f"skill `{name}`", was, (after or {}).get("skills", {}).get(name, {})))
+    for name, was, now in rows:
+        lines.append(f"| {name} | {accuracy_text(was)} | {accuracy_text(now) if now else 'not measured yet'} |")
+    lines += ["", "Settings:", "", "```"]
+    lines += [f"{name} = {value}" for name, value in config.to_dict().items() if name != "output_dir"]
+    lines += [
+        "```",
+        "",
+        "`grpo.json` holds the task, the prompt and the token limit; inference reads them.",
+        "",
+    ]
+    return "\n".join(lines)

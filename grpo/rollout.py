@@ -1,0 +1,65 @@
+"""One step's data: sample completions, score them, keep everything that belongs together in one place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo.advantages import group_advantages
+from grpo.config import TrainConfig
+from grpo.logprobs import Tokens
+from grpo.metrics import Stopwatch
+from grpo.models import LanguageModel, precision
+from grpo.sampling import generate, token_noise
+from tasks.base import Problem, Reward, Task
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """N problems with G completions each, group-major: row i belongs to problem i // G; B = N · G."""
+
+    problems: Sequence[Problem]  # N
+    tokens: Tokens  # ids and masks of prompts (N, P) and completions (B, C)
+    completions: Sequence[str]  # B texts
+    rewards: Sequence[Reward]  # B, by part
+    advantages: Tensor  # (B,) float32
+    truncated: Tensor  # (B,) bool: cut off by the token limit
+    sample_logprobs: Tensor  # (B, C) float32, as the sampler had them
+
+    def totals(self) -> Tensor:
+        """The rewards as (N, G) float32, on the CPU."""
+        totals = torch.tensor([reward.total for reward in self.rewards])
+        return totals.view(len(self.problems), -1)
+
+
+def collect(lm: LanguageModel, task: Task, config: TrainConfig, step: int, clock: Stopwatch) -> RolloutBatch:
+    """The rollout of a step: a function of the policy, the seed and the step."""
+    problems = [task.training_problem(config.seed, step, row) for row in range(config.batch_size)]
+    with clock("sample"), precision(lm.device):
+        prompt_ids, prompt_mask = lm.encode([task.messages(p.question) for p in problems])
+        rows = config.batch_size * config.num_generations
+        completions = generate(
+            lm.model,
+            prompt_ids,
+            prompt_mask,
+            num_generations=config.num_generations,
+            max_new_tokens=config.max_new_tokens,
+            end_ids=lm.end_ids,
+            temperature=config.temperature,
+            noise=token_noise(config.seed, step, rows, config.max_new_tokens),
+        )
+        texts = lm.decode(completions)
+    with clock("reward"):
+        of_row = [problem for problem in problems for _ in range(config.num_generations)]
+        rewards = [task.score(problem, text) for problem, text in zip(of_row, texts, strict=True)]
+    totals = torch.tensor([reward.total for reward in rewards], device=lm.device)
+    return RolloutBatch(
+        problems=problems,
+        tokens=Tokens(prompt_ids, prompt_mask, completions.ids, completions.mask),
+        completions=texts,
+        rewards=rewards,
+        advantages=group_advantages(totals, config.num_generations),
+        truncated=~completions.ended,
+        sample_logprobs=completions.logprobs,
+    )

@@ -1,0 +1,137 @@
+"""From prompts to groups of completions.
+
+The prompt is run through the model once and its key/value cache repeated for the G completions of its
+group. Tokens are drawn from the plain softmax at the given temperature: no top-k, top-p, min-p or penalties,
+whatever the model's generation config says, because the policy that is scored must be the one that sampled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Sampled rows, group-major: B = N · G rows, C columns, C the longest completion."""
+
+    ids: Tensor  # (B, C) int64, right-padded
+    lengths: Tensor  # (B,) int64, the end token included
+    ended: Tensor  # (B,) bool: False where the token limit cut the row off
+    logprobs: Tensor  # (B, C) float32 at the sampling temperature, 0 on padding
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, C) bool: through the first end token, inclusive. From lengths, never from token ids."""
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return columns < self.lengths.unsqueeze(-1)
+
+
+def token_noise(seed: int, step: int, rows: int, columns: int) -> Tensor:
+    """The uniforms in [0, 1) that decide a step's tokens, (rows, columns) float64: a function of seed and step.
+
+    Drawn on the CPU, so that every device, and a retry after a resume, sees the same ones.
+    """
+    return torch.from_numpy(np.random.default_rng([seed, step]).random((rows, columns)))
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts as (N, P) int64 ids and (N, P) bool mask, padding on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+    return ids.to(device), mask.to(device)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids for a left-padded mask: 0 at the first token that is not padding."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def draw_tokens(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """One token for each row of `logits` (B, V), by the inverse of the cumulative softmax at `noise` (B,).
+
+    Unlike `torch.multinomial`, a row's token does not depend on the other rows of the batch.
+    """
+    # float32 sums over a vocabulary of 150,000 are off by up to 1e-3; MPS has no float64
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = (logits.float() / temperature).softmax(-1).to(precise).cumsum(-1)  # (B, V)
+    target = noise.to(cumulative)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    *,
+    num_generations: int,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    temperature: float = 1.0,
+    noise: Tensor | None = None,
+) -> Completions:
+    """`num_generations` completions for each of the N left-padded prompts; greedy where `noise` is None.
+
+    `noise` is (N · G, max_new_tokens) from `token_noise`. Every id of `end_ids` ends a row. Rows that have
+    ended leave the batch once they are half of it.
+    """
+    device = prompt_ids.device
+    rows = prompt_ids.shape[0] * num_generations
+    cache = DynamicCache()
+    out = model(
+        input_ids=prompt_ids,
+        attention_mask=prompt_mask.long(),
+        position_ids=positions(prompt_mask),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_repeat_interleave(num_generations)
+    logits = out.logits[:, -1].repeat_interleave(num_generations, 0)  # (B, V)
+    mask = prompt_mask.long().repeat_interleave(num_generations, 0)  # (B, P), grows
+    ends = torch.tensor(list(end_ids), device=device)
+    noise = None if noise is None else noise.to(torch.float32 if device.type == "mps" else noise.dtype)
+    noise = None if noise is None else noise.to(device)
+
+    ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(rows, max_new_tokens, device=device)
+    lengths = torch.full((rows,), max_new_tokens, device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    alive = torch.arange(rows, device=device)  # the rows still in the batch
+    for column in range(max_new_tokens):
+        if noise is None:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = draw_tokens(logits, noise[alive, column], temperature)
+        scaled = logits.float() / temperature
+        chosen = scaled.gather(-1, tokens[:, None]).squeeze(-1) - scaled.logsumexp(-1)
+        running = ~ended[alive]
+        ids[alive, column] = torch.where(running, tokens, 0)
+        logprobs[alive, column] = torch.where(running, chosen, 0.0)
+        stops = running & torch.isin(tokens, ends)
+        lengths[alive[stops]] = column + 1
+        ended[alive] |= stops
+        keep = ~ended[alive]
+        left = int(keep.sum())
+        if left == 0 or column == max_new_tokens - 1:
+            break
+        if left <= len(alive) // 2:
+            chosen_rows = keep.nonzero().squeeze(-1)
+            cache.batch_select_indices(chosen_rows)
+            alive, mask, tokens = alive[chosen_rows], mask[chosen_rows], tokens[chosen_rows]
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+        out = model(
+            input_ids=tokens[:, None],
+            attention_mask=mask,
+            position_ids=mask.sum(-1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = out.logits[:, -1]
+    longest = int(lengths.max())
+    return Completions(ids[:, :longest], lengths, ended, logprobs[:, :longest])

@@ -1,0 +1,262 @@
+"""Makes the bundled starter model from nothing: `python -m grpo.starter.build`.
+
+The starter has to be to the arithmetic task what a small instruct model is: it knows the format, it is
+right now and then, and it can do more than it shows. So it is taught two ways to answer, both right:
+
+    4 - 9 = -5              the first step written down, then the answer
+    <answer>-30</answer>
+
+    <answer>-30</answer>    at once
+
+It is good at the first and poor at the second, for want of a place to put the intermediate result. The last
+part of the training answers at once far more often, as hasty people do, and so does the model when
+it decodes greedily. Nothing is damaged: GRPO finds that thinking first pays.
+
+All data come from `tasks/`; no held-out problem is ever trained on. Seeded: the same number of threads on
+the same machine gives the same weights.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from grpo import report
+from grpo.config import STARTER
+from grpo.evaluate import evaluate
+from grpo.models import LanguageModel, save
+from tasks.arithmetic import Arithmetic
+from tasks.base import Message, stream
+from tasks.prompts import STYLES, SYSTEM_PROMPTS, ideal_completion
+from tasks.skills import SKILLS
+
+SEED = 0
+BATCH = 96
+STEPS = 4500
+HASTY_FROM = 3600  # the step from which most problems are answered at once
+HASTE = (0.1, 0.8)  # share of arithmetic answered at once, before and after that step
+LEARNING_RATE = 2e-3
+WARM_UP = 200
+THINK_SHARE = 0.15  # of the arithmetic problems, asked in the `think` style
+SKILL_SHARE = 0.4  # of all rows
+VOCABULARY = 320
+
+# Qwen2's pre-tokenizer, without English contractions: every digit is a token of its own.
+PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TAGS = ("<answer>", "</answer>", "<think>", "</think>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def example(step: int, row: int, haste: float) -> tuple[list[Message], str]:
+    """One row of training data: a chat, and the completion to learn. A pure function of its place."""
+    draw = stream("starter", SEED, step, row)
+    if draw.random() < SKILL_SHARE:
+        skill = SKILLS[draw.choice(["single", *SKILLS])]  # single twice: it is the hardest
+        problem = skill.training_problem(SEED, step, row)
+        return skill.messages(problem.question), skill.completion(problem)
+    task = ARITHMETIC["think" if draw.random() < THINK_SHARE else "answer"]
+    expression = task.training_expression(SEED, step, row)
+    working = "" if draw.random() < haste else expression.working
+    completion = ideal_completion(str(expression.value), task.style, working)
+    return task.messages(f"What is {expression}?"), completion
+
+
+ARITHMETIC = {style: Arithmetic(style=style) for style in STYLES}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a token for each word of the prompts and for each tag.
+
+    There are no merges: a word that is not in the vocabulary is spelled byte by byte, so any text can be
+    written, and a made-up word is seen letter by letter.
+    """
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    pieces = pre_tokenizers.Sequence([split, byte_level])
+    counts: dict[str, int] = {}
+    for row in range(2000):
+        messages, completion = example(-1, row, haste=0.5)
+        for text in ["assistant", *(word for m in messages for word in m.values()), completion]:
+            for piece, _ in pieces.pre_tokenize_str(text):
+                counts[piece] = counts.get(piece, 0) + 1
+    words = sorted(piece for piece, n in counts.items() if n > 40 and len(piece) > 1)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, *words])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pieces
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama-shaped model of 1.0 million random weights.
+
+    Not Qwen2-shaped: transformers 5 loads the tokenizer of every such folder as Qwen2's own, which drops
+    this one's `ignore_merges` in silence and spells every word byte by byte.
+    """
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def batch(tokenizer: PreTrainedTokenizerFast, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The rows of a step, sorted by length and cut into three to save padding.
+
+    Each part is token ids and labels, (BATCH / 3, length), right-padded; a label is -100 where nothing is
+    learned.
+    """
+    haste = HASTE[step >= HASTY_FROM]
+    chats, completions = zip(*(example(step, row, haste) for row in range(BATCH)), strict=True)
+    prompts = tokenizer.apply_chat_template(list(chats), add_generation_prompt=True, tokenize=False)
+    prompt_ids = tokenizer(prompts)["input_ids"]
+    completion_ids = tokenizer([c + tokenizer.eos_token for c in completions])["input_ids"]
+    rows = [torch.tensor(p + c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    labels = [torch.tensor([-100] * len(p) + c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    order = sorted(range(BATCH), key=lambda i: len(rows[i]))
+    parts = (order[start : start + BATCH // 3] for start in range(0, BATCH, BATCH // 3))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return [
+        (
+            pad([rows[i] for i in part], True, tokenizer.pad_token_id),
+            pad([labels[i] for i in part], True, -100),
+        )
+        for part in parts
+    ]
+
+
+def learning_rate(step: int) -> float:
+    """A linear warm-up, then a linear decay to 2% of the peak."""
+    if step < WARM_UP:
+        return LEARNING_RATE * (step + 1) / WARM_UP
+    return LEARNING_RATE * max(0.02, 1 - (step - WARM_UP) / (STEPS - WARM_UP))
+
+
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Next-token training on the completions, in float32."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    progress = tqdm(range(STEPS), desc="starter", mininterval=10)
+    for step in progress:
+        parts = batch(tokenizer, step)
+        n = sum(int((labels != -100).sum()) for _, labels in parts)
+        step_loss = 0.0
+        for ids, labels in parts:
+            logits = model(ids[:, :-1]).logits
+            loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+            (loss / n).backward()
+            step_loss += loss.item() / n
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{step_loss:.3f}")
+    model.eval()
+
+
+# What works best for this model: its own defaults for `python train_grpo.py`.
+SETTINGS = {
+    "num_iterations": 80,
+    "batch_size": 8,
+    "num_generations": 8,
+    "max_new_tokens": 22,
+    "learning_rate": 3e-5,
+    "beta": 0.04,
+    "num_inner_updates": 5,
+    "eval_every": 10,
+    "show_every": 20,
+}
+
+
+def card() -> dict[str, Any]:
+    """The starter's `grpo.json`."""
+    return {
+        "task": "arithmetic",
+        "prompt_style": "answer",
+        "system_prompt": SYSTEM_PROMPTS["answer"],
+        "max_new_tokens": SETTINGS["max_new_tokens"],
+        "skills": list(SKILLS),
+        "settings": SETTINGS,
+    }
+
+
+def readme(lm: LanguageModel) -> str:
+    """The starter's README.md, with the scores it has just been measured at."""
+    rows = []
+    limit = SETTINGS["max_new_tokens"]
+    for name, task in {"arithmetic (the task)": ARITHMETIC["answer"], **SKILLS}.items():
+        result = evaluate(lm, task, task.held_out("test", 1000), limit).to_dict()
+        rows.append(f"| {name} | {report.accuracy_text(result)} |")
+    return README.format(scores="\n".join(rows), haste=round(100 * HASTE[1]), steps=STEPS, batch=BATCH)
+
+
+README = """# The starter model
+
+A Llama-shaped model of 1.0 million float32 weights, trained from scratch by `python -m grpo.starter.build` on
+problems that `tasks/` generates and on nothing else ({steps} steps of {batch} rows). It exists so that
+`python train_grpo.py` shows GRPO at work in minutes, without a GPU or a download. It is no language model: it
+knows the prompts of this project and hardly anything beyond.
+
+**Why it starts low, and why GRPO helps.** It was taught two ways to answer `(a op b) op c`, both right: to write
+the first step down and then answer, and to answer at once. The last part of its training answers {haste}% of such
+problems at once, so that is what it does when it decodes greedily; and without a place for the intermediate
+result it is mostly wrong. When it does write the step down it is nearly always right. GRPO finds this out from
+the rewards. So the rise in accuracy is an ability brought out, not arithmetic learned from nothing; the same is
+said of much larger models.
+
+Greedy decoding, held-out test problems that it never trained on, Wilson 95% intervals:
+
+| | accuracy |
+|---|---|
+{scores}
+
+The skills are there to be watched: training on the task may spoil them.
+"""
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=STARTER, show_default=True, help="folder to write")
+def main(out: Path) -> None:
+    """Train the starter and write its folder: about 20 minutes on 2 cores."""
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    train(model, tokenizer)
+    end = tokenizer.eos_token_id
+    lm = LanguageModel(model, tokenizer, (end,), tokenizer.pad_token_id)
+    save(out, lm, card(), readme(lm))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Ask the trained model.
+
+    python inference.py "What is (4 - 9) * 6?"
+    python inference.py --compare "What is (4 - 9) * 6?"        before and after training
+    python inference.py --temperature 1 --samples 4 "What is (4 - 9) * 6?"
+    python inference.py < questions.txt                          one question a line
+
+Uses saved_model/ if it is there, the bundled starter otherwise, or any model with --model.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from grpo.config import DEVICES, read_card
+from grpo.console import printable
+from tasks.parsing import parse_answer
+from tasks.prompts import SYSTEM_PROMPTS, chat
+
+if TYPE_CHECKING:
+    from grpo.models import LanguageModel
+
+TOKENS_WITHOUT_CARD = 128  # for a model that says nothing of its own limit
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("questions", nargs=-1)
+@click.option("--model", help="starter, a Hub id, or a folder  [default: saved_model/ if there, else starter]")
+@click.option("--compare", is_flag=True, help="answer with the model before training too, side by side")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
+@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="completions a question")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="longest completion  [default: the model's own]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of sampling")
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+def main(
+    questions: tuple[str, ...],
+    model: str | None,
+    compare: bool,
+    temperature: float,
+    samples: int,
+    max_new_tokens: int | None,
+    seed: int,
+    device: str,
+) -> None:
+    """Answer QUESTIONS (or one a line on standard input) and print completion and parsed answer."""
+    if samples > 1 and temperature == 0:
+        raise click.UsageError("--samples above 1 needs --temperature above 0: greedy completions are all alike")
+    name = model or ("saved_model" if Path("saved_model").is_dir() else "starter")
+    try:
+        asked = read_questions(questions)
+        names = [before_training(name), name] if compare else [name]
+        click.echo("Model: " + " -> ".join(printable(n) for n in names), err=True)
+        answers = [complete(n, asked, device, temperature, samples, max_new_tokens, seed) for n in names]
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:
+        sys.exit(130)
+    style = read_card(name).get("prompt_style", "answer")
+    labels = ["before: ", "after:  "] if compare else [""]
+    for i, question in enumerate(asked):
+        click.echo(printable(question))
+        for label, completions in zip(labels, answers, strict=True):
+            for text in completions[i]:
+                show(label, text, style)
+
+
+def read_questions(questions: Sequence[str]) -> list[str]:
+    """The questions of the command line, or those of standard input; raises ValueError for an empty one."""
+    if not questions:
+        if sys.stdin.isatty():
+            raise ValueError('give a question, such as "What is (4 - 9) * 6?", or one a line on standard input')
+        questions = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        if not questions:
+            raise ValueError("there is no question on standard input; write one a line")
+    if any(not question.strip() for question in questions):
+        raise ValueError('a question is empty; ask something, such as "What is (4 - 9) * 6?"')
+    return [question.strip() for question in questions]
+
+
+def before_training(name: str) -> str:
+    """The model that a saved model was trained from; raises ValueError where that is not known."""
+    base = read_card(name).get("base_model")
+    if not isinstance(base, str):
+        raise ValueError(f"{name} does not say what it was trained from; --compare needs a saved_model/ of a run")
+    return base
+
+
+def complete(
+    name: str,
+    questions: Sequence[str],
+    device: str,
+    temperature: float,
+    samples: int,
+    max_new_tokens: int | None,
+    seed: int,
+) -> list[list[str]]:
+    """`samples` completions of a model for each question."""
+    from grpo.models import choose_device, load
+
+    card = read_card(name)
+    lm = load(name, choose_device(device))
+    system_prompt = card.get("system_prompt", SYSTEM_PROMPTS["answer"])
+    chats = [chat(question, system_prompt) for question in questions]
+    limit = max_new_tokens or card.get("max_new_tokens", TOKENS_WITHOUT_CARD)
+    if temperature == 0:
+        return [[text] for text in lm.greedy(chats, limit)]
+    return sampled(lm, chats, limit, temperature, samples, seed)
+
+
+def sampled(
+    lm: "LanguageModel",
+    chats: list[list[dict[str, str]]],
+    limit: int,
+    temperature: float,
+    samples: int,
+    seed: int,
+) -> list[list[str]]:
+    """`samples` random completions of each chat, question by question: a function of the seed."""
+    from grpo.models import precision
+    from grpo.sampling import generate, token_noise
+
+    texts = []
+    for number, messages in enumerate(chats):
+        ids, mask = lm.encode([messages])
+        noise = token_noise(seed, number, samples, limit)
+        with precision(lm.device):
+            completions = generate(
+                lm.model,
+                ids,
+                mask,
+                num_generations=samples,
+                max_new_tokens=limit,
+                end_ids=lm.end_ids,
+                temperature=temperature,
+                noise=noise,
+            )
+        texts.append(lm.decode(completions))
+    return texts
+
+
+def show(label: str, text: str, style: str) -> None:
+    """Print a completion, escaped, and the answer that was parsed from it."""
+    answer = parse_answer(text, style)
+    parsed = "no well-formed answer" if answer is None else f"answer {answer}"
+    click.echo(f"  {label}{printable(text)}   [{parsed}]")
+
+
+if __name__ == "__main__":
+    main()

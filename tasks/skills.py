@@ -1,0 +1,101 @@
+"""The starter's neighbouring skills, as small tasks.
+
+They are not trained by GRPO: they are what training on `arithmetic` may spoil. Each has training problems
+(for `grpo/starter/build.py`) and held-out problems of its own, disjoint by the same hash.
+
+    single     What is 4 - 9?                           <answer>-5</answer>
+    larger     Which is larger, 47 or 83?               <answer>83</answer>
+    backwards  Spell stone backwards.                   enots
+    letters    How many letters are in stone?           5
+"""
+
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from tasks.arithmetic import apply
+from tasks.base import Message, Problem, Reward, split_of, stream
+from tasks.prompts import SYSTEM_PROMPTS, chat, ideal_completion
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A neighbouring skill; `draw` makes one problem of either split (`tasks.base.Task`)."""
+
+    name: str
+    draw: Callable[[Random], Problem]
+    tagged: bool  # asked with the system prompt of the `answer` style, answered in its tags
+    reward_parts: tuple[str, ...] = ("exact",)
+
+    def training_problem(self, seed: int, step: int, row: int) -> Problem:
+        """A problem outside the held-out ones."""
+        rng = stream(self.name, seed, step, row)
+        while True:
+            problem = self.draw(rng)
+            if _split(problem) == "train":
+                return problem
+
+    def held_out(self, split: str, limit: int) -> list[Problem]:
+        """Up to `limit` different problems of a held-out split; fewer where there are not so many."""
+        rng = stream(self.name, split)
+        draws = (self.draw(rng) for _ in range(100 * limit))
+        chosen = {p.question: p for p in draws if _split(p) == split}
+        return list(chosen.values())[:limit]
+
+    def messages(self, question: str) -> list[Message]:
+        """The chat that asks `question`."""
+        if self.tagged:
+            return chat(question, SYSTEM_PROMPTS["answer"])
+        return [{"role": "user", "content": question}]
+
+    def completion(self, problem: Problem) -> str:
+        """The right completion."""
+        return ideal_completion(problem.answer, "answer") if self.tagged else problem.answer
+
+    def score(self, problem: Problem, completion: str) -> Reward:
+        """1 for the right completion; in tags, working before the answer is free, as in the task."""
+        right = completion.endswith(self.completion(problem)) and (self.tagged or completion == problem.answer)
+        return Reward(float(right), {"exact": float(right)}, correct=right, well_formed=right)
+
+
+def _split(problem: Problem) -> str:
+    """The split of a question: 3 + 5 and 5 + 3 (in fact all questions of the same letters) share one."""
+    return split_of("".join(sorted(problem.question)))
+
+
+def _single(rng: Random) -> Problem:
+    operator = rng.choice("++--*")
+    largest = 10 if operator == "*" else 50
+    a, b = rng.randint(0, largest), rng.randint(0, largest)
+    return Problem(f"What is {a} {operator} {b}?", str(apply(operator, a, b)))
+
+
+def _larger(rng: Random) -> Problem:
+    a, b = rng.sample(range(100), 2)
+    return Problem(f"Which is larger, {a} or {b}?", str(max(a, b)))
+
+
+def _word(rng: Random) -> str:
+    return "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(2, 6)))
+
+
+def _backwards(rng: Random) -> Problem:
+    word = _word(rng)
+    return Problem(f"Spell {word} backwards.", word[::-1])
+
+
+def _letters(rng: Random) -> Problem:
+    word = _word(rng)
+    return Problem(f"How many letters are in {word}?", str(len(word)))
+
+
+SKILLS = {
+    skill.name: skill
+    for skill in (
+        Skill("single", _single, tagged=True),
+        Skill("larger", _larger, tagged=True),
+        Skill("backwards", _backwards, tagged=False),
+        Skill("letters", _letters, tagged=False),
+    )
+}
