@@ -8,6 +8,7 @@
 Uses saved_model/ if it is there, the bundled starter otherwise, or any model with --model.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ TOKENS_WITHOUT_CARD = 128  # for a model that says nothing of its own limit
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="completions a question")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="longest completion  [default: the model's own]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of sampling")
-@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="where to compute")
 def main(
     questions: tuple[str, ...],
     model: str | None,
@@ -46,6 +47,8 @@ def main(
     device: str,
 ) -> None:
     """Answer QUESTIONS (or one a line on standard input) and print completion and parsed answer."""
+    if not math.isfinite(temperature):
+        raise click.UsageError(f"--temperature is {temperature}; it must be a finite number")
     if samples > 1 and temperature == 0:
         raise click.UsageError("--samples above 1 needs --temperature above 0: greedy completions are all alike")
     name = model or ("saved_model" if Path("saved_model").is_dir() else "starter")
@@ -77,7 +80,8 @@ def read_questions(questions: Sequence[str]) -> list[str]:
             raise ValueError("there is no question on standard input; write one a line")
     if any(not question.strip() for question in questions):
         raise ValueError('a question is empty; ask something, such as "What is (4 - 9) * 6?"')
-    return [question.strip() for question in questions]
+    # a byte that is not UTF-8 reaches Python as a lone surrogate, which no tokenizer takes
+    return [question.strip().encode("utf-8", "replace").decode() for question in questions]
 
 
 def before_training(name: str) -> str:

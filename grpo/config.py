@@ -7,7 +7,8 @@ does, and so does every `saved_model/`), and what is given on the command line c
 """
 
 import json
-import math
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from tasks.prompts import STYLES
 
 STARTER = Path(__file__).parent / "starter" / "model"
 CARD = "grpo.json"
+OWN = ("model", "device", "seed", "output_dir")  # a run's own; the rest is passed on with its model
 DEVICES = ("auto", "cuda", "mps", "cpu")
 
 
@@ -63,14 +65,13 @@ class TrainConfig:
 
     def passed_on(self) -> dict[str, Any]:
         """What a saved model hands to a run that starts from it: all but place, model and seed."""
-        own = {"model", "device", "seed", "output_dir"}
-        return {name: value for name, value in asdict(self).items() if name not in own}
+        return {name: value for name, value in asdict(self).items() if name not in OWN}
 
 
 def model_folder(name: str) -> Path | None:
     """The folder of a model on this machine, `starter` included; None for the name of a Hub model."""
     folder = STARTER if name == "starter" else Path(name)
-    return folder if folder.is_dir() else None
+    return folder if os.path.isdir(folder) else None  # unlike Path.is_dir, never raises: any text may be asked for
 
 
 def read_card(name: str) -> dict[str, Any]:
@@ -80,28 +81,38 @@ def read_card(name: str) -> dict[str, Any]:
         return {}
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CARD} is not JSON ({error}); restore or delete it") from None
-    if not isinstance(card, dict) or not isinstance(card.get("settings", {}), dict):
-        raise ValueError(f"{folder / CARD} does not hold what this program writes there; restore or delete it")
+    if not isinstance(card, dict):
+        raise ValueError(f"{folder / CARD} is not a JSON object; restore or delete it")
+    for name, value in card.items():
+        if name in CARD_ENTRIES and not CARD_ENTRIES[name](value):
+            raise ValueError(f"{folder / CARD} cannot have {value!r} as {name!r}; restore or delete it")
     return card
+
+
+CARD_ENTRIES = {
+    "settings": lambda value: isinstance(value, dict),
+    "max_new_tokens": lambda value: isinstance(value, int) and value > 0,
+    "system_prompt": lambda value: isinstance(value, str),
+    "prompt_style": lambda value: value in STYLES,
+    "base_model": lambda value: isinstance(value, str),
+    "skills": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+}
 
 
 def resolve(given: Mapping[str, Any]) -> TrainConfig:
     """The settings of a run: those given, then those that the model's folder carries, then the defaults."""
     card = read_card(given.get("model", "starter")).get("settings", {})
-    known = {f.name for f in fields(TrainConfig)}
-    if unknown := sorted(set(card) - known):
-        raise ValueError(f"the model's {CARD} has settings that this version does not know: {', '.join(unknown)}")
+    if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in OWN}):
+        raise ValueError(f"the model's {CARD} has settings that it cannot have: {', '.join(unknown)}")
     return TrainConfig(**{**card, **given})
 
 
 def _check(name: str, value: Any, kind: type, metadata: Any) -> None:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; it must be {kind.__name__}")
-    if kind is float and not math.isfinite(value):
+    if kind is float and not abs(value) <= sys.float_info.max:  # nor NaN
         raise ValueError(f"{name} is {value}; it must be a finite number")
     least, choices = metadata["least"], metadata["choices"]
     if least is not None and value < least:

@@ -12,6 +12,7 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 FILE_NAME = "grpo_metrics.json"
+LARGEST_NUMBER = 10**300  # JSON may hold integers that no float can
 WRITE_EVERY = 5.0  # seconds, between evaluations
 
 
@@ -71,6 +72,8 @@ def _finite(value: Any) -> Any:
     """The same with null for every number that is not finite: JSON has none."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -84,7 +87,7 @@ def load_metrics(path: Path) -> dict[str, Any]:
     path = path / FILE_NAME if path.is_dir() else path
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"there is no {path}; python train_grpo.py writes one") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not text, so not a metrics file of this program") from None
@@ -92,7 +95,7 @@ def load_metrics(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is empty; train again, or give another file")
     try:
         record = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}); train again, or give another file") from None
     _check(record, path)
     return record
@@ -102,17 +105,27 @@ def _check(record: Any, path: Path) -> None:
     if not isinstance(record, dict) or "schema_version" not in record:
         raise ValueError(f"{path} was not written by this program; give the grpo_metrics.json of a run")
     if record["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"{path} has schema version {record['schema_version']}, this program reads {SCHEMA_VERSION}")
+        raise ValueError(
+            f"{path} has schema version {record['schema_version']!r}, this program reads {SCHEMA_VERSION}"
+        )
     for key in ("steps", "evals"):
         rows = record.get(key)
-        if not isinstance(rows, list) or not all(isinstance(r, dict) and _is_step(r.get("step")) for r in rows):
-            raise ValueError(f"{path} is damaged: its {key!r} is not a list of entries with a step")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and _is_entry(row) for row in rows):
+            raise ValueError(f"{path} is damaged: its {key!r} is not a list of entries with a step and numbers")
+    measured = ("accuracy", "n", "ci_low", "ci_high")
+    if any(row.get(name) is None for row in record["evals"] for name in measured):
+        raise ValueError(f"{path} is damaged: one of its 'evals' lacks one of {', '.join(measured)}")
     if not isinstance(record.get("config"), dict):
         raise ValueError(f"{path} is damaged: it has no 'config'")
 
 
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_entry(row: dict[str, Any]) -> bool:
+    """Whether a row has a step, and nothing but numbers and nulls where the plots look for numbers."""
+    step = row.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < LARGEST_NUMBER:
+        return False
+    numbers = [value for name, value in row.items() if name not in ("split", "skills") and value is not None]
+    return all(isinstance(value, (int, float)) and abs(value) < LARGEST_NUMBER for value in numbers)
 
 
 def environment(device: str, threads: int, versions: dict[str, str]) -> dict[str, Any]:

@@ -97,11 +97,16 @@ def load(name: str, device: torch.device) -> LanguageModel:
     source = model_folder(name) or name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # the libraries raise a dozen kinds; all mean the same to the user
         raise ValueError(_why_not_loaded(name, error)) from error
+    if loading["missing_keys"] or loading["mismatched_keys"]:  # random numbers stand there now
+        lacking = ", ".join(sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))[:3])
+        raise ValueError(f"cannot load the model in folder {name}: weights are missing ({lacking}, ...)")
+    if not tokenizer.chat_template:
+        raise ValueError(f"model {name} has no chat template, so it is a base model; take its instruct version")
     model = model.to(device).eval()
     ends = end_of_turn_ids(model, tokenizer)
     if not ends:
@@ -112,7 +117,7 @@ def load(name: str, device: torch.device) -> LanguageModel:
 
 def _why_not_loaded(name: str, error: Exception) -> str:
     if model_folder(name):
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         return f"cannot load the model in folder {name}: {reason}"
     if os.path.sep in name and (name.startswith((".", os.path.sep)) or name.count("/") > 1):
         return f"cannot load model {name}: there is no such folder"

@@ -52,7 +52,8 @@ def training_curve(record: Mapping[str, Any]) -> Figure:
     """Reward over steps above, accuracy below: sampled, and held-out with its interval and the start."""
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6.4), layout="constrained")
     config = record["config"]
-    figure.suptitle(f"GRPO on {config.get('model', '?')}, seed {config.get('seed', '?')}", fontsize=12)
+    title = f"GRPO on {config.get('model', '?')}, seed {config.get('seed', '?')}"
+    figure.suptitle(title, fontsize=12, parse_math=False)
     _line(top, record, "reward_mean", BLUE, "reward, mean of the step")
     top.set_ylabel("reward (0 to 1)")
     top.set_ylim(0, 1.05)

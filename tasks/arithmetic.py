@@ -13,6 +13,7 @@ from tasks.prompts import SYSTEM_PROMPTS, chat
 from tasks.rewards import shaped_reward
 
 OPERATORS = ("+", "-", "*")
+LARGEST_OPERAND = 100_000  # its cube still fits in the 18 digits that the parser reads
 REWARD_WEIGHTS = {"format": 0.2, "close": 0.2, "exact": 0.6}
 
 
@@ -68,8 +69,8 @@ class Arithmetic:
     reward_parts: tuple[str, ...] = tuple(REWARD_WEIGHTS)
 
     def __post_init__(self) -> None:
-        if self.max_operand < 1:
-            raise ValueError(f"max_operand is {self.max_operand}; it must be at least 1")
+        if not 1 <= self.max_operand <= LARGEST_OPERAND:
+            raise ValueError(f"max_operand is {self.max_operand}; it must be from 1 to {LARGEST_OPERAND}")
 
     @property
     def size(self) -> int:
@@ -99,7 +100,7 @@ class Arithmetic:
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
         """Up to `limit` problems of a held-out split, no two of them spellings of one problem."""
-        order = stream("arithmetic", split).sample(range(self.size), min(self.size, 40 * limit))
+        order = stream("arithmetic", split).sample(range(self.size), min(self.size, 40 * limit + 1000))
         chosen: dict[str, Problem] = {}
         for expression in map(self.expression, order):
             if len(chosen) == limit:

@@ -3,7 +3,7 @@
 They are not trained by GRPO: they are what training on `arithmetic` may spoil. Each has training problems
 (for `grpo/starter/build.py`) and held-out problems of its own, disjoint by the same hash.
 
-    single     What is 4 - 9?                           <answer>-5</answer>
+    single     What is -5 * 6?                         <answer>-30</answer>
     larger     Which is larger, 47 or 83?               <answer>83</answer>
     backwards  Spell stone backwards.                   enots
     letters    How many letters are in stone?           5
@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from tasks.arithmetic import apply
+from tasks.arithmetic import OPERATORS, apply
 from tasks.base import Message, Problem, Reward, split_of, stream
+from tasks.parsing import answer_text
 from tasks.prompts import SYSTEM_PROMPTS, chat, ideal_completion
 
 
@@ -55,19 +56,19 @@ class Skill:
 
     def score(self, problem: Problem, completion: str) -> Reward:
         """1 for the right completion; in tags, working before the answer is free, as in the task."""
-        right = completion.endswith(self.completion(problem)) and (self.tagged or completion == problem.answer)
+        answer = answer_text(completion) if self.tagged else completion
+        right = answer == problem.answer
         return Reward(float(right), {"exact": float(right)}, correct=right, well_formed=right)
 
 
 def _split(problem: Problem) -> str:
-    """The split of a question: 3 + 5 and 5 + 3 (in fact all questions of the same letters) share one."""
+    """The split of a question: 47 or 83 and 83 or 47 (in fact all questions of the same letters) share one."""
     return split_of("".join(sorted(problem.question)))
 
 
 def _single(rng: Random) -> Problem:
-    operator = rng.choice("++--*")
-    largest = 10 if operator == "*" else 50
-    a, b = rng.randint(0, largest), rng.randint(0, largest)
+    """One operation, on the numbers that the second step of `(a op b) op c` is made of."""
+    operator, a, b = rng.choice(OPERATORS), rng.randint(-10, 100), rng.randint(0, 10)
     return Problem(f"What is {a} {operator} {b}?", str(apply(operator, a, b)))
 
 

@@ -37,10 +37,11 @@ from tasks.skills import SKILLS
 
 SEED = 0
 BATCH = 96
-STEPS = 4500
-HASTY_FROM = 3600  # the step from which most problems are answered at once
-HASTE = (0.1, 0.8)  # share of arithmetic answered at once, before and after that step
+HASTY_FROM = 3300  # the step from which most problems are answered at once
+HASTE = (0.0, 0.8)  # share of arithmetic answered at once, before and after that step
+STEPS = 3800
 LEARNING_RATE = 2e-3
+LAST_LEARNING_RATE = 2e-4
 WARM_UP = 200
 THINK_SHARE = 0.15  # of the arithmetic problems, asked in the `think` style
 SKILL_SHARE = 0.4  # of all rows
@@ -157,10 +158,11 @@ def batch(tokenizer: PreTrainedTokenizerFast, step: int) -> list[tuple[torch.Ten
 
 
 def learning_rate(step: int) -> float:
-    """A linear warm-up, then a linear decay to 2% of the peak."""
+    """A linear warm-up, then a linear decay until the hasty part, which keeps the last rate."""
     if step < WARM_UP:
         return LEARNING_RATE * (step + 1) / WARM_UP
-    return LEARNING_RATE * max(0.02, 1 - (step - WARM_UP) / (STEPS - WARM_UP))
+    left = max(0.0, 1 - (step - WARM_UP) / (HASTY_FROM - WARM_UP))
+    return LAST_LEARNING_RATE + (LEARNING_RATE - LAST_LEARNING_RATE) * left
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,67 @@
+"""How much faster an inner update is with the shared prefix than without: `python -m tests.benchmarks.shared_prefix`.
+
+Both ways run in one process, alternating, on the starter model and random tokens; a ratio of medians is quoted
+with the quartiles of the ratios of neighbouring runs. The bound counts tokens: G(P + C) / (P + G·C).
+"""
+
+import statistics
+import time
+
+import click
+import torch
+
+from grpo.config import TrainConfig, resolve
+from grpo.logprobs import Tokens
+from grpo.models import load
+from grpo.update import inner_update, micro_batches
+
+
+def random_tokens(prompts: int, group: int, prompt_length: int, completion_length: int) -> Tokens:
+    """Tokens of full length everywhere, so that the bound is exact."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (prompts * group, completion_length)
+    return Tokens(
+        torch.randint(0, 250, (prompts, prompt_length), generator=generator),
+        torch.ones(prompts, prompt_length, dtype=torch.bool),
+        torch.randint(0, 250, shape, generator=generator),
+        torch.ones(shape, dtype=torch.bool),
+    )
+
+
+def measure(tokens: Tokens, config: TrainConfig, runs: int) -> dict[bool, list[float]]:
+    """Seconds of one inner update, by shared or not, `runs` of each, alternating after a warm-up."""
+    model = load("starter", torch.device("cpu")).model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    advantages = torch.randn(tokens.completion_ids.shape[0], generator=torch.Generator().manual_seed(1))
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for run in range(2 + runs):
+        for shared in (True, False):
+            batches = micro_batches(tokens, advantages, None, config, shared=shared)
+            start = time.perf_counter()
+            inner_update(model, optimizer, batches, config, shared=shared)
+            if run >= 2:
+                seconds[shared].append(time.perf_counter() - start)
+    return seconds
+
+
+@click.command()
+@click.option("--runs", default=20, show_default=True, help="updates of each kind")
+def main(runs: int) -> None:
+    """Print a line for the default sizes of the starter and one for P = 150, C = 64, G = 16."""
+    config = resolve({"model": "starter", "beta": 0.0})
+    sizes = [(config.batch_size, config.num_generations, 39, 15), (2, 16, 150, 64)]
+    click.echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, {runs} updates of each kind")
+    for prompts, g, p, c in sizes:
+        seconds = measure(random_tokens(prompts, g, p, c), config, runs)
+        shared, dense = (statistics.median(seconds[kind]) for kind in (True, False))
+        low, _, high = statistics.quantiles([b / a for a, b in zip(*seconds.values(), strict=True)], n=4)
+        bound = g * (p + c) / (p + g * c)
+        click.echo(
+            f"N={prompts} G={g} P={p} C={c}: dense {1000 * dense:.1f} ms, shared {1000 * shared:.1f} ms, "
+            f"{dense / shared:.2f} times faster (quartiles {low:.2f} to {high:.2f}), token bound {bound:.2f}, "
+            f"share of the bound {dense / shared / bound:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
