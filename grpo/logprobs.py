@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from grpo.sampling import positions
 
+SAME = 1e-3  # nats; shared and dense differ by 1e-6 in float32 where a model can share at all
 CHUNK = 2**24  # logits in float32 at a time: 64 MiB
 
 
@@ -138,3 +139,19 @@ def completion_logprobs(
         return torch.cat(logprobs, 1), None
     entropies = [token_entropy(first, temperature), token_entropy(rest, temperature)]
     return torch.cat(logprobs, 1), torch.cat(entropies, 1)
+
+
+@torch.no_grad()
+def can_share(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> bool:
+    """Whether the shared prefix gives this model's log-probabilities: tried on its prompts against the dense path.
+
+    Models whose cache is not one of keys and values (state-space layers), or that refuse one, cannot.
+    """
+    completion_ids = prompt_ids[:, -8:].repeat_interleave(2, 0)  # any tokens do
+    tokens = Tokens(prompt_ids, prompt_mask, completion_ids, torch.ones_like(completion_ids, dtype=torch.bool))
+    dense, _ = completion_logprobs(model, tokens, 1.0, shared=False)
+    try:
+        shared, _ = completion_logprobs(model, tokens, 1.0, shared=True)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
+        return False
+    return bool((shared - dense).abs().max() < SAME)

@@ -79,7 +79,7 @@ def kl_divergence(record: Mapping[str, Any]) -> Figure:
     axes.set_xlabel("step")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(axes)
+    _legend(axes, "upper left")
     return figure
 
 
@@ -90,8 +90,8 @@ def _line(axes: Axes, record: Mapping[str, Any], name: str, colour: str, label: 
     if not np.isfinite(values).any():
         axes.text(0.5, 0.5, "no steps yet", transform=axes.transAxes, ha="center", color=GREY)
         return
-    window = max(1, len(values) // 20)
-    if window < 3:
+    window = max(5, len(values) // 20)
+    if len(values) < 10:
         axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
         return
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
@@ -132,6 +132,6 @@ def _held_out(axes: Axes, record: Mapping[str, Any]) -> None:
         )
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, place: str = "lower right") -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", fontsize=9, framealpha=0.9)
+        axes.legend(loc=place, fontsize=9, framealpha=0.9)

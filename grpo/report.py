@@ -14,7 +14,7 @@ HUB_EXAMPLE = "python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"
 SHOWN = 4  # completions each time
 
 
-def introduce(config: TrainConfig, lm: LanguageModel, environment: Mapping[str, Any]) -> None:
+def introduce(config: TrainConfig, lm: LanguageModel, environment: Mapping[str, Any], shared: bool) -> None:
     """Say which model is trained on what, and the settings that were resolved."""
     millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
     where = environment["device"]
@@ -33,6 +33,8 @@ def introduce(config: TrainConfig, lm: LanguageModel, environment: Mapping[str, 
             line = "         "
         line += " " + item
     say(line + "\n")
+    if not shared:
+        say("This model's cache cannot be shared by a group, so every prompt is run once for each completion.\n")
 
 
 def accuracy_text(entry: Mapping[str, Any]) -> str:

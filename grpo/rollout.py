@@ -33,7 +33,9 @@ class RolloutBatch:
         return totals.view(len(self.problems), -1)
 
 
-def collect(lm: LanguageModel, task: Task, config: TrainConfig, step: int, clock: Stopwatch) -> RolloutBatch:
+def collect(
+    lm: LanguageModel, task: Task, config: TrainConfig, step: int, clock: Stopwatch, *, shared: bool = True
+) -> RolloutBatch:
     """The rollout of a step: a function of the policy, the seed and the step."""
     problems = [task.training_problem(config.seed, step, row) for row in range(config.batch_size)]
     with clock("sample"), precision(lm.device):
@@ -48,6 +50,7 @@ def collect(lm: LanguageModel, task: Task, config: TrainConfig, step: int, clock
             end_ids=lm.end_ids,
             temperature=config.temperature,
             noise=token_noise(config.seed, step, rows, config.max_new_tokens),
+            shared=shared,
         )
         texts = lm.decode(completions)
     with clock("reward"):

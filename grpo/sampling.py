@@ -74,14 +74,20 @@ def generate(
     end_ids: Sequence[int],
     temperature: float = 1.0,
     noise: Tensor | None = None,
+    shared: bool = True,
 ) -> Completions:
     """`num_generations` completions for each of the N left-padded prompts; greedy where `noise` is None.
 
     `noise` is (N · G, max_new_tokens) from `token_noise`. Every id of `end_ids` ends a row. Rows that have
-    ended leave the batch once they are half of it.
+    ended leave the batch once they are half of it. With `shared`, each prompt is run once and its cache
+    repeated; without, once for every completion.
     """
     device = prompt_ids.device
     rows = prompt_ids.shape[0] * num_generations
+    repeats = num_generations
+    if not shared:
+        prompt_ids, prompt_mask = (x.repeat_interleave(repeats, 0) for x in (prompt_ids, prompt_mask))
+        repeats = 1
     cache = DynamicCache()
     out = model(
         input_ids=prompt_ids,
@@ -91,9 +97,10 @@ def generate(
         use_cache=True,
         logits_to_keep=1,
     )
-    cache.batch_repeat_interleave(num_generations)
-    logits = out.logits[:, -1].repeat_interleave(num_generations, 0)  # (B, V)
-    mask = prompt_mask.long().repeat_interleave(num_generations, 0)  # (B, P), grows
+    if repeats > 1:
+        cache.batch_repeat_interleave(repeats)
+    logits = out.logits[:, -1].repeat_interleave(repeats, 0)  # (B, V)
+    mask = prompt_mask.long().repeat_interleave(repeats, 0)  # (B, P), grows
     ends = torch.tensor(list(end_ids), device=device)
     noise = None if noise is None else noise.to(torch.float32 if device.type == "mps" else noise.dtype)
     noise = None if noise is None else noise.to(device)

@@ -18,6 +18,7 @@ from grpo import report
 from grpo.config import TrainConfig, model_folder, read_card
 from grpo.console import Progress, say
 from grpo.evaluate import evaluate
+from grpo.logprobs import can_share
 from grpo.metrics import Metrics, Stopwatch, environment
 from grpo.models import SAVED_MODEL, LanguageModel, choose_device, frozen_copy, load, save
 from grpo.plots import draw_all
@@ -56,13 +57,14 @@ class Trainer:
         self.before: dict[str, Any] = {}  # the starting model on the test problems
         self.best: dict[str, Any] | None = None  # the evaluation of the best policy, with its step
         self.skipped_in_a_row = 0
-        self.shared = True
+        prompts = task.held_out("validation", 2)
+        self.shared = can_share(self.lm.model, *self.lm.encode([task.messages(p.question) for p in prompts]))
 
     def step(self, step: int) -> tuple[RolloutBatch, dict[str, Any]]:
         """One step of GRPO: one rollout and `num_inner_updates` updates on it."""
         clock = Stopwatch()
         with clock("total"):
-            rollout = collect(self.lm, self.task, self.config, step, clock)
+            rollout = collect(self.lm, self.task, self.config, step, clock, shared=self.shared)
             with clock("reference"):
                 batches = micro_batches(rollout.tokens, rollout.advantages, self.reference, self.config, self.shared)
             with clock("update"):
@@ -79,7 +81,7 @@ class Trainer:
         """
         started = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
-        report.introduce(self.config, self.lm, self.metrics.record["environment"])
+        report.introduce(self.config, self.lm, self.metrics.record["environment"], self.shared)
         self.before = self._test(self.lm, 0)
         self._validate(0)
         try:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo import logprobs as module
-from grpo.logprobs import Tokens, completion_logprobs, token_entropy, token_logprobs
+from grpo.logprobs import Tokens, can_share, completion_logprobs, token_entropy, token_logprobs
 from tests.conftest import ragged_tokens, tiny_model
 
 KINDS = ("qwen2", "llama", "gemma3")
@@ -90,6 +90,14 @@ def test_a_slice_of_groups_is_trimmed_and_scores_the_same():
     values, _ = completion_logprobs(model, part, 1.0)
     mask = part.completion_mask
     torch.testing.assert_close(values[mask], whole[6:, : mask.shape[1]][mask], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_these_models_can_share_and_a_model_whose_cache_lies_falls_back(kind, monkeypatch):
+    model, tokens = tiny_model(kind), ragged_tokens((9, 12))
+    assert can_share(model, tokens.prompt_ids, tokens.prompt_mask)
+    monkeypatch.setattr(module, "DynamicCache", lambda: None)  # a model that keeps no such cache
+    assert not can_share(model, tokens.prompt_ids, tokens.prompt_mask)
 
 
 def test_groups_are_rows_in_order():

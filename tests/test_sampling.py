@@ -85,6 +85,25 @@ def test_rows_do_not_depend_on_the_rows_beside_them():
         assert torch.equal(whole.lengths[4 * group : 4 * group + 4], alone.lengths)
 
 
+def test_sampling_without_sharing_draws_the_same_completions():
+    model, tokens = tiny_model("llama"), ragged_tokens()
+    noise = token_noise(0, 0, 12, 8)
+    shared, dense = (
+        generate(
+            model,
+            tokens.prompt_ids,
+            tokens.prompt_mask,
+            num_generations=4,
+            max_new_tokens=8,
+            end_ids=(1, 5),
+            noise=noise,
+            shared=shared,
+        )
+        for shared in (True, False)
+    )
+    assert torch.equal(shared.ids, dense.ids)
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3"])
 def test_greedy_agrees_with_the_librarys_own(kind):
     model, tokens = tiny_model(kind), ragged_tokens()
