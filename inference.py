@@ -24,6 +24,7 @@ from tasks.prompts import SYSTEM_PROMPTS, chat
 if TYPE_CHECKING:
     from grpo.models import LanguageModel
 
+LEAST_TEMPERATURE = 1e-3  # below it, logits over temperature leave float32
 TOKENS_WITHOUT_CARD = 128  # for a model that says nothing of its own limit
 
 
@@ -47,8 +48,10 @@ def main(
     device: str,
 ) -> None:
     """Answer QUESTIONS (or one a line on standard input) and print completion and parsed answer."""
-    if not math.isfinite(temperature):
-        raise click.UsageError(f"--temperature is {temperature}; it must be a finite number")
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise click.UsageError(
+            f"--temperature {temperature} cannot be; 0 is greedy, else at least {LEAST_TEMPERATURE}"
+        )
     if samples > 1 and temperature == 0:
         raise click.UsageError("--samples above 1 needs --temperature above 0: greedy completions are all alike")
     name = model or ("saved_model" if Path("saved_model").is_dir() else "starter")

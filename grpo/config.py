@@ -8,7 +8,6 @@ does, and so does every `saved_model/`), and what is given on the command line c
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from tasks.prompts import STYLES
 STARTER = Path(__file__).parent / "starter" / "model"
 CARD = "grpo.json"
 OWN = ("model", "device", "seed", "output_dir")  # a run's own; the rest is passed on with its model
+LARGEST_FLOAT32 = 3.4e38
 DEVICES = ("auto", "cuda", "mps", "cpu")
 
 
@@ -112,7 +112,7 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
 def _check(name: str, value: Any, kind: type, metadata: Any) -> None:
     if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; it must be {kind.__name__}")
-    if kind is float and not abs(value) <= sys.float_info.max:  # nor NaN
+    if kind is float and not abs(value) <= LARGEST_FLOAT32:  # nor NaN
         raise ValueError(f"{name} is {value}; it must be a finite number")
     least, choices = metadata["least"], metadata["choices"]
     if least is not None and value < least:

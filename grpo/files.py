@@ -9,6 +9,13 @@ WRITTEN = ("saved_model", "grpo_metrics.json", "grpo_training_curve.png", "grpo_
 EARLIER = "earlier_runs"
 
 
+def put_back(model: Path) -> None:
+    """Undo half a replacement of a model folder: a kill between its two renames leaves the earlier one beside it."""
+    earlier = model.with_name(f".{model.name}.old")
+    if earlier.is_dir() and not model.exists():
+        earlier.rename(model)
+
+
 def claim_folder(config: TrainConfig, fresh: bool) -> None:
     """Make the output folder and see that it is free; with `fresh`, move an earlier run aside.
 
@@ -21,6 +28,7 @@ def claim_folder(config: TrainConfig, fresh: bool) -> None:
         raise ValueError(f"cannot make --output-dir {folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"cannot write to --output-dir {folder}: no permission")
+    put_back(folder / "saved_model")
     there = [name for name in WRITTEN if (folder / name).exists()]
     if not there:
         return

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from grpo.config import CARD, model_folder
+from grpo.console import printable
+from grpo.files import put_back
 from grpo.sampling import Completions, generate, left_pad
 from tasks.base import Message
 
@@ -116,7 +118,8 @@ def load(name: str, device: torch.device) -> LanguageModel:
 
 
 def _why_not_loaded(name: str, error: Exception) -> str:
-    if model_folder(name):
+    folder, name = model_folder(name), printable(name)
+    if folder is not None:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         return f"cannot load the model in folder {name}: {reason}"
     if os.path.sep in name and (name.startswith((".", os.path.sep)) or name.count("/") > 1):
@@ -162,6 +165,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str) -> None:
     """Write a model folder that transformers 4 and 5 load, with `grpo.json` and README.md; whole or not at all."""
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    put_back(folder)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     lm.model.save_pretrained(fresh)

@@ -27,6 +27,7 @@ from grpo import trainer
 from grpo.config import CARD, STARTER, TrainConfig, resolve
 from grpo.files import EARLIER, WRITTEN
 from grpo.metrics import FILE_NAME, load_metrics
+from grpo.models import load, save
 from grpo.plots import CURVE, KL
 
 ROOT = Path(__file__).parents[1]
@@ -417,6 +418,15 @@ def test_a_range_that_is_too_large_is_refused_or_works(max_operand, tmp_path):
         assert "max_operand" in errors[0]
 
 
+@pytest.mark.parametrize("option", ["--learning-rate", "--epsilon", "--beta", "--clip-grad-norm", "--temperature"])
+def test_a_number_too_large_for_float32_is_no_traceback(option, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "draw_all", lambda *_: [])  # for speed
+    result = invoke(train_grpo.main, *TINY, "--num-inner-updates", 1, option, 1e300, folder=tmp_path)
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    if result.exit_code:
+        assert len([line for line in result.stderr.splitlines() if line.startswith("Error: ")]) == 1
+
+
 # --- models that cannot be loaded ---
 
 
@@ -549,6 +559,29 @@ def test_fresh_that_cannot_move_anything_aside_leaves_all_in_place(copy_of_run):
     before = snapshot(copy_of_run)
     assert EARLIER in refusal(invoke(train_grpo.main, *TINY, "--fresh", folder=copy_of_run))
     assert snapshot(copy_of_run) == before
+
+
+def test_a_run_killed_while_it_replaced_its_model_loses_neither(copy_of_run, monkeypatch):
+    # `save` moves the old folder out of the way and the new one in: two renames, and a kill may fall between them.
+    class Killed(BaseException):
+        """Stands for SIGKILL: nothing catches it."""
+
+    true_rename = Path.rename
+
+    def rename(self, target):
+        if Path(target).name == "saved_model":
+            raise Killed
+        return true_rename(self, target)
+
+    weights = (copy_of_run / "saved_model/model.safetensors").read_bytes()
+    lm = load("starter", torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(Killed):
+            save(copy_of_run / "saved_model", lm, {}, "")
+    assert any(content == weights for content in snapshot(copy_of_run).values())
+    train("--fresh", "--seed", 3, folder=copy_of_run)
+    assert any(content == weights for content in snapshot(copy_of_run / EARLIER).values())
 
 
 def test_ctrl_c_leaves_the_best_policy_whole_metrics_and_plots(tmp_path, monkeypatch):
@@ -768,6 +801,8 @@ def test_a_question_that_is_not_unicode_is_no_traceback(tmp_path):
         (["--temperature", "hot", QUESTION], "--temperature"),
         (["--temperature", "nan", QUESTION], "temperature"),
         (["--temperature", "inf", QUESTION], "temperature"),
+        (["--temperature", "1e-300", QUESTION], "temperature"),  # logits / 1e-300 is not finite: empty completions
+        (["--model", "a\nb", QUESTION], "--model starter"),
         (["--seed", "-1", QUESTION], "--seed"),
         (["--device", "tpu", QUESTION], "--device"),
         (["--compare", "--model", "starter", QUESTION], "starter"),
