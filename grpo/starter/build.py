@@ -38,10 +38,10 @@ from tasks.skills import SKILLS
 SEED = 0
 BATCH = 96
 HASTY_FROM = 3300  # the step from which most problems are answered at once
-HASTE = (0.0, 0.8)  # share of arithmetic answered at once, before and after that step
-STEPS = 3800
-LEARNING_RATE = 2e-3
-LAST_LEARNING_RATE = 2e-4
+STEPS = 4000
+HASTE = (0.0, 0.7)  # share of arithmetic answered at once, before and after HASTY_FROM
+LEARNING_RATE = (2e-3, 2e-4)  # falls linearly from the first to the second until HASTY_FROM …
+HASTY_LEARNING_RATE = (3e-4, 2e-5)  # … and so until the end
 WARM_UP = 200
 THINK_SHARE = 0.15  # of the arithmetic problems, asked in the `think` style
 SKILL_SHARE = 0.4  # of all rows
@@ -158,16 +158,19 @@ def batch(tokenizer: PreTrainedTokenizerFast, step: int) -> list[tuple[torch.Ten
 
 
 def learning_rate(step: int) -> float:
-    """A linear warm-up, then a linear decay until the hasty part, which keeps the last rate."""
+    """A linear warm-up, then two linear decays: until the hasty part, and through it."""
     if step < WARM_UP:
-        return LEARNING_RATE * (step + 1) / WARM_UP
-    left = max(0.0, 1 - (step - WARM_UP) / (HASTY_FROM - WARM_UP))
-    return LAST_LEARNING_RATE + (LEARNING_RATE - LAST_LEARNING_RATE) * left
+        return LEARNING_RATE[0] * (step + 1) / WARM_UP
+    if step < HASTY_FROM:
+        (first, last), done = LEARNING_RATE, (step - WARM_UP) / (HASTY_FROM - WARM_UP)
+    else:
+        (first, last), done = HASTY_LEARNING_RATE, (step - HASTY_FROM) / (STEPS - HASTY_FROM)
+    return last + (first - last) * (1 - done)
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Next-token training on the completions, in float32."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     progress = tqdm(range(STEPS), desc="starter", mininterval=10)
     for step in progress:
@@ -194,7 +197,7 @@ SETTINGS = {
     "batch_size": 8,
     "num_generations": 8,
     "max_new_tokens": 22,
-    "learning_rate": 3e-5,
+    "learning_rate": 3e-6,
     "beta": 0.04,
     "num_inner_updates": 5,
     "eval_every": 10,
