@@ -43,7 +43,7 @@ class Trainer:
         self.lm = load(config.model, device)
         self.reference = frozen_copy(self.lm.model) if config.beta > 0 else None
         self.optimizer = torch.optim.AdamW(
-            self.lm.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
+            self.lm.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
         self.skills = {name: skills[name] for name in self.card.get("skills", []) if name in skills}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,11 +1,13 @@
-"""How much faster an inner update is with the shared prefix than without: `python -m tests.benchmarks.shared_prefix`.
+"""How much faster the updates of a step are with the shared prefix: `python -m tests.benchmarks.shared_prefix`.
 
-Both ways run in one process, alternating, on the starter model and random tokens; a ratio of medians is quoted
+Both ways run in one process, alternating, on the starter model: on a real rollout of the default run, whose prompts
+and completions are ragged, and on random tokens of full length; a ratio of medians is quoted
 with the quartiles of the ratios of neighbouring runs. The bound counts tokens: G(P + C) / (P + G·C).
 """
 
 import statistics
 import time
+from dataclasses import replace
 
 import click
 import torch
@@ -13,7 +15,9 @@ import torch
 from grpo.config import TrainConfig, resolve
 from grpo.logprobs import Tokens
 from grpo.models import load
+from grpo.trainer import Trainer
 from grpo.update import inner_update, micro_batches
+from tasks.arithmetic import Arithmetic
 
 
 def random_tokens(prompts: int, group: int, prompt_length: int, completion_length: int) -> Tokens:
@@ -29,16 +33,17 @@ def random_tokens(prompts: int, group: int, prompt_length: int, completion_lengt
 
 
 def measure(tokens: Tokens, config: TrainConfig, runs: int) -> dict[bool, list[float]]:
-    """Seconds of one inner update, by shared or not, `runs` of each, alternating after a warm-up."""
+    """Seconds of a step's inner updates, by shared or not, `runs` of each, alternating after a warm-up."""
     model = load("starter", torch.device("cpu")).model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     advantages = torch.randn(tokens.completion_ids.shape[0], generator=torch.Generator().manual_seed(1))
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for run in range(2 + runs):
         for shared in (True, False):
             batches = micro_batches(tokens, advantages, None, config, shared=shared)
             start = time.perf_counter()
-            inner_update(model, optimizer, batches, config, shared=shared)
+            for _ in range(config.num_inner_updates):
+                inner_update(model, optimizer, batches, config, shared=shared)
             if run >= 2:
                 seconds[shared].append(time.perf_counter() - start)
     return seconds
@@ -49,15 +54,22 @@ def measure(tokens: Tokens, config: TrainConfig, runs: int) -> dict[bool, list[f
 def main(runs: int) -> None:
     """Print a line for the default sizes of the starter and one for P = 150, C = 64, G = 16."""
     config = resolve({"model": "starter", "beta": 0.0})
-    sizes = [(config.batch_size, config.num_generations, 39, 15), (2, 16, 150, 64)]
+    task = Arithmetic(config.max_operand, config.prompt_style)
+    trained = replace(config, learning_rate=1e-5)
+    trainer = Trainer(trained, task, {})
+    for step in range(1, 11):  # past the first steps, completions have the length that they keep
+        rollout, _ = trainer.step(step)
+    batches = {"default run": rollout.tokens}
+    batches |= {f"random {n}": random_tokens(n, 16, 150, 64) for n in (2, 4)}
     click.echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, {runs} updates of each kind")
-    for prompts, g, p, c in sizes:
-        seconds = measure(random_tokens(prompts, g, p, c), config, runs)
+    for name, tokens in batches.items():
+        seconds = measure(tokens, config, runs)
+        (prompts, p), c, g = tokens.prompt_ids.shape, tokens.completion_ids.shape[1], tokens.num_generations
         shared, dense = (statistics.median(seconds[kind]) for kind in (True, False))
         low, _, high = statistics.quantiles([b / a for a, b in zip(*seconds.values(), strict=True)], n=4)
         bound = g * (p + c) / (p + g * c)
         click.echo(
-            f"N={prompts} G={g} P={p} C={c}: dense {1000 * dense:.1f} ms, shared {1000 * shared:.1f} ms, "
+            f"{name}: N={prompts} G={g} P={p} C={c}: dense {1000 * dense:.1f} ms, shared {1000 * shared:.1f} ms, "
             f"{dense / shared:.2f} times faster (quartiles {low:.2f} to {high:.2f}), token bound {bound:.2f}, "
             f"share of the bound {dense / shared / bound:.2f}"
         )
