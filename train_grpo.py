@@ -4,11 +4,13 @@
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct     a model of the Hugging Face Hub
 
 Writes saved_model/ (the policy that is best on validation problems), grpo_metrics.json,
-grpo_training_curve.png and grpo_kl_divergence.png into --output-dir. It departs from the published recipe
+grpo_training_curve.png, grpo_kl_divergence.png and checkpoints/ into --output-dir. The same command goes on with a
+run that was cut short. It departs from the published recipe
 in the direction of the KL, in exact zeros for tied groups, and in keeping the best policy instead of the
 last; README.md says why.
 """
 
+import time
 from dataclasses import fields
 from typing import Any
 
@@ -61,6 +63,7 @@ def main(ctx: click.Context, fresh: bool, **settings: Any) -> None:
     The defaults shown are the published ones, for models of the Hub. The starter has settings of its own,
     kept in its grpo.json; a run prints what it resolved.
     """
+    launched = time.monotonic()
     given = {
         name: value
         for name, value in settings.items()
@@ -71,22 +74,22 @@ def main(ctx: click.Context, fresh: bool, **settings: Any) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     try:
-        claim_folder(config, fresh)
-        train(config)
+        with claim_folder(config, fresh):
+            ctx.exit(train(config, launched))
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         ctx.exit(130)
 
 
-def train(config: TrainConfig) -> None:
-    """Run the training; the heavy imports are here so that --help answers at once."""
+def train(config: TrainConfig, launched: float) -> int:
+    """Run the training and return the exit status; the heavy imports come after the folder is locked."""
     from grpo.trainer import Trainer
     from tasks.arithmetic import Arithmetic
     from tasks.skills import SKILLS
 
     task = Arithmetic(max_operand=config.max_operand, style=config.prompt_style)
-    Trainer(config, task, SKILLS).run()
+    return Trainer(config, task, SKILLS, launched).run()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ does, and so does every `saved_model/`), and what is given on the command line c
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,8 +18,12 @@ from tasks.prompts import STYLES
 
 STARTER = Path(__file__).parent / "starter" / "model"
 CARD = "grpo.json"
-OWN = ("model", "device", "seed", "output_dir")  # a run's own; the rest is passed on with its model
+OWN = ("model", "device", "seed", "output_dir", "time_limit")  # a run's own; the rest is passed on with its model
+# what a run may go on with another value of: it decides nothing about what is learned from a step
+MAY_CHANGE = ("device", "num_iterations", "micro_batch_size", "output_dir", "show_every", "save_every")
+MAY_CHANGE += ("time_limit", "patience", "target_accuracy")
 LARGEST_FLOAT32 = 3.4e38
+_DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 
 
@@ -52,12 +57,26 @@ class TrainConfig:
 
     eval_every: int = setting(50, "Evaluation and output", "steps between evaluations on validation", 1)
     eval_problems: int = setting(500, "Evaluation and output", "validation problems each time", 1)
+    save_every: int = setting(25, "Evaluation and output", "steps between checkpoints", 1)
+    patience: int = setting(0, "Evaluation and output", "stop after so many evaluations without a better one", 0)
+    target_accuracy: float = setting(0.0, "Evaluation and output", "stop at this validation accuracy, up to 1", 0.0)
+    time_limit: str = setting("", "Evaluation and output", "end this launch in time: 3h, 90m, 1h30m")
     show_every: int = setting(50, "Evaluation and output", "steps between printed completions; 0: never", 0)
     output_dir: str = setting(".", "Evaluation and output", "folder for everything that is written")
 
     def __post_init__(self) -> None:
         for f in fields(self):
             _check(f.name, getattr(self, f.name), f.type, f.metadata)
+        if self.time_limit:
+            parse_duration(self.time_limit)
+
+    def differences(self, earlier: Mapping[str, Any]) -> list[str]:
+        """The settings in which this launch departs from an earlier one of the run, and may not."""
+        return [
+            f"{name} {earlier.get(name)} (now {value})"
+            for name, value in asdict(self).items()
+            if name not in MAY_CHANGE and earlier.get(name) != value
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON has them."""
@@ -119,3 +138,13 @@ def _check(name: str, value: Any, kind: type, metadata: Any) -> None:
         raise ValueError(f"{name} is {value}; it must be at least {least:g}")
     if choices and value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def parse_duration(text: str) -> int:
+    """Seconds in 3h, 90m, 1h30m or 45s; raises ValueError for anything else, and for none at all."""
+    match = _DURATION.fullmatch(text.strip().lower())
+    parts = [int(part or 0) for part in match.groups()] if match else [0]
+    if not any(parts):
+        raise ValueError(f"time_limit is {text!r}; write it as 3h, 90m, 1h30m or 45s")
+    hours, minutes, seconds = parts
+    return 3600 * hours + 60 * minutes + seconds

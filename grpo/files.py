@@ -1,11 +1,16 @@
 """The folder of a run: what may be written where, before anything heavy is imported."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from grpo.config import TrainConfig, model_folder
 
-WRITTEN = ("saved_model", "grpo_metrics.json", "grpo_training_curve.png", "grpo_kl_divergence.png")
+WRITTEN = ("saved_model", "checkpoints", "grpo_metrics.json", "grpo_training_curve.png", "grpo_kl_divergence.png")
+LOCK, HOLDER = ".grpo.lock", ".grpo.pid"
 EARLIER = "earlier_runs"
 
 
@@ -16,10 +21,23 @@ def put_back(model: Path) -> None:
         earlier.rename(model)
 
 
-def claim_folder(config: TrainConfig, fresh: bool) -> None:
-    """Make the output folder and see that it is free; with `fresh`, move an earlier run aside.
+def fsync(path: Path) -> None:
+    """Have the system put a file, or the names in a folder, on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder, and keeps names itself
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
-    Raises ValueError where it holds a run, or cannot be written.
+
+@contextmanager
+def claim_folder(config: TrainConfig, fresh: bool) -> Iterator[None]:
+    """Make the output folder and hold it for this process; with `fresh`, move an earlier run aside.
+
+    The system lets go of the lock when the process ends, however it ends. Raises ValueError where another process
+    holds the folder, or it cannot be written.
     """
     folder = Path(config.output_dir)
     try:
@@ -28,15 +46,45 @@ def claim_folder(config: TrainConfig, fresh: bool) -> None:
         raise ValueError(f"cannot make --output-dir {folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"cannot write to --output-dir {folder}: no permission")
-    put_back(folder / "saved_model")
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"{folder.resolve()} is in use by {_holder(folder)}; give another --output-dir") from None
+    except OSError as error:
+        raise ValueError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
+    try:
+        (folder / HOLDER).write_text(str(os.getpid()), encoding="utf-8")
+        put_back(folder / "saved_model")
+        if fresh:
+            _move_aside(config, folder)
+        _see_that_it_can_go_on(folder)
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _see_that_it_can_go_on(folder: Path) -> None:
+    there = [name for name in WRITTEN if (folder / name).exists()]
+    if there and not any((folder / "checkpoints").glob("step-*")):
+        raise ValueError(
+            f"{folder.resolve()} holds a run ({', '.join(there)}) without a checkpoint to go on from; --fresh moves "
+            f"it to {EARLIER}/ and starts over, --output-dir NEW trains elsewhere"
+        )
+
+
+def _holder(folder: Path) -> str:
+    try:
+        return f"another run, process {int((folder / HOLDER).read_text(encoding='utf-8'))}"
+    except (OSError, ValueError):
+        return "another run"
+
+
+def _move_aside(config: TrainConfig, folder: Path) -> None:
     there = [name for name in WRITTEN if (folder / name).exists()]
     if not there:
         return
-    if not fresh:
-        raise ValueError(
-            f"{folder.resolve()} holds a run ({', '.join(there)}); --fresh moves it to {EARLIER}/ and starts over, "
-            "--output-dir NEW trains elsewhere"
-        )
     start = model_folder(config.model)
     if start is not None and start.resolve() == (folder / "saved_model").resolve():
         raise ValueError(f"--fresh would move {config.model} aside, which you train from; give --output-dir NEW")

@@ -44,8 +44,14 @@ class Metrics:
             "steps": [],
             "evals": [],
             "findings": [],
+            "finished": None,  # or the step after which the run ended, and why
         }
         self._written = 0.0
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Go on from the record of a checkpoint; what was written after it is forgotten."""
+        for name in ("steps", "evals", "findings"):
+            self.record[name] = record[name]
 
     def add_step(self, entry: dict[str, Any]) -> None:
         """Append a step; the file follows within a few seconds."""
@@ -64,6 +70,8 @@ class Metrics:
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(self.record, file, allow_nan=False, separators=(",", ":"))
             file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self.path)
         self._written = time.monotonic()
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from grpo.config import CARD, model_folder
 from grpo.console import printable
-from grpo.files import put_back
+from grpo.files import fsync, put_back
 from grpo.sampling import Completions, generate, left_pad
 from tasks.base import Message
 
@@ -173,9 +173,12 @@ def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str) -> 
     _write_for_older_versions(fresh)
     (fresh / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     (fresh / "README.md").write_text(readme, encoding="utf-8")
+    for path in (*fresh.iterdir(), fresh):
+        fsync(path)
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
+    fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

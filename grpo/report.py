@@ -66,7 +66,8 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
     before, after = tests[0], tests[-1]
     steps = record["steps"]
     kl = [s["kl"] for s in steps[-10:] if s["kl"] is not None]
-    say(f"\nDone: {len(steps)} steps in {duration(seconds)}. The best policy is that of step {after['step']}.")
+    reason = record["finished"]["reason"]
+    say(f"\nDone after step {len(steps)} ({reason}), in {duration(seconds)}. The best policy: step {after['step']}.")
     rows = [("test accuracy", before, after)]
     rows += [(f"skill: {name}", before["skills"][name], after["skills"][name]) for name in after["skills"]]
     for name, was, now in rows:
@@ -79,6 +80,28 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
     say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, grpo_training_curve.png, grpo_kl_divergence.png")
     where = "" if folder == Path() else f" --model {folder / SAVED_MODEL}"
     say(f'Next: python inference.py{where} --compare "What is (4 - 9) * 6?"')
+
+
+def interrupted(folder: Path, step: int, reason: str) -> None:
+    """After a signal: what there is, and how to go on."""
+    say(f"\nStopped after step {step} ({reason}). Checkpoint, metrics, plots and {SAVED_MODEL}/ are in {folder}/.")
+    say("The same command goes on from here.")
+
+
+def going_on(step: int, threads_then: int, threads_now: int) -> None:
+    """At the start of a launch that continues a run."""
+    say(f"Going on from the checkpoint of step {step}.")
+    if threads_then != threads_now:
+        say(f"It was computed with {threads_then} threads, now there are {threads_now}: the last digits may differ.")
+
+
+def already_finished(folder: Path, record: Mapping[str, Any]) -> None:
+    """At a launch in the folder of a run that has ended: what it reached, and the two ways on."""
+    tests = [entry for entry in record["evals"] if entry["split"] == "test"]
+    ending = record["finished"]
+    say(f"The run in {folder.resolve()} is finished: {ending['reason']} (step {ending['step']}).")
+    say(f"  test accuracy  {accuracy_text(tests[0])}  ->  {accuracy_text(tests[-1])}")
+    say("The plots are drawn again. A larger --num-iterations goes on; --fresh moves it aside and starts over.")
 
 
 def model_card(

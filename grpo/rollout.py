@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -27,10 +28,24 @@ class RolloutBatch:
     truncated: Tensor  # (B,) bool: cut off by the token limit
     sample_logprobs: Tensor  # (B, C) float32, as the sampler had them
 
-    def totals(self) -> Tensor:
-        """The rewards as (N, G) float32, on the CPU."""
-        totals = torch.tensor([reward.total for reward in self.rewards])
-        return totals.view(len(self.problems), -1)
+    def summary(self, reward_parts: Sequence[str]) -> dict[str, float | int]:
+        """The rollout's part of a step's metrics; the README defines each name."""
+        totals = torch.tensor([reward.total for reward in self.rewards]).view(len(self.problems), -1)  # (N, G)
+        right = torch.tensor([reward.correct for reward in self.rewards]).view_as(totals)
+        tied = totals.amax(1) == totals.amin(1)
+        mask = self.tokens.completion_mask
+        return {
+            "reward_mean": float(totals.mean()),
+            "reward_std": float(totals.std(1).mean()),
+            **{f"reward/{name}": fmean(reward.parts[name] for reward in self.rewards) for name in reward_parts},
+            "accuracy": float(right.float().mean()),
+            "completion_length": float(mask.sum(-1).float().mean()),
+            "truncated_fraction": float(self.truncated.float().mean()),
+            "tied_groups_fraction": float(tied.float().mean()),
+            "tied_all_right_fraction": float((tied & right.all(1)).float().mean()),
+            "tied_all_wrong_fraction": float((tied & ~right.any(1)).float().mean()),
+            "tokens": int(mask.sum()) + int(self.tokens.prompt_mask.sum()),
+        }
 
 
 def collect(

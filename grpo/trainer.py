@@ -7,7 +7,6 @@ that sampled, with a KL penalty against the frozen reference.
 
 import time
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy
@@ -15,15 +14,23 @@ import torch
 import transformers
 
 from grpo import report
+from grpo.checkpoint import (
+    Checkpoint,
+    newest_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    write_checkpoint,
+)
 from grpo.config import TrainConfig, model_folder, read_card
 from grpo.console import Progress, say
 from grpo.evaluate import evaluate
 from grpo.logprobs import can_share
-from grpo.metrics import Metrics, Stopwatch, environment
+from grpo.metrics import Metrics, Stopwatch, environment, load_metrics
 from grpo.models import SAVED_MODEL, LanguageModel, choose_device, frozen_copy, load, save
 from grpo.plots import draw_all
 from grpo.rollout import RolloutBatch, collect
-from grpo.update import UpdateStats, inner_update, micro_batches
+from grpo.stops import Stops
+from grpo.update import inner_update, micro_batches, summary
 from tasks.base import Task
 from tasks.prompts import SYSTEM_PROMPTS
 
@@ -35,7 +42,10 @@ MOST_SKIPPED = 10  # updates in a row that were not finite, before the run ends
 class Trainer:
     """A run in a folder: `Trainer(config, task, skills).run()`."""
 
-    def __init__(self, config: TrainConfig, task: Task, skills: dict[str, Task]) -> None:
+    def __init__(
+        self, config: TrainConfig, task: Task, skills: dict[str, Task], launched: float | None = None
+    ) -> None:
+        """`launched` is the `time.monotonic()` that a time limit counts from; now, if not given."""
         self.config, self.task = config, task
         self.folder = Path(config.output_dir)
         self.card = read_card(config.model)
@@ -57,100 +67,164 @@ class Trainer:
         self.before: dict[str, Any] = {}  # the starting model on the test problems
         self.best: dict[str, Any] | None = None  # the evaluation of the best policy, with its step
         self.skipped_in_a_row = 0
+        self.done = 0  # steps
+        self.launched = time.monotonic() if launched is None else launched
+        self.slowest = self.ending = 0.0  # seconds of the slowest step, and of what comes after the last
         prompts = task.held_out("validation", 2)
         self.shared = can_share(self.lm.model, *self.lm.encode([task.messages(p.question) for p in prompts]))
 
     def step(self, step: int) -> tuple[RolloutBatch, dict[str, Any]]:
         """One step of GRPO: one rollout and `num_inner_updates` updates on it."""
-        clock = Stopwatch()
+        c, clock = self.config, Stopwatch()
         with clock("total"):
-            rollout = collect(self.lm, self.task, self.config, step, clock, shared=self.shared)
+            rollout = collect(self.lm, self.task, c, step, clock, shared=self.shared)
             with clock("reference"):
-                batches = micro_batches(rollout.tokens, rollout.advantages, self.reference, self.config, self.shared)
+                batches = micro_batches(rollout.tokens, rollout.advantages, self.reference, c, self.shared)
             with clock("update"):
                 updates = [
-                    inner_update(self.lm.model, self.optimizer, batches, self.config, self.shared)
-                    for _ in range(self.config.num_inner_updates)
+                    inner_update(self.lm.model, self.optimizer, batches, c, self.shared)
+                    for _ in range(c.num_inner_updates)
                 ]
-        return rollout, self._entry(step, rollout, updates, clock)
+        for update in updates:
+            self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
+        times = {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
+        entry = rollout.summary(self.task.reward_parts) | summary(updates) | times
+        return rollout, {"step": step, **entry, "learning_rate": c.learning_rate}
 
-    def run(self) -> None:
-        """Evaluate, train, keep the best, measure it on the test problems, draw the plots.
+    def run(self) -> int:
+        """Go on from the newest checkpoint, or begin; train; measure the best policy. Returns the exit status."""
+        with Stops(self.config.time_limit, self.launched) as stops:
+            report.introduce(self.config, self.lm, self.metrics.record["environment"], self.shared)
+            ended = self._restore()
+            if ended and self._why_done():
+                report.already_finished(self.folder, ended)
+                draw_all(ended, self.folder)
+                return 0
+            self._begin()
+            reason = self._why_done() or self._train(stops)
+            self._checkpoint()
+            if stops.signal is None:
+                self._finish(reason)
+            else:
+                report.interrupted(self.folder, self.done, reason)
+            self.metrics.write()
+            draw_all(self.metrics.record, self.folder)
+            return stops.exit_status
 
-        Ctrl-C ends the run after writing what there is, and is raised again.
-        """
-        started = time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        report.introduce(self.config, self.lm, self.metrics.record["environment"], self.shared)
+    def _train(self, stops: Stops) -> str:
+        """Steps until there is a reason to stop, which is returned."""
+        c = self.config
+        progress = Progress(self.done, c.num_iterations)
+        try:
+            while True:
+                start = time.monotonic()
+                rollout, entry = self.step(self.done + 1)
+                self.done += 1
+                self.metrics.add_step(entry)
+                progress.update(
+                    self.done, {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
+                )
+                self._stop_if_broken()
+                if c.show_every and self.done % c.show_every == 0:
+                    report.show_completions(self.done, rollout)
+                if self.done % c.eval_every == 0 or self.done == c.num_iterations:
+                    self._validate(self.done)
+                self.slowest = max(self.slowest, time.monotonic() - start)
+                if reason := self._why_done() or stops.reason(1.5 * (self.slowest + self.ending)):
+                    return reason
+                if self.done % c.save_every == 0:
+                    self._checkpoint()
+        finally:
+            progress.close()
+
+    def _begin(self) -> None:
+        """What comes before the first step: a checkpoint to return to, and where the model stands."""
+        if self.before:
+            return
+        self._checkpoint()
         self.before = self._test(self.lm, 0)
         self._validate(0)
-        try:
-            self._train()
-        except KeyboardInterrupt:
-            say("\nInterrupted: writing metrics and plots; the best policy so far is in saved_model/.")
-            self._write_up()
-            raise
+
+    def _why_done(self) -> str | None:
+        """Why no more steps are due, from what has been reached, or None."""
+        c = self.config
+        evals = [e for e in self.metrics.record["evals"] if e["split"] == "validation"]
+        if self.done >= c.num_iterations:
+            return "all steps are done"
+        if c.target_accuracy and self.best and self.best["accuracy"] >= c.target_accuracy:
+            return f"validation accuracy reached {c.target_accuracy:g}"
+        later = [e for e in evals if self.best and e["step"] > self.best["step"]]
+        if c.patience and len(later) >= c.patience:
+            return f"the last {len(later)} evaluations were no better than that of step {self.best['step']}"
+        return None
+
+    def _finish(self, reason: str) -> None:
+        """Measure the saved policy on the test problems, and say what the run reached."""
         after = self._test(load(str(self.saved_model), self.lm.device), self.best["step"])
         readme = report.model_card(self.config, self.best, self.before, after)
         (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
-        self._write_up()
-        report.conclude(self.folder, self.metrics.record, time.monotonic() - started)
-
-    def _train(self) -> None:
-        c = self.config
-        progress = Progress(0, c.num_iterations)
-        for step in range(1, c.num_iterations + 1):
-            rollout, entry = self.step(step)
-            self.metrics.add_step(entry)
-            progress.update(step, {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]})
-            self._stop_if_broken()
-            if c.show_every and step % c.show_every == 0:
-                report.show_completions(step, rollout)
-            if step % c.eval_every == 0 or step == c.num_iterations:
-                self._validate(step)
-        progress.close()
-
-    def _entry(
-        self, step: int, rollout: RolloutBatch, updates: list[UpdateStats], clock: Stopwatch
-    ) -> dict[str, Any]:
-        """The step's line in the metrics file; the README defines each name."""
-        totals = rollout.totals()  # (N, G)
-        applied = [u for u in updates if u.applied]
-        self.skipped_in_a_row = 0 if updates[-1].applied else self.skipped_in_a_row + len(updates) - len(applied)
-        tied = totals.amax(1) == totals.amin(1)
-        right = torch.tensor([r.correct for r in rollout.rewards]).view_as(totals)
-        parts = {f"reward/{name}": fmean(r.parts[name] for r in rollout.rewards) for name in self.task.reward_parts}
-        mask = rollout.tokens.completion_mask
-        return {
-            "step": step,
-            "reward_mean": float(totals.mean()),
-            "reward_std": float(totals.std(1).mean()),
-            **parts,
-            "accuracy": fmean(r.correct for r in rollout.rewards),
-            "kl": updates[0].kl,
-            "loss": fmean(u.loss for u in updates),
-            "clip_fraction": max(u.clip_fraction for u in updates),
-            "ratio_max": max(u.ratio_max for u in updates),
-            "entropy": updates[0].entropy,
-            "grad_norm": fmean(u.grad_norm for u in updates),
-            "learning_rate": self.config.learning_rate,
-            "completion_length": float(mask.sum(-1).float().mean()),
-            "truncated_fraction": float(rollout.truncated.float().mean()),
-            "tied_groups_fraction": float(tied.float().mean()),
-            "tied_all_right_fraction": float((tied & right.all(1)).float().mean()),
-            "tied_all_wrong_fraction": float((tied & ~right.any(1)).float().mean()),
-            "skipped_updates": len(updates) - len(applied),
-            "tokens": int(mask.sum()) + int(rollout.tokens.prompt_mask.sum()),
-            **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
-        }
+        self.metrics.record["finished"] = {"step": self.done, "reason": reason}
+        self.metrics.write()
+        report.conclude(self.folder, self.metrics.record, time.monotonic() - self.launched)
 
     def _stop_if_broken(self) -> None:
-        if self.skipped_in_a_row >= MOST_SKIPPED:
-            self.metrics.write()
+        if self.skipped_in_a_row < MOST_SKIPPED:
+            return
+        self._checkpoint()
+        self.metrics.write()
+        raise ValueError(
+            f"the last {self.skipped_in_a_row} updates had a loss or gradient that is not finite. None was applied: "
+            f"the weights are those of the last good one, {self.saved_model} holds the best policy. Start anew with "
+            "a smaller --learning-rate or a larger --beta"
+        )
+
+    def _checkpoint(self) -> None:
+        """Write what the rest of the run depends on; a checkpoint of the same step is already the same."""
+        state = {
+            "config": self.config.to_dict(),
+            "threads": torch.get_num_threads(),
+            "before": self.before,
+            "best": self.best,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+        policy = dict(self.lm.model.named_parameters())
+        record = {name: self.metrics.record[name] for name in ("steps", "evals", "findings")}
+        write_checkpoint(self.folder, Checkpoint(self.done, policy, optimizer_tensors(self.optimizer), record, state))
+
+    def _restore(self) -> dict[str, Any] | None:
+        """Go on from the newest checkpoint that verifies; returns the whole record if the run had ended there.
+
+        Raises ValueError where there is a run but none of its checkpoints can be used, or its settings are others.
+        """
+        checkpoint, problems = newest_checkpoint(self.folder)
+        for problem in problems:
+            say(f"Warning: {problem}")
+        if checkpoint is None:
+            if problems:
+                raise ValueError(
+                    f"none of the checkpoints in {self.folder.resolve()} can be used; --fresh moves the run to "
+                    "earlier_runs/ and starts over, --output-dir NEW trains elsewhere"
+                )
+            return None
+        if differences := self.config.differences(checkpoint.state["config"]):
             raise ValueError(
-                f"the last {self.skipped_in_a_row} updates had a loss or gradient that is not finite and were not "
-                "applied; the best policy is in saved_model/. Try a smaller --learning-rate or a larger --beta"
+                f"{self.folder.resolve()} holds a run with other settings: {', '.join(differences)}; give the same "
+                "to go on, --fresh to start over, or --output-dir NEW"
             )
+        with torch.no_grad():
+            for name, parameter in self.lm.model.named_parameters():
+                parameter.copy_(checkpoint.policy[name])
+        restore_optimizer(self.optimizer, checkpoint.optimizer)
+        self.done = checkpoint.step
+        self.before, self.best = checkpoint.state["before"], checkpoint.state["best"]
+        self.skipped_in_a_row = checkpoint.state["skipped_in_a_row"]
+        self.metrics.restore(checkpoint.metrics)
+        report.going_on(self.done, checkpoint.state["threads"], torch.get_num_threads())
+        try:
+            written = load_metrics(self.folder)
+        except ValueError:
+            return None  # damaged or missing; the checkpoint has all of it but the ending
+        return written if (written.get("finished") or {}).get("step") == self.done else None
 
     def _validate(self, step: int) -> None:
         """Measure on the validation problems; a new best policy goes to saved_model/."""
@@ -177,6 +251,7 @@ class Trainer:
         entry = {"step": step, "split": "test", **result, "skills": skills}
         entry["time/evaluate"] = time.perf_counter() - start
         self.metrics.add_eval(entry)
+        self.ending = max(self.ending, entry["time/evaluate"])
         return entry
 
     def _save(self) -> None:
@@ -194,10 +269,6 @@ class Trainer:
             "settings": c.passed_on(),
         }
         save(self.saved_model, self.lm, card, report.model_card(c, self.best, self.before, None))
-
-    def _write_up(self) -> None:
-        self.metrics.write()
-        draw_all(self.metrics.record, self.folder)
 
 
 def _device_name(device: torch.device) -> str:

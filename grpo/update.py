@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,3 +110,16 @@ def inner_update(
         ratio_max=float(ratio_max),
         applied=applied,
     )
+
+
+def summary(updates: Sequence[UpdateStats]) -> dict[str, Any]:
+    """The inner updates' part of a step's metrics; the README defines each name."""
+    return {
+        "kl": updates[0].kl,
+        "loss": fmean(u.loss for u in updates),
+        "clip_fraction": max(u.clip_fraction for u in updates),
+        "ratio_max": max(u.ratio_max for u in updates),
+        "entropy": updates[0].entropy,
+        "grad_norm": fmean(u.grad_norm for u in updates),
+        "skipped_updates": sum(not u.applied for u in updates),
+    }

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import chdir
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 TINY = ["--num-iterations", "2", "--batch-size", "2", "--num-generations", "2", "--eval-problems", "8"]
 QUESTION = "What is (4 - 9) * 6?"
 FIELDS = {f.name: f for f in fields(TrainConfig)}
-EVERYTHING = {"saved_model", FILE_NAME, CURVE, KL}
+EVERYTHING = {"saved_model", "checkpoints", FILE_NAME, CURVE, KL}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,8 +84,14 @@ def refusal(result):
 
 
 def snapshot(folder):
-    """Every file in a folder with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file in a folder with its content; the lock aside."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".grpo.")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def names_in(folder):
+    """What a person sees in a folder."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".grpo.")}
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +158,7 @@ def test_help_answers_at_once_without_the_heavy_libraries(script, tmp_path):
 
 def test_a_run_leaves_the_files_that_are_promised_and_no_others(run):
     folder, _ = run
-    assert {path.name for path in folder.iterdir()} == EVERYTHING == set(WRITTEN)
+    assert names_in(folder) == EVERYTHING == set(WRITTEN)
     names = {path.name for path in (folder / "saved_model").iterdir()}
     assert names >= {
         "model.safetensors",
@@ -275,7 +282,7 @@ def test_training_changes_the_policy_and_another_seed_gives_another_run(run, tmp
 def test_a_run_can_start_from_a_saved_model(run, tmp_path):
     folder = run[0]
     train("--model", "saved_model", "--output-dir", tmp_path / "new" / "er", folder=folder)
-    assert {path.name for path in (tmp_path / "new" / "er").iterdir()} == EVERYTHING
+    assert names_in(tmp_path / "new" / "er") == EVERYTHING
     card = json.loads((tmp_path / "new" / "er" / "saved_model" / CARD).read_text(encoding="utf-8"))
     assert Path(card["base_model"]) == (folder / "saved_model").resolve()  # found from any folder
     lines = ask("--model", "new/er/saved_model", "--compare", QUESTION, folder=tmp_path)
@@ -293,7 +300,7 @@ def test_a_run_can_start_from_a_saved_model(run, tmp_path):
 )
 def test_settings_that_take_another_way_work(more, tmp_path):
     train("--num-inner-updates", 1, *more, folder=tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == EVERYTHING
+    assert names_in(tmp_path) == EVERYTHING
     if "--beta" in more:
         assert all(row["kl"] in (0, None) for row in load_metrics(tmp_path)["steps"])
 
@@ -327,6 +334,10 @@ VALID = {
     "seed": 11,
     "eval_every": 13,
     "eval_problems": 17,
+    "save_every": 3,
+    "patience": 4,
+    "target_accuracy": 0.5,
+    "time_limit": "1h30m",
     "show_every": 0,
     "output_dir": "elsewhere/deep",
 }
@@ -335,7 +346,7 @@ VALID = {
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_option_of_training_reaches_the_run(name, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(train_grpo, "train", seen.append)
+    monkeypatch.setattr(train_grpo, "train", lambda config, launched: seen.append(config) or 0)
     result = invoke(train_grpo.main, f"--{name.replace('_', '-')}", VALID[name], folder=tmp_path)
     assert result.exit_code == 0, result.output
     assert getattr(seen[0], name) == VALID[name] != FIELDS[name].default
@@ -383,7 +394,7 @@ def test_a_bad_setting_is_refused_by_name_before_anything_is_written(args, word,
     result = invoke(train_grpo.main, *args, folder=tmp_path)
     assert word in refusal(result)
     assert result.exit_code == 2
-    assert list(tmp_path.iterdir()) == []
+    assert names_in(tmp_path) == set()
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -398,7 +409,7 @@ def test_a_device_that_is_not_there_is_named_with_what_to_do(device, tmp_path):
         assert device in line
         assert "--device auto" in line
         assert result.exit_code == 1
-    assert list(tmp_path.iterdir()) == []
+    assert names_in(tmp_path) == set()
 
 
 @pytest.mark.parametrize("place", ["taken", "taken/below", "taken/far/below"])
@@ -436,7 +447,7 @@ def test_a_model_that_is_neither_here_nor_to_be_had_is_answered_with_the_starter
         line = refusal(invoke(command, *args, "--model", name, folder=tmp_path))
         assert name in line
         assert "--model starter" in line
-    assert list(tmp_path.iterdir()) == []
+    assert names_in(tmp_path) == set()
 
 
 def cut_weights(folder):
@@ -509,8 +520,8 @@ def test_a_card_that_is_not_json_is_refused_by_all_who_read_it(tmp_path):
 # --- nothing is lost ---
 
 
-@pytest.mark.parametrize("name", WRITTEN)
-def test_a_folder_that_holds_a_run_or_a_part_of_one_is_refused(name, copy_of_run):
+@pytest.mark.parametrize("name", sorted(set(WRITTEN) - {"checkpoints"}))
+def test_a_folder_that_holds_a_part_of_a_run_and_no_checkpoint_is_refused(name, copy_of_run):
     for other in set(WRITTEN) - {name}:
         path = copy_of_run / other
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -589,15 +600,15 @@ def test_ctrl_c_leaves_the_best_policy_whole_metrics_and_plots(tmp_path, monkeyp
 
     def interrupted(self, step):
         if step == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return true_step(self, step)
 
     monkeypatch.setattr(trainer.Trainer, "step", interrupted)
-    result = invoke(train_grpo.main, *TINY, folder=tmp_path)
+    result = invoke(train_grpo.main, *TINY, "--num-iterations", 9, folder=tmp_path)
     assert result.exit_code == 130
     assert "Traceback" not in result.output
-    assert {path.name for path in tmp_path.iterdir()} == EVERYTHING
-    assert [row["step"] for row in load_metrics(tmp_path)["steps"]] == [1]
+    assert names_in(tmp_path) == EVERYTHING
+    assert [row["step"] for row in load_metrics(tmp_path)["steps"]] == [1, 2]
     assert len(ask(QUESTION, folder=tmp_path)) == 2
 
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"grpo", "grpo.starter"},
     {"grpo.config", "grpo.metrics", "grpo.console"},
     {"grpo.files", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"},
-    {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.health", "grpo.checkpoint"}
+    {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.health", "grpo.checkpoint", "grpo.stops"}
     | {"grpo.report", "grpo.plots"},
     {"grpo.trainer"},
     {BUILD, *SCRIPTS},

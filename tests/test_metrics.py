@@ -60,7 +60,8 @@ def test_what_is_written_is_read_back(tmp_path):
     assert strict_json(tmp_path / FILE_NAME)["steps"] == [
         {"step": 1, "loss": 0.25, "kl": 1e-300, "skipped_updates": 0}
     ]
-    assert set(record.record) == {"schema_version", "config", "environment", "steps", "evals", "findings"}
+    names = {"schema_version", "config", "environment", "steps", "evals", "findings", "finished"}
+    assert set(record.record) == names
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float64("nan"), np.float64("-inf")])
