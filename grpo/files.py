@@ -66,8 +66,10 @@ def claim_folder(config: TrainConfig, fresh: bool) -> Iterator[None]:
 
 
 def _see_that_it_can_go_on(folder: Path) -> None:
-    there = [name for name in WRITTEN if (folder / name).exists()]
-    if there and not any((folder / "checkpoints").glob("step-*")):
+    checkpoints = folder / "checkpoints"
+    there = [name for name in WRITTEN if name != checkpoints.name and (folder / name).exists()]
+    there += sorted(path.name for path in checkpoints.glob("*.damaged-*"))
+    if there and not any(checkpoints.glob("step-????????")):
         raise ValueError(
             f"{folder.resolve()} holds a run ({', '.join(there)}) without a checkpoint to go on from; --fresh moves "
             f"it to {EARLIER}/ and starts over, --output-dir NEW trains elsewhere"

@@ -241,3 +241,22 @@ def test_patience_and_target_accuracy_stop_and_say_why(tmp_path):
     assert "validation accuracy reached" in out
     out = in_process(tmp_path / "b", "--num-iterations", "1000", "--learning-rate", "0", "--patience", "2").stdout
     assert "no better than" in out
+
+
+def test_a_kill_in_the_very_first_save_is_no_obstacle(tmp_path):
+    (tmp_path / "run" / "checkpoints" / ".step-00000000.new").mkdir(parents=True)
+    result = in_process(tmp_path / "run", "--num-iterations", "1")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_run_with_no_sound_checkpoint_is_refused_every_time_and_nothing_is_overwritten(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        (checkpoint / "state.json").unlink()
+    weights = (folder / "saved_model/model.safetensors").read_bytes()
+    for _ in range(2):
+        result = in_process(folder)
+        assert result.exit_code == 1
+        assert "--fresh" in result.stderr
+    assert (folder / "saved_model/model.safetensors").read_bytes() == weights
