@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -151,9 +152,12 @@ def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message]) -> list[int]:
     """The prompt that asks for the assistant's turn; control tokens in the messages are encoded as text."""
-    encoded = tokenizer.apply_chat_template(
-        list(chat), add_generation_prompt=True, return_dict=True, sanitize_control_tokens=True
-    )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(chat), add_generation_prompt=True, return_dict=True, sanitize_control_tokens=True
+        )
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses the prompt: {error}") from None
     return encoded["input_ids"]
 
 

@@ -131,3 +131,10 @@ def test_devices():
 def test_passes_on_the_cpu_are_float32():
     with precision(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_a_chat_template_that_refuses_the_prompt_is_answered_in_one_line():
+    tokenizer = load("starter", CPU).tokenizer
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match="System role not supported"):
+        prompt_ids(tokenizer, CHAT)
