@@ -40,15 +40,11 @@ class GroupedCommand(click.Command):
 def setting_options(command: click.Command) -> click.Command:
     """Add an option for every field of `TrainConfig`."""
     for f in reversed(fields(TrainConfig)):
-        kind = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type
-        option = click.option(
-            f"--{f.name.replace('_', '-')}",
-            f.name,
-            type=kind,
-            default=f.default,
-            show_default=True,
-            help=f.metadata["meaning"],
-        )
+        name = f"--{f.name.replace('_', '-')}"
+        kind = {"type": click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type}
+        if f.type is bool:
+            name, kind = f"{name}/--no-{name[2:]}", {}
+        option = click.option(name, f.name, default=f.default, show_default=True, help=f.metadata["meaning"], **kind)
         command = option(command)
     return command
 
@@ -84,12 +80,18 @@ def main(ctx: click.Context, fresh: bool, **settings: Any) -> None:
 
 def train(config: TrainConfig, launched: float) -> int:
     """Run the training and return the exit status; the heavy imports come after the folder is locked."""
+    from grpo.memory import is_out_of_memory
     from grpo.trainer import Trainer
     from tasks.arithmetic import Arithmetic
     from tasks.skills import SKILLS
 
     task = Arithmetic(max_operand=config.max_operand, style=config.prompt_style)
-    return Trainer(config, task, SKILLS, launched).run()
+    try:
+        return Trainer(config, task, SKILLS, launched).run()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(f"{config.model} does not fit into memory; take a smaller one, or --device cpu") from None
 
 
 if __name__ == "__main__":

@@ -18,10 +18,17 @@ from tasks.prompts import STYLES
 
 STARTER = Path(__file__).parent / "starter" / "model"
 CARD = "grpo.json"
-OWN = ("model", "device", "seed", "output_dir", "time_limit")  # a run's own; the rest is passed on with its model
+OWN = (
+    "model",
+    "device",
+    "deterministic",
+    "seed",
+    "output_dir",
+    "time_limit",
+)  # a run's own; the rest is passed on with its model
 # what a run may go on with another value of: it decides nothing about what is learned from a step
-MAY_CHANGE = ("device", "num_iterations", "micro_batch_size", "output_dir", "show_every", "save_every")
-MAY_CHANGE += ("time_limit", "patience", "target_accuracy")
+MAY_CHANGE = ("device", "deterministic", "num_iterations", "micro_batch_size", "output_dir", "show_every")
+MAY_CHANGE += ("save_every", "time_limit", "patience", "target_accuracy")
 LARGEST_FLOAT32 = 3.4e38
 _DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -38,6 +45,7 @@ class TrainConfig:
 
     model: str = setting("starter", "Model", "starter (bundled), a Hub id, or a folder")
     device: str = setting("auto", "Model", "where to compute; auto takes cuda, then mps, then cpu", None, DEVICES)
+    deterministic: bool = setting(False, "Model", "the same bits each time on CUDA too, where it is slower")
 
     max_operand: int = setting(10, "Task", "operands are integers from 0 to this", 1)
     prompt_style: str = setting("answer", "Task", "form of the answer the prompt asks for", None, STYLES)
@@ -129,7 +137,7 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
 
 
 def _check(name: str, value: Any, kind: type, metadata: Any) -> None:
-    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"{name} is {value!r}; it must be {kind.__name__}")
     if kind is float and not abs(value) <= LARGEST_FLOAT32:  # nor NaN
         raise ValueError(f"{name} is {value}; it must be a finite number")

@@ -8,6 +8,7 @@ from grpo.models import LanguageModel
 from tasks.base import Problem, Reward, Task
 
 Z = 1.959963984540054  # the normal distribution's 97.5% quantile
+ROWS = 256  # problems at a time
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,11 @@ class Evaluation:
         }
 
 
-def evaluate(lm: LanguageModel, task: Task, problems: Sequence[Problem], max_new_tokens: int) -> Evaluation:
-    """Answer each problem once, greedily, and score it."""
-    completions = lm.greedy([task.messages(p.question) for p in problems], max_new_tokens)
+def evaluate(
+    lm: LanguageModel, task: Task, problems: Sequence[Problem], max_new_tokens: int, limit: int = ROWS
+) -> Evaluation:
+    """Answer each problem once, greedily, `limit` of them at a time, and score it."""
+    completions = lm.greedy([task.messages(p.question) for p in problems], max_new_tokens, limit)
     rewards = [task.score(p, text) for p, text in zip(problems, completions, strict=True)]
     return Evaluation(problems, completions, rewards)
 

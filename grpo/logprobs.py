@@ -33,14 +33,14 @@ class Tokens:
         """G."""
         return self.completion_ids.shape[0] // self.prompt_ids.shape[0]
 
-    def prompts(self, start: int, stop: int) -> "Tokens":
-        """The whole groups of prompts `start` to `stop`, trimmed to their own longest prompt and completion."""
-        rows = slice(start * self.num_generations, stop * self.num_generations)
-        left = int(self.prompt_mask[start:stop].any(0).long().argmax())
+    def part(self, rows: slice) -> "Tokens":
+        """Some rows, whole groups or a part of one, trimmed to their own longest prompt and completion."""
+        groups = slice(rows.start // self.num_generations, -(-rows.stop // self.num_generations))
+        left = int(self.prompt_mask[groups].any(0).long().argmax())
         width = int(self.completion_mask[rows].sum(-1).max())
         return Tokens(
-            self.prompt_ids[start:stop, left:],
-            self.prompt_mask[start:stop, left:],
+            self.prompt_ids[groups, left:],
+            self.prompt_mask[groups, left:],
             self.completion_ids[rows, :width],
             self.completion_mask[rows, :width],
         )

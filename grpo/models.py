@@ -52,11 +52,11 @@ class LanguageModel:
         rows = [ids[:n] for ids, n in zip(completions.ids.tolist(), lengths, strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def greedy(self, chats: Sequence[Sequence[Message]], max_new_tokens: int, rows: int = 256) -> list[str]:
-        """The greedy completion of each chat, `rows` of them at a time."""
+    def greedy(self, chats: Sequence[Sequence[Message]], max_new_tokens: int, limit: int) -> list[str]:
+        """The greedy completion of each chat, `limit` of them at a time."""
         texts: list[str] = []
-        for start in range(0, len(chats), rows):
-            ids, mask = self.encode(chats[start : start + rows])
+        for start in range(0, len(chats), limit):
+            ids, mask = self.encode(chats[start : start + limit])
             with precision(self.device):
                 completions = generate(
                     self.model,
@@ -80,6 +80,13 @@ def choose_device(name: str) -> torch.device:
     if not there[name]:
         raise ValueError(f"device {name} is not available on this machine; use --device auto")
     return torch.device(name)
+
+
+def be_deterministic(wanted: bool) -> None:
+    """Have CUDA compute the same bits each time, or in the fastest way; to be called before it is first used."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(wanted)
 
 
 def precision(device: torch.device) -> AbstractContextManager:

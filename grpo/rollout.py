@@ -1,5 +1,6 @@
 """One step's data: sample completions, score them, keep everything that belongs together in one place."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from grpo.advantages import group_advantages
 from grpo.config import TrainConfig
+from grpo.console import printable
 from grpo.logprobs import Tokens
 from grpo.metrics import Stopwatch
 from grpo.models import LanguageModel, precision
@@ -49,9 +51,16 @@ class RolloutBatch:
 
 
 def collect(
-    lm: LanguageModel, task: Task, config: TrainConfig, step: int, clock: Stopwatch, *, shared: bool = True
+    lm: LanguageModel,
+    task: Task,
+    config: TrainConfig,
+    step: int,
+    clock: Stopwatch,
+    *,
+    shared: bool = True,
+    limit: int | None = None,
 ) -> RolloutBatch:
-    """The rollout of a step: a function of the policy, the seed and the step."""
+    """The rollout of a step: a function of the policy, the seed and the step. At most `limit` rows at a time."""
     problems = [task.training_problem(config.seed, step, row) for row in range(config.batch_size)]
     with clock("sample"), precision(lm.device):
         prompt_ids, prompt_mask = lm.encode([task.messages(p.question) for p in problems])
@@ -66,11 +75,12 @@ def collect(
             temperature=config.temperature,
             noise=token_noise(config.seed, step, rows, config.max_new_tokens),
             shared=shared,
+            limit=limit,
         )
         texts = lm.decode(completions)
     with clock("reward"):
         of_row = [problem for problem in problems for _ in range(config.num_generations)]
-        rewards = [task.score(problem, text) for problem, text in zip(of_row, texts, strict=True)]
+        rewards = [_scored(task, problem, text) for problem, text in zip(of_row, texts, strict=True)]
     totals = torch.tensor([reward.total for reward in rewards], device=lm.device)
     return RolloutBatch(
         problems=problems,
@@ -81,3 +91,15 @@ def collect(
         truncated=~completions.ended,
         sample_logprobs=completions.logprobs,
     )
+
+
+def _scored(task: Task, problem: Problem, completion: str) -> Reward:
+    """The reward of a completion; raises ValueError, naming the reward function, where it is not a finite number."""
+    reward = task.score(problem, completion)
+    for name, value in reward.parts.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"reward function {name!r} gave {value} for the completion {printable(completion[:80])!r} of "
+                f"{printable(problem.question[:80])!r}; it must return a finite number"
+            )
+    return reward

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
+
+from grpo.memory import passes
+
+WEIGHTS = 2**50  # a distribution as integers that add up to about this
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,15 @@ def positions(mask: Tensor) -> Tensor:
 def draw_tokens(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """One token for each row of `logits` (B, V), by the inverse of the cumulative softmax at `noise` (B,).
 
-    Unlike `torch.multinomial`, a row's token does not depend on the other rows of the batch.
+    Unlike `torch.multinomial`, a row's token does not depend on the other rows of the batch. The sum is one of
+    integers, so it is exact on every device: float32 is off by 1e-3 over a vocabulary of 150,000, MPS has no
+    float64, and CUDA has no deterministic sum of floats.
     """
-    # float32 sums over a vocabulary of 150,000 are off by up to 1e-3; MPS has no float64
-    precise = torch.float32 if logits.device.type == "mps" else torch.float64
-    cumulative = (logits.float() / temperature).softmax(-1).to(precise).cumsum(-1)  # (B, V)
-    target = noise.to(cumulative)[:, None] * cumulative[:, -1:]
+    weights = ((logits.float() / temperature).softmax(-1) * WEIGHTS).long()
+    cumulative = weights.cumsum(-1)  # (B, V)
+    total = cumulative[:, -1:]
+    target = (noise[:, None] * total).long().minimum(total - 1)
+    # the clamp is for logits that are not finite: their token means nothing, but there is one
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
@@ -75,13 +83,45 @@ def generate(
     temperature: float = 1.0,
     noise: Tensor | None = None,
     shared: bool = True,
+    limit: int | None = None,
 ) -> Completions:
     """`num_generations` completions for each of the N left-padded prompts; greedy where `noise` is None.
 
-    `noise` is (N · G, max_new_tokens) from `token_noise`. Every id of `end_ids` ends a row. Rows that have
-    ended leave the batch once they are half of it. With `shared`, each prompt is run once and its cache
-    repeated; without, once for every completion.
+    `noise` is (N · G, max_new_tokens) from `token_noise`. Every id of `end_ids` ends a row. With `shared`, each
+    prompt is run once and its cache repeated; without, once for every completion. At most `limit` rows at a time.
     """
+    total = prompt_ids.shape[0] * num_generations
+    parts = []
+    for rows in passes(total, num_generations, limit or total):
+        prompts = slice(rows.start // num_generations, -(-rows.stop // num_generations))
+        parts.append(
+            _generate(
+                model,
+                prompt_ids[prompts],
+                prompt_mask[prompts],
+                (rows.stop - rows.start) // (prompts.stop - prompts.start),
+                max_new_tokens,
+                torch.tensor(list(end_ids), device=prompt_ids.device),
+                temperature,
+                None if noise is None else noise[rows],
+                shared,
+            )
+        )
+    return _concatenate(parts)
+
+
+def _generate(
+    model: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    num_generations: int,
+    max_new_tokens: int,
+    ends: Tensor,
+    temperature: float,
+    noise: Tensor | None,
+    shared: bool,
+) -> Completions:
+    """One pass of `generate`. Rows that have ended leave the batch once they are half of it."""
     device = prompt_ids.device
     rows = prompt_ids.shape[0] * num_generations
     repeats = num_generations
@@ -101,7 +141,6 @@ def generate(
         cache.batch_repeat_interleave(repeats)
     logits = out.logits[:, -1].repeat_interleave(repeats, 0)  # (B, V)
     mask = prompt_mask.long().repeat_interleave(repeats, 0)  # (B, P), grows
-    ends = torch.tensor(list(end_ids), device=device)
     noise = None if noise is None else noise.to(torch.float32 if device.type == "mps" else noise.dtype)
     noise = None if noise is None else noise.to(device)
 
@@ -142,3 +181,12 @@ def generate(
         logits = out.logits[:, -1]
     longest = int(lengths.max())
     return Completions(ids[:, :longest], lengths, ended, logprobs[:, :longest])
+
+
+def _concatenate(parts: Sequence[Completions]) -> Completions:
+    width = max(part.ids.shape[1] for part in parts)
+    ids, logprobs = (
+        torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+        for tensors in ([part.ids for part in parts], [part.logprobs for part in parts])
+    )
+    return Completions(ids, torch.cat([p.lengths for p in parts]), torch.cat([p.ended for p in parts]), logprobs)

@@ -6,6 +6,8 @@ that sampled, with a KL penalty against the frozen reference.
 """
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,16 @@ from grpo.checkpoint import (
 )
 from grpo.config import TrainConfig, model_folder, read_card
 from grpo.console import Progress, say
-from grpo.evaluate import evaluate
+from grpo.evaluate import ROWS, evaluate
 from grpo.logprobs import can_share
+from grpo.memory import PassLimit
 from grpo.metrics import Metrics, Stopwatch, environment, load_metrics
-from grpo.models import SAVED_MODEL, LanguageModel, choose_device, frozen_copy, load, save
+from grpo.models import SAVED_MODEL, LanguageModel, be_deterministic, choose_device, frozen_copy, load, save
 from grpo.plots import draw_all
 from grpo.rollout import RolloutBatch, collect
 from grpo.stops import Stops
-from grpo.update import inner_update, micro_batches, summary
-from tasks.base import Task
+from grpo.update import Batch, inner_update, reference_logprobs, summary
+from tasks.base import Problem, Task
 from tasks.prompts import SYSTEM_PROMPTS
 
 TEST_PROBLEMS = 1000  # or all there are
@@ -50,6 +53,7 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.card = read_card(config.model)
         device = choose_device(config.device)
+        be_deterministic(config.deterministic)
         self.lm = load(config.model, device)
         self.reference = frozen_copy(self.lm.model) if config.beta > 0 else None
         self.optimizer = torch.optim.AdamW(
@@ -63,6 +67,12 @@ class Trainer:
             config.to_dict(),
             environment(_device_name(device), torch.get_num_threads(), versions),
         )
+        g, prompts = config.num_generations, config.micro_batch_size or config.batch_size
+        self.limits = {
+            "sample": PassLimit("sampling", config.batch_size * g, g),
+            "update": PassLimit("the update", min(prompts, config.batch_size) * g, g),
+            "evaluate": PassLimit("the evaluation", ROWS, 1),
+        }
         self.saved_model = self.folder / SAVED_MODEL
         self.before: dict[str, Any] = {}  # the starting model on the test problems
         self.best: dict[str, Any] | None = None  # the evaluation of the best policy, with its step
@@ -75,16 +85,20 @@ class Trainer:
 
     def step(self, step: int) -> tuple[RolloutBatch, dict[str, Any]]:
         """One step of GRPO: one rollout and `num_inner_updates` updates on it."""
-        c, clock = self.config, Stopwatch()
+        c, clock, updates = self.config, Stopwatch(), []
         with clock("total"):
-            rollout = collect(self.lm, self.task, c, step, clock, shared=self.shared)
+            rollout = self.limits["sample"].fit(collect, self.lm, self.task, c, step, clock, shared=self.shared)
+            batch, fit = Batch(rollout.tokens, rollout.advantages), self.limits["update"].fit
             with clock("reference"):
-                batches = micro_batches(rollout.tokens, rollout.advantages, self.reference, c, self.shared)
+                if self.reference is not None:
+                    ref_logprobs = fit(reference_logprobs, self.reference, rollout.tokens, c, shared=self.shared)
+                    batch = replace(batch, ref_logprobs=ref_logprobs)
             with clock("update"):
-                updates = [
-                    inner_update(self.lm.model, self.optimizer, batches, c, self.shared)
-                    for _ in range(c.num_inner_updates)
-                ]
+                for _ in range(c.num_inner_updates):
+                    stats, logprobs = fit(inner_update, self.lm.model, self.optimizer, batch, c, shared=self.shared)
+                    updates.append(stats)
+                    if batch.old_logprobs is None:  # the policy was still the one that sampled
+                        batch = replace(batch, old_logprobs=logprobs)
         for update in updates:
             self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
         times = {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
@@ -101,7 +115,11 @@ class Trainer:
                 draw_all(ended, self.folder)
                 return 0
             self._begin()
-            reason = self._why_done() or self._train(stops)
+            try:
+                reason = self._why_done() or self._train(stops)
+            except ValueError:  # out of memory, a broken reward: what has been done stays known
+                self.metrics.write()
+                raise
             self._checkpoint()
             if stops.signal is None:
                 self._finish(reason)
@@ -171,7 +189,6 @@ class Trainer:
         if self.skipped_in_a_row < MOST_SKIPPED:
             return
         self._checkpoint()
-        self.metrics.write()
         raise ValueError(
             f"the last {self.skipped_in_a_row} updates had a loss or gradient that is not finite. None was applied: "
             f"the weights are those of the last good one, {self.saved_model} holds the best policy. Start anew with "
@@ -186,6 +203,7 @@ class Trainer:
             "before": self.before,
             "best": self.best,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "limits": {name: limit.rows for name, limit in self.limits.items()},
         }
         policy = dict(self.lm.model.named_parameters())
         record = {name: self.metrics.record[name] for name in ("steps", "evals", "findings")}
@@ -218,6 +236,9 @@ class Trainer:
         self.done = checkpoint.step
         self.before, self.best = checkpoint.state["before"], checkpoint.state["best"]
         self.skipped_in_a_row = checkpoint.state["skipped_in_a_row"]
+        if checkpoint.state["config"]["micro_batch_size"] == self.config.micro_batch_size:
+            for name, rows in checkpoint.state.get("limits", {}).items():
+                self.limits[name].rows = rows
         self.metrics.restore(checkpoint.metrics)
         report.going_on(self.done, checkpoint.state["threads"], torch.get_num_threads())
         try:
@@ -230,7 +251,7 @@ class Trainer:
         """Measure on the validation problems; a new best policy goes to saved_model/."""
         start = time.perf_counter()
         problems = self.task.held_out("validation", self.config.eval_problems)
-        result = evaluate(self.lm, self.task, problems, self.config.max_new_tokens).to_dict()
+        result = self._evaluate(self.lm, self.task, problems)
         entry = {"step": step, "split": "validation", **result, "time/evaluate": time.perf_counter() - start}
         improved = self.best is None or result["accuracy"] > self.best["accuracy"]
         if improved:
@@ -242,10 +263,9 @@ class Trainer:
     def _test(self, lm: LanguageModel, step: int) -> dict[str, Any]:
         """Measure a model on the test problems, and on the neighbouring skills that it has."""
         start = time.perf_counter()
-        limit = self.config.max_new_tokens
-        result = evaluate(lm, self.task, self.task.held_out("test", TEST_PROBLEMS), limit).to_dict()
+        result = self._evaluate(lm, self.task, self.task.held_out("test", TEST_PROBLEMS))
         skills = {
-            name: evaluate(lm, skill, skill.held_out("test", SKILL_PROBLEMS), limit).to_dict()
+            name: self._evaluate(lm, skill, skill.held_out("test", SKILL_PROBLEMS))
             for name, skill in self.skills.items()
         }
         entry = {"step": step, "split": "test", **result, "skills": skills}
@@ -253,6 +273,9 @@ class Trainer:
         self.metrics.add_eval(entry)
         self.ending = max(self.ending, entry["time/evaluate"])
         return entry
+
+    def _evaluate(self, lm: LanguageModel, task: Task, problems: Sequence[Problem]) -> dict[str, float | int]:
+        return self.limits["evaluate"].fit(evaluate, lm, task, problems, self.config.max_new_tokens).to_dict()
 
     def _save(self) -> None:
         """Write the policy as it is now to saved_model/, with what a reader and a next run need."""

@@ -12,17 +12,25 @@ from transformers import PreTrainedModel
 from grpo.config import TrainConfig
 from grpo.logprobs import Tokens, completion_logprobs
 from grpo.loss import grpo_loss
+from grpo.memory import passes
 from grpo.models import precision
 
 
-@dataclass
-class MicroBatch:
-    """Whole groups that go through the model together."""
+@dataclass(frozen=True)
+class Batch:
+    """What an inner update needs of a rollout, or of some of its rows."""
 
     tokens: Tokens
     advantages: Tensor  # (B,)
-    ref_logprobs: Tensor | None  # (B, C), None without a reference
-    old_logprobs: Tensor | None = None  # (B, C), filled by the first inner update
+    ref_logprobs: Tensor | None = None  # (B, C), None without a reference
+    old_logprobs: Tensor | None = None  # (B, C), None in the first inner update, which finds them
+
+    def part(self, rows: slice) -> "Batch":
+        """Some rows, whole groups or a part of one, with as many columns as their tokens have."""
+        tokens = self.tokens.part(rows)
+        width = tokens.completion_ids.shape[1]
+        ref, old = (x if x is None else x[rows, :width] for x in (self.ref_logprobs, self.old_logprobs))
+        return Batch(tokens, self.advantages[rows], ref, old)
 
 
 @dataclass(frozen=True)
@@ -38,54 +46,53 @@ class UpdateStats:
     applied: bool  # False where loss or gradient was not finite: the weights are untouched
 
 
-def micro_batches(
-    tokens: Tokens, advantages: Tensor, reference: PreTrainedModel | None, config: TrainConfig, shared: bool
-) -> list[MicroBatch]:
-    """Cut a rollout into whole groups, `micro_batch_size` prompts at a time, and score it with the reference."""
-    prompts, g = tokens.prompt_ids.shape[0], tokens.num_generations
-    size = config.micro_batch_size or prompts
-    batches = []
-    for start in range(0, prompts, size):
-        part = tokens.prompts(start, min(start + size, prompts))
-        ref_logprobs = None
-        if reference is not None:
-            with torch.no_grad(), precision(part.prompt_ids.device):
-                ref_logprobs, _ = completion_logprobs(reference, part, config.temperature, shared=shared)
-        batches.append(MicroBatch(part, advantages[start * g : (start + size) * g], ref_logprobs))
-    return batches
+@torch.no_grad()
+def reference_logprobs(
+    reference: PreTrainedModel, tokens: Tokens, config: TrainConfig, *, shared: bool, limit: int
+) -> Tensor:
+    """The reference's log-probabilities of a rollout, (B, C), at most `limit` rows a pass."""
+    logprobs = torch.zeros(tokens.completion_ids.shape, device=tokens.completion_ids.device)
+    for rows in passes(logprobs.shape[0], tokens.num_generations, limit):
+        with precision(logprobs.device):
+            part, _ = completion_logprobs(reference, tokens.part(rows), config.temperature, shared=shared)
+        logprobs[rows, : part.shape[1]] = part
+    return logprobs
 
 
 def inner_update(
     policy: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[MicroBatch],
+    batch: Batch,
     config: TrainConfig,
+    *,
     shared: bool,
-) -> UpdateStats:
-    """Accumulate the gradient of the whole step over its micro-batches, clip it, and apply it.
+    limit: int,
+) -> tuple[UpdateStats, Tensor]:
+    """Accumulate the gradient of the whole step over micro-batches of at most `limit` rows, clip it, apply it.
 
-    In the first inner update the policy is the one that sampled, so its log-probabilities become the old
-    ones. Denominators are those of the step: 1 × B and B × 1 give the same gradient.
+    Also returns the policy's log-probabilities before the update, (B, C): in the first inner update the policy is the
+    one that sampled, so they are the old ones of the others. Denominators are those of the step: 1 × B and B × 1
+    give the same gradient.
     """
-    num_completions = sum(batch.advantages.shape[0] for batch in batches)
-    num_tokens = sum(batch.tokens.completion_mask.sum() for batch in batches)
+    num_completions, first = batch.advantages.shape[0], batch.old_logprobs is None
+    num_tokens = batch.tokens.completion_mask.sum()
     sums = torch.zeros(4, device=num_tokens.device)  # loss; kl, entropy and clipped, summed over tokens
     ratio_max = torch.zeros((), device=num_tokens.device)
-    first = batches[0].old_logprobs is None
+    all_logprobs = torch.zeros(batch.tokens.completion_ids.shape, device=num_tokens.device)
     optimizer.zero_grad(set_to_none=True)
-    for batch in batches:
-        mask = batch.tokens.completion_mask
+    for rows in passes(num_completions, batch.tokens.num_generations, limit):
+        micro = batch.part(rows)
+        mask = micro.tokens.completion_mask
         with precision(mask.device):
             logprobs, entropy = completion_logprobs(
-                policy, batch.tokens, config.temperature, shared=shared, entropy=first
+                policy, micro.tokens, config.temperature, shared=shared, entropy=first
             )
-        if first:
-            batch.old_logprobs = logprobs.detach()
+        all_logprobs[rows, : mask.shape[1]] = logprobs.detach()
         result = grpo_loss(
             logprobs,
-            batch.old_logprobs,
-            batch.ref_logprobs,
-            batch.advantages,
+            logprobs.detach() if first else micro.old_logprobs,
+            micro.ref_logprobs,
+            micro.advantages,
             mask,
             epsilon=config.epsilon,
             beta=config.beta,
@@ -101,7 +108,7 @@ def inner_update(
     if applied:
         optimizer.step()
     n = max(1, int(num_tokens))
-    return UpdateStats(
+    stats = UpdateStats(
         loss=loss,
         grad_norm=float(grad_norm),
         kl=kl / n,
@@ -110,6 +117,7 @@ def inner_update(
         ratio_max=float(ratio_max),
         applied=applied,
     )
+    return stats, all_logprobs
 
 
 def summary(updates: Sequence[UpdateStats]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ is nobody's business here.
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from grpo.files import EARLIER, WRITTEN
 from grpo.metrics import FILE_NAME, load_metrics
 from grpo.models import load, save
 from grpo.plots import CURVE, KL
+from tasks.rewards import REWARDS
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--num-iterations", "2", "--batch-size", "2", "--num-generations", "2", "--eval-problems", "8"]
@@ -135,10 +137,11 @@ def test_the_help_of_training_has_every_setting_with_group_meaning_and_default(t
     text = invoke(train_grpo.main, "--help", folder=tmp_path).stdout
     words = " ".join(text.split())
     for name, field in FIELDS.items():
-        assert f"--{name.replace('_', '-')} " in words
+        assert re.search(f"--{name.replace('_', '-')}\\b", words)
         assert field.metadata["meaning"] in words
         assert f"{field.metadata['group']}:" in words
-        assert f"[default: {field.default}" in words
+        default = f"{'' if field.default else 'no-'}{name}" if field.type is bool else field.default
+        assert f"[default: {default}" in words
     assert "--fresh" in words
 
 
@@ -263,7 +266,7 @@ def test_training_changes_the_policy_and_another_seed_gives_another_run(run, tmp
         def to_dict(self):
             return {**self.result.to_dict(), "accuracy": next(rising) / 100}
 
-    monkeypatch.setattr(trainer, "evaluate", lambda *args: Rising(true_evaluate(*args)))
+    monkeypatch.setattr(trainer, "evaluate", lambda *args, **more: Rising(true_evaluate(*args, **more)))
     monkeypatch.setattr(trainer, "draw_all", lambda *_: [])  # for speed
     settings = ["--seed", 5, "--temperature", 1.5, "--num-generations", 8]
     train(*settings, folder=tmp_path)
@@ -318,6 +321,7 @@ def test_micro_batches_change_nothing_but_rounding(run, tmp_path, monkeypatch):
 VALID = {
     "model": "no/such-model",
     "device": "cpu",
+    "deterministic": True,
     "max_operand": 3,
     "prompt_style": "think",
     "num_iterations": 7,
@@ -347,7 +351,8 @@ VALID = {
 def test_every_option_of_training_reaches_the_run(name, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train_grpo, "train", lambda config, launched: seen.append(config) or 0)
-    result = invoke(train_grpo.main, f"--{name.replace('_', '-')}", VALID[name], folder=tmp_path)
+    value = [] if VALID[name] is True else [VALID[name]]
+    result = invoke(train_grpo.main, f"--{name.replace('_', '-')}", *value, folder=tmp_path)
     assert result.exit_code == 0, result.output
     assert getattr(seen[0], name) == VALID[name] != FIELDS[name].default
     assert seen[0] == resolve({name: VALID[name]})
@@ -613,7 +618,7 @@ def test_ctrl_c_leaves_the_best_policy_whole_metrics_and_plots(tmp_path, monkeyp
 
 
 def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "evaluate", interrupted)
@@ -634,6 +639,24 @@ def test_a_run_that_only_makes_nan_ends_with_an_explanation_and_a_good_model(tmp
     weights = load_file(tmp_path / "saved_model/model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     assert load_metrics(tmp_path)["steps"][-1]["skipped_updates"] > 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_a_finite_number_ends_the_run_and_names_the_function(bad, tmp_path, monkeypatch):
+    monkeypatch.setitem(REWARDS, "close", lambda answer, gold: bad)
+    result = invoke(train_grpo.main, *TINY, folder=tmp_path)
+    assert result.exit_code == 1
+    [error] = [line for line in result.stderr.splitlines() if not line.startswith("step ")]
+    assert error.startswith("Error: reward function 'close' gave ")
+    assert load_metrics(tmp_path)["steps"] == []
+
+
+def test_deterministic_changes_nothing_on_the_cpu(run, tmp_path):
+    train("--deterministic", folder=tmp_path)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert without_times(load_metrics(tmp_path)["steps"]) == without_times(load_metrics(run[0])["steps"])
+    train(folder=tmp_path)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 # --- plots ---

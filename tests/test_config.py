@@ -25,7 +25,7 @@ def test_every_setting_has_a_group_a_meaning_and_a_default_that_passes_its_own_c
     field = FIELDS[name]
     assert field.metadata["group"] in GROUPS
     assert len(field.metadata["meaning"]) > 5
-    assert field.type in (int, float, str)
+    assert field.type in (int, float, str, bool)
     assert isinstance(field.default, field.type)
     assert getattr(TrainConfig(), name) == field.default
     if field.metadata["choices"]:
@@ -51,7 +51,7 @@ def test_a_configuration_cannot_be_changed_and_is_plain_json():
 
 def test_what_a_saved_model_hands_on_leaves_out_place_model_and_seed():
     passed = TrainConfig(seed=3, output_dir="here", num_generations=4).passed_on()
-    assert set(FIELDS) - set(passed) == {"model", "device", "seed", "output_dir", "time_limit"}
+    assert set(FIELDS) - set(passed) == {"model", "device", "deterministic", "seed", "output_dir", "time_limit"}
     assert passed["num_generations"] == 4
 
 

@@ -15,7 +15,7 @@ SCRIPTS = ("train_grpo", "inference", "plot_metrics")
 LAYERS = [
     {"grpo", "grpo.starter"},
     {"grpo.config", "grpo.metrics", "grpo.console"},
-    {"grpo.files", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"},
+    {"grpo.files", "grpo.memory", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"},
     {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.health", "grpo.checkpoint", "grpo.stops"}
     | {"grpo.report", "grpo.plots"},
     {"grpo.trainer"},

@@ -1,12 +1,14 @@
 """A toy task is learned in seconds by the very functions that training uses."""
 
+from dataclasses import replace
+
 import torch
 
 from grpo.advantages import group_advantages
 from grpo.config import TrainConfig
 from grpo.logprobs import Tokens
 from grpo.sampling import generate, left_pad, token_noise
-from grpo.update import inner_update, micro_batches
+from grpo.update import Batch, inner_update
 from tests.conftest import tiny_model
 
 CONFIG = TrainConfig(batch_size=4, num_generations=8, max_new_tokens=3, num_inner_updates=2, beta=0.0)
@@ -38,8 +40,9 @@ def test_grpo_learns_to_look_at_the_prompt_and_to_stop():
         rewards = scores(drawn, PROMPTS)
         means.append(rewards.mean().item())
         advantages = group_advantages(rewards, CONFIG.num_generations)
-        batches = micro_batches(Tokens(ids, mask, drawn.ids, drawn.mask), advantages, None, CONFIG, shared=True)
+        batch = Batch(Tokens(ids, mask, drawn.ids, drawn.mask), advantages)
         for _ in range(CONFIG.num_inner_updates):
-            inner_update(model, optimizer, batches, CONFIG, shared=True)
+            _, logprobs = inner_update(model, optimizer, batch, CONFIG, shared=True, limit=32)
+            batch = batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs)
     assert sum(means[:5]) / 5 < 0.6
     assert sum(means[-5:]) / 5 > 0.95

@@ -85,11 +85,22 @@ def test_chunks_change_neither_value_nor_gradient(monkeypatch):
 def test_a_slice_of_groups_is_trimmed_and_scores_the_same():
     model, tokens = tiny_model("llama"), ragged_tokens((3, 9, 5), columns=7, seed=3)
     whole, _ = completion_logprobs(model, tokens, 1.0)
-    part = tokens.prompts(2, 3)
+    part = tokens.part(slice(6, 9))
     assert part.prompt_ids.shape[1] == 5
     values, _ = completion_logprobs(model, part, 1.0)
     mask = part.completion_mask
     torch.testing.assert_close(values[mask], whole[6:, : mask.shape[1]][mask], atol=1e-5, rtol=0)
+
+
+def test_a_part_of_a_group_runs_its_prompt_again_and_scores_the_same():
+    model, tokens = tiny_model("llama"), ragged_tokens((3, 9, 5), columns=7, seed=3)
+    whole, _ = completion_logprobs(model, tokens, 1.0)
+    part = tokens.part(slice(4, 6))
+    assert part.num_generations == 2
+    assert part.prompt_ids.shape == (1, 9)
+    values, _ = completion_logprobs(model, part, 1.0)
+    mask = part.completion_mask
+    torch.testing.assert_close(values[mask], whole[4:6, : mask.shape[1]][mask], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,7 +113,7 @@ def test_these_models_can_share_and_a_model_whose_cache_lies_falls_back(kind, mo
 
 def test_groups_are_rows_in_order():
     tokens = ragged_tokens((4, 4), num_generations=2)
-    second = tokens.prompts(1, 2)
+    second = tokens.part(slice(2, 4))
     assert isinstance(second, Tokens)
     assert torch.equal(second.prompt_ids, tokens.prompt_ids[1:])
     width = second.completion_ids.shape[1]

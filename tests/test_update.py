@@ -7,18 +7,26 @@ import pytest
 import torch
 
 from grpo.config import TrainConfig
-from grpo.update import inner_update, micro_batches
+from grpo.update import Batch, inner_update, reference_logprobs
 from tests.conftest import ragged_tokens, tiny_model
 
 CONFIG = TrainConfig(batch_size=3, num_generations=3, beta=0.1, clip_grad_norm=1e9, learning_rate=1e-3)
 ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0, 0.0, -1.0, 0.3, 0.7])
 
 
-def one_update(model, reference, config=CONFIG, advantages=ADVANTAGES, updates=1, learning_rate=0.0):
+def one_update(model, reference, config=CONFIG, advantages=ADVANTAGES, updates=1, learning_rate=0.0, limit=9):
     """Updates on a ragged rollout; returns the statistics of each. A rate of 0 leaves the gradient to look at."""
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    batches = micro_batches(ragged_tokens(), advantages, reference, config, shared=True)
-    return [inner_update(model, optimizer, batches, config, shared=True) for _ in range(updates)]
+    batch, all_stats = Batch(ragged_tokens(), advantages), []
+    if reference is not None:
+        ref_logprobs = reference_logprobs(reference, batch.tokens, config, shared=True, limit=limit)
+        batch = replace(batch, ref_logprobs=ref_logprobs)
+    for _ in range(updates):
+        stats, logprobs = inner_update(model, optimizer, batch, config, shared=True, limit=limit)
+        all_stats.append(stats)
+        if batch.old_logprobs is None:
+            batch = replace(batch, old_logprobs=logprobs)
+    return all_stats
 
 
 def flat_gradient(model):
@@ -29,12 +37,12 @@ def flat_weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_micro_batches_give_the_gradient_of_one_large_batch(size):
+@pytest.mark.parametrize("limit", [8, 6, 5, 3, 2, 1])  # in whole groups of 3, then in parts of one
+def test_micro_batches_give_the_gradient_of_one_large_batch(limit):
     model, reference = tiny_model("llama"), tiny_model("llama", seed=1)
     whole = one_update(model, reference)[0]
     expected = flat_gradient(model)
-    parts = one_update(model, reference, replace(CONFIG, micro_batch_size=size))[0]
+    parts = one_update(model, reference, limit=limit)[0]
     assert ((flat_gradient(model) - expected).norm() / expected.norm()).item() < 1e-5
     for name in ("loss", "kl", "entropy", "clip_fraction", "ratio_max"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), abs=1e-5), name

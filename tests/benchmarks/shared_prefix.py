@@ -16,7 +16,7 @@ from grpo.config import TrainConfig, resolve
 from grpo.logprobs import Tokens
 from grpo.models import load
 from grpo.trainer import Trainer
-from grpo.update import inner_update, micro_batches
+from grpo.update import Batch, inner_update
 from tasks.arithmetic import Arithmetic
 
 
@@ -40,10 +40,11 @@ def measure(tokens: Tokens, config: TrainConfig, runs: int) -> dict[bool, list[f
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for run in range(2 + runs):
         for shared in (True, False):
-            batches = micro_batches(tokens, advantages, None, config, shared=shared)
+            batch, limit = Batch(tokens, advantages), tokens.completion_ids.shape[0]
             start = time.perf_counter()
             for _ in range(config.num_inner_updates):
-                inner_update(model, optimizer, batches, config, shared=shared)
+                _, logprobs = inner_update(model, optimizer, batch, config, shared=shared, limit=limit)
+                batch = batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs)
             if run >= 2:
                 seconds[shared].append(time.perf_counter() - start)
     return seconds

@@ -1,0 +1,76 @@
+"""How much goes through the model at once, and what happens when that is more than the memory holds."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from grpo.console import say
+
+Result = TypeVar("Result")
+MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")  # MPS, cuBLAS, the CPU
+
+
+def passes(rows: int, group: int, limit: int) -> list[slice]:
+    """Cut group-major rows into passes of at most `limit`: whole groups, or parts of one where one is too much.
+
+    >>> passes(8, 4, 8), passes(8, 4, 7)
+    ([slice(0, 8, None)], [slice(0, 4, None), slice(4, 8, None)])
+    >>> passes(4, 4, 3)
+    [slice(0, 3, None), slice(3, 4, None)]
+    """
+    size = limit // group * group
+    if size:
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return [
+        slice(start, min(start + limit, first + group))
+        for first in range(0, rows, group)
+        for start in range(first, first + group, limit)
+    ]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; CUDA has a class for it, the other devices a text."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
+
+
+class PassLimit:
+    """How many rows one kind of work takes through the model at once; halved for good when memory runs out."""
+
+    def __init__(self, work: str, rows: int, group: int) -> None:
+        self.work, self.rows, self.group = work, rows, group
+
+    def fit(self, run: Callable[..., Result], *args: Any, **more: Any) -> Result:
+        """`run(*args, **more, limit=rows)`, from its beginning with half as many rows while memory runs out.
+
+        Whole groups are kept together as long as one fits. Raises ValueError where a single row does not.
+        """
+        while True:
+            try:
+                return run(*args, **more, limit=self.rows)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # after the except clause: the error holds on to the frames, and so to the tensors, of what failed
+            self._halve()
+            _free_unused()
+
+    def _halve(self) -> None:
+        if self.rows == 1:
+            raise ValueError(
+                f"memory ran out in {self.work}, with one completion at a time. The last checkpoint is good: "
+                "the same command goes on from it with more memory, or on --device cpu; or start anew with a smaller "
+                "--model or --max-new-tokens"
+            )
+        groups = self.rows // self.group
+        self.rows = groups // 2 * self.group if groups > 1 else min(self.rows, self.group) // 2
+        say(f"Memory ran out in {self.work}: from now on {self.rows} at a time. What is computed stays the same.")
+
+
+def _free_unused() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
