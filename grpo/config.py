@@ -120,6 +120,7 @@ def read_card(name: str) -> dict[str, Any]:
 
 CARD_ENTRIES = {
     "settings": lambda value: isinstance(value, dict),
+    "step": lambda value: isinstance(value, int) and value >= 0,
     "max_new_tokens": lambda value: isinstance(value, int) and value > 0,
     "system_prompt": lambda value: isinstance(value, str),
     "prompt_style": lambda value: value in STYLES,

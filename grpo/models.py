@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -179,7 +180,10 @@ def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str) -> 
     put_back(folder)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    lm.model.save_pretrained(fresh)
+    try:
+        lm.model.save_pretrained(fresh)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {fresh}: {error}") from None
     lm.tokenizer.save_pretrained(fresh)
     _write_for_older_versions(fresh)
     (fresh / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")

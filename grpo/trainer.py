@@ -240,6 +240,8 @@ class Trainer:
             for name, rows in checkpoint.state.get("limits", {}).items():
                 self.limits[name].rows = rows
         self.metrics.restore(checkpoint.metrics)
+        if self.best and self.best["step"] == self.done != read_card(str(self.saved_model)).get("step"):
+            self._save()  # a kill came between the checkpoint and this
         report.going_on(self.done, checkpoint.state["threads"], torch.get_num_threads())
         try:
             written = load_metrics(self.folder)
@@ -254,10 +256,12 @@ class Trainer:
         result = self._evaluate(self.lm, self.task, problems)
         entry = {"step": step, "split": "validation", **result, "time/evaluate": time.perf_counter() - start}
         improved = self.best is None or result["accuracy"] > self.best["accuracy"]
+        self.metrics.add_eval(entry)
         if improved:
             self.best = entry
+            if step:
+                self._checkpoint()  # first, so that saved_model/ is never ahead of what a run can go on from
             self._save()
-        self.metrics.add_eval(entry)
         report.show_evaluation(entry, improved)
 
     def _test(self, lm: LanguageModel, step: int) -> dict[str, Any]:
@@ -284,6 +288,7 @@ class Trainer:
         base = str(folder.resolve()) if folder and c.model != "starter" else c.model
         card = {
             "task": self.task.name,
+            "step": self.best["step"],
             "prompt_style": c.prompt_style,
             "system_prompt": SYSTEM_PROMPTS[c.prompt_style],
             "max_new_tokens": c.max_new_tokens,

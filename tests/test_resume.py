@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 import train_grpo
-from grpo.config import CARD, STARTER
+from grpo.config import CARD, STARTER, read_card
+from grpo.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--num-iterations", "12", "--batch-size", "2", "--num-generations", "2", "--num-inner-updates", "2"]
@@ -51,9 +52,9 @@ def finish(folder, *more):
     return out
 
 
-def in_process(folder, *more):
+def in_process(folder, *more, **options):
     """The same in this process, which has torch loaded already; returns click's result."""
-    return CliRunner().invoke(train_grpo.main, [*TINY, "--output-dir", str(folder), *more])
+    return CliRunner().invoke(train_grpo.main, [*TINY, "--output-dir", str(folder), *more], **options)
 
 
 def fingerprint(folder):
@@ -260,3 +261,36 @@ def test_a_run_with_no_sound_checkpoint_is_refused_every_time_and_nothing_is_ove
         assert result.exit_code == 1
         assert "--fresh" in result.stderr
     assert (folder / "saved_model/model.safetensors").read_bytes() == weights
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def test_the_saved_model_is_never_ahead_of_the_checkpoint_and_a_kill_between_the_two_is_made_good(
+    whole, tmp_path, monkeypatch
+):
+    # step 4 is the best, and the kill comes while it is being saved; step 5, the last, is no better
+    true_save, true_evaluate = Trainer._save, Trainer._evaluate
+    accuracies = iter([0.0, 0.1, 0.5, 0.2, 0.5])
+
+    def evaluate(self, lm, task, problems):
+        return {**true_evaluate(self, lm, task, problems), "accuracy": next(accuracies)}
+
+    def save(self):
+        if self.done == 4:
+            raise Killed
+        true_save(self)
+
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save", save)
+        with pytest.raises(Killed):
+            in_process(tmp_path / "run", catch_exceptions=False)
+    assert read_card(str(tmp_path / "run" / "saved_model"))["step"] == 0
+    result = in_process(tmp_path / "run", "--num-iterations", "5")
+    assert result.exit_code == 0, result.output
+    card = read_card(str(tmp_path / "run" / "saved_model"))
+    evals = json.loads((tmp_path / "run" / "grpo_metrics.json").read_text(encoding="utf-8"))["evals"]
+    assert [e["step"] for e in evals if e["split"] == "validation"] == [0, 4, 5]
+    assert card["step"] == evals[-1]["step"] == 4
