@@ -32,6 +32,7 @@ from grpo.metrics import Metrics, Stopwatch, environment, load_metrics
 from grpo.models import SAVED_MODEL, LanguageModel, be_deterministic, choose_device, frozen_copy, load, save
 from grpo.plots import draw_all
 from grpo.rollout import RolloutBatch, collect
+from grpo.schedule import adapted_beta
 from grpo.stops import Stops
 from grpo.update import Batch, inner_update, reference_logprobs, summary
 from tasks.base import Problem, Task
@@ -67,13 +68,15 @@ class Trainer:
             config.to_dict(),
             environment(_device_name(device), torch.get_num_threads(), versions),
         )
-        g, prompts = config.num_generations, config.micro_batch_size or config.batch_size
+        prompts = config.micro_batch_size or config.batch_size
+        g = max(config.at(step, config.beta).num_generations for step in (1, config.num_iterations))
         self.limits = {
             "sample": PassLimit("sampling", config.batch_size * g, g),
             "update": PassLimit("the update", min(prompts, config.batch_size) * g, g),
             "evaluate": PassLimit("the evaluation", ROWS, 1),
         }
         self.saved_model = self.folder / SAVED_MODEL
+        self.beta = config.beta  # moves where there is a target for the KL
         self.before: dict[str, Any] = {}  # the starting model on the test problems
         self.best: dict[str, Any] | None = None  # the evaluation of the best policy, with its step
         self.skipped_in_a_row = 0
@@ -85,13 +88,15 @@ class Trainer:
 
     def step(self, step: int) -> tuple[RolloutBatch, dict[str, Any]]:
         """One step of GRPO: one rollout and `num_inner_updates` updates on it."""
-        c, clock, updates = self.config, Stopwatch(), []
+        c, clock, updates = self.config.at(step, self.beta), Stopwatch(), []
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.learning_rate
         with clock("total"):
             rollout = self.limits["sample"].fit(collect, self.lm, self.task, c, step, clock, shared=self.shared)
-            batch, fit = Batch(rollout.tokens, rollout.advantages), self.limits["update"].fit
+            batch, fit = Batch(rollout.learned_tokens(c), rollout.advantages), self.limits["update"].fit
             with clock("reference"):
                 if self.reference is not None:
-                    ref_logprobs = fit(reference_logprobs, self.reference, rollout.tokens, c, shared=self.shared)
+                    ref_logprobs = fit(reference_logprobs, self.reference, batch.tokens, c, shared=self.shared)
                     batch = replace(batch, ref_logprobs=ref_logprobs)
             with clock("update"):
                 for _ in range(c.num_inner_updates):
@@ -102,8 +107,13 @@ class Trainer:
         for update in updates:
             self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
         times = {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
-        entry = rollout.summary(self.task.reward_parts) | summary(updates) | times
-        return rollout, {"step": step, **entry, "learning_rate": c.learning_rate}
+        settings = {"learning_rate": c.learning_rate, "beta": c.beta, "num_generations": c.num_generations}
+        entry = {"step": step, **rollout.summary(self.task.reward_parts), **summary(updates), **times, **settings}
+        if c.target_kl:
+            self.beta = adapted_beta(c.beta, entry["kl"], c.target_kl)
+        if c.refresh_reference_every and step % c.refresh_reference_every == 0:
+            self.reference.load_state_dict(self.lm.model.state_dict())
+        return rollout, entry
 
     def run(self) -> int:
         """Go on from the newest checkpoint, or begin; train; measure the best policy. Returns the exit status."""
@@ -203,11 +213,14 @@ class Trainer:
             "before": self.before,
             "best": self.best,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "beta": self.beta,
             "limits": {name: limit.rows for name, limit in self.limits.items()},
         }
         policy = dict(self.lm.model.named_parameters())
         record = {name: self.metrics.record[name] for name in ("steps", "evals", "findings")}
-        write_checkpoint(self.folder, Checkpoint(self.done, policy, optimizer_tensors(self.optimizer), record, state))
+        reference = dict(self.reference.named_parameters()) if self.config.refresh_reference_every else None
+        tensors = optimizer_tensors(self.optimizer)
+        write_checkpoint(self.folder, Checkpoint(self.done, policy, tensors, record, state, reference))
 
     def _restore(self) -> dict[str, Any] | None:
         """Go on from the newest checkpoint that verifies; returns the whole record if the run had ended there.
@@ -232,10 +245,14 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.lm.model.named_parameters():
                 parameter.copy_(checkpoint.policy[name])
+            if checkpoint.reference is not None:
+                for name, parameter in self.reference.named_parameters():
+                    parameter.copy_(checkpoint.reference[name])
         restore_optimizer(self.optimizer, checkpoint.optimizer)
         self.done = checkpoint.step
         self.before, self.best = checkpoint.state["before"], checkpoint.state["best"]
         self.skipped_in_a_row = checkpoint.state["skipped_in_a_row"]
+        self.beta = checkpoint.state.get("beta", self.beta)
         if checkpoint.state["config"]["micro_batch_size"] == self.config.micro_batch_size:
             for name, rows in checkpoint.state.get("limits", {}).items():
                 self.limits[name].rows = rows

@@ -10,7 +10,7 @@ from grpo.config import CARD, DEVICES, STARTER, TrainConfig, model_folder, read_
 from tasks.prompts import STYLES
 
 FIELDS = {f.name: f for f in fields(TrainConfig)}
-GROUPS = {"Model", "Task", "Algorithm", "Evaluation and output"}
+GROUPS = {"Model", "Task", "Algorithm", "Variants and schedules", "Evaluation and output"}
 
 
 def folder_with_card(folder, card):
