@@ -24,6 +24,7 @@ from grpo.sampling import Completions, generate, left_pad
 from tasks.base import Message
 
 SAVED_MODEL = "saved_model"
+ROWS = 256  # greedy completions at a time
 
 transformers_logging.disable_progress_bar()
 
@@ -53,7 +54,7 @@ class LanguageModel:
         rows = [ids[:n] for ids, n in zip(completions.ids.tolist(), lengths, strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def greedy(self, chats: Sequence[Sequence[Message]], max_new_tokens: int, limit: int) -> list[str]:
+    def greedy(self, chats: Sequence[Sequence[Message]], max_new_tokens: int, limit: int = ROWS) -> list[str]:
         """The greedy completion of each chat, `limit` of them at a time."""
         texts: list[str] = []
         for start in range(0, len(chats), limit):

@@ -28,6 +28,7 @@ import train_grpo
 from grpo import trainer
 from grpo.config import CARD, STARTER, TrainConfig, resolve
 from grpo.files import EARLIER, WRITTEN
+from grpo.learner import Learner
 from grpo.metrics import FILE_NAME, load_metrics
 from grpo.models import load, save
 from grpo.plots import CURVE, KL
@@ -140,7 +141,8 @@ def test_the_help_of_training_has_every_setting_with_group_meaning_and_default(t
         assert re.search(f"--{name.replace('_', '-')}\\b", words)
         assert field.metadata["meaning"] in words
         assert f"{field.metadata['group']}:" in words
-        default = f"{'' if field.default else 'no-'}{name}" if field.type is bool else field.default
+        option = name.replace("_", "-")
+        default = f"{'' if field.default else 'no-'}{option}" if field.type is bool else field.default
         assert f"[default: {default}" in words
     assert "--fresh" in words
 
@@ -612,14 +614,14 @@ def test_a_run_killed_while_it_replaced_its_model_loses_neither(copy_of_run, mon
 
 
 def test_ctrl_c_leaves_the_best_policy_whole_metrics_and_plots(tmp_path, monkeypatch):
-    true_step = trainer.Trainer.step
+    true_step = Learner.step
 
     def interrupted(self, step):
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return true_step(self, step)
 
-    monkeypatch.setattr(trainer.Trainer, "step", interrupted)
+    monkeypatch.setattr(Learner, "step", interrupted)
     result = invoke(train_grpo.main, *TINY, "--num-iterations", 9, folder=tmp_path)
     assert result.exit_code == 130
     assert "Traceback" not in result.output

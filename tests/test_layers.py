@@ -19,6 +19,7 @@ LAYERS = [
     {"grpo.files", "grpo.memory", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"},
     {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.health", "grpo.checkpoint", "grpo.stops"}
     | {"grpo.report", "grpo.plots"},
+    {"grpo.learner"},
     {"grpo.trainer"},
     {BUILD, *SCRIPTS},
 ]
