@@ -28,7 +28,15 @@ OWN = (
     "time_limit",
 )  # a run's own; the rest is passed on with its model
 # what a run may go on with another value of: it decides nothing about what is learned from a step
-MAY_CHANGE = ("device", "deterministic", "num_iterations", "micro_batch_size", "output_dir", "show_every")
+MAY_CHANGE = (
+    "device",
+    "deterministic",
+    "gradient_checkpointing",
+    "num_iterations",
+    "micro_batch_size",
+    "output_dir",
+    "show_every",
+)
 MAY_CHANGE += ("save_every", "time_limit", "patience", "target_accuracy")
 LARGEST_FLOAT32 = 3.4e38
 _DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")
@@ -50,6 +58,11 @@ class TrainConfig:
     model: str = setting("starter", "Model", "starter (bundled), a Hub id, or a folder")
     device: str = setting("auto", "Model", "where to compute; auto takes cuda, then mps, then cpu", None, DEVICES)
     deterministic: bool = setting(False, "Model", "the same bits each time on CUDA too, where it is slower")
+    lora_rank: int = setting(0, "Model", "train an adapter of this rank instead of all weights (peft); 0: all", 0)
+    lora_alpha: float = setting(32.0, "Model", "the adapter counts this divided by its rank", 1e-9)
+    lora_targets: str = setting("all-linear", "Model", "layers with an adapter, as q_proj,v_proj")
+    load_in_4bit: bool = setting(False, "Model", "hold the frozen weights in 4 bits, with LoRA (bitsandbytes)")
+    gradient_checkpointing: bool = setting(False, "Model", "less memory: compute activations again when needed")
 
     max_operand: int = setting(10, "Task", "operands are integers from 0 to this", 1)
     prompt_style: str = setting("answer", "Task", "form of the answer the prompt asks for", None, STYLES)
@@ -100,6 +113,12 @@ class TrainConfig:
         for name in ("target_kl", "refresh_reference_every"):
             if getattr(self, name) and not self.beta:
                 raise ValueError(f"{name} is about the KL to the reference, which beta 0 leaves out; give a beta")
+        if self.refresh_reference_every and self.lora_rank:
+            raise ValueError("refresh_reference_every cannot be with lora_rank: the reference is the frozen base")
+        if self.load_in_4bit and not self.lora_rank:
+            raise ValueError(
+                "load_in_4bit needs lora_rank: weights in 4 bits cannot be trained, an adapter over them can"
+            )
         if self.warmup_steps >= self.num_iterations:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below num_iterations")
 

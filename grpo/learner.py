@@ -4,15 +4,18 @@
 few clipped updates against the policy that sampled, with a KL penalty against the frozen reference.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from grpo.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from grpo.config import TrainConfig
 from grpo.logprobs import can_share
+from grpo.lora import has_adapter, quiet
 from grpo.memory import PassLimit
 from grpo.metrics import Stopwatch
 from grpo.models import LanguageModel, frozen_copy
@@ -27,9 +30,10 @@ class Learner:
 
     def __init__(self, config: TrainConfig, task: Task, lm: LanguageModel) -> None:
         self.config, self.task, self.lm = config, task, lm
-        self.reference = frozen_copy(lm.model) if config.beta > 0 else None
+        adapted = has_adapter(lm.model)  # then the reference is the policy without it
+        self.reference = frozen_copy(lm.model) if config.beta > 0 and not adapted else None
         self.optimizer = torch.optim.AdamW(
-            lm.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
+            trainable(lm.model).values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
         self.beta = config.beta  # moves where there is a target for the KL
         self.skipped_in_a_row = 0  # updates
@@ -47,13 +51,14 @@ class Learner:
         with clock("total"):
             rollout = self.sample_limit.fit(collect, self.lm, self.task, c, step, clock, shared=self.shared)
             batch, fit = Batch(rollout.learned_tokens(c), rollout.advantages), self.update_limit.fit
-            with clock("reference"):
-                if self.reference is not None:
-                    ref_logprobs = fit(reference_logprobs, self.reference, batch.tokens, c, shared=self.shared)
+            with clock("reference"), self._reference() as reference:
+                if reference is not None:
+                    ref_logprobs = fit(reference_logprobs, reference, batch.tokens, c, shared=self.shared)
                     batch = replace(batch, ref_logprobs=ref_logprobs)
-            with clock("update"):
+            with clock("update"), self._saving_activations():
+                shared = self.shared and not c.gradient_checkpointing  # which keeps no cache
                 for _ in range(c.num_inner_updates):
-                    stats, logprobs = fit(inner_update, self.lm.model, self.optimizer, batch, c, shared=self.shared)
+                    stats, logprobs = fit(inner_update, self.lm.model, self.optimizer, batch, c, shared=shared)
                     updates.append(stats)
                     if batch.old_logprobs is None:  # the policy was still the one that sampled
                         batch = replace(batch, old_logprobs=logprobs)
@@ -81,7 +86,7 @@ class Learner:
         refreshed = self.reference is not None and self.config.refresh_reference_every
         return Checkpoint(
             step,
-            dict(self.lm.model.named_parameters()),
+            trainable(self.lm.model),
             optimizer_tensors(self.optimizer),
             metrics,
             {**state, **own},
@@ -90,21 +95,52 @@ class Learner:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put back what `checkpoint` took; the sizes of passes only if the same one was asked for."""
-        _copy(checkpoint.policy, self.lm.model)
+        _copy(checkpoint.policy, trainable(self.lm.model))
         if checkpoint.reference is not None:
-            _copy(checkpoint.reference, self.reference)
+            _copy(checkpoint.reference, dict(self.reference.named_parameters()))
         restore_optimizer(self.optimizer, checkpoint.optimizer)
         state = checkpoint.state
         self.skipped_in_a_row, self.beta = state["skipped_in_a_row"], state.get("beta", self.beta)
         if state["config"]["micro_batch_size"] == self.config.micro_batch_size and "limits" in state:
             self.sample_limit.rows, self.update_limit.rows = state["limits"]["sample"], state["limits"]["update"]
 
+    @contextmanager
+    def _reference(self) -> Iterator[nn.Module | None]:
+        """The model that the KL is measured against, or None where beta is 0."""
+        if self.config.beta == 0:
+            yield None
+        elif self.reference is not None:
+            yield self.reference
+        else:
+            with self.lm.model.disable_adapter():
+                yield self.lm.model
+
+    @contextmanager
+    def _saving_activations(self) -> Iterator[None]:
+        """Gradient checkpointing, if it is asked for: it works in train mode only, and sampling in eval mode only."""
+        model = self.lm.model
+        if not self.config.gradient_checkpointing:
+            yield
+            return
+        with quiet():  # the name that replaces this one from 5.23 on is not in 5.21
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        try:
+            yield
+        finally:
+            model.eval()
+
     def _set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 @torch.no_grad()
-def _copy(tensors: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
-    for name, parameter in model.named_parameters():
+def _copy(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
         parameter.copy_(tensors[name])

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from grpo.config import TrainConfig, model_folder, read_card
 from grpo.console import Progress, say
 from grpo.evaluate import evaluate
 from grpo.learner import Learner
+from grpo.lora import add_adapter, four_bits
 from grpo.memory import PassLimit
 from grpo.metrics import Metrics, environment, load_metrics
 from grpo.models import ROWS, SAVED_MODEL, LanguageModel, be_deterministic, choose_device, load, save
@@ -40,7 +42,9 @@ class Trainer:
         self.card = read_card(config.model)
         device = choose_device(config.device)
         be_deterministic(config.deterministic)
-        self.lm = load(config.model, device)
+        self.lm = load(config.model, device, **(four_bits(device) if config.load_in_4bit else {}))
+        if config.lora_rank:
+            self.lm = replace(self.lm, model=add_adapter(self.lm.model, config))
         self.learner = Learner(config, task, self.lm)
         self.evaluate_limit = PassLimit("the evaluation", ROWS, 1)
         self.skills = {name: skills[name] for name in self.card.get("skills", []) if name in skills}

@@ -324,6 +324,11 @@ VALID = {
     "model": "no/such-model",
     "device": "cpu",
     "deterministic": True,
+    "lora_rank": 8,
+    "lora_alpha": 16.0,
+    "lora_targets": "q_proj,v_proj",
+    "load_in_4bit": True,
+    "gradient_checkpointing": True,
     "max_operand": 3,
     "prompt_style": "think",
     "num_iterations": 7,
@@ -365,10 +370,12 @@ def test_every_option_of_training_reaches_the_run(name, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train_grpo, "train", lambda config, launched: seen.append(config) or 0)
     value = [] if VALID[name] is True else [VALID[name]]
-    result = invoke(train_grpo.main, f"--{name.replace('_', '-')}", *value, folder=tmp_path)
+    needed = {"lora_rank": 4} if name == "load_in_4bit" else {}
+    more = [f"--{other.replace('_', '-')}={value}" for other, value in needed.items()]
+    result = invoke(train_grpo.main, f"--{name.replace('_', '-')}", *value, *more, folder=tmp_path)
     assert result.exit_code == 0, result.output
     assert getattr(seen[0], name) == VALID[name] != FIELDS[name].default
-    assert seen[0] == resolve({name: VALID[name]})
+    assert seen[0] == resolve({name: VALID[name], **needed})
 
 
 # --- mistakes in a call of training ---
