@@ -31,6 +31,8 @@ def write_for_others(folder: Path, source: str, end_ids: Sequence[int], dropout:
         _write(folder / "generation_config.json", generation)
 
     tokenizer = _read(folder / "tokenizer_config.json")
+    for name in ("is_local", "local_files_only"):  # how it was loaded here
+        tokenizer.pop(name, None)
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(tokenizer.get("extra_special_tokens"), list):
