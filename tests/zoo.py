@@ -51,21 +51,20 @@ SIZES = {
     # large enough that the logits are not all alike: a test on a uniform softmax could hide anything
     "initializer_range": 0.3,
 }
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-PHI4_ROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "partial_rotary_factor": 0.75,
-    "short_factor": [1.0, 1.5, 2.0],
-    "long_factor": [1.0, 3.0, 9.0],
-}
+
+
+def rope(theta: float, kind: str = "default", **more: Any) -> dict[str, Any]:
+    """Rotary settings; here never the defaults of a shape, so that it shows where they are not saved."""
+    return {"rope_type": kind, "rope_theta": theta, **more}
+
+
+LLAMA3_ROPE = rope(
+    5e5, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
+GEMMA3_ROPE = {"sliding_attention": rope(5e3), "full_attention": rope(1e5, "linear", factor=8.0)}
+PHI4_ROPE = rope(
+    1e5, "longrope", partial_rotary_factor=0.75, short_factor=[1.0, 1.5, 2.0], long_factor=[1.0, 3.0, 9.0]
+)
 WINDOW = 6
 MERGES = 90
 LINES = [
@@ -105,9 +104,24 @@ PHI3 = (
 
 # kind: configuration class, its own settings, chat template, ends of turn as its generation config has them
 KINDS = {
-    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}, CHATML, ["<|im_end|>", "<|endoftext|>"]),
-    "qwen3": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": False}, CHATML, ["<|im_end|>", "<|endoftext|>"]),
-    "llama": (LlamaConfig, {"tie_word_embeddings": False}, LLAMA3, ["<|end_of_text|>", "<|eot_id|>"]),
+    "qwen2": (
+        Qwen2Config,
+        {"tie_word_embeddings": True, "rope_parameters": rope(1e6)},
+        CHATML,
+        ["<|im_end|>", "<|endoftext|>"],
+    ),
+    "qwen3": (
+        Qwen3Config,
+        {"head_dim": 16, "tie_word_embeddings": False, "rope_parameters": rope(1e6)},
+        CHATML,
+        ["<|im_end|>", "<|endoftext|>"],
+    ),
+    "llama": (
+        LlamaConfig,
+        {"tie_word_embeddings": False},
+        LLAMA3,
+        ["<|end_of_text|>", "<|eot_id|>"],
+    ),
     "llama3": (
         LlamaConfig,
         {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE},
@@ -117,11 +131,11 @@ KINDS = {
     "gemma3": (
         Gemma3TextConfig,
         {"head_dim": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
-        | {"num_hidden_layers": 4, "query_pre_attn_scalar": 8},
+        | {"num_hidden_layers": 4, "query_pre_attn_scalar": 8, "rope_parameters": GEMMA3_ROPE},
         GEMMA2,
         ["<eos>", "<end_of_turn>"],
     ),
-    "phi3": (Phi3Config, {"sliding_window": None}, PHI3, ["<|end|>", "<|endoftext|>"]),
+    "phi3": (Phi3Config, {"sliding_window": None, "rope_parameters": rope(1e5)}, PHI3, ["<|end|>", "<|endoftext|>"]),
     "phi4": (
         Phi3Config,
         {"sliding_window": None, "rope_parameters": PHI4_ROPE, "original_max_position_embeddings": 256}
@@ -138,14 +152,7 @@ def random_model(kind: str, seed: int = 1, **ids: int | list[int] | None) -> Pre
     config_class, own, _, _ = KINDS[kind]
     config: PreTrainedConfig = config_class(**(SIZES | own | ids))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():  # biases and norms are not random as they are made, so an exchange of them would not show
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            if "post_" in name:  # Gemma's, where the embedding would outweigh all layers, and repeat itself
-                parameter.add_(2)
-    return model
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def train(tokenizer: Tokenizer, special: list[str], alphabet: list[str]) -> Tokenizer:
@@ -218,6 +225,12 @@ def build(folder: Path, kind: str) -> Path:
     ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     ids |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = random_model(kind, **ids)
+    with torch.no_grad():  # biases and norms are not random as they are made, so an exchange of them would not show
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            if "post_" in name:  # Gemma's, where the embedding would outweigh all layers, and repeat itself
+                parameter.add_(6)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.convert_tokens_to_ids(ends), do_sample=True, top_k=2, temperature=0.6
     )
