@@ -157,7 +157,8 @@ def load(name: str, device: torch.device) -> LanguageModel:
 def _why_not_on_the_hub(name: str) -> str:
     """Why a model cannot be had from the Hub, or nothing where it seems that it can.
 
-    One request, and another a second later: offline, `from_pretrained` alone tries twelve times in 50 s.
+    One request, and another a second later: offline, `from_pretrained` alone tries twelve times in 50 s. A slow
+    network has HF_HUB_ETAG_TIMEOUT seconds each time (10, or what the environment says).
     """
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
