@@ -135,7 +135,12 @@ KINDS = {
         GEMMA2,
         ["<eos>", "<end_of_turn>"],
     ),
-    "phi3": (Phi3Config, {"sliding_window": None, "rope_parameters": rope(1e5)}, PHI3, ["<|end|>", "<|endoftext|>"]),
+    "phi3": (
+        Phi3Config,
+        {"sliding_window": None, "initializer_range": 0.2, "rope_parameters": rope(1e5)},
+        PHI3,
+        ["<|end|>", "<|endoftext|>"],
+    ),
     "phi4": (
         Phi3Config,
         {"sliding_window": None, "rope_parameters": PHI4_ROPE, "original_max_position_embeddings": 256}
