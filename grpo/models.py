@@ -4,22 +4,34 @@ import copy
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from grpo.chats import end_of_turn_ids, fit_chat_template, prompt_ids
 from grpo.config import CARD, model_folder
 from grpo.console import printable
 from grpo.files import fsync, put_back
+from grpo.formats import SENTENCEPIECE, write_for_others
 from grpo.lora import has_adapter, merged, save_adapter
 from grpo.sampling import Completions, generate, left_pad
 from tasks.base import Message
@@ -27,7 +39,8 @@ from tasks.base import Message
 SAVED_MODEL = "saved_model"
 ROWS = 256  # greedy completions at a time
 
-transformers_logging.disable_progress_bar()
+# no bars for reading and writing weights; `disable_progress_bar` would take those of downloads away too
+transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **(kwargs | {"disable": True})))
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,8 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase
     end_ids: tuple[int, ...]  # every id that ends a turn
     pad_id: int
+    notes: tuple[str, ...] = ()  # what a run says of the way the model is asked
+    dropout: dict[str, float] = field(default_factory=dict)  # the rates of its config.json, which are 0 here
 
     @property
     def device(self) -> torch.device:
@@ -103,79 +118,98 @@ def precision(device: torch.device) -> AbstractContextManager:
 
 
 def load(name: str, device: torch.device, **quantization: Any) -> LanguageModel:
-    """A model of the Hub, of a folder, or the starter, with float32 weights, in eval mode (no dropout).
+    """A model of the Hub, of a folder, or the starter, with float32 weights, in eval mode, without dropout in any.
 
-    `quantization` is that of `grpo.lora.four_bits`, if anything.
-
-    Raises ValueError with one line where it cannot be loaded.
+    `quantization` is that of `grpo.lora.four_bits`, if anything. Raises ValueError with one line where the model
+    cannot be loaded, or has no prompts that it can be asked with.
     """
-    source = model_folder(name) or name
+    folder = model_folder(name)
+    source, not_there = folder or name, "" if folder else _why_not_on_the_hub(name)
+    local = bool(folder or not_there)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if not local and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            print(f"Downloading {printable(name)} from the Hugging Face Hub", file=sys.stderr, flush=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch.float32,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            local_files_only=local,
             **quantization,
         )
     except Exception as error:  # the libraries raise a dozen kinds; all mean the same to the user
-        raise ValueError(_why_not_loaded(name, error)) from error
+        raise ValueError(_why_not_loaded(name, not_there, error)) from error
     if loading["missing_keys"] or loading["mismatched_keys"]:  # random numbers stand there now
         lacking = ", ".join(sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))[:3])
         raise ValueError(f"cannot load the model in folder {name}: weights are missing ({lacking}, ...)")
-    if not tokenizer.chat_template:
-        raise ValueError(f"model {name} has no chat template, so it is a base model; take its instruct version")
+    if not local:
+        with suppress(Exception):  # few models have one, and only `save` passes it on
+            hf_hub_download(name, SENTENCEPIECE)
+    note = fit_chat_template(tokenizer)
     model = (model if quantization else model.to(device)).eval()
     ends = end_of_turn_ids(model, tokenizer)
     if not ends:
         raise ValueError(f"model {name} names no token that ends a turn; completions would never end")
     pad = tokenizer.pad_token_id
-    return LanguageModel(model, tokenizer, ends, ends[0] if pad is None else pad)
+    pad = ends[0] if pad is None else pad
+    return LanguageModel(model, tokenizer, ends, pad, (note,) if note else (), switch_off_dropout(model))
 
 
-def _why_not_loaded(name: str, error: Exception) -> str:
+def _why_not_on_the_hub(name: str) -> str:
+    """Why a model cannot be had from the Hub, or nothing where it seems that it can.
+
+    One request, and another a second later: offline, `from_pretrained` alone tries twelve times in 50 s. A slow
+    network has HF_HUB_ETAG_TIMEOUT seconds each time (10, or what the environment says).
+    """
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    for pause in (1, 0):
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except GatedRepoError:
+            return "its page on the Hugging Face Hub has terms to accept first; then log in: hf auth login"
+        except RepositoryNotFoundError:
+            return "the Hugging Face Hub has none either (misspelled, or private: hf auth login)"
+        except HFValidationError:
+            return "it is no name of the Hugging Face Hub either"
+        except HfHubHTTPError:  # there is a Hub, and `from_pretrained` knows what to do next
+            return ""
+        except Exception:  # its HTTP library has changed, and with it the errors
+            time.sleep(pause)
+        else:
+            return ""
+    return "the Hugging Face Hub cannot be reached (offline?)"
+
+
+def _why_not_loaded(name: str, not_there: str, error: Exception) -> str:
     folder, name = model_folder(name), printable(name)
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     if folder is not None:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         return f"cannot load the model in folder {name}: {reason}"
     if os.path.sep in name and (name.startswith((".", os.path.sep)) or name.count("/") > 1):
         return f"cannot load model {name}: there is no such folder"
-    return (
-        f"cannot load model {name}: there is no such folder here, and it could not be had from the Hugging Face Hub "
-        "(offline, misspelled or private?); --model starter needs no network"
-    )
+    if not_there:
+        lacking = f"there is no such folder here, and {not_there}"
+        return f"cannot load model {name}: {lacking}; --model starter needs no network"
+    return f"cannot load model {name} of the Hugging Face Hub: {reason}"
 
 
-def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a turn: the tokenizer's, the generation config's, and the chat template's own.
+def switch_off_dropout(model: PreTrainedModel) -> dict[str, float]:
+    """Make train mode compute what eval mode does; returns the rates that the configuration had.
 
-    The last is found by rendering an assistant's turn and looking at what follows it (Gemma 3 ends a turn on
-    <end_of_turn>, which is not its EOS).
+    GPT-2 has 0.1 in modules of their own, others have a number in a module or read the configuration.
     """
-    ids = {tokenizer.eos_token_id}
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    ids.update(configured if isinstance(configured, list) else [configured])
-    if tokenizer.chat_template:
-        said = "c0mpl3ti0n"
-        turn = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
-        after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(said)[2].strip()
-        following = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
-        added = tokenizer.added_tokens_decoder
-        ids.update(i for i in following if i in added and added[i].special)
-    return tuple(sorted(i for i in ids if i is not None))
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message]) -> list[int]:
-    """The prompt that asks for the assistant's turn; control tokens in the messages are encoded as text."""
-    try:
-        encoded = tokenizer.apply_chat_template(
-            list(chat), add_generation_prompt=True, return_dict=True, sanitize_control_tokens=True
-        )
-    except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses the prompt: {error}") from None
-    return encoded["input_ids"]
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
+    rates = {name: x for name, x in model.config.to_dict().items() if "drop" in name and isinstance(x, float) and x}
+    for name in rates:
+        setattr(model.config, name, 0.0)
+    return rates
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -198,7 +232,7 @@ def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str) -> 
     except SafetensorError as error:
         raise OSError(f"cannot write {fresh}: {error}") from None
     lm.tokenizer.save_pretrained(fresh)
-    _write_for_older_versions(fresh)
+    write_for_others(fresh, lm.tokenizer.name_or_path, lm.end_ids, lm.dropout)
     (fresh / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     (fresh / "README.md").write_text(readme, encoding="utf-8")
     for path in (*fresh.rglob("*"), fresh):
@@ -208,19 +242,3 @@ def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str) -> 
     fresh.rename(folder)
     fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_for_older_versions(folder: Path) -> None:
-    """Add what transformers 4 looks for: without it, it falls back to other values in silence."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "rope_theta" in (config.get("rope_parameters") or {}):
-        config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    config["torch_dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
-        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(tokenizer.get("extra_special_tokens"), list):
-        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
-    path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

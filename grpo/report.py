@@ -25,6 +25,8 @@ def introduce(config: TrainConfig, lm: LanguageModel, environment: Mapping[str, 
         say(f"To train a Hub model instead: {HUB_EXAMPLE}")
     else:
         say(f"Training {printable(config.model)} ({millions:,.1f}M parameters) on {where}.")
+    for note in lm.notes:
+        say(note)
     shown = config.passed_on() | {"seed": config.seed}
     line = "Settings:"
     for item in (f"{name}={value}" for name, value in shown.items()):

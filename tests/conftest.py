@@ -6,47 +6,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 from grpo.logprobs import Tokens
+from tests import zoo
 
 VOCABULARY = 50
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    # large enough that the logits are not all alike: a test on a uniform softmax could hide anything
-    "initializer_range": 0.3,
-}
 
 
 def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of a shape, in eval mode: "qwen2", "llama" or "gemma3" (window 6)."""
-    torch.manual_seed(seed)
-    if kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**SIZES))
-    elif kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    else:
-        config = Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=6, sliding_window_pattern=2)
-        assert "sliding_attention" in config.layer_types
-        assert "full_attention" in config.layer_types
-        model = Gemma3ForCausalLM(config)
-    return model.eval()
+    """A random model of a shape of `zoo.KINDS`, in eval mode, with a vocabulary of 50."""
+    return zoo.random_model(kind, seed, vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1, bos_token_id=2)
 
 
 def ragged_tokens(

@@ -16,7 +16,8 @@ LAYERS = [
     {"grpo", "grpo.starter"},
     {"grpo.schedule"},
     {"grpo.config", "grpo.metrics", "grpo.console"},
-    {"grpo.files", "grpo.memory", "grpo.lora", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"},
+    {"grpo.files", "grpo.memory", "grpo.lora", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"}
+    | {"grpo.chats", "grpo.formats"},
     {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.health", "grpo.checkpoint", "grpo.stops"}
     | {"grpo.report", "grpo.plots"},
     {"grpo.learner"},
