@@ -145,18 +145,19 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(whole, tm
     assert f"checkpoint of step {done}" in finish(folder, "--num-iterations", str(done + 1))
 
 
-def test_a_second_signal_quits_at_once(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_quits_at_once(tmp_path, number, status):
     folder = tmp_path / "run"
     process = launch(folder, "--num-iterations", "100000", "--batch-size", "64", "--num-generations", "64")
     while not (folder / "grpo_metrics.json").exists():
         time.sleep(0.02)
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     start = time.monotonic()
     process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert time.monotonic() - start < 2
 
 
