@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from grpo.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from grpo.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, see_that_it_fits
 from grpo.config import TrainConfig
 from grpo.logprobs import can_share
 from grpo.memory import PassLimit
@@ -90,6 +90,7 @@ class Learner:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put back what `checkpoint` took; the sizes of passes only if the same one was asked for."""
+        see_that_it_fits(checkpoint, dict(self.lm.model.named_parameters()))
         _copy(checkpoint.policy, self.lm.model)
         if checkpoint.reference is not None:
             _copy(checkpoint.reference, self.reference)

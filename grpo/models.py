@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from grpo.config import CARD, model_folder
 from grpo.console import printable
-from grpo.files import fsync, put_back
+from grpo.files import fsync, put_back, writing
 from grpo.sampling import Completions, generate, left_pad
 from tasks.base import Message
 
@@ -182,19 +181,23 @@ def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str) -> 
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        lm.model.save_pretrained(fresh)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {fresh}: {error}") from None
-    lm.tokenizer.save_pretrained(fresh)
-    _write_for_older_versions(fresh)
-    (fresh / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (fresh / "README.md").write_text(readme, encoding="utf-8")
-    for path in (*fresh.iterdir(), fresh):
-        fsync(path)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    fsync(folder.parent)
+        with writing(folder, Exception):  # safetensors and tokenizers raise kinds of their own
+            lm.model.save_pretrained(fresh)
+            lm.tokenizer.save_pretrained(fresh)
+        with writing(folder):
+            _write_for_older_versions(fresh)
+            (fresh / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+            (fresh / "README.md").write_text(readme, encoding="utf-8")
+            for path in (*fresh.iterdir(), fresh):
+                fsync(path)
+            if folder.exists():
+                folder.rename(old)
+            fresh.rename(folder)
+            fsync(folder.parent)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        put_back(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
