@@ -26,9 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grpo.files import fsync
+from grpo.metrics import is_count, is_entry, is_evaluation, is_list_of
 
 FOLDER = "checkpoints"
 KEPT = 2
+PASSES = ("sample", "update")  # what has a limit of rows
 FORMAT = 1
 PAYLOAD = ("policy.safetensors", "optimizer.safetensors", "metrics.json", "state.json")
 REFERENCE = "reference.safetensors"
@@ -76,9 +78,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         fsync(temporary)
         temporary.rename(final)
         fsync(parent)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot write checkpoint {final}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OSError(f"cannot write checkpoint {final}: {reason}") from None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -108,14 +111,61 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError("its content does not match its SHA-256 sums")
         state = json.loads((path / PAYLOAD[3]).read_bytes())
         metrics = json.loads((path / PAYLOAD[2]).read_bytes())
+        if not isinstance(state, dict) or not isinstance(metrics, dict):
+            raise ValueError("it was not written by this program")
         if state.get("format") != FORMAT:
             raise ValueError(f"it has format {state.get('format')}, this version reads {FORMAT}")
+        if not is_count(state.get("step")) or path.name != f"step-{state['step']:08d}":
+            raise ValueError("it is not of the step in its name")
         policy, optimizer = load_file(path / PAYLOAD[0]), load_file(path / PAYLOAD[1])
         reference = load_file(path / REFERENCE) if (path / REFERENCE).exists() else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ValueError(f"checkpoint {path.name} cannot be used: {reason}") from None
     return Checkpoint(state["step"], policy, optimizer, metrics, state, reference)
+
+
+def see_that_it_is_ours(checkpoint: Checkpoint) -> None:
+    """Raise ValueError where state or metrics of a checkpoint are not of a run: its sums vouch for bytes only."""
+    state, metrics, step = checkpoint.state, checkpoint.metrics, checkpoint.step
+    limits = state.get("limits")  # the first version had none
+    known = {
+        "config": isinstance(state.get("config"), dict),
+        "threads": is_count(state.get("threads")),
+        "before": state.get("before") == {} or is_evaluation(state.get("before")),
+        "best": state.get("best", ...) is None or is_evaluation(state.get("best")),
+        "skipped_in_a_row": is_count(state.get("skipped_in_a_row")),
+        "limits": limits is None or (isinstance(limits, dict) and all(is_count(limits.get(n)) for n in PASSES)),
+        "evaluate_limit": is_count(state.get("evaluate_limit", 1)),
+        "beta": is_entry({"step": step, "beta": state.get("beta", 0.0)}),
+        "steps": is_list_of(is_entry, metrics.get("steps"))
+        and [row["step"] for row in metrics["steps"]] == list(range(1, step + 1)),
+        "evals": is_list_of(is_evaluation, metrics.get("evals")),
+        "findings": isinstance(metrics.get("findings"), list),
+    }
+    if wrong := [name for name, right in known.items() if not right]:
+        raise _unfit(checkpoint, f"its {', '.join(wrong)} cannot be")
+
+
+def see_that_it_fits(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where the tensors of a checkpoint are not of a model with these parameters."""
+    expected = {name: (p.shape, p.dtype) for name, p in parameters.items()}
+    for kind, tensors in (("weights", checkpoint.policy), ("reference", checkpoint.reference)):
+        if tensors is not None and {name: (t.shape, t.dtype) for name, t in tensors.items()} != expected:
+            raise _unfit(checkpoint, f"its {kind} cannot be of this model")
+    shapes = [p.shape for p in parameters.values()]
+    found = {key: tensor.shape for key, tensor in checkpoint.optimizer.items()}
+    touched = [i for i in range(len(shapes)) if f"{i}.step" in found]  # one without a gradient has no moments
+    moments = {f"{i}.{name}": shapes[i] for i in touched for name in ("exp_avg", "exp_avg_sq")}
+    if found != moments | {f"{i}.step": torch.Size() for i in touched}:
+        raise _unfit(checkpoint, "its optimizer state cannot be of this model")
+
+
+def _unfit(checkpoint: Checkpoint, reason: str) -> ValueError:
+    return ValueError(
+        f"checkpoint step-{checkpoint.step:08d} cannot be used: {reason}; --fresh moves the run to earlier_runs/ and "
+        "starts over, --output-dir NEW trains elsewhere"
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

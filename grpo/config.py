@@ -39,6 +39,7 @@ MAY_CHANGE = (
 )
 MAY_CHANGE += ("save_every", "time_limit", "patience", "target_accuracy")
 LARGEST_FLOAT32 = 3.4e38
+MOST_TOKENS = 10**6  # of a completion: no model has so many, and memory for all of them is taken at once
 _DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 VARIANTS = "Variants and schedules"
@@ -139,6 +140,7 @@ class TrainConfig:
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
         """The settings in which this launch departs from an earlier one of the run, and may not."""
+        earlier = {f.name: f.default for f in fields(self)} | dict(earlier)  # a setting may be younger than the run
         may_change = set(MAY_CHANGE) - ({"num_iterations"} if self.depends_on_length else set())
         return [
             f"{name} {earlier.get(name)} (now {value})"
@@ -168,6 +170,8 @@ def read_card(name: str) -> dict[str, Any]:
         return {}
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{folder / CARD} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CARD} is not JSON ({error}); restore or delete it") from None
     if not isinstance(card, dict):
@@ -181,7 +185,9 @@ def read_card(name: str) -> dict[str, Any]:
 CARD_ENTRIES = {
     "settings": lambda value: isinstance(value, dict),
     "step": lambda value: isinstance(value, int) and value >= 0,
-    "max_new_tokens": lambda value: isinstance(value, int) and value > 0,
+    "max_new_tokens": lambda value: (
+        isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_TOKENS
+    ),
     "system_prompt": lambda value: isinstance(value, str),
     "prompt_style": lambda value: value in STYLES,
     "base_model": lambda value: isinstance(value, str),
@@ -194,7 +200,11 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     card = read_card(given.get("model", "starter")).get("settings", {})
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in OWN}):
         raise ValueError(f"the model's {CARD} has settings that it cannot have: {', '.join(unknown)}")
-    return TrainConfig(**{**card, **given})
+    given_alone = TrainConfig(**given)  # its mistakes are the call's, those that come now the card's
+    try:
+        return replace(given_alone, **{name: value for name, value in card.items() if name not in given})
+    except ValueError as error:
+        raise ValueError(f"{model_folder(given_alone.model) / CARD}: {error}; restore or delete it") from None
 
 
 def _check(name: str, value: Any, kind: type, metadata: Any) -> None:

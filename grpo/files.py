@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -33,6 +33,18 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
+def writing(path: Path, kinds: type[Exception] = OSError) -> Iterator[None]:
+    """Have a failure name what could not be written; that of a write, on a full disk, does not by itself."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OSError(f"cannot write {path}: {reason}") from None
+
+
+@contextmanager
 def claim_folder(config: TrainConfig, fresh: bool) -> Iterator[None]:
     """Make the output folder and hold it for this process; with `fresh`, move an earlier run aside.
 
@@ -45,7 +57,7 @@ def claim_folder(config: TrainConfig, fresh: bool) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"cannot make --output-dir {folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"cannot write to --output-dir {folder}: no permission")
+        raise ValueError(f"cannot write to --output-dir {folder}: no permission, or a read-only disk")
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
@@ -54,14 +66,16 @@ def claim_folder(config: TrainConfig, fresh: bool) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
     try:
-        (folder / HOLDER).write_text(str(os.getpid()), encoding="utf-8")
+        with writing(folder / HOLDER):
+            (folder / HOLDER).write_text(str(os.getpid()), encoding="utf-8")
         put_back(folder / "saved_model")
         if fresh:
             _move_aside(config, folder)
         _see_that_it_can_go_on(folder)
         yield
     finally:
-        (folder / HOLDER).unlink(missing_ok=True)
+        with suppress(OSError):  # in a folder that has become read-only; what ended the run is what should be read
+            (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
 
 

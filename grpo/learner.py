@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from grpo.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, see_that_it_fits
 from grpo.config import TrainConfig
 from grpo.logprobs import can_share
 from grpo.lora import has_adapter, quiet
@@ -95,6 +95,7 @@ class Learner:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put back what `checkpoint` took; the sizes of passes only if the same one was asked for."""
+        see_that_it_fits(checkpoint, trainable(self.lm.model))
         _copy(checkpoint.policy, trainable(self.lm.model))
         if checkpoint.reference is not None:
             _copy(checkpoint.reference, dict(self.reference.named_parameters()))

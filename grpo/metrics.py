@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 SCHEMA_VERSION = 1
 FILE_NAME = "grpo_metrics.json"
 LARGEST_NUMBER = 10**300  # JSON may hold integers that no float can
+MEASURED = ("accuracy", "n", "ci_low", "ci_high")  # of every evaluation
 WRITE_EVERY = 5.0  # seconds, between evaluations
 
 
@@ -67,12 +68,15 @@ class Metrics:
     def write(self) -> None:
         """Replace the file by a whole new one."""
         temporary = self.path.with_name(f".{self.path.name}.new")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(self.record, file, allow_nan=False, separators=(",", ":"))
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(self.record, file, allow_nan=False, separators=(",", ":"))
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except OSError as error:  # that of a write names no file
+            raise OSError(f"cannot write {self.path}: {error.strerror or error}") from None
         self._written = time.monotonic()
 
 
@@ -117,20 +121,35 @@ def _check(record: Any, path: Path) -> None:
             f"{path} has schema version {record['schema_version']!r}, this program reads {SCHEMA_VERSION}"
         )
     for key in ("steps", "evals"):
-        rows = record.get(key)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and _is_entry(row) for row in rows):
+        if not is_list_of(is_entry, record.get(key)):
             raise ValueError(f"{path} is damaged: its {key!r} is not a list of entries with a step and numbers")
-    measured = ("accuracy", "n", "ci_low", "ci_high")
-    if any(row.get(name) is None for row in record["evals"] for name in measured):
-        raise ValueError(f"{path} is damaged: one of its 'evals' lacks one of {', '.join(measured)}")
+    if any(row.get(name) is None for row in record["evals"] for name in MEASURED):
+        raise ValueError(f"{path} is damaged: one of its 'evals' lacks one of {', '.join(MEASURED)}")
     if not isinstance(record.get("config"), dict):
         raise ValueError(f"{path} is damaged: it has no 'config'")
+    ending = record.get("finished")
+    if ending is not None and not (isinstance(ending, dict) and is_count(ending.get("step")) and "reason" in ending):
+        raise ValueError(f"{path} is damaged: its 'finished' is not a step and a reason")
 
 
-def _is_entry(row: dict[str, Any]) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value is a number of things, such as steps."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_NUMBER
+
+
+def is_list_of(is_one: Callable[[Any], bool], value: Any) -> bool:
+    """Whether a value is a list, and every item passes."""
+    return isinstance(value, list) and all(map(is_one, value))
+
+
+def is_evaluation(value: Any) -> bool:
+    """Whether a value is an entry of `evals`, complete."""
+    return is_entry(value) and "split" in value and all(value.get(name) is not None for name in MEASURED)
+
+
+def is_entry(row: Any) -> bool:
     """Whether a row has a step, and nothing but numbers and nulls where the plots look for numbers."""
-    step = row.get("step")
-    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < LARGEST_NUMBER:
+    if not isinstance(row, dict) or not is_count(row.get("step")):
         return False
     numbers = [value for name, value in row.items() if name not in ("split", "skills") and value is not None]
     return all(isinstance(value, (int, float)) and abs(value) < LARGEST_NUMBER for value in numbers)

@@ -22,7 +22,6 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -30,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from grpo.chats import end_of_turn_ids, fit_chat_template, prompt_ids
 from grpo.config import CARD, model_folder
 from grpo.console import printable
-from grpo.files import fsync, put_back
+from grpo.files import fsync, put_back, writing
 from grpo.formats import SENTENCEPIECE, write_for_others
 from grpo.lora import has_adapter, merged, save_adapter
 from grpo.sampling import Completions, generate, left_pad
@@ -224,21 +223,25 @@ def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str) -> 
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        if has_adapter(lm.model):
-            merged(lm.model).save_pretrained(fresh)
-            save_adapter(lm.model, fresh)
-        else:
-            lm.model.save_pretrained(fresh)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {fresh}: {error}") from None
-    lm.tokenizer.save_pretrained(fresh)
-    write_for_others(fresh, lm.tokenizer.name_or_path, lm.end_ids, lm.dropout)
-    (fresh / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (fresh / "README.md").write_text(readme, encoding="utf-8")
-    for path in (*fresh.rglob("*"), fresh):
-        fsync(path)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    fsync(folder.parent)
+        with writing(folder, Exception):  # safetensors and tokenizers raise kinds of their own
+            if has_adapter(lm.model):
+                merged(lm.model).save_pretrained(fresh)
+                save_adapter(lm.model, fresh)
+            else:
+                lm.model.save_pretrained(fresh)
+            lm.tokenizer.save_pretrained(fresh)
+        with writing(folder):
+            write_for_others(fresh, lm.tokenizer.name_or_path, lm.end_ids, lm.dropout)
+            (fresh / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+            (fresh / "README.md").write_text(readme, encoding="utf-8")
+            for path in (*fresh.rglob("*"), fresh):
+                fsync(path)
+            if folder.exists():
+                folder.rename(old)
+            fresh.rename(folder)
+            fsync(folder.parent)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        put_back(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)

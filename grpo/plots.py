@@ -1,6 +1,7 @@
 """The figures of a run, drawn from its metrics. Raw values are faint, the smoothed line is strong."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from grpo.files import writing
+
 # Okabe and Ito's palette, told apart with any colour vision
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 CURVE, KL = "grpo_training_curve.png", "grpo_kl_divergence.png"
@@ -23,9 +26,16 @@ def draw_all(record: Mapping[str, Any], folder: Path) -> list[Path]:
     paths = []
     for name, figure in ((CURVE, training_curve(record)), (KL, kl_divergence(record))):
         temporary = folder / f".{name}"
-        figure.savefig(temporary, dpi=150, format="png")
-        plt.close(figure)
-        temporary.replace(folder / name)
+        try:
+            with writing(folder / name):
+                figure.savefig(temporary, dpi=150, format="png")
+                temporary.replace(folder / name)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            plt.close(figure)
         paths.append(folder / name)
     return paths
 

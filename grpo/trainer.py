@@ -11,10 +11,11 @@ import torch
 import transformers
 
 from grpo import report
-from grpo.checkpoint import newest_checkpoint, write_checkpoint
+from grpo.checkpoint import newest_checkpoint, see_that_it_is_ours, write_checkpoint
 from grpo.config import TrainConfig, model_folder, read_card
 from grpo.console import Progress, say
 from grpo.evaluate import evaluate
+from grpo.files import writing
 from grpo.learner import Learner
 from grpo.lora import add_adapter, four_bits
 from grpo.memory import PassLimit
@@ -137,7 +138,8 @@ class Trainer:
         """Measure the saved policy on the test problems, and say what the run reached."""
         after = self._test(load(str(self.saved_model), self.lm.device), self.best["step"])
         readme = report.model_card(self.config, self.best, self.before, after)
-        (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
+        with writing(self.saved_model / "README.md"):
+            (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
         self.metrics.record["finished"] = {"step": self.done, "reason": reason}
         self.metrics.write()
         report.conclude(self.folder, self.metrics.record, time.monotonic() - self.launched)
@@ -180,6 +182,7 @@ class Trainer:
                     "earlier_runs/ and starts over, --output-dir NEW trains elsewhere"
                 )
             return None
+        see_that_it_is_ours(checkpoint)
         if differences := self.config.differences(checkpoint.state["config"]):
             raise ValueError(
                 f"{self.folder.resolve()} holds a run with other settings: {', '.join(differences)}; give the same "
@@ -197,7 +200,8 @@ class Trainer:
             written = load_metrics(self.folder)
         except ValueError:
             return None  # damaged or missing; the checkpoint has all of it but the ending
-        return written if (written.get("finished") or {}).get("step") == self.done else None
+        same = (written["steps"], written["evals"][:-1]) == (checkpoint.metrics["steps"], checkpoint.metrics["evals"])
+        return written if same and (written.get("finished") or {}).get("step") == self.done else None
 
     def _validate(self, step: int) -> None:
         """Measure on the validation problems; a new best policy goes to saved_model/."""

@@ -1,0 +1,153 @@
+"""What a run may go on with: every setting, changed alone, and checkpoints that earlier versions have written."""
+
+import json
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import train_grpo
+from grpo import trainer
+from grpo.checkpoint import FORMAT, newest_checkpoint
+from grpo.config import MAY_CHANGE, TrainConfig
+from grpo.metrics import load_metrics
+from tests.fixtures.make import HERE, NAME
+from tests.runs import SETTINGS, a_tiny_model, forked, options
+
+BITS = {
+    "device",
+    "micro_batch_size",
+    "deterministic",
+    "gradient_checkpointing",
+}  # may change how numbers are added up, not what they mean
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_plots():
+    """For speed; and what a run may set for the whole process is set back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_all", lambda *_: [])
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run of two steps, and its model beside it."""
+    folder = tmp_path_factory.mktemp("going on")
+    a_tiny_model(folder / "model")
+    train(folder, num_iterations=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(half, tmp_path_factory):
+    """The same after a third step."""
+    folder = Path(shutil.copytree(half, tmp_path_factory.mktemp("whole") / "copy"))
+    assert train(folder, model=half / "model", num_iterations=3).exit_code == 0
+    return folder / "run"
+
+
+def train(folder, **settings):
+    return CliRunner().invoke(
+        train_grpo.main, options(**{"model": folder / "model", "output_dir": folder / "run", **settings})
+    )
+
+
+def another(field, folder):
+    """Another value of a setting, that could be."""
+    now = SETTINGS.get(field.name, field.default)
+    special = {"time_limit": "1h", "device": "auto", "model": folder / "other", "output_dir": folder / "elsewhere"}
+    special |= {"group_schedule": "8:4", "num_iterations": 4, "target_accuracy": 1.0, "patience": 9}
+    special |= {"lora_targets": "q_proj"}
+    if field.name in special:
+        return special[field.name]
+    if field.metadata["choices"]:
+        return next(value for value in field.metadata["choices"] if value != now)
+    if field.type is bool:
+        return not now
+    assert field.type in (int, float), f"{field.name} is new: give it another value here"
+    return now + 1 if field.type is int else now / 2 + 0.125
+
+
+def snapshot(folder):
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".grpo.")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("field", fields(TrainConfig), ids=lambda field: field.name)
+def test_a_setting_that_changes_is_gone_on_with_or_named_and_refused(field, half, whole, tmp_path):
+    folder = Path(shutil.copytree(half, tmp_path / "copy"))
+    value = another(field, folder)
+    if field.name == "model":
+        shutil.copytree(folder / "model", value)
+    if field.name == "output_dir":
+        (folder / "run").rename(value)
+    before = snapshot(folder)
+    result = train(folder, **{"model": half / "model", "num_iterations": 3, field.name: value})
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    if field.name == "load_in_4bit":  # cannot be without an adapter, so it never comes alone
+        assert result.exit_code == 2
+        assert "lora_rank" in result.stderr
+        return
+    if field.name not in MAY_CHANGE:
+        assert result.exit_code == 1
+        assert result.stderr.count("\n") == 1
+        assert f"{field.name} {before_as_text(field, half)} (now {value})" in result.stderr
+        named = set(re.findall(r"(\w+) [^,:]* \(now ", result.stderr))
+        assert named - {"num_iterations"} == {field.name}, "no other, but the length where it decides something"
+        assert "--fresh" in result.stderr
+        assert snapshot(folder) == before
+        return
+    assert result.exit_code == 0, result.output
+    run = value if field.name == "output_dir" else folder / "run"
+    record = load_metrics(run)
+    last = value if field.name == "num_iterations" else 3
+    assert [row["step"] for row in record["steps"]] == list(range(1, last + 1))
+    assert record["finished"]["step"] == last
+    assert newest_checkpoint(run)[0].step == last
+    if field.name not in BITS:
+        for mine, theirs in zip(record["steps"], load_metrics(whole)["steps"], strict=False):
+            assert {k: v for k, v in mine.items() if "time/" not in k} == {
+                k: v for k, v in theirs.items() if "time/" not in k
+            }
+
+
+def before_as_text(field, half):
+    return str({**SETTINGS, "model": half / "model"}.get(field.name, field.default))
+
+
+def test_what_may_change_is_a_setting():
+    assert set(MAY_CHANGE) <= {field.name for field in fields(TrainConfig)}
+
+
+# --- checkpoints of earlier versions ---
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT + 1))
+def test_a_kept_checkpoint_is_gone_on_with_or_refused_with_a_reason(version, tmp_path):
+    kept = HERE / NAME.format(version)
+    assert kept.is_dir(), "python -m tests.fixtures.make, once for each format"
+    assert sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) < 300_000
+    folder = Path(shutil.copytree(kept, tmp_path / "copy"))
+    state = json.loads((folder / "run/checkpoints/step-00000002/state.json").read_text(encoding="utf-8"))
+    names = {field.name for field in fields(TrainConfig)}
+    settings = {name: value for name, value in state["config"].items() if name in names and value != ""}
+    settings |= {"num_iterations": 3}
+    result = forked(train_grpo.main, options(**settings), folder=folder)
+    if version != FORMAT and result[0]:
+        assert f"format {version}" in result[2] + result[1]
+        return
+    assert result[0] == 0, result
+    assert "Warning" not in result[1]
+    assert "checkpoint of step 2" in result[1]
+    before, after = load_metrics(kept / "run"), load_metrics(folder / "run")
+    assert after["steps"][:2] == before["steps"]
+    assert [row["step"] for row in after["steps"]] == [1, 2, 3]
+    checkpoint, problems = newest_checkpoint(folder / "run")
+    assert problems == []
+    assert checkpoint.step == 3
