@@ -1,6 +1,5 @@
 """One step's data: sample completions, score them, keep everything that belongs together in one place."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -10,12 +9,12 @@ from torch import Tensor
 
 from grpo.advantages import group_advantages
 from grpo.config import TrainConfig
-from grpo.console import printable
 from grpo.logprobs import Tokens
 from grpo.metrics import Stopwatch
 from grpo.models import LanguageModel, precision
 from grpo.sampling import generate, token_noise
 from tasks.base import Problem, Reward, Task
+from tasks.rewards import RewardFunction, score
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class RolloutBatch:
     truncated: Tensor  # (B,) bool: cut off by the token limit
     sample_logprobs: Tensor  # (B, C) float32, as the sampler had them
 
-    def summary(self, reward_parts: Sequence[str]) -> dict[str, float | int]:
+    def summary(self) -> dict[str, float | int | None]:
         """The rollout's part of a step's metrics; the README defines each name."""
         totals = torch.tensor([reward.total for reward in self.rewards]).view(len(self.problems), -1)  # (N, G)
         right = torch.tensor([reward.correct for reward in self.rewards]).view_as(totals)
@@ -39,7 +38,7 @@ class RolloutBatch:
         return {
             "reward_mean": float(totals.mean()),
             "reward_std": float(totals.std(1).mean()),
-            **{f"reward/{name}": fmean(reward.parts[name] for reward in self.rewards) for name in reward_parts},
+            **{f"reward/{name}": _mean([r.parts[name] for r in self.rewards]) for name in self.rewards[0].parts},
             "accuracy": float(right.float().mean()),
             "completion_length": float(mask.sum(-1).float().mean()),
             "truncated_fraction": float(self.truncated.float().mean()),
@@ -53,6 +52,7 @@ class RolloutBatch:
 def collect(
     lm: LanguageModel,
     task: Task,
+    rewards: Sequence[RewardFunction],
     config: TrainConfig,
     step: int,
     clock: Stopwatch,
@@ -80,26 +80,23 @@ def collect(
         texts = lm.decode(completions)
     with clock("reward"):
         of_row = [problem for problem in problems for _ in range(config.num_generations)]
-        rewards = [_scored(task, problem, text) for problem, text in zip(of_row, texts, strict=True)]
-    totals = torch.tensor([reward.total for reward in rewards], device=lm.device)
+        attempts = [task.judge(problem, text) for problem, text in zip(of_row, texts, strict=True)]
+        lengths = completions.lengths.tolist()
+        ids = [row[:n] for row, n in zip(completions.ids.tolist(), lengths, strict=True)]
+        scored = score(rewards, attempts, {"completion_ids": ids}, clock)
+    totals = torch.tensor([reward.total for reward in scored], device=lm.device)
     return RolloutBatch(
         problems=problems,
         tokens=Tokens(prompt_ids, prompt_mask, completions.ids, completions.mask),
         completions=texts,
-        rewards=rewards,
+        rewards=scored,
         advantages=group_advantages(totals, config.num_generations),
         truncated=~completions.ended,
         sample_logprobs=completions.logprobs,
     )
 
 
-def _scored(task: Task, problem: Problem, completion: str) -> Reward:
-    """The reward of a completion; raises ValueError, naming the reward function, where it is not a finite number."""
-    reward = task.score(problem, completion)
-    for name, value in reward.parts.items():
-        if not math.isfinite(value):
-            raise ValueError(
-                f"reward function {name!r} gave {value} for the completion {printable(completion[:80])!r} of "
-                f"{printable(problem.question[:80])!r}; it must return a finite number"
-            )
-    return reward
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean over the completions that a reward function applied to; None where there are none."""
+    applied = [value for value in values if value is not None]
+    return fmean(applied) if applied else None

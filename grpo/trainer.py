@@ -20,6 +20,7 @@ from grpo.checkpoint import (
     Checkpoint,
     newest_checkpoint,
     optimizer_tensors,
+    refuse_another_run,
     restore_optimizer,
     write_checkpoint,
 )
@@ -35,7 +36,7 @@ from grpo.rollout import RolloutBatch, collect
 from grpo.stops import Stops
 from grpo.update import Batch, inner_update, reference_logprobs, summary
 from tasks.base import Problem, Task
-from tasks.prompts import SYSTEM_PROMPTS
+from tasks.rewards import parse_rewards
 
 TEST_PROBLEMS = 1000  # or all there are
 SKILL_PROBLEMS = 500
@@ -50,6 +51,8 @@ class Trainer:
     ) -> None:
         """`launched` is the `time.monotonic()` that a time limit counts from; now, if not given."""
         self.config, self.task = config, task
+        self.rewards = parse_rewards(config.reward, task.default_rewards)
+        self.files = {**task.files, **{reward.path: reward.sha256 for reward in self.rewards if reward.path}}
         self.folder = Path(config.output_dir)
         self.card = read_card(config.model)
         device = choose_device(config.device)
@@ -60,13 +63,9 @@ class Trainer:
             self.lm.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
         self.skills = {name: skills[name] for name in self.card.get("skills", []) if name in skills}
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        versions["numpy"] = numpy.__version__
-        self.metrics = Metrics(
-            self.folder,
-            config.to_dict(),
-            environment(_device_name(device), torch.get_num_threads(), versions),
-        )
+        versions = {library.__name__: library.__version__ for library in (torch, transformers, numpy)}
+        machine = environment(_device_name(device), torch.get_num_threads(), versions)
+        self.metrics = Metrics(self.folder, config.to_dict(), machine)
         g, prompts = config.num_generations, config.micro_batch_size or config.batch_size
         self.limits = {
             "sample": PassLimit("sampling", config.batch_size * g, g),
@@ -85,9 +84,9 @@ class Trainer:
 
     def step(self, step: int) -> tuple[RolloutBatch, dict[str, Any]]:
         """One step of GRPO: one rollout and `num_inner_updates` updates on it."""
-        c, clock, updates = self.config, Stopwatch(), []
+        c, clock, updates, sample = self.config, Stopwatch(), [], self.limits["sample"].fit
         with clock("total"):
-            rollout = self.limits["sample"].fit(collect, self.lm, self.task, c, step, clock, shared=self.shared)
+            rollout = sample(collect, self.lm, self.task, self.rewards, c, step, clock, shared=self.shared)
             batch, fit = Batch(rollout.tokens, rollout.advantages), self.limits["update"].fit
             with clock("reference"):
                 if self.reference is not None:
@@ -102,7 +101,7 @@ class Trainer:
         for update in updates:
             self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
         times = {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
-        entry = rollout.summary(self.task.reward_parts) | summary(updates) | times
+        entry = rollout.summary() | summary(updates) | times
         return rollout, {"step": step, **entry, "learning_rate": c.learning_rate}
 
     def run(self) -> int:
@@ -199,6 +198,7 @@ class Trainer:
         """Write what the rest of the run depends on; a checkpoint of the same step is already the same."""
         state = {
             "config": self.config.to_dict(),
+            "files": self.files,
             "threads": torch.get_num_threads(),
             "before": self.before,
             "best": self.best,
@@ -224,11 +224,7 @@ class Trainer:
                     "earlier_runs/ and starts over, --output-dir NEW trains elsewhere"
                 )
             return None
-        if differences := self.config.differences(checkpoint.state["config"]):
-            raise ValueError(
-                f"{self.folder.resolve()} holds a run with other settings: {', '.join(differences)}; give the same "
-                "to go on, --fresh to start over, or --output-dir NEW"
-            )
+        refuse_another_run(self.folder, checkpoint, self.config, self.files)
         with torch.no_grad():
             for name, parameter in self.lm.model.named_parameters():
                 parameter.copy_(checkpoint.policy[name])
@@ -289,8 +285,9 @@ class Trainer:
         card = {
             "task": self.task.name,
             "step": self.best["step"],
-            "prompt_style": c.prompt_style,
-            "system_prompt": SYSTEM_PROMPTS[c.prompt_style],
+            "kind": self.task.kind,
+            "prompt_style": self.task.style,
+            "system_prompt": self.task.system_prompt,
             "max_new_tokens": c.max_new_tokens,
             "base_model": base,
             "skills": list(self.skills),
