@@ -88,6 +88,12 @@ class Task(Protocol):
         """Any text whatever as the rewards see it: total, linear in its length, never raises."""
 
 
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line without control characters: it may quote a model's or a file's text."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:300]
+
+
 def split_of(key: str) -> str:
     """The split that the problem with this key belongs to: 80% train, 10% validation, 10% test.
 

@@ -10,7 +10,7 @@ validation out of the official training problems. The full answer is the column 
 import hashlib
 from collections.abc import Iterable
 
-from tasks.base import Problem, split_of
+from tasks.base import Problem, one_line, split_of
 from tasks.parsing import parse_number
 from tasks.rows import Row, Rows, normal, read_rows, split_rows, text_of
 
@@ -72,8 +72,9 @@ def from_hub() -> tuple[dict[str, list[Problem]], str]:
         data = load_dataset(HUB, "main")
         test, train = ([problem_of(row) for row in data[name]] for name in ("test", "train"))
     except Exception as error:  # the library raises a dozen kinds; all mean the same to the user
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"cannot load {HUB} from the Hub ({said}); --data FILE needs no network") from error
+        raise ValueError(
+            f"cannot load {HUB} from the Hub ({one_line(error)}); --data FILE needs no network"
+        ) from error
     asked = {normal(problem.question) for problem in test}
     rest = [problem for problem in train if normal(problem.question) not in asked]
     of_split = {"train": [], "validation": [], "test": test}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from tasks.base import Answer, Attempt, Reward
+from tasks.base import Answer, Attempt, Reward, one_line
 from tasks.parsing import CLOSE, OPEN, PARSERS
 from tasks.user_rewards import load_file
 
@@ -268,5 +268,4 @@ def _what_happened(reward: RewardFunction, error: Exception) -> str:
     """The exception of a reward function in one line, with the line of the user's file that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((f for f in reversed(frames) if f.filename == reward.path), frames[-1])
-    said = "".join(c if c.isprintable() else " " for c in f"{type(error).__name__}: {error}")[:300]
-    return f"reward function {reward.name!r} raised {said} ({frame.filename}:{frame.lineno})"
+    return f"reward function {reward.name!r} raised {one_line(error)} ({frame.filename}:{frame.lineno})"

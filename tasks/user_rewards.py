@@ -21,6 +21,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from tasks.base import one_line
+
 
 @dataclass(frozen=True)
 class UserFile:
@@ -64,6 +66,5 @@ def load_file(path: str) -> UserFile:
     try:
         loader.exec_module(module)
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"cannot run the rewards in {path!r}: {said}") from error
+        raise ValueError(f"cannot run the rewards in {path!r}: {one_line(error)}") from error
     return UserFile(path, module, hashlib.sha256(text).hexdigest())
