@@ -148,9 +148,14 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
         raise ValueError(f"the model's {CARD} has settings that it cannot have: {', '.join(unknown)}")
     if any(isinstance(spec, str) and _names_a_file(spec) for spec in _list(card.get("reward"))):
         raise ValueError(f"the model's {CARD} names a reward in a file, which a model cannot; remove it there")
-    style = {"prompt_style": "answer", **card, **given}["prompt_style"]
-    if style != card.get("prompt_style", "answer"):
-        card = {name: value for name, value in card.items() if name != "max_new_tokens"}
+    carried = {"task": "arithmetic", "prompt_style": "answer", **card}
+    style = given.get("prompt_style", carried["prompt_style"])
+    of_another = set()  # what the model carries for another style or task is nothing for this one
+    if style != carried["prompt_style"]:
+        of_another = {"max_new_tokens", "system_prompt", "reward"}
+    elif given.get("task", carried["task"]) != carried["task"]:
+        of_another = {"system_prompt", "reward"}
+    card = {name: value for name, value in card.items() if name not in of_another}
     limit = {"max_new_tokens": STYLE_TOKENS[style]} if style in STYLES else {}
     return TrainConfig(**{**limit, **card, **given})
 

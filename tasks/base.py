@@ -88,7 +88,7 @@ class Task(Protocol):
         """Any text whatever as the rewards see it: total, linear in its length, never raises."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an exception says, on one line without control characters: it may quote a model's or a file's text."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:300]

@@ -17,7 +17,7 @@ from typing import Any
 
 from tasks.base import Answer, Attempt, Reward, one_line
 from tasks.parsing import CLOSE, OPEN, PARSERS
-from tasks.user_rewards import load_file
+from tasks.user_rewards import UserFile, load_file
 
 CLOSE_ENOUGH = 1  # "close" pays for a number that is off by at most this
 LONG = 1000  # characters at which "length" pays nothing
@@ -173,6 +173,7 @@ def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[R
     Raises ValueError, in one line, for what is no such thing, is unknown or missing, or comes twice.
     """
     rewards: dict[str, RewardFunction] = {}
+    files: dict[str, UserFile] = {}  # each is run once
     for spec in specs or [f"{name}={weight}" for name, weight in defaults.items()]:
         what, _, weight_text = spec.rpartition("=")
         try:
@@ -187,8 +188,9 @@ def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[R
         if name in rewards:
             raise ValueError(f"reward {name!r} is given twice; their means would share a name")
         if colon:
-            user = load_file(path)
-            rewards[name] = RewardFunction(name, weight, partial(_of_user, user.function(name)), path, user.sha256)
+            files[path] = files.get(path) or load_file(path)
+            function = partial(_of_user, files[path].function(name))
+            rewards[name] = RewardFunction(name, weight, function, path, files[path].sha256)
         elif name in REWARDS:
             rewards[name] = RewardFunction(name, weight, partial(_of_each, REWARDS[name]))
         else:
@@ -240,7 +242,7 @@ def _values(reward: RewardFunction, attempts: Sequence[Attempt], columns: Column
     """What a function gives for a batch, checked."""
     try:
         values = list(reward.function(attempts, columns))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(_what_happened(reward, error)) from error
     if len(values) != len(attempts):
         raise ValueError(
@@ -264,8 +266,9 @@ def _number(reward: RewardFunction, value: Any, attempt: Attempt) -> float | Non
     return number
 
 
-def _what_happened(reward: RewardFunction, error: Exception) -> str:
+def _what_happened(reward: RewardFunction, error: BaseException) -> str:
     """The exception of a reward function in one line, with the line of the user's file that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
-    frame = next((f for f in reversed(frames) if f.filename == reward.path), frames[-1])
-    return f"reward function {reward.name!r} raised {one_line(error)} ({frame.filename}:{frame.lineno})"
+    own = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename == reward.path]
+    place = own[-1] if own else reward.path or f"{frames[-1].filename}:{frames[-1].lineno}"
+    return f"reward function {reward.name!r} raised {one_line(error)} ({place})"

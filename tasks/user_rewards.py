@@ -13,6 +13,7 @@ a model's folder can name none (grpo/config.py).
 """
 
 import hashlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
@@ -61,10 +62,12 @@ def load_file(path: str) -> UserFile:
         raise ValueError(
             f"cannot read the rewards in {path!r}: {getattr(error, 'strerror', None) or error}"
         ) from None
-    loader = _Source("user_rewards", path, text)
+    sha256 = hashlib.sha256(text).hexdigest()
+    loader = _Source(f"user_rewards_{sha256}", path, text)
     module = module_from_spec(spec_from_loader(loader.name, loader))
+    sys.modules[loader.name] = module  # dataclasses look their module up
     try:
         loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"cannot run the rewards in {path!r}: {one_line(error)}") from error
-    return UserFile(path, module, hashlib.sha256(text).hexdigest())
+    return UserFile(path, module, sha256)

@@ -138,6 +138,19 @@ def test_the_token_limit_follows_the_style_unless_it_is_said(tmp_path, style_of_
     assert tuple(STYLE_TOKENS) == STYLES
 
 
+def test_a_system_prompt_and_rewards_of_a_card_are_for_its_own_style_and_task(tmp_path):
+    own = {"system_prompt": "Say it.", "reward": ["exact=1"]}
+    model = folder_with_card(tmp_path / "m", {"settings": own})
+    for given, kept in (
+        ({}, True),
+        ({"seed": 1}, True),
+        ({"prompt_style": "think"}, False),
+        ({"task": "reverse"}, False),
+    ):
+        config = resolve({"model": model, **given})
+        assert (config.system_prompt, config.reward) == (("Say it.", ("exact=1",)) if kept else ("", ()))
+
+
 def test_a_models_card_can_name_no_file_that_would_be_read_or_run(tmp_path):
     for settings in ({"data": "/etc/passwd"}, {"reward": ["exact=1", "/tmp/evil.py:f=1"]}, {"reward": ["x:f=1"]}):
         model = folder_with_card(tmp_path / "m", {"settings": settings})

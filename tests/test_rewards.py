@@ -379,7 +379,8 @@ def test_a_users_function_sees_prompts_completions_and_columns(tmp_path):
         ("def f(**c):\n    x = 1\n    raise KeyError('no\\nsuch')", ["'f'", "KeyError", "mine.py:3"]),
         ("def g():\n    return 1 / 0\ndef f(**c):\n    return g()", ["'f'", "ZeroDivisionError", "mine.py:2"]),
         ("import json\ndef f(**c):\n    return json.loads('x')", ["'f'", "JSONDecodeError", "mine.py:3"]),
-        ("def f(prompts):\n    return []", ["'f'", "TypeError", "completion"]),
+        ("def f(prompts):\n    return []", ["'f'", "TypeError", "completion", "mine.py)"]),
+        ("def f(**c):\n    exit()", ["'f'", "SystemExit", "mine.py:2"]),
         ("def f(**c):\n    return [1.0]", ["'f'", "1 numbers for 3 completions"]),
         ("def f(**c):\n    return [1.0] * 4", ["'f'", "4 numbers for 3 completions"]),
         ("def f(**c):\n    return None", ["'f'", "TypeError"]),
@@ -417,6 +418,7 @@ def test_no_word_of_a_model_can_move_the_cursor_by_way_of_an_error(tmp_path):
         ("def f(:", "f=1", "SyntaxError"),
         ("raise RuntimeError('at\\nimport')", "f=1", "RuntimeError: at import"),
         ("import no_such_module", "f=1", "no_such_module"),
+        ("exit(0)", "f=1", "SystemExit"),
     ],
 )
 def test_a_file_without_the_function_is_refused_in_one_line(body, spec, word, tmp_path):
@@ -439,6 +441,21 @@ def test_a_changed_file_is_another_file_at_once_and_leaves_nothing_behind(tmp_pa
     assert [run(rewards)[0].total for rewards in (first, second)] == [1.0, 2.0]
     assert first[0].sha256 != second[0].sha256
     assert {path.name for path in tmp_path.iterdir()} == {"mine.py"}
+
+
+def test_a_file_is_run_once_for_all_its_functions_and_may_hold_what_any_module_may(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        f"open({str(tmp_path / 'log')!r}, 'a').write('run ')\n"
+        "@dataclass\nclass Judge:\n    n: int = 0\njudge = Judge()\n"
+        "def f(prompts, **c):\n    judge.n += 1\n    return [judge.n] * len(prompts)\n"
+        "g = lambda prompts, **c: [10 * judge.n] * len(prompts)\n",
+        encoding="utf-8",
+    )
+    rewards = parse_rewards([f"{path}:f=1", f"{path}:g=1"], {})
+    assert run(rewards)[0].parts == {"f": 1.0, "g": 10.0}
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "run "
 
 
 def test_each_function_is_timed_by_its_name(tmp_path):
