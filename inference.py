@@ -106,7 +106,6 @@ def complete(
     seed: int,
 ) -> list[list[str]]:
     """`samples` completions of a model for each question."""
-    from grpo.evaluate import ROWS
     from grpo.models import choose_device, load
 
     card = read_card(name)
@@ -114,7 +113,7 @@ def complete(
     chats = [chat(question, card.get("system_prompt") or system_prompt("answer")) for question in questions]
     limit = max_new_tokens or card.get("max_new_tokens", TOKENS_WITHOUT_CARD)
     if temperature == 0:
-        return [[text] for text in lm.greedy(chats, limit, ROWS)]
+        return [[text] for text in lm.greedy(chats, limit)]
     return sampled(lm, chats, limit, temperature, samples, seed)
 
 

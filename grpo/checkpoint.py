@@ -3,6 +3,7 @@
     checkpoints/step-00000050/
         policy.safetensors      float32 weights
         optimizer.safetensors   AdamW's moments, `<parameter>.<name>`
+        reference.safetensors   only where the reference is not the model that the run started from
         metrics.json            the metrics up to this step
         state.json              step, settings, best so far, …
         manifest.json           SHA-256 and size of each of the others
@@ -31,6 +32,7 @@ FOLDER = "checkpoints"
 KEPT = 2
 FORMAT = 1
 PAYLOAD = ("policy.safetensors", "optimizer.safetensors", "metrics.json", "state.json")
+REFERENCE = "reference.safetensors"
 MANIFEST = "manifest.json"
 BLOCK = 2**20
 
@@ -44,6 +46,7 @@ class Checkpoint:
     optimizer: Mapping[str, Tensor]
     metrics: Mapping[str, Any]
     state: Mapping[str, Any]
+    reference: Mapping[str, Tensor] | None = None
 
 
 def refuse_another_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, files: Mapping[str, str]) -> None:
@@ -80,9 +83,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         save_file(dict(checkpoint.optimizer), temporary / PAYLOAD[1])
         _write_json(temporary / PAYLOAD[2], checkpoint.metrics)
         _write_json(temporary / PAYLOAD[3], {"format": FORMAT, "step": checkpoint.step, **checkpoint.state})
+        if checkpoint.reference is not None:
+            save_file(dict(checkpoint.reference), temporary / REFERENCE)
         (temporary / MANIFEST).write_bytes(_manifest(temporary))
-        for name in (*PAYLOAD, MANIFEST):
-            fsync(temporary / name)
+        for path in sorted(temporary.iterdir()):
+            fsync(path)
         fsync(temporary)
         temporary.rename(final)
         fsync(parent)
@@ -121,10 +126,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if state.get("format") != FORMAT:
             raise ValueError(f"it has format {state.get('format')}, this version reads {FORMAT}")
         policy, optimizer = load_file(path / PAYLOAD[0]), load_file(path / PAYLOAD[1])
+        reference = load_file(path / REFERENCE) if (path / REFERENCE).exists() else None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ValueError(f"checkpoint {path.name} cannot be used: {reason}") from None
-    return Checkpoint(state["step"], policy, optimizer, metrics, state)
+    return Checkpoint(state["step"], policy, optimizer, metrics, state, reference)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -147,7 +153,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 
 def _manifest(path: Path) -> bytes:
     """The manifest that the files in a folder should have, in one spelling, so that bytes can be compared."""
-    files = {name: {"bytes": (path / name).stat().st_size, "sha256": _sha256(path / name)} for name in PAYLOAD}
+    names = (*PAYLOAD, REFERENCE) if (path / REFERENCE).exists() else PAYLOAD
+    files = {name: {"bytes": (path / name).stat().st_size, "sha256": _sha256(path / name)} for name in names}
     return (json.dumps(files, indent=2, sort_keys=True) + "\n").encode()
 
 

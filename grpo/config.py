@@ -10,10 +10,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from grpo.schedule import group_size_at, learning_rate_at, parse_group_schedule
 from tasks.base import KINDS, TASKS
 from tasks.prompts import STYLE_TOKENS, STYLES
 
@@ -29,11 +30,22 @@ OWN = (
     "time_limit",
 )  # a run's own; the rest is passed on with its model
 # what a run may go on with another value of: it decides nothing about what is learned from a step
-MAY_CHANGE = ("device", "deterministic", "num_iterations", "micro_batch_size", "output_dir", "show_every")
+MAY_CHANGE = (
+    "device",
+    "deterministic",
+    "gradient_checkpointing",
+    "num_iterations",
+    "micro_batch_size",
+    "output_dir",
+    "show_every",
+)
 MAY_CHANGE += ("save_every", "time_limit", "patience", "target_accuracy")
 LARGEST_FLOAT32 = 3.4e38
 _DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")
 DEVICES = ("auto", "cuda", "mps", "cpu")
+VARIANTS = "Variants and schedules"
+AVERAGES, RATIOS, SCALES = ("completion", "token", "constant"), ("token", "sequence"), ("group", "batch", "none")
+DECAYS = ("none", "linear", "cosine")
 
 
 def setting(default: Any, group: str, meaning: str, least: float | None = None, choices: tuple = ()) -> Any:
@@ -48,6 +60,11 @@ class TrainConfig:
     model: str = setting("starter", "Model", "starter (bundled), a Hub id, or a folder")
     device: str = setting("auto", "Model", "where to compute; auto takes cuda, then mps, then cpu", None, DEVICES)
     deterministic: bool = setting(False, "Model", "the same bits each time on CUDA too, where it is slower")
+    lora_rank: int = setting(0, "Model", "train an adapter of this rank instead of all weights (peft); 0: all", 0)
+    lora_alpha: float = setting(32.0, "Model", "the adapter counts this divided by its rank", 1e-9)
+    lora_targets: str = setting("all-linear", "Model", "layers with an adapter, as q_proj,v_proj")
+    load_in_4bit: bool = setting(False, "Model", "hold the frozen weights in 4 bits, with LoRA (bitsandbytes)")
+    gradient_checkpointing: bool = setting(False, "Model", "less memory: compute activations again when needed")
 
     task: str = setting("arithmetic", "Task", "what the problems are", None, TASKS)
     data: str = setting("", "Task", "JSON Lines file with the problems of jsonl, or of gsm8k instead of the Hub's")
@@ -62,13 +79,27 @@ class TrainConfig:
     num_generations: int = setting(8, "Algorithm", "completions a prompt (G, the group)", 2)
     max_new_tokens: int = setting(16, "Algorithm", "longest completion, tokens; think: 128, reasoning: 256", 1)
     temperature: float = setting(1.0, "Algorithm", "of sampling; log-probabilities are taken at it too", 1e-3)
-    learning_rate: float = setting(1e-7, "Algorithm", "of AdamW, constant", 0.0)
+    learning_rate: float = setting(1e-7, "Algorithm", "of AdamW", 0.0)
     beta: float = setting(0.04, "Algorithm", "weight of the KL to the reference; 0 loads no reference", 0.0)
     epsilon: float = setting(0.2, "Algorithm", "the ratio is clipped to 1 ± this", 0.0)
     num_inner_updates: int = setting(5, "Algorithm", "updates on one rollout", 1)
     clip_grad_norm: float = setting(0.5, "Algorithm", "largest norm of the gradient", 1e-9)
     micro_batch_size: int = setting(0, "Algorithm", "prompts a pass, for less memory; 0 takes all at once", 0)
     seed: int = setting(0, "Algorithm", "decides problems and sampling", 0)
+
+    loss_average: str = setting(
+        "completion", VARIANTS, "of the loss; token: DAPO, constant: Dr. GRPO", None, AVERAGES
+    )
+    ratio: str = setting("token", VARIANTS, "what a ratio and its clipping are of; sequence: GSPO", None, RATIOS)
+    epsilon_high: float = setting(0.0, VARIANTS, "clip the ratio to 1 + this above (DAPO: 0.28); 0: as epsilon", 0.0)
+    scale_rewards: str = setting("group", VARIANTS, "advantages over the std of; none: Dr. GRPO", None, SCALES)
+    mask_truncated: bool = setting(False, VARIANTS, "learn nothing from completions that the token limit cut off")
+    resample_tied: int = setting(0, VARIANTS, "other problems for groups all right or all wrong, at most so often", 0)
+    target_kl: float = setting(0.0, VARIANTS, "adapt beta towards this KL, nats a token; 0: beta stays", 0.0)
+    warmup_steps: int = setting(0, VARIANTS, "steps in which the learning rate rises to its value", 0)
+    learning_rate_decay: str = setting("none", VARIANTS, "of the learning rate, to the last step", None, DECAYS)
+    group_schedule: str = setting("", VARIANTS, "completions a prompt, first step to last, as 8:4")
+    refresh_reference_every: int = setting(0, VARIANTS, "steps until the policy becomes the reference; 0: never", 0)
 
     eval_every: int = setting(50, "Evaluation and output", "steps between evaluations on validation", 1)
     eval_problems: int = setting(500, "Evaluation and output", "validation problems each time", 1)
@@ -86,14 +117,43 @@ class TrainConfig:
             _check(f.name, getattr(self, f.name), f.type, f.metadata)
         if self.time_limit:
             parse_duration(self.time_limit)
+        if self.group_schedule:
+            parse_group_schedule(self.group_schedule)
+        for name in ("target_kl", "refresh_reference_every"):
+            if getattr(self, name) and not self.beta:
+                raise ValueError(f"{name} is about the KL to the reference, which beta 0 leaves out; give a beta")
+        if self.refresh_reference_every and self.lora_rank:
+            raise ValueError("refresh_reference_every cannot be with lora_rank: the reference is the frozen base")
+        if self.load_in_4bit and not self.lora_rank:
+            raise ValueError(
+                "load_in_4bit needs lora_rank: weights in 4 bits cannot be trained, an adapter over them can"
+            )
+        if self.warmup_steps >= self.num_iterations:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below num_iterations")
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether what is done in a step depends on how many there are."""
+        return bool(self.group_schedule) or self.learning_rate_decay != "none"
+
+    def at(self, step: int, beta: float) -> "TrainConfig":
+        """The settings of one step (from 1), as schedules and the adapted `beta` have them."""
+        rate = learning_rate_at(
+            step, self.num_iterations, self.learning_rate, self.warmup_steps, self.learning_rate_decay
+        )
+        group = self.num_generations
+        if self.group_schedule:
+            group = group_size_at(step, self.num_iterations, *parse_group_schedule(self.group_schedule))
+        return replace(self, learning_rate=rate, num_generations=group, beta=beta)
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
         """The settings in which this launch departs from an earlier one of the run, and may not."""
         earlier = {**TrainConfig().to_dict(), **earlier}  # a setting that the run's version did not have
+        may_change = set(MAY_CHANGE) - ({"num_iterations"} if self.depends_on_length else set())
         return [
             f"{name} {earlier[name]} (now {value})"
             for name, value in self.to_dict().items()
-            if name not in MAY_CHANGE and earlier[name] != value
+            if name not in may_change and earlier[name] != value
         ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from grpo.models import LanguageModel
+from grpo.models import ROWS, LanguageModel
 from tasks.base import Attempt, Problem, Task
 
 Z = 1.959963984540054  # the normal distribution's 97.5% quantile
-ROWS = 256  # problems at a time
 
 
 @dataclass(frozen=True)

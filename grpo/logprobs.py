@@ -37,7 +37,7 @@ class Tokens:
         """Some rows, whole groups or a part of one, trimmed to their own longest prompt and completion."""
         groups = slice(rows.start // self.num_generations, -(-rows.stop // self.num_generations))
         left = int(self.prompt_mask[groups].any(0).long().argmax())
-        width = int(self.completion_mask[rows].sum(-1).max())
+        width = max(1, int(self.completion_mask[rows].sum(-1).max()))
         return Tokens(
             self.prompt_ids[groups, left:],
             self.prompt_mask[groups, left:],

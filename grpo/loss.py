@@ -4,14 +4,17 @@ Per token (DeepSeekMath, arXiv:2402.03300, equation 3; Schulman's k3 from equati
 
     objective = min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) − β · KL
 
-averaged over a completion's tokens, then over the completions; the loss is its negative. All arguments are
-(B, C) float32 unless said otherwise, all results finite wherever the inputs are.
+averaged over a completion's tokens, then over the completions; the loss is its negative. The published variants are
+settings: another average, one ratio a completion, a wider range upwards. All arguments are (B, C) float32 unless said
+otherwise, all results finite wherever the inputs are.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from grpo.config import TrainConfig
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside anything a run survives, and still finite
 
@@ -33,30 +36,42 @@ def policy_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
-    """min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A), to be maximised; `advantages` is (B,).
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """One ratio a completion, the geometric mean of those of its tokens, in every column (B, C).
+
+    exp of the mean of logprobs − old_logprobs over the completion: GSPO, arXiv:2507.18071, equation 7.
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).sum(-1, keepdim=True)  # (B, 1)
+    mean = log_ratio / mask.sum(-1, keepdim=True).clamp(min=1)
+    return mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().expand_as(logprobs)
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float) -> Tensor:
+    """min(ratio · A, clip(ratio, 1 − ε, 1 + ε_high) · A), to be maximised; `advantages` is (B,).
 
     The minimum makes it right for both signs of A: no gradient where the ratio has already moved past the
     range in the direction that A asks for, full gradient where it has moved the other way. (PPO,
-    arXiv:1707.06347, equation 7.)
+    arXiv:1707.06347, equation 7; a larger ε_high leaves unlikely tokens more room to grow: DAPO,
+    arXiv:2503.14476, section 3.1.)
     """
     a = advantages.unsqueeze(-1)  # (B, 1)
-    return torch.minimum(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon) * a)
+    return torch.minimum(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon_high) * a)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean of `values` over the True places of `mask`; 0 where there are none."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+def loss_average(
+    values: Tensor, mask: Tensor, how: str, *, num_completions: int, num_tokens: int, max_new_tokens: int
+) -> Tensor:
+    """The step's average of `values` (B, C), or the share of it that these rows have.
 
-
-def completion_average(values: Tensor, mask: Tensor, num_completions: int) -> Tensor:
-    """Average over each completion's own tokens, then over the `num_completions` of the whole step.
-
-    Dividing by the step's count and not by the rows at hand makes the sum over micro-batches equal to one
-    large batch.
+    "completion": over each completion's own tokens, then over completions (GRPO). "token": over all tokens of the
+    step, so that long completions count more (DAPO, arXiv:2503.14476, equation 8). "constant": over the length that
+    completions may have, so that no length is favoured (Dr. GRPO, arXiv:2503.20783, section 3.1). Denominators are
+    those of the whole step, which makes the sum over micro-batches equal to one large batch.
     """
-    lengths = mask.sum(-1).clamp(min=1)  # (B,)
-    return (torch.where(mask, values, 0.0).sum(-1) / lengths).sum() / num_completions
+    of_rows = torch.where(mask, values, 0.0).sum(-1)  # (B,)
+    if how == "completion":
+        return (of_rows / mask.sum(-1).clamp(min=1)).sum() / num_completions
+    return of_rows.sum() / (max(1, num_tokens) if how == "token" else num_completions * max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -75,20 +90,30 @@ def grpo_loss(
     ref_logprobs: Tensor | None,
     advantages: Tensor,
     completion_mask: Tensor,
+    config: TrainConfig,
     *,
-    epsilon: float,
-    beta: float,
     num_completions: int,
+    num_tokens: int,
 ) -> Loss:
-    """The negated objective, summed over this micro-batch, over the step's `num_completions`.
+    """The negated objective, averaged over the step's `num_completions` and `num_tokens`, as far as these rows go.
 
     `ref_logprobs` is None where no reference is used (β = 0); `completion_mask` is (B, C) bool.
     """
     assert logprobs.shape == old_logprobs.shape == completion_mask.shape
     assert advantages.shape == logprobs.shape[:1]
-    ratio = policy_ratio(logprobs, old_logprobs)
-    surrogate = clipped_surrogate(ratio, advantages, epsilon)
+    if config.ratio == "sequence":
+        ratio = sequence_ratio(logprobs, old_logprobs, completion_mask)
+    else:
+        ratio = policy_ratio(logprobs, old_logprobs)
+    surrogate = clipped_surrogate(ratio, advantages, config.epsilon, config.epsilon_high or config.epsilon)
     kl = torch.zeros_like(logprobs) if ref_logprobs is None else token_kl(logprobs, ref_logprobs)
-    loss = completion_average(beta * kl - surrogate, completion_mask, num_completions)
+    loss = loss_average(
+        config.beta * kl - surrogate,
+        completion_mask,
+        config.loss_average,
+        num_completions=num_completions,
+        num_tokens=num_tokens,
+        max_new_tokens=config.max_new_tokens,
+    )
     clipped = (ratio * advantages.unsqueeze(-1) > surrogate) & completion_mask
     return Loss(loss, kl.detach(), ratio.detach(), clipped)

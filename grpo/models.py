@@ -20,10 +20,12 @@ from transformers.utils import logging as transformers_logging
 from grpo.config import CARD, model_folder
 from grpo.console import printable
 from grpo.files import fsync, put_back
+from grpo.lora import has_adapter, merged, save_adapter
 from grpo.sampling import Completions, generate, left_pad
 from tasks.base import Message
 
 SAVED_MODEL = "saved_model"
+ROWS = 256  # greedy completions at a time
 
 transformers_logging.disable_progress_bar()
 
@@ -53,7 +55,7 @@ class LanguageModel:
         rows = [ids[:n] for ids, n in zip(completions.ids.tolist(), lengths, strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def greedy(self, chats: Sequence[Sequence[Message]], max_new_tokens: int, limit: int) -> list[str]:
+    def greedy(self, chats: Sequence[Sequence[Message]], max_new_tokens: int, limit: int = ROWS) -> list[str]:
         """The greedy completion of each chat, `limit` of them at a time."""
         texts: list[str] = []
         for start in range(0, len(chats), limit):
@@ -100,8 +102,10 @@ def precision(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def load(name: str, device: torch.device) -> LanguageModel:
+def load(name: str, device: torch.device, **quantization: Any) -> LanguageModel:
     """A model of the Hub, of a folder, or the starter, with float32 weights, in eval mode (no dropout).
+
+    `quantization` is that of `grpo.lora.four_bits`, if anything.
 
     Raises ValueError with one line where it cannot be loaded.
     """
@@ -109,7 +113,12 @@ def load(name: str, device: torch.device) -> LanguageModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            source,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **quantization,
         )
     except Exception as error:  # the libraries raise a dozen kinds; all mean the same to the user
         raise ValueError(_why_not_loaded(name, error)) from error
@@ -118,7 +127,7 @@ def load(name: str, device: torch.device) -> LanguageModel:
         raise ValueError(f"cannot load the model in folder {name}: weights are missing ({lacking}, ...)")
     if not tokenizer.chat_template:
         raise ValueError(f"model {name} has no chat template, so it is a base model; take its instruct version")
-    model = model.to(device).eval()
+    model = (model if quantization else model.to(device)).eval()
     ends = end_of_turn_ids(model, tokenizer)
     if not ends:
         raise ValueError(f"model {name} names no token that ends a turn; completions would never end")
@@ -181,14 +190,18 @@ def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str) -> 
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        lm.model.save_pretrained(fresh)
+        if has_adapter(lm.model):
+            merged(lm.model).save_pretrained(fresh)
+            save_adapter(lm.model, fresh)
+        else:
+            lm.model.save_pretrained(fresh)
     except SafetensorError as error:
         raise OSError(f"cannot write {fresh}: {error}") from None
     lm.tokenizer.save_pretrained(fresh)
     _write_for_older_versions(fresh)
     (fresh / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     (fresh / "README.md").write_text(readme, encoding="utf-8")
-    for path in (*fresh.iterdir(), fresh):
+    for path in (*fresh.rglob("*"), fresh):
         fsync(path)
     if folder.exists():
         folder.rename(old)

@@ -1,20 +1,21 @@
 """One step's data: sample completions, score them, keep everything that belongs together in one place."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from grpo.advantages import group_advantages
 from grpo.config import TrainConfig
 from grpo.logprobs import Tokens
 from grpo.metrics import Stopwatch
 from grpo.models import LanguageModel, precision
-from grpo.sampling import generate, token_noise
+from grpo.sampling import Completions, concatenate, generate, token_noise
 from tasks.base import Problem, Reward, Task
-from tasks.rewards import RewardFunction, score
+from tasks.rewards import RewardFunction, parse_rewards, score
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,13 @@ class RolloutBatch:
     advantages: Tensor  # (B,) float32
     truncated: Tensor  # (B,) bool: cut off by the token limit
     sample_logprobs: Tensor  # (B, C) float32, as the sampler had them
+    resampled: int  # groups that were drawn again because they taught nothing
+
+    def learned_tokens(self, config: TrainConfig) -> Tokens:
+        """The tokens that the loss is taken over: all, or none of truncated completions (DAPO, section 3.4)."""
+        if not config.mask_truncated:
+            return self.tokens
+        return replace(self.tokens, completion_mask=self.tokens.completion_mask & ~self.truncated.unsqueeze(-1))
 
     def summary(self) -> dict[str, float | int | None]:
         """The rollout's part of a step's metrics; the README defines each name."""
@@ -45,26 +53,76 @@ class RolloutBatch:
             "tied_groups_fraction": float(tied.float().mean()),
             "tied_all_right_fraction": float((tied & right.all(1)).float().mean()),
             "tied_all_wrong_fraction": float((tied & ~right.any(1)).float().mean()),
+            "resampled_groups": self.resampled,
             "tokens": int(mask.sum()) + int(self.tokens.prompt_mask.sum()),
         }
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Some problems with a group of scored completions each: the rollout before it is put together."""
+
+    problems: Sequence[Problem]
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completions: Completions
+    texts: Sequence[str]
+    rewards: Sequence[Reward]
+
+    def teaches_nothing(self, group: int) -> bool:
+        """Whether the completions of a group are all right or all wrong."""
+        g = len(self.rewards) // len(self.problems)
+        return len({reward.correct for reward in self.rewards[group * g : (group + 1) * g]}) == 1
 
 
 def collect(
     lm: LanguageModel,
     task: Task,
-    rewards: Sequence[RewardFunction],
     config: TrainConfig,
     step: int,
     clock: Stopwatch,
     *,
+    rewards: Sequence[RewardFunction] = (),
     shared: bool = True,
     limit: int | None = None,
 ) -> RolloutBatch:
-    """The rollout of a step: a function of the policy, the seed and the step. At most `limit` rows at a time."""
-    problems = [task.training_problem(config.seed, step, row) for row in range(config.batch_size)]
+    """The rollout of a step: a function of the policy, the seed and the step. At most `limit` rows at a time.
+
+    Without `rewards`, those of the task are taken.
+    """
+    rewards = rewards or parse_rewards((), task.default_rewards)
+    draws = [_draw(lm, task, rewards, config, step, 0, range(config.batch_size), clock, shared, limit)]
+    chosen = list(range(config.batch_size))  # the group of each place, counted through all draws
+    for attempt in range(1, config.resample_tied + 1):
+        first = sum(len(draw.problems) for draw in draws[:-1])
+        tied = [place for place in range(len(chosen)) if chosen[place] >= first]
+        tied = [place for place in tied if draws[-1].teaches_nothing(chosen[place] - first)]
+        if not tied:
+            break
+        for number, place in enumerate(tied):
+            chosen[place] = first + len(draws[-1].problems) + number
+        draws.append(_draw(lm, task, rewards, config, step, attempt, tied, clock, shared, limit))
+    return _put_together(draws, chosen, config)
+
+
+def _draw(
+    lm: LanguageModel,
+    task: Task,
+    rewards: Sequence[RewardFunction],
+    config: TrainConfig,
+    step: int,
+    attempt: int,
+    places: Sequence[int],
+    clock: Stopwatch,
+    shared: bool,
+    limit: int | None,
+) -> Draw:
+    """A problem with its group for each of some places of the batch; each attempt has others."""
+    numbers = [attempt * config.batch_size + place for place in places]
+    problems = [task.training_problem(config.seed, step, number) for number in numbers]
     with clock("sample"), precision(lm.device):
         prompt_ids, prompt_mask = lm.encode([task.messages(p.question) for p in problems])
-        rows = config.batch_size * config.num_generations
+        rows = len(problems) * config.num_generations
         completions = generate(
             lm.model,
             prompt_ids,
@@ -73,7 +131,7 @@ def collect(
             max_new_tokens=config.max_new_tokens,
             end_ids=lm.end_ids,
             temperature=config.temperature,
-            noise=token_noise(config.seed, step, rows, config.max_new_tokens),
+            noise=token_noise(config.seed, step, rows, config.max_new_tokens, attempt),
             shared=shared,
             limit=limit,
         )
@@ -84,15 +142,33 @@ def collect(
         lengths = completions.lengths.tolist()
         ids = [row[:n] for row, n in zip(completions.ids.tolist(), lengths, strict=True)]
         scored = score(rewards, attempts, {"completion_ids": ids}, clock)
-    totals = torch.tensor([reward.total for reward in scored], device=lm.device)
+    return Draw(problems, prompt_ids, prompt_mask, completions, texts, scored)
+
+
+def _put_together(draws: Sequence[Draw], chosen: Sequence[int], config: TrainConfig) -> RolloutBatch:
+    """The rollout made of the chosen groups, which are counted through all draws."""
+    g, width = config.num_generations, max(draw.prompt_ids.shape[1] for draw in draws)
+    prompt_ids, prompt_mask = (
+        torch.cat([pad(tensor, (width - tensor.shape[1], 0)) for tensor in tensors])[chosen]
+        for tensors in ([draw.prompt_ids for draw in draws], [draw.prompt_mask for draw in draws])
+    )
+    rows = [group * g + i for group in chosen for i in range(g)]
+    completions = concatenate([draw.completions for draw in draws]).pick(rows)
+    problems, texts, rewards = (
+        [item for items in of_draws for item in items]
+        for of_draws in ([d.problems for d in draws], [d.texts for d in draws], [d.rewards for d in draws])
+    )
+    rewards = [rewards[row] for row in rows]
+    totals = torch.tensor([reward.total for reward in rewards], device=prompt_ids.device)
     return RolloutBatch(
-        problems=problems,
+        problems=[problems[group] for group in chosen],
         tokens=Tokens(prompt_ids, prompt_mask, completions.ids, completions.mask),
-        completions=texts,
-        rewards=scored,
-        advantages=group_advantages(totals, config.num_generations),
+        completions=[texts[row] for row in rows],
+        rewards=rewards,
+        advantages=group_advantages(totals, g, config.scale_rewards),
         truncated=~completions.ended,
         sample_logprobs=completions.logprobs,
+        resampled=sum(len(draw.problems) for draw in draws[1:]),
     )
 
 

@@ -34,13 +34,20 @@ class Completions:
         columns = torch.arange(self.ids.shape[1], device=self.ids.device)
         return columns < self.lengths.unsqueeze(-1)
 
+    def pick(self, rows: Sequence[int]) -> "Completions":
+        """Some rows, in that order, as wide as the longest of them."""
+        lengths = self.lengths[rows]
+        width = int(lengths.max())
+        return Completions(self.ids[rows, :width], lengths, self.ended[rows], self.logprobs[rows, :width])
 
-def token_noise(seed: int, step: int, rows: int, columns: int) -> Tensor:
+
+def token_noise(seed: int, step: int, rows: int, columns: int, attempt: int = 0) -> Tensor:
     """The uniforms in [0, 1) that decide a step's tokens, (rows, columns) float64: a function of seed and step.
 
-    Drawn on the CPU, so that every device, and a retry after a resume, sees the same ones.
+    `attempt` counts the times that problems of the step were drawn again. Drawn on the CPU, so that every device, and
+    a retry after a resume, sees the same ones.
     """
-    return torch.from_numpy(np.random.default_rng([seed, step]).random((rows, columns)))
+    return torch.from_numpy(np.random.default_rng([seed, step, attempt]).random((rows, columns)))
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -107,7 +114,7 @@ def generate(
                 shared,
             )
         )
-    return _concatenate(parts)
+    return concatenate(parts)
 
 
 def _generate(
@@ -183,7 +190,8 @@ def _generate(
     return Completions(ids[:, :longest], lengths, ended, logprobs[:, :longest])
 
 
-def _concatenate(parts: Sequence[Completions]) -> Completions:
+def concatenate(parts: Sequence[Completions]) -> Completions:
+    """The rows of all parts, padded to the longest."""
     width = max(part.ids.shape[1] for part in parts)
     ids, logprobs = (
         torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])

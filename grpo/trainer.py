@@ -1,9 +1,4 @@
-"""The training loop: rollout, update, log, evaluate, save.
-
-`Trainer.step` is the algorithm (DeepSeekMath, arXiv:2402.03300, algorithm 1): sample a group of completions
-for each prompt, score them, compare each with its group, and take a few clipped updates against the policy
-that sampled, with a KL penalty against the frozen reference.
-"""
+"""The run: step by step, with evaluations, checkpoints and an end. What a step is stands in `grpo/learner.py`."""
 
 import time
 from collections.abc import Sequence
@@ -16,25 +11,17 @@ import torch
 import transformers
 
 from grpo import report
-from grpo.checkpoint import (
-    Checkpoint,
-    newest_checkpoint,
-    optimizer_tensors,
-    refuse_another_run,
-    restore_optimizer,
-    write_checkpoint,
-)
+from grpo.checkpoint import newest_checkpoint, refuse_another_run, write_checkpoint
 from grpo.config import TrainConfig, model_folder, read_card
 from grpo.console import Progress, say
-from grpo.evaluate import ROWS, evaluate
-from grpo.logprobs import can_share
+from grpo.evaluate import evaluate
+from grpo.learner import Learner
+from grpo.lora import add_adapter, four_bits
 from grpo.memory import PassLimit
-from grpo.metrics import Metrics, Stopwatch, environment, load_metrics
-from grpo.models import SAVED_MODEL, LanguageModel, be_deterministic, choose_device, frozen_copy, load, save
+from grpo.metrics import Metrics, environment, load_metrics
+from grpo.models import ROWS, SAVED_MODEL, LanguageModel, be_deterministic, choose_device, load, save
 from grpo.plots import draw_all
-from grpo.rollout import RolloutBatch, collect
 from grpo.stops import Stops
-from grpo.update import Batch, inner_update, reference_logprobs, summary
 from tasks.base import Problem, Task
 from tasks.rewards import parse_rewards
 
@@ -57,57 +44,30 @@ class Trainer:
         self.card = read_card(config.model)
         device = choose_device(config.device)
         be_deterministic(config.deterministic)
-        self.lm = load(config.model, device)
-        self.reference = frozen_copy(self.lm.model) if config.beta > 0 else None
-        self.optimizer = torch.optim.AdamW(
-            self.lm.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
-        )
+        self.lm = load(config.model, device, **(four_bits(device) if config.load_in_4bit else {}))
+        if config.lora_rank:
+            self.lm = replace(self.lm, model=add_adapter(self.lm.model, config))
+        self.learner = Learner(config, task, self.lm, self.rewards)
+        self.evaluate_limit = PassLimit("the evaluation", ROWS, 1)
         self.skills = {name: skills[name] for name in self.card.get("skills", []) if name in skills}
-        versions = {library.__name__: library.__version__ for library in (torch, transformers, numpy)}
-        machine = environment(_device_name(device), torch.get_num_threads(), versions)
-        self.metrics = Metrics(self.folder, config.to_dict(), machine)
-        g, prompts = config.num_generations, config.micro_batch_size or config.batch_size
-        self.limits = {
-            "sample": PassLimit("sampling", config.batch_size * g, g),
-            "update": PassLimit("the update", min(prompts, config.batch_size) * g, g),
-            "evaluate": PassLimit("the evaluation", ROWS, 1),
-        }
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        versions["numpy"] = numpy.__version__
+        self.metrics = Metrics(
+            self.folder,
+            config.to_dict(),
+            environment(_device_name(device), torch.get_num_threads(), versions),
+        )
         self.saved_model = self.folder / SAVED_MODEL
         self.before: dict[str, Any] = {}  # the starting model on the test problems
         self.best: dict[str, Any] | None = None  # the evaluation of the best policy, with its step
-        self.skipped_in_a_row = 0
         self.done = 0  # steps
         self.launched = time.monotonic() if launched is None else launched
         self.slowest = self.ending = 0.0  # seconds of the slowest step, and of what comes after the last
-        prompts = task.held_out("validation", 2)
-        self.shared = can_share(self.lm.model, *self.lm.encode([task.messages(p.question) for p in prompts]))
-
-    def step(self, step: int) -> tuple[RolloutBatch, dict[str, Any]]:
-        """One step of GRPO: one rollout and `num_inner_updates` updates on it."""
-        c, clock, updates, sample = self.config, Stopwatch(), [], self.limits["sample"].fit
-        with clock("total"):
-            rollout = sample(collect, self.lm, self.task, self.rewards, c, step, clock, shared=self.shared)
-            batch, fit = Batch(rollout.tokens, rollout.advantages), self.limits["update"].fit
-            with clock("reference"):
-                if self.reference is not None:
-                    ref_logprobs = fit(reference_logprobs, self.reference, rollout.tokens, c, shared=self.shared)
-                    batch = replace(batch, ref_logprobs=ref_logprobs)
-            with clock("update"):
-                for _ in range(c.num_inner_updates):
-                    stats, logprobs = fit(inner_update, self.lm.model, self.optimizer, batch, c, shared=self.shared)
-                    updates.append(stats)
-                    if batch.old_logprobs is None:  # the policy was still the one that sampled
-                        batch = replace(batch, old_logprobs=logprobs)
-        for update in updates:
-            self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
-        times = {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
-        entry = rollout.summary() | summary(updates) | times
-        return rollout, {"step": step, **entry, "learning_rate": c.learning_rate}
 
     def run(self) -> int:
         """Go on from the newest checkpoint, or begin; train; measure the best policy. Returns the exit status."""
         with Stops(self.config.time_limit, self.launched) as stops:
-            report.introduce(self.config, self.lm, self.metrics.record["environment"], self.shared)
+            report.introduce(self.config, self.lm, self.metrics.record["environment"], self.learner.shared)
             ended = self._restore()
             if ended and self._why_done():
                 report.already_finished(self.folder, ended)
@@ -135,7 +95,7 @@ class Trainer:
         try:
             while True:
                 start = time.monotonic()
-                rollout, entry = self.step(self.done + 1)
+                rollout, entry = self.learner.step(self.done + 1)
                 self.done += 1
                 self.metrics.add_step(entry)
                 progress.update(
@@ -185,11 +145,12 @@ class Trainer:
         report.conclude(self.folder, self.metrics.record, time.monotonic() - self.launched)
 
     def _stop_if_broken(self) -> None:
-        if self.skipped_in_a_row < MOST_SKIPPED:
+        skipped = self.learner.skipped_in_a_row
+        if skipped < MOST_SKIPPED:
             return
         self._checkpoint()
         raise ValueError(
-            f"the last {self.skipped_in_a_row} updates had a loss or gradient that is not finite. None was applied: "
+            f"the last {skipped} updates had a loss or gradient that is not finite. None was applied: "
             f"the weights are those of the last good one, {self.saved_model} holds the best policy. Start anew with "
             "a smaller --learning-rate or a larger --beta"
         )
@@ -202,12 +163,10 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "before": self.before,
             "best": self.best,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "limits": {name: limit.rows for name, limit in self.limits.items()},
+            "evaluate_limit": self.evaluate_limit.rows,
         }
-        policy = dict(self.lm.model.named_parameters())
         record = {name: self.metrics.record[name] for name in ("steps", "evals", "findings")}
-        write_checkpoint(self.folder, Checkpoint(self.done, policy, optimizer_tensors(self.optimizer), record, state))
+        write_checkpoint(self.folder, self.learner.checkpoint(self.done, record, state))
 
     def _restore(self) -> dict[str, Any] | None:
         """Go on from the newest checkpoint that verifies; returns the whole record if the run had ended there.
@@ -225,16 +184,10 @@ class Trainer:
                 )
             return None
         refuse_another_run(self.folder, checkpoint, self.config, self.files)
-        with torch.no_grad():
-            for name, parameter in self.lm.model.named_parameters():
-                parameter.copy_(checkpoint.policy[name])
-        restore_optimizer(self.optimizer, checkpoint.optimizer)
+        self.learner.restore(checkpoint)
+        self.evaluate_limit.rows = checkpoint.state.get("evaluate_limit", ROWS)
         self.done = checkpoint.step
         self.before, self.best = checkpoint.state["before"], checkpoint.state["best"]
-        self.skipped_in_a_row = checkpoint.state["skipped_in_a_row"]
-        if checkpoint.state["config"]["micro_batch_size"] == self.config.micro_batch_size:
-            for name, rows in checkpoint.state.get("limits", {}).items():
-                self.limits[name].rows = rows
         self.metrics.restore(checkpoint.metrics)
         if self.best and self.best["step"] == self.done != read_card(str(self.saved_model)).get("step"):
             self._save()  # a kill came between the checkpoint and this
@@ -275,7 +228,7 @@ class Trainer:
         return entry
 
     def _evaluate(self, lm: LanguageModel, task: Task, problems: Sequence[Problem]) -> dict[str, float | int]:
-        return self.limits["evaluate"].fit(evaluate, lm, task, problems, self.config.max_new_tokens).to_dict()
+        return self.evaluate_limit.fit(evaluate, lm, task, problems, self.config.max_new_tokens).to_dict()
 
     def _save(self) -> None:
         """Write the policy as it is now to saved_model/, with what a reader and a next run need."""

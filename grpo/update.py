@@ -75,15 +75,15 @@ def inner_update(
     give the same gradient.
     """
     num_completions, first = batch.advantages.shape[0], batch.old_logprobs is None
-    num_tokens = batch.tokens.completion_mask.sum()
-    sums = torch.zeros(4, device=num_tokens.device)  # loss; kl, entropy and clipped, summed over tokens
-    ratio_max = torch.zeros((), device=num_tokens.device)
-    all_logprobs = torch.zeros(batch.tokens.completion_ids.shape, device=num_tokens.device)
+    device, n = batch.advantages.device, max(1, int(batch.tokens.completion_mask.sum()))  # n tokens
+    sums = torch.zeros(4, device=device)  # loss; kl, entropy and clipped, summed over tokens
+    ratio_max = torch.zeros((), device=device)
+    all_logprobs = torch.zeros(batch.tokens.completion_ids.shape, device=device)
     optimizer.zero_grad(set_to_none=True)
     for rows in passes(num_completions, batch.tokens.num_generations, limit):
         micro = batch.part(rows)
         mask = micro.tokens.completion_mask
-        with precision(mask.device):
+        with precision(device):
             logprobs, entropy = completion_logprobs(
                 policy, micro.tokens, config.temperature, shared=shared, entropy=first
             )
@@ -94,9 +94,9 @@ def inner_update(
             micro.ref_logprobs,
             micro.advantages,
             mask,
-            epsilon=config.epsilon,
-            beta=config.beta,
+            config,
             num_completions=num_completions,
+            num_tokens=n,
         )
         result.loss.backward()
         of_tokens = (result.kl, entropy if first else torch.zeros_like(result.kl), result.clipped.float())
@@ -107,7 +107,6 @@ def inner_update(
     applied = bool(torch.isfinite(grad_norm)) and bool(torch.isfinite(sums[0]))
     if applied:
         optimizer.step()
-    n = max(1, int(num_tokens))
     stats = UpdateStats(
         loss=loss,
         grad_norm=float(grad_norm),

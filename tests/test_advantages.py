@@ -37,3 +37,19 @@ def test_each_group_is_compared_with_itself_only():
 def test_a_group_of_one_is_refused():
     with pytest.raises(ValueError, match="at least 2"):
         group_advantages(torch.ones(4), 1)
+
+
+def test_without_scaling_and_scaled_over_the_batch_by_hand():
+    # groups 0, 1 and 2, 6: means 0.5 and 4. All four: mean 2.25, squares 5.0625 + 1.5625 + 0.0625 + 14.0625 = 20.75
+    rewards = torch.tensor([0.0, 1.0, 2.0, 6.0])
+    assert group_advantages(rewards, 2, "none").tolist() == [-0.5, 0.5, -2.0, 2.0]
+    std = math.sqrt(20.75 / 3) + 1e-4
+    expected = torch.tensor([-0.5, 0.5, -2.0, 2.0]) / std
+    torch.testing.assert_close(group_advantages(rewards, 2, "batch"), expected)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_flat_group_gets_exactly_zero_with_every_scale(scale):
+    advantages = group_advantages(torch.tensor([0.2] * 8 + [0.0, 1.0] * 4), 8, scale)
+    assert advantages[:8].tolist() == [0.0] * 8
+    assert advantages[8:].abs().min() > 0

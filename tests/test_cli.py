@@ -28,6 +28,7 @@ import train_grpo
 from grpo import report, trainer
 from grpo.config import CARD, STARTER, TrainConfig, resolve
 from grpo.files import EARLIER, WRITTEN
+from grpo.learner import Learner
 from grpo.metrics import FILE_NAME, load_metrics
 from grpo.models import load, save
 from grpo.plots import CURVE, KL
@@ -140,7 +141,8 @@ def test_the_help_of_training_has_every_setting_with_group_meaning_and_default(t
         assert re.search(f"--{name.replace('_', '-')}\\b", words)
         assert field.metadata["meaning"] in words
         assert f"{field.metadata['group']}:" in words
-        default = f"{'' if field.default else 'no-'}{name}" if field.type is bool else field.default
+        option = name.replace("_", "-")
+        default = f"{'' if field.default else 'no-'}{option}" if field.type is bool else field.default
         assert default in ("", ()) or f"[default: {default}" in words
     assert "--fresh" in words
 
@@ -480,6 +482,11 @@ VALID = {
     "task": "reverse",
     "data": "problems.jsonl",
     "min_operand": -2,
+    "lora_rank": 8,
+    "lora_alpha": 16.0,
+    "lora_targets": "q_proj,v_proj",
+    "load_in_4bit": True,
+    "gradient_checkpointing": True,
     "max_operand": 3,
     "prompt_style": "think",
     "system_prompt": "Say it.",
@@ -496,6 +503,17 @@ VALID = {
     "clip_grad_norm": 1.25,
     "micro_batch_size": 2,
     "seed": 11,
+    "loss_average": "constant",
+    "ratio": "sequence",
+    "epsilon_high": 0.28,
+    "scale_rewards": "none",
+    "mask_truncated": True,
+    "resample_tied": 3,
+    "target_kl": 0.02,
+    "warmup_steps": 5,
+    "learning_rate_decay": "cosine",
+    "group_schedule": "8:4",
+    "refresh_reference_every": 20,
     "eval_every": 13,
     "eval_problems": 17,
     "save_every": 3,
@@ -514,10 +532,12 @@ def test_every_option_of_training_reaches_the_run(name, tmp_path, monkeypatch):
     option = f"--{name.replace('_', '-')}"
     values = VALID[name] if isinstance(VALID[name], tuple) else [VALID[name]]
     args = [option] if VALID[name] is True else [arg for value in values for arg in (option, value)]
-    result = invoke(train_grpo.main, *args, folder=tmp_path)
+    needed = {"lora_rank": 4} if name == "load_in_4bit" else {}
+    more = [f"--{other.replace('_', '-')}={value}" for other, value in needed.items()]
+    result = invoke(train_grpo.main, *args, *more, folder=tmp_path)
     assert result.exit_code == 0, result.output
     assert getattr(seen[0], name) == VALID[name] != FIELDS[name].default
-    assert seen[0] == resolve({name: VALID[name]})
+    assert seen[0] == resolve({name: VALID[name], **needed})
 
 
 # --- mistakes in a call of training ---
@@ -772,14 +792,14 @@ def test_a_run_killed_while_it_replaced_its_model_loses_neither(copy_of_run, mon
 
 
 def test_ctrl_c_leaves_the_best_policy_whole_metrics_and_plots(tmp_path, monkeypatch):
-    true_step = trainer.Trainer.step
+    true_step = Learner.step
 
     def interrupted(self, step):
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return true_step(self, step)
 
-    monkeypatch.setattr(trainer.Trainer, "step", interrupted)
+    monkeypatch.setattr(Learner, "step", interrupted)
     result = invoke(train_grpo.main, *TINY, "--num-iterations", 9, folder=tmp_path)
     assert result.exit_code == 130
     assert "Traceback" not in result.output

@@ -11,7 +11,7 @@ from tasks.base import TASKS
 from tasks.prompts import STYLE_TOKENS, STYLES
 
 FIELDS = {f.name: f for f in fields(TrainConfig)}
-GROUPS = {"Model", "Task", "Algorithm", "Evaluation and output"}
+GROUPS = {"Model", "Task", "Algorithm", "Variants and schedules", "Evaluation and output"}
 
 
 def folder_with_card(folder, card):

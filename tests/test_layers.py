@@ -14,20 +14,29 @@ SCRIPTS = ("train_grpo", "inference", "plot_metrics")
 # A module may import its own layer and those below (DESIGN, section 2). A new module has to be placed here.
 LAYERS = [
     {"grpo", "grpo.starter"},
+    {"grpo.schedule"},
     {"grpo.config", "grpo.metrics", "grpo.console"},
-    {"grpo.files", "grpo.memory", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"},
+    {"grpo.files", "grpo.memory", "grpo.lora", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"},
     {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.health", "grpo.checkpoint", "grpo.stops"}
     | {"grpo.report", "grpo.plots"},
+    {"grpo.learner"},
     {"grpo.trainer"},
     {BUILD, *SCRIPTS},
 ]
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
-PURE = ("grpo.config", "grpo.advantages", "grpo.loss", "grpo.console", "grpo.metrics")  # know no other module of grpo
+PURE = ("grpo.schedule", "grpo.advantages", "grpo.console", "grpo.metrics")  # know no other module of grpo
 # what grpo/ may know of tasks/: no concrete task
 ANY_TASK = {"tasks.base", "tasks.prompts", "tasks.rewards"}
 OPTIONAL = {"tasks.gsm8k": {"datasets"}}  # imported lazily; a missing one is answered with the line that installs it
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "tokenizers", "matplotlib", "scipy"}
-LIGHT = ("grpo.config", "grpo.files", "grpo.console", "grpo.metrics", *SCRIPTS)  # imported before --help answers
+LIGHT = (
+    "grpo.config",
+    "grpo.schedule",
+    "grpo.files",
+    "grpo.console",
+    "grpo.metrics",
+    *SCRIPTS,
+)  # imported before --help answers
 
 
 def sources():

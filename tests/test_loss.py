@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from grpo.loss import clipped_surrogate, grpo_loss, policy_ratio, token_kl
+from grpo.config import TrainConfig
+from grpo.loss import clipped_surrogate, grpo_loss, loss_average, policy_ratio, sequence_ratio, token_kl
+
+
+def loss_of(logprobs, old, ref, advantages, mask, **settings):
+    """The loss of a step that is all in one micro-batch; settings as the options have them."""
+    config = TrainConfig(**settings)
+    n = {"num_completions": mask.shape[0], "num_tokens": int(mask.sum())}
+    return grpo_loss(logprobs, old, ref, advantages, mask, config, **n)
 
 
 def test_loss_and_gradient_by_hand():
@@ -19,16 +27,8 @@ def test_loss_and_gradient_by_hand():
     shift = torch.tensor([[math.log(1.5), math.log(0.9)], [math.log(1.1), 0.0]])
     delta = torch.tensor([[-math.log(2), 0.0], [math.log(3), 0.0]])
     mask = torch.tensor([[True, True], [True, False]])
-    result = grpo_loss(
-        logprobs,
-        (logprobs - shift).detach(),
-        (logprobs + delta).detach(),
-        torch.tensor([1.0, -1.0]),
-        mask,
-        epsilon=0.2,
-        beta=0.5,
-        num_completions=2,
-    )
+    advantages, old, ref = torch.tensor([1.0, -1.0]), (logprobs - shift).detach(), (logprobs + delta).detach()
+    result = loss_of(logprobs, old, ref, advantages, mask, epsilon=0.2, beta=0.5)
     k3_a, k3_c = 0.5 + math.log(2) - 1, 3 - math.log(3) - 1
     first = ((1.2 - 0.5 * k3_a) + 0.9) / 2  # mean over its two tokens
     second = -1.1 - 0.5 * k3_c
@@ -51,7 +51,7 @@ def test_loss_and_gradient_by_hand():
 )
 def test_the_four_quadrants_of_clipping(ratio, advantage, value, gradient):
     r = torch.tensor([[ratio]], requires_grad=True)
-    surrogate = clipped_surrogate(r, torch.tensor([advantage]), 0.2)
+    surrogate = clipped_surrogate(r, torch.tensor([advantage]), 0.2, 0.2)
     surrogate.sum().backward()
     assert surrogate.item() == pytest.approx(value, abs=1e-6)
     assert r.grad.item() == pytest.approx(gradient, abs=1e-6)
@@ -91,7 +91,7 @@ def test_first_update_has_ratio_one_and_the_gradient_of_reinforce():
     logprobs.requires_grad_()
     advantages = torch.tensor([1.0, -0.5, 0.25, 0.0])
     mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1, 0, 0, 0, 0], [1] * 5]).bool()
-    result = grpo_loss(logprobs, logprobs.detach(), None, advantages, mask, epsilon=0.2, beta=0.0, num_completions=4)
+    result = loss_of(logprobs, logprobs.detach(), None, advantages, mask, epsilon=0.2, beta=0.0)
     assert bool((result.ratio == 1).all())
     assert not result.clipped.any()
     result.loss.backward()
@@ -103,55 +103,108 @@ def test_first_update_has_ratio_one_and_the_gradient_of_reinforce():
 def test_masked_tokens_get_exactly_no_gradient_whatever_stands_there():
     logprobs = torch.tensor([[-1.0, float("nan"), float("-inf")]], requires_grad=True)
     old, mask = torch.tensor([[-1.1, -1.0, -1.0]]), torch.tensor([[True, False, False]])
-    result = grpo_loss(logprobs, old, old, torch.tensor([1.0]), mask, epsilon=0.2, beta=0.1, num_completions=1)
+    result = loss_of(logprobs, old, old, torch.tensor([1.0]), mask, epsilon=0.2, beta=0.1)
     assert math.isfinite(result.loss.item())
 
 
 def test_an_empty_mask_gives_a_loss_of_zero_not_nan():
     logprobs = torch.full((2, 3), -1.0, requires_grad=True)
     mask = torch.zeros(2, 3, dtype=torch.bool)
-    result = grpo_loss(
-        logprobs, logprobs.detach(), None, torch.ones(2), mask, epsilon=0.2, beta=0.0, num_completions=2
-    )
+    result = loss_of(logprobs, logprobs.detach(), None, torch.ones(2), mask, epsilon=0.2, beta=0.0)
     result.loss.backward()
     assert result.loss.item() == 0
     assert logprobs.grad.abs().sum() == 0
 
 
-def independent_loss(logprobs, old, ref, advantages, lengths, epsilon, beta):
-    """The formula of the paper in plain Python floats, one token at a time."""
-    total = 0.0
+def independent_loss(logprobs, old, ref, advantages, lengths, c):
+    """The formulas of the papers in plain Python floats, one token at a time."""
+    of_completions = []
     for i, length in enumerate(lengths):
         of_completion = 0.0
         for t in range(length):
-            ratio = math.exp(logprobs[i][t] - old[i][t])
-            clipped = min(max(ratio, 1 - epsilon), 1 + epsilon)
+            if c.ratio == "sequence":
+                ratio = math.exp(sum(logprobs[i][s] - old[i][s] for s in range(length)) / length)
+            else:
+                ratio = math.exp(logprobs[i][t] - old[i][t])
+            clipped = min(max(ratio, 1 - c.epsilon), 1 + (c.epsilon_high or c.epsilon))
             d = ref[i][t] - logprobs[i][t]
-            of_completion += min(ratio * advantages[i], clipped * advantages[i]) - beta * (math.exp(d) - d - 1)
-        total += of_completion / length
-    return -total / len(lengths)
+            of_completion += min(ratio * advantages[i], clipped * advantages[i]) - c.beta * (math.exp(d) - d - 1)
+        of_completions.append(of_completion)
+    if c.loss_average == "completion":
+        return -sum(value / length for value, length in zip(of_completions, lengths, strict=True)) / len(lengths)
+    denominator = sum(lengths) if c.loss_average == "token" else len(lengths) * c.max_new_tokens
+    return -sum(of_completions) / denominator
 
 
-def test_random_batches_agree_with_an_independent_computation_in_value_and_gradient():
-    for seed in range(5):
-        generator = torch.Generator().manual_seed(seed)
-        shape, lengths = (6, 7), torch.randint(1, 8, (6,), generator=generator).tolist()
-        draws = [-3 * torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
-        logprobs, old, ref = draws
-        logprobs.requires_grad_()
-        advantages = torch.randn(6, generator=generator, dtype=torch.float64)
-        mask = torch.arange(7) < torch.tensor(lengths)[:, None]
-        result = grpo_loss(logprobs, old, ref, advantages, mask, epsilon=0.2, beta=0.3, num_completions=6)
-        result.loss.backward()
-        plain = [x.tolist() for x in (logprobs.detach(), old, ref, advantages)]
-        assert result.loss.item() == pytest.approx(independent_loss(*plain, lengths, 0.2, 0.3), abs=1e-10)
-        for i, t in ((0, 0), (2, 1), (5, 6)):  # central differences at a few places, masked ones among them
-            sides = []
-            for h in (1e-6, -1e-6):
-                moved = [row[:] for row in plain[0]]
-                moved[i][t] += h
-                sides.append(independent_loss(moved, *plain[1:], lengths, 0.2, 0.3))
-            assert logprobs.grad[i, t].item() == pytest.approx((sides[0] - sides[1]) / 2e-6, abs=1e-6)
+VARIANTS = [
+    {},
+    {"loss_average": "token"},
+    {"loss_average": "constant", "max_new_tokens": 9},
+    {"epsilon_high": 0.5},
+    {"ratio": "sequence", "epsilon": 0.01, "epsilon_high": 0.02},
+    {"ratio": "sequence", "loss_average": "token", "epsilon": 0.3},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("seed", range(5))
+def test_random_batches_agree_with_an_independent_computation_in_value_and_gradient(seed, variant):
+    c = TrainConfig(**{"epsilon": 0.2, "beta": 0.3, **variant})
+    generator = torch.Generator().manual_seed(seed)
+    shape, lengths = (6, 7), torch.randint(1, 8, (6,), generator=generator).tolist()
+    draws = [-3 * torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+    logprobs, old, ref = draws
+    logprobs.requires_grad_()
+    advantages = torch.randn(6, generator=generator, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+    result = grpo_loss(logprobs, old, ref, advantages, mask, c, num_completions=6, num_tokens=sum(lengths))
+    result.loss.backward()
+    plain = [x.tolist() for x in (logprobs.detach(), old, ref, advantages)]
+    assert result.loss.item() == pytest.approx(independent_loss(*plain, lengths, c), abs=1e-10)
+    for i, t in ((0, 0), (2, 1), (5, 6)):  # central differences at a few places, masked ones among them
+        sides = []
+        for h in (1e-6, -1e-6):
+            moved = [row[:] for row in plain[0]]
+            moved[i][t] += h
+            sides.append(independent_loss(moved, *plain[1:], lengths, c))
+        assert logprobs.grad[i, t].item() == pytest.approx((sides[0] - sides[1]) / 2e-6, abs=1e-6)
+
+
+def test_the_three_averages_by_hand():
+    # completions of 3 and 1 tokens, values 1 + 2 + 3 and 5, at most 4 tokens each:
+    #   completion: (6/3 + 5/1) / 2 = 3.5; token: 11/4 = 2.75; constant: 11 / (2 · 4) = 1.375
+    values = torch.tensor([[1.0, 2.0, 3.0], [5.0, 9.0, 9.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    n = {"num_completions": 2, "num_tokens": 4, "max_new_tokens": 4}
+    averages = [loss_average(values, mask, how, **n).item() for how in ("completion", "token", "constant")]
+    assert averages == [3.5, 2.75, 1.375]
+
+
+def test_the_sequence_ratio_by_hand():
+    # token ratios 2, 1/2 · e, 1 (masked: e^9): the geometric mean of 2 and e/2 is sqrt(e); then 3 alone
+    old = torch.zeros(2, 3)
+    logprobs = torch.tensor([[math.log(2), 1 - math.log(2), 9.0], [math.log(3), 0.0, 0.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    ratio = sequence_ratio(logprobs, old, mask)
+    torch.testing.assert_close(ratio, torch.tensor([[math.exp(0.5)] * 3, [3.0] * 3]))
+    assert bool((sequence_ratio(old, old, mask) == 1).all())
+
+
+def test_gspo_gives_every_token_of_a_completion_the_same_push():
+    # one completion of 4 tokens, ratio 1, A = 2: loss −s·A, ds/dlog π_t = s/4, so each gradient is −2/4
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0, -0.1]], requires_grad=True)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    loss_of(logprobs, logprobs.detach(), None, torch.tensor([2.0]), mask, ratio="sequence", beta=0.0).loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.full((1, 4), -0.5))
+
+
+def test_clipping_higher_leaves_room_above_only():
+    # DAPO: ratio 1.25 is clipped at 1.2, but not at 1.28; below, nothing changes
+    for epsilon_high, value in ((0.2, 1.2), (0.28, 1.25)):
+        r = torch.tensor([[1.25]])
+        assert clipped_surrogate(r, torch.tensor([1.0]), 0.2, epsilon_high).item() == pytest.approx(value)
+        r = torch.tensor([[0.7]])
+        assert clipped_surrogate(r, torch.tensor([-1.0]), 0.2, epsilon_high).item() == pytest.approx(-0.8)
 
 
 def test_the_ratio_is_clamped_where_it_would_overflow():

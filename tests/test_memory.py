@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_grpo
-from grpo import trainer
+from grpo import learner, trainer
 from grpo.checkpoint import newest_checkpoint
 from grpo.config import resolve
+from grpo.learner import Learner
 from grpo.memory import PassLimit, is_out_of_memory, passes
+from grpo.models import load
 from grpo.trainer import Trainer
 from tasks.arithmetic import Arithmetic
 
@@ -96,9 +98,9 @@ def short_of_memory(model, monkeypatch, where, fits, error=CUDA):
 
 
 def a_step():
-    """A trainer on the starter, with all settings that the tests share."""
+    """A learner on the starter, with all settings that the tests share."""
     config = resolve({"model": "starter", **SETTINGS})
-    return Trainer(config, Arithmetic(), {})
+    return Learner(config, Arithmetic(), load("starter", torch.device("cpu")))
 
 
 def gradient(made):
@@ -130,8 +132,8 @@ def test_the_step_is_repeated_with_fewer_rows_and_has_the_same_gradient(
     difference = gradient(short) - gradient(whole)  # the rounding of float32, which sums in another order
     assert difference.abs().max().item() < 1e-6
     assert (difference.norm() / gradient(whole).norm()).item() < 5e-6
-    name = "sample" if where == "sampling" else "update"
-    assert short.limits[name].rows == {23: 12, 6: 6, 5: 3, 1: 1}[fits]
+    limit = short.sample_limit if where == "sampling" else short.update_limit
+    assert limit.rows == {23: 12, 6: 6, 5: 3, 1: 1}[fits]
     said = capsys.readouterr().out
     assert "Memory ran out" in said
     short.step(2)
@@ -146,7 +148,7 @@ TINY += ["--eval-every", "4", "--eval-problems", "4", "--save-every", "1", "--sh
 def train(tmp_path, monkeypatch):
     """The tiny run as a user starts it; `fits` rows with gradient are what memory holds from step `first` on."""
     monkeypatch.setattr(trainer, "SKILL_PROBLEMS", 1)
-    true_step = Trainer.step
+    true_step = Learner.step
 
     def run(name, fits=None, first=1):
         def step(self, number):
@@ -154,7 +156,7 @@ def train(tmp_path, monkeypatch):
                 short_of_memory(self.lm.model, monkeypatch, "forward", fits)
             return true_step(self, number)
 
-        monkeypatch.setattr(Trainer, "step", step)
+        monkeypatch.setattr(Learner, "step", step)
         return CliRunner().invoke(train_grpo.main, [*TINY, "--output-dir", str(tmp_path / name)])
 
     return run
@@ -167,10 +169,10 @@ def test_the_reduced_size_is_stored_and_a_resume_begins_with_it(train, tmp_path)
     config = resolve({**checkpoint.state["config"]})
     again = Trainer(config, Arithmetic(max_operand=1), {})
     again._restore()
-    assert again.limits["update"].rows == 2
+    assert again.learner.update_limit.rows == 2
     other = Trainer(resolve({**checkpoint.state["config"], "micro_batch_size": 2}), Arithmetic(max_operand=1), {})
     other._restore()
-    assert other.limits["update"].rows == 4, "a size that is asked for anew is tried anew"
+    assert other.learner.update_limit.rows == 4, "a size that is asked for anew is tried anew"
 
 
 def test_where_nothing_fits_the_run_ends_in_one_line_and_goes_on_later_as_if_nothing_had_been(train, tmp_path):
@@ -190,7 +192,7 @@ def test_where_nothing_fits_the_run_ends_in_one_line_and_goes_on_later_as_if_not
 
 
 def test_a_model_that_does_not_fit_at_all_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(trainer, "frozen_copy", lambda model: raising(CUDA, limit=1))
+    monkeypatch.setattr(learner, "frozen_copy", lambda model: raising(CUDA, limit=1))
     result = CliRunner().invoke(train_grpo.main, ["--output-dir", str(tmp_path)])
     assert result.exit_code == 1
     assert result.stderr == "Error: starter does not fit into memory; take a smaller one, or --device cpu\n"

@@ -63,7 +63,7 @@ def test_texts_leave_out_the_end_token_and_nothing_else(starter):
 
 def test_greedy_does_not_depend_on_how_many_rows_go_together(starter):
     chats = [Arithmetic().messages(p.question) for p in Arithmetic().held_out("validation", 20)]
-    assert starter.greedy(chats, 22, rows=3) == starter.greedy(chats, 22)
+    assert starter.greedy(chats, 22, limit=3) == starter.greedy(chats, 22)
 
 
 def test_what_is_saved_loads_again_with_the_same_output(starter, tmp_path):

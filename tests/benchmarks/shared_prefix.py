@@ -13,9 +13,9 @@ import click
 import torch
 
 from grpo.config import TrainConfig, resolve
+from grpo.learner import Learner
 from grpo.logprobs import Tokens
 from grpo.models import load
-from grpo.trainer import Trainer
 from grpo.update import Batch, inner_update
 from tasks.arithmetic import Arithmetic
 
@@ -57,9 +57,9 @@ def main(runs: int) -> None:
     config = resolve({"model": "starter", "beta": 0.0})
     task = Arithmetic(config.max_operand, config.prompt_style)
     trained = replace(config, learning_rate=1e-5)
-    trainer = Trainer(trained, task, {})
+    learner = Learner(trained, task, load("starter", torch.device("cpu")))
     for step in range(1, 11):  # past the first steps, completions have the length that they keep
-        rollout, _ = trainer.step(step)
+        rollout, _ = learner.step(step)
     batches = {"default run": rollout.tokens}
     batches |= {f"random {n}": random_tokens(n, 16, 150, 64) for n in (2, 4)}
     click.echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, {runs} updates of each kind")

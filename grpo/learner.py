@@ -1,0 +1,152 @@
+"""One step of GRPO, as in the algorithm box of the paper (DeepSeekMath, arXiv:2402.03300, algorithm 1).
+
+`Learner.step` samples a group of completions for each prompt, scores them, compares each with its group, and takes a
+few clipped updates against the policy that sampled, with a KL penalty against the frozen reference.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from grpo.config import TrainConfig
+from grpo.logprobs import can_share
+from grpo.lora import has_adapter, quiet
+from grpo.memory import PassLimit
+from grpo.metrics import Stopwatch
+from grpo.models import LanguageModel, frozen_copy
+from grpo.rollout import RolloutBatch, collect
+from grpo.schedule import adapted_beta
+from grpo.update import Batch, inner_update, reference_logprobs, summary
+from tasks.base import Task
+from tasks.rewards import RewardFunction
+
+
+class Learner:
+    """A policy with its reference and its optimizer, and all that a step changes."""
+
+    def __init__(
+        self, config: TrainConfig, task: Task, lm: LanguageModel, rewards: Sequence[RewardFunction] = ()
+    ) -> None:
+        """Without `rewards`, those of the task are taken."""
+        self.config, self.task, self.lm, self.rewards = config, task, lm, rewards
+        adapted = has_adapter(lm.model)  # then the reference is the policy without it
+        self.reference = frozen_copy(lm.model) if config.beta > 0 and not adapted else None
+        self.optimizer = torch.optim.AdamW(
+            trainable(lm.model).values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
+        )
+        self.beta = config.beta  # moves where there is a target for the KL
+        self.skipped_in_a_row = 0  # updates
+        prompts = config.micro_batch_size or config.batch_size
+        g = max(config.at(step, config.beta).num_generations for step in (1, config.num_iterations))
+        self.sample_limit = PassLimit("sampling", config.batch_size * g, g)
+        self.update_limit = PassLimit("the update", min(prompts, config.batch_size) * g, g)
+        probes = [task.messages(problem.question) for problem in task.held_out("validation", 2)]
+        self.shared = can_share(lm.model, *lm.encode(probes))
+
+    def step(self, step: int) -> tuple[RolloutBatch, dict[str, Any]]:
+        """One rollout and `num_inner_updates` updates on it; returns the rollout and the step's metrics."""
+        c, clock, updates = self.config.at(step, self.beta), Stopwatch(), []
+        self._set_learning_rate(c.learning_rate)
+        with clock("total"):
+            rollout = self.sample_limit.fit(
+                collect, self.lm, self.task, c, step, clock, rewards=self.rewards, shared=self.shared
+            )
+            batch, fit = Batch(rollout.learned_tokens(c), rollout.advantages), self.update_limit.fit
+            with clock("reference"), self._reference() as reference:
+                if reference is not None:
+                    ref_logprobs = fit(reference_logprobs, reference, batch.tokens, c, shared=self.shared)
+                    batch = replace(batch, ref_logprobs=ref_logprobs)
+            with clock("update"), self._saving_activations():
+                shared = self.shared and not c.gradient_checkpointing  # which keeps no cache
+                for _ in range(c.num_inner_updates):
+                    stats, logprobs = fit(inner_update, self.lm.model, self.optimizer, batch, c, shared=shared)
+                    updates.append(stats)
+                    if batch.old_logprobs is None:  # the policy was still the one that sampled
+                        batch = replace(batch, old_logprobs=logprobs)
+        for update in updates:
+            self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
+        of_updates = summary(updates)
+        if c.target_kl:
+            self.beta = adapted_beta(c.beta, of_updates["kl"], c.target_kl)
+        if c.refresh_reference_every and step % c.refresh_reference_every == 0:
+            self.reference.load_state_dict(self.lm.model.state_dict())
+        times = {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
+        settings = {"learning_rate": c.learning_rate, "beta": c.beta, "num_generations": c.num_generations}
+        return rollout, {
+            "step": step,
+            **rollout.summary(),
+            **of_updates,
+            **settings,
+            **times,
+        }
+
+    def checkpoint(self, step: int, metrics: Mapping[str, Any], state: Mapping[str, Any]) -> Checkpoint:
+        """All that the steps after this one depend on, with what the run adds to it."""
+        limits = {"sample": self.sample_limit.rows, "update": self.update_limit.rows}
+        own = {"beta": self.beta, "skipped_in_a_row": self.skipped_in_a_row, "limits": limits}
+        refreshed = self.reference is not None and self.config.refresh_reference_every
+        return Checkpoint(
+            step,
+            trainable(self.lm.model),
+            optimizer_tensors(self.optimizer),
+            metrics,
+            {**state, **own},
+            dict(self.reference.named_parameters()) if refreshed else None,
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put back what `checkpoint` took; the sizes of passes only if the same one was asked for."""
+        _copy(checkpoint.policy, trainable(self.lm.model))
+        if checkpoint.reference is not None:
+            _copy(checkpoint.reference, dict(self.reference.named_parameters()))
+        restore_optimizer(self.optimizer, checkpoint.optimizer)
+        state = checkpoint.state
+        self.skipped_in_a_row, self.beta = state["skipped_in_a_row"], state.get("beta", self.beta)
+        if state["config"]["micro_batch_size"] == self.config.micro_batch_size and "limits" in state:
+            self.sample_limit.rows, self.update_limit.rows = state["limits"]["sample"], state["limits"]["update"]
+
+    @contextmanager
+    def _reference(self) -> Iterator[nn.Module | None]:
+        """The model that the KL is measured against, or None where beta is 0."""
+        if self.config.beta == 0:
+            yield None
+        elif self.reference is not None:
+            yield self.reference
+        else:
+            with self.lm.model.disable_adapter():
+                yield self.lm.model
+
+    @contextmanager
+    def _saving_activations(self) -> Iterator[None]:
+        """Gradient checkpointing, if it is asked for: it works in train mode only, and sampling in eval mode only."""
+        model = self.lm.model
+        if not self.config.gradient_checkpointing:
+            yield
+            return
+        with quiet():  # the name that replaces this one from 5.23 on is not in 5.21
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        try:
+            yield
+        finally:
+            model.eval()
+
+    def _set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])

@@ -1,0 +1,186 @@
+"""LoRA, 4-bit bases and gradient checkpointing: what is trained, what the reference is, what is saved."""
+
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+import train_grpo
+from grpo import learner as learner_module
+from grpo import trainer
+from grpo.config import TrainConfig, resolve
+from grpo.learner import Learner, trainable
+from grpo.logprobs import completion_logprobs
+from grpo.lora import ADAPTER, add_adapter, four_bits, merged
+from grpo.models import LanguageModel, frozen_copy, load
+from tasks.arithmetic import Arithmetic
+from tests.conftest import ragged_tokens, tiny_model
+
+CPU = torch.device("cpu")
+SMALL = {"model": "starter", "batch_size": 2, "num_generations": 4, "num_inner_updates": 2, "learning_rate": 1e-3}
+TINY = ["--num-iterations", "4", "--batch-size", "2", "--num-generations", "4", "--num-inner-updates", "2"]
+TINY += ["--eval-problems", "4", "--save-every", "2", "--show-every", "0", "--learning-rate", "1e-3"]
+LORA = ["--lora-rank", "4"]
+
+
+def a_learner(**settings):
+    config = resolve({**SMALL, **settings})
+    lm = load("starter", CPU, **(four_bits(CPU) if config.load_in_4bit else {}))
+    if config.lora_rank:
+        lm = LanguageModel(add_adapter(lm.model, config), lm.tokenizer, lm.end_ids, lm.pad_id)
+    return Learner(config, Arithmetic(), lm)
+
+
+def logprobs(model):
+    with torch.no_grad():
+        return completion_logprobs(model, ragged_tokens(), 1.0)[0][ragged_tokens().completion_mask]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3"])
+def test_adapter_off_equals_the_base_to_the_bit_and_merged_equals_adapter_on(kind):
+    base = frozen_copy(tiny_model(kind))  # torch sums in another order where the weights want a gradient
+    model = add_adapter(tiny_model(kind), TrainConfig(lora_rank=4))
+    assert torch.equal(logprobs(model), logprobs(base)), "nothing is added before training"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    assert (logprobs(model) - logprobs(base)).abs().max() > 0.1
+    with model.disable_adapter():
+        assert torch.equal(logprobs(model), logprobs(base))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert (logprobs(merged(model)) - logprobs(model)).abs().max() < 1e-5
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_only_the_adapter_is_trained_and_no_second_model_is_held(monkeypatch):
+    monkeypatch.setattr(learner_module, "frozen_copy", lambda model: pytest.fail("a copy was made"))
+    made = a_learner(lora_rank=4)
+    base = {name: p.clone() for name, p in made.lm.model.named_parameters() if ".lora_" not in name}
+    _, first = made.step(1)
+    _, second = made.step(2)
+    assert made.reference is None
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert second["kl"] > 1e-5, "the reference is the model without the adapter"
+    after = dict(made.lm.model.named_parameters())
+    assert all(torch.equal(base[name], after[name]) for name in base)
+    adapter = [p for name, p in after.items() if ".lora_B" in name]
+    assert adapter
+    assert all(p.abs().max() > 0 for p in adapter)
+
+
+def test_without_beta_no_reference_is_made(monkeypatch):
+    monkeypatch.setattr(learner_module, "frozen_copy", lambda model: pytest.fail("a copy was made"))
+    _, entry = a_learner(beta=0.0).step(1)
+    assert entry["kl"] == 0
+
+
+def test_a_base_in_4_bits_is_trained_by_its_adapter_and_saved_in_full():
+    pytest.importorskip("bitsandbytes")
+    made = a_learner(lora_rank=4, load_in_4bit=True)
+    kinds = {type(module).__name__ for module in made.lm.model.modules()}
+    assert "Linear4bit" in kinds
+    plain = merged(made.lm.model)  # before training: the base, its 4 bits written out
+    assert all(p.dtype == torch.float32 for p in plain.parameters())
+    assert not hasattr(plain.config, "quantization_config")
+    same = add_adapter(plain, made.config)
+    for model in (made.lm.model, same):
+        logprobs(model)  # a pass without gradient comes first in a run too, and must not spoil the others
+        completion_logprobs(model, ragged_tokens(), 1.0)[0].sum().backward()
+    for four, full in zip(trainable(made.lm.model).values(), trainable(same).values(), strict=True):
+        torch.testing.assert_close(four.grad, full.grad, atol=1e-3, rtol=1e-3)
+    made.step(1)
+    torch.testing.assert_close(logprobs(merged(made.lm.model)), logprobs(made.lm.model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_rank": 4}], ids=str)
+def test_gradient_checkpointing_gives_the_same_gradient(more, monkeypatch):
+    one = {**more, "num_inner_updates": 1, "learning_rate": 0.0, "clip_grad_norm": 1e9}
+    plain, saving = a_learner(**one), a_learner(**one, gradient_checkpointing=True)
+    seen = []
+    layer = type(next(m for m in saving.lm.model.modules() if type(m).__name__ == "LlamaDecoderLayer"))
+    true_forward = layer.forward
+
+    def forward(self, *args, **kwargs):
+        seen.append(self.training)
+        return true_forward(self, *args, **kwargs)
+
+    plain.step(1)
+    monkeypatch.setattr(layer, "forward", forward)
+    saving.step(1)
+    assert True in seen, "it works in train mode only"
+    assert False in seen, "sampling in train mode would drop the cache"
+    assert not saving.lm.model.training
+    gradients = [
+        torch.cat([p.grad.flatten() for p in made.optimizer.param_groups[0]["params"]]) for made in (plain, saving)
+    ]
+    assert gradients[0].norm() > 0
+    assert ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item() < 1e-5
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """A tiny run with an adapter, as a user starts it."""
+    monkeypatch.setattr(trainer, "TEST_PROBLEMS", 4)
+    monkeypatch.setattr(trainer, "SKILL_PROBLEMS", 1)
+    monkeypatch.setattr(trainer, "draw_all", lambda *_: [])
+
+    def run(name, *more):
+        return CliRunner().invoke(train_grpo.main, [*TINY, *LORA, *more, "--output-dir", str(tmp_path / name)])
+
+    return run
+
+
+def test_a_run_saves_the_merged_model_with_the_adapter_beside_it_and_resumes_to_the_bit(train, tmp_path, monkeypatch):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    rising = iter(range(1, 100))
+    true_evaluate = trainer.Trainer._evaluate
+    monkeypatch.setattr(
+        trainer.Trainer, "_evaluate", lambda *args: {**true_evaluate(*args), "accuracy": next(rising) / 100}
+    )
+    assert train("whole").exit_code == 0
+    assert train("cut", "--num-iterations", "3").exit_code == 0
+    result = train("cut")
+    assert result.exit_code == 0, result.output
+    for name in ("policy", "optimizer"):
+        path = f"checkpoints/step-00000004/{name}.safetensors"
+        assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "cut" / path).read_bytes()
+    checkpoint = load_file(tmp_path / "whole/checkpoints/step-00000004/policy.safetensors")
+    assert all(".lora_" in name for name in checkpoint)
+    saved = tmp_path / "whole" / "saved_model"
+    adapted = PeftModel.from_pretrained(load("starter", CPU).model, saved / ADAPTER)
+    loaded = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=False)
+    torch.testing.assert_close(logprobs(loaded), logprobs(adapted), atol=1e-5, rtol=1e-6)  # some are -30
+    assert (logprobs(loaded) - logprobs(load("starter", CPU).model)).abs().max() > 1e-3, "it was trained"
+
+
+@pytest.mark.parametrize(
+    ("package", "args"), [("peft", LORA), ("bitsandbytes", [*LORA, "--load-in-4bit"])], ids=["peft", "bitsandbytes"]
+)
+def test_a_missing_package_is_answered_by_the_line_that_installs_it(package, args, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    result = CliRunner().invoke(train_grpo.main, [*args, "--output-dir", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert f"pip install '{package}" in result.stderr
+
+
+@pytest.mark.parametrize("targets", ["no_such_layer", ",", " "])
+def test_layers_that_are_not_there_are_refused(targets, tmp_path):
+    result = CliRunner().invoke(train_grpo.main, [*LORA, "--lora-targets", targets, "--output-dir", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "lora_targets" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"load_in_4bit": True}, {"lora_rank": 4, "refresh_reference_every": 2}], ids=str
+)
+def test_combinations_that_cannot_be_are_refused(settings):
+    with pytest.raises(ValueError, match="lora_rank"):
+        TrainConfig(**settings)
