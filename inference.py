@@ -19,7 +19,7 @@ import click
 from grpo.config import DEVICES, read_card
 from grpo.console import printable
 from tasks.parsing import parse_answer
-from tasks.prompts import SYSTEM_PROMPTS, chat
+from tasks.prompts import chat, system_prompt
 
 if TYPE_CHECKING:
     from grpo.models import LanguageModel
@@ -64,13 +64,14 @@ def main(
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         sys.exit(130)
-    style = read_card(name).get("prompt_style", "answer")
+    card = read_card(name)
+    style, kind = card.get("prompt_style", "answer"), card.get("kind", "integer")
     labels = ["before: ", "after:  "] if compare else [""]
     for i, question in enumerate(asked):
         click.echo(printable(question))
         for label, completions in zip(labels, answers, strict=True):
             for text in completions[i]:
-                show(label, text, style)
+                show(label, text, style, kind)
 
 
 def read_questions(questions: Sequence[str]) -> list[str]:
@@ -109,8 +110,7 @@ def complete(
 
     card = read_card(name)
     lm = load(name, choose_device(device))
-    system_prompt = card.get("system_prompt", SYSTEM_PROMPTS["answer"])
-    chats = [chat(question, system_prompt) for question in questions]
+    chats = [chat(question, card.get("system_prompt") or system_prompt("answer")) for question in questions]
     limit = max_new_tokens or card.get("max_new_tokens", TOKENS_WITHOUT_CARD)
     if temperature == 0:
         return [[text] for text in lm.greedy(chats, limit)]
@@ -148,10 +148,10 @@ def sampled(
     return texts
 
 
-def show(label: str, text: str, style: str) -> None:
-    """Print a completion, escaped, and the answer that was parsed from it."""
-    answer = parse_answer(text, style)
-    parsed = "no well-formed answer" if answer is None else f"answer {answer}"
+def show(label: str, text: str, style: str, kind: str) -> None:
+    """Print a completion, escaped, and the answer of its kind that was parsed from it."""
+    answer = parse_answer(text, style, kind)
+    parsed = "no well-formed answer" if answer is None else f"answer {printable(str(answer))}"
     click.echo(f"  {label}{printable(text)}   [{parsed}]")
 
 

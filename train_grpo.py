@@ -1,4 +1,4 @@
-"""Train a small instruct model on arithmetic, (a op b) op c, with GRPO.
+"""Train a small instruct model with GRPO: on arithmetic, (a op b) op c, or on another --task.
 
     python train_grpo.py                                        the bundled starter model, minutes on a CPU
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct     a model of the Hugging Face Hub
@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from grpo.config import TrainConfig, resolve
 from grpo.files import claim_folder
+from tasks.base import Task
 
 
 class GroupedCommand(click.Command):
@@ -42,6 +43,8 @@ def setting_options(command: click.Command) -> click.Command:
     for f in reversed(fields(TrainConfig)):
         name = f"--{f.name.replace('_', '-')}"
         kind = {"type": click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type}
+        if f.type == tuple[str, ...]:
+            kind = {"type": str, "multiple": True}
         if f.type is bool:
             name, kind = f"{name}/--no-{name[2:]}", {}
         option = click.option(name, f.name, default=f.default, show_default=True, help=f.metadata["meaning"], **kind)
@@ -54,7 +57,7 @@ def setting_options(command: click.Command) -> click.Command:
 @click.option("--fresh", is_flag=True, help="start over; what an earlier run wrote is moved to earlier_runs/")
 @click.pass_context
 def main(ctx: click.Context, fresh: bool, **settings: Any) -> None:
-    """Train a small instruct model on arithmetic with GRPO.
+    """Train a small instruct model with GRPO, on arithmetic or another task.
 
     The defaults shown are the published ones, for models of the Hub. The starter has settings of its own,
     kept in its grpo.json; a run prints what it resolved.
@@ -80,18 +83,38 @@ def main(ctx: click.Context, fresh: bool, **settings: Any) -> None:
 
 def train(config: TrainConfig, launched: float) -> int:
     """Run the training and return the exit status; the heavy imports come after the folder is locked."""
+    task = make_task(config)  # first: what is wrong with its data is said at once
+
     from grpo.memory import is_out_of_memory
     from grpo.trainer import Trainer
-    from tasks.arithmetic import Arithmetic
     from tasks.skills import SKILLS
 
-    task = Arithmetic(max_operand=config.max_operand, style=config.prompt_style)
     try:
         return Trainer(config, task, SKILLS, launched).run()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise ValueError(f"{config.model} does not fit into memory; take a smaller one, or --device cpu") from None
+
+
+def make_task(config: TrainConfig) -> Task:
+    """The task of the settings; raises ValueError, in one line, where its data are missing or malformed."""
+    from tasks import gsm8k, jsonl
+    from tasks.arithmetic import Arithmetic
+    from tasks.reverse import Reverse
+
+    form = {"style": config.prompt_style, "system_prompt": config.system_prompt}
+    if config.task == "gsm8k":
+        return gsm8k.load(config.data, **form)
+    if config.task == "jsonl":
+        if not config.data:
+            raise ValueError("--task jsonl needs --data FILE: JSON Lines with question and answer")
+        return jsonl.load(config.data, **form)
+    if config.data:
+        raise ValueError(f"--task {config.task} makes its own problems; --data is for --task jsonl and gsm8k")
+    if config.task == "reverse":
+        return Reverse(**form)
+    return Arithmetic(config.max_operand, config.min_operand, **form)
 
 
 if __name__ == "__main__":

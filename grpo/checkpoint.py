@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from grpo.config import TrainConfig
 from grpo.files import fsync
 from grpo.metrics import is_count, is_entry, is_evaluation, is_list_of
 
@@ -48,6 +49,20 @@ class Checkpoint:
     metrics: Mapping[str, Any]
     state: Mapping[str, Any]
     reference: Mapping[str, Tensor] | None = None
+
+
+def refuse_another_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, files: Mapping[str, str]) -> None:
+    """Raise ValueError where a launch with these settings and files (SHA-256 by path) is not of the same run."""
+    ways_on = "to go on, --fresh to start over, or --output-dir NEW"
+    if differences := config.differences(checkpoint.state["config"]):
+        raise ValueError(
+            f"{folder.resolve()} holds a run with other settings: {', '.join(differences)}; give the same {ways_on}"
+        )
+    earlier = checkpoint.state.get("files", {})
+    if changed := [path for path, sha256 in files.items() if earlier.get(path, sha256) != sha256]:
+        raise ValueError(
+            f"{', '.join(changed)} changed since the run in {folder.resolve()} began; put it back {ways_on}"
+        )
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:

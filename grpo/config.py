@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo.schedule import group_size_at, learning_rate_at, parse_group_schedule
-from tasks.prompts import STYLES
+from tasks.base import KINDS, TASKS
+from tasks.prompts import STYLE_TOKENS, STYLES
 
 STARTER = Path(__file__).parent / "starter" / "model"
 CARD = "grpo.json"
@@ -24,6 +25,7 @@ OWN = (
     "device",
     "deterministic",
     "seed",
+    "data",  # a file of this machine: a model's folder, which may come from anywhere, cannot name one
     "output_dir",
     "time_limit",
 )  # a run's own; the rest is passed on with its model
@@ -65,13 +67,18 @@ class TrainConfig:
     load_in_4bit: bool = setting(False, "Model", "hold the frozen weights in 4 bits, with LoRA (bitsandbytes)")
     gradient_checkpointing: bool = setting(False, "Model", "less memory: compute activations again when needed")
 
-    max_operand: int = setting(10, "Task", "operands are integers from 0 to this", 1)
+    task: str = setting("arithmetic", "Task", "what the problems are", None, TASKS)
+    data: str = setting("", "Task", "JSON Lines file with the problems of jsonl, or of gsm8k instead of the Hub's")
+    min_operand: int = setting(0, "Task", "of arithmetic: operands are integers from this ...")
+    max_operand: int = setting(10, "Task", "... to this", 1)
     prompt_style: str = setting("answer", "Task", "form of the answer the prompt asks for", None, STYLES)
+    system_prompt: str = setting("", "Task", "instead of the style's own")
+    reward: tuple[str, ...] = setting((), "Task", "NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT, instead of the task's own")
 
     num_iterations: int = setting(2000, "Algorithm", "steps: one rollout and its updates each", 1)
     batch_size: int = setting(4, "Algorithm", "prompts a step", 1)
     num_generations: int = setting(8, "Algorithm", "completions a prompt (G, the group)", 2)
-    max_new_tokens: int = setting(16, "Algorithm", "longest completion, tokens", 1)
+    max_new_tokens: int = setting(16, "Algorithm", "longest completion, tokens; think: 128, reasoning: 256", 1)
     temperature: float = setting(1.0, "Algorithm", "of sampling; log-probabilities are taken at it too", 1e-3)
     learning_rate: float = setting(1e-7, "Algorithm", "of AdamW", 0.0)
     beta: float = setting(0.04, "Algorithm", "weight of the KL to the reference; 0 loads no reference", 0.0)
@@ -105,6 +112,8 @@ class TrainConfig:
     output_dir: str = setting(".", "Evaluation and output", "folder for everything that is written")
 
     def __post_init__(self) -> None:
+        if isinstance(self.reward, list):  # as JSON has it
+            object.__setattr__(self, "reward", tuple(self.reward))
         for f in fields(self):
             _check(f.name, getattr(self, f.name), f.type, f.metadata)
         if self.time_limit:
@@ -140,21 +149,22 @@ class TrainConfig:
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
         """The settings in which this launch departs from an earlier one of the run, and may not."""
-        earlier = {f.name: f.default for f in fields(self)} | dict(earlier)  # a setting may be younger than the run
+        earlier = {**TrainConfig().to_dict(), **earlier}  # a setting that the run's version did not have
         may_change = set(MAY_CHANGE) - ({"num_iterations"} if self.depends_on_length else set())
         return [
-            f"{name} {earlier.get(name)} (now {value})"
-            for name, value in asdict(self).items()
-            if name not in may_change and earlier.get(name) != value
+            f"{name} {earlier[name]} (now {value})"
+            for name, value in self.to_dict().items()
+            if name not in may_change and earlier[name] != value
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON has them."""
-        return asdict(self)
+        return {**asdict(self), "reward": list(self.reward)}
 
     def passed_on(self) -> dict[str, Any]:
-        """What a saved model hands to a run that starts from it: all but place, model and seed."""
-        return {name: value for name, value in asdict(self).items() if name not in OWN}
+        """What a saved model hands to a run that starts from it: all but place, model, seed, and files to be run."""
+        passed = {name: value for name, value in self.to_dict().items() if name not in OWN}
+        return passed | {"reward": []} if any(map(_names_a_file, self.reward)) else passed
 
 
 def model_folder(name: str) -> Path | None:
@@ -190,6 +200,7 @@ CARD_ENTRIES = {
     ),
     "system_prompt": lambda value: isinstance(value, str),
     "prompt_style": lambda value: value in STYLES,
+    "kind": lambda value: value in KINDS,
     "base_model": lambda value: isinstance(value, str),
     "skills": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
 }
@@ -200,14 +211,37 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     card = read_card(given.get("model", "starter")).get("settings", {})
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in OWN}):
         raise ValueError(f"the model's {CARD} has settings that it cannot have: {', '.join(unknown)}")
-    given_alone = TrainConfig(**given)  # its mistakes are the call's, those that come now the card's
+    if any(isinstance(spec, str) and _names_a_file(spec) for spec in _list(card.get("reward"))):
+        raise ValueError(f"the model's {CARD} names a reward in a file, which a model cannot; remove it there")
+    carried = {"task": "arithmetic", "prompt_style": "answer", **card}
+    style = given.get("prompt_style", carried["prompt_style"])
+    of_another = set()  # what the model carries for another style or task is nothing for this one
+    if style != carried["prompt_style"]:
+        of_another = {"max_new_tokens", "system_prompt", "reward"}
+    elif given.get("task", carried["task"]) != carried["task"]:
+        of_another = {"system_prompt", "reward"}
+    card = {name: value for name, value in card.items() if name not in of_another}
+    limit = {"max_new_tokens": STYLE_TOKENS[style]} if style in STYLES else {}
+    given_alone = TrainConfig(**{**limit, **given})  # its mistakes are the call's, those that come now the card's
     try:
         return replace(given_alone, **{name: value for name, value in card.items() if name not in given})
     except ValueError as error:
         raise ValueError(f"{model_folder(given_alone.model) / CARD}: {error}; restore or delete it") from None
 
 
+def _names_a_file(reward: str) -> bool:
+    return ":" in reward
+
+
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else []
+
+
 def _check(name: str, value: Any, kind: type, metadata: Any) -> None:
+    if kind == tuple[str, ...]:
+        if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{name} is {value!r}; it must be a list of texts")
+        return
     if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"{name} is {value!r}; it must be {kind.__name__}")
     if kind is float and not abs(value) <= LARGEST_FLOAT32:  # nor NaN

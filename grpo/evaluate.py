@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from grpo.models import ROWS, LanguageModel
-from tasks.base import Problem, Reward, Task
+from tasks.base import Attempt, Problem, Task
 
 Z = 1.959963984540054  # the normal distribution's 97.5% quantile
 
@@ -15,8 +15,7 @@ class Evaluation:
     """How a model does on some problems."""
 
     problems: Sequence[Problem]
-    completions: Sequence[str]
-    rewards: Sequence[Reward]
+    attempts: Sequence[Attempt]  # one a problem
 
     @property
     def n(self) -> int:
@@ -26,7 +25,7 @@ class Evaluation:
     @property
     def correct(self) -> int:
         """How many are answered exactly right."""
-        return sum(reward.correct for reward in self.rewards)
+        return sum(attempt.correct for attempt in self.attempts)
 
     @property
     def accuracy(self) -> float:
@@ -36,7 +35,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, float | int]:
         """As the metrics file has it: accuracy, its Wilson 95% interval, the well-formed share."""
         low, high = wilson_interval(self.correct, self.n)
-        well_formed = sum(reward.well_formed for reward in self.rewards) / self.n
+        well_formed = sum(attempt.well_formed for attempt in self.attempts) / self.n
         return {
             "accuracy": self.accuracy,
             "n": self.n,
@@ -49,10 +48,9 @@ class Evaluation:
 def evaluate(
     lm: LanguageModel, task: Task, problems: Sequence[Problem], max_new_tokens: int, limit: int = ROWS
 ) -> Evaluation:
-    """Answer each problem once, greedily, `limit` of them at a time, and score it."""
+    """Answer each problem once, greedily, `limit` of them at a time, and judge it."""
     completions = lm.greedy([task.messages(p.question) for p in problems], max_new_tokens, limit)
-    rewards = [task.score(p, text) for p, text in zip(problems, completions, strict=True)]
-    return Evaluation(problems, completions, rewards)
+    return Evaluation(problems, [task.judge(p, text) for p, text in zip(problems, completions, strict=True)])
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:

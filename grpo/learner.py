@@ -4,7 +4,7 @@
 few clipped updates against the policy that sampled, with a KL penalty against the frozen reference.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,13 +23,17 @@ from grpo.rollout import RolloutBatch, collect
 from grpo.schedule import adapted_beta
 from grpo.update import Batch, inner_update, reference_logprobs, summary
 from tasks.base import Task
+from tasks.rewards import RewardFunction
 
 
 class Learner:
     """A policy with its reference and its optimizer, and all that a step changes."""
 
-    def __init__(self, config: TrainConfig, task: Task, lm: LanguageModel) -> None:
-        self.config, self.task, self.lm = config, task, lm
+    def __init__(
+        self, config: TrainConfig, task: Task, lm: LanguageModel, rewards: Sequence[RewardFunction] = ()
+    ) -> None:
+        """Without `rewards`, those of the task are taken."""
+        self.config, self.task, self.lm, self.rewards = config, task, lm, rewards
         adapted = has_adapter(lm.model)  # then the reference is the policy without it
         self.reference = frozen_copy(lm.model) if config.beta > 0 and not adapted else None
         self.optimizer = torch.optim.AdamW(
@@ -49,7 +53,9 @@ class Learner:
         c, clock, updates = self.config.at(step, self.beta), Stopwatch(), []
         self._set_learning_rate(c.learning_rate)
         with clock("total"):
-            rollout = self.sample_limit.fit(collect, self.lm, self.task, c, step, clock, shared=self.shared)
+            rollout = self.sample_limit.fit(
+                collect, self.lm, self.task, c, step, clock, rewards=self.rewards, shared=self.shared
+            )
             batch, fit = Batch(rollout.learned_tokens(c), rollout.advantages), self.update_limit.fit
             with clock("reference"), self._reference() as reference:
                 if reference is not None:
@@ -73,7 +79,7 @@ class Learner:
         settings = {"learning_rate": c.learning_rate, "beta": c.beta, "num_generations": c.num_generations}
         return rollout, {
             "step": step,
-            **rollout.summary(self.task.reward_parts),
+            **rollout.summary(),
             **of_updates,
             **settings,
             **times,

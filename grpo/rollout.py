@@ -1,6 +1,5 @@
 """One step's data: sample completions, score them, keep everything that belongs together in one place."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -11,12 +10,12 @@ from torch.nn.functional import pad
 
 from grpo.advantages import group_advantages
 from grpo.config import TrainConfig
-from grpo.console import printable
 from grpo.logprobs import Tokens
 from grpo.metrics import Stopwatch
 from grpo.models import LanguageModel, precision
 from grpo.sampling import Completions, concatenate, generate, token_noise
 from tasks.base import Problem, Reward, Task
+from tasks.rewards import RewardFunction, parse_rewards, score
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class RolloutBatch:
             return self.tokens
         return replace(self.tokens, completion_mask=self.tokens.completion_mask & ~self.truncated.unsqueeze(-1))
 
-    def summary(self, reward_parts: Sequence[str]) -> dict[str, float | int]:
+    def summary(self) -> dict[str, float | int | None]:
         """The rollout's part of a step's metrics; the README defines each name."""
         totals = torch.tensor([reward.total for reward in self.rewards]).view(len(self.problems), -1)  # (N, G)
         right = torch.tensor([reward.correct for reward in self.rewards]).view_as(totals)
@@ -47,7 +46,7 @@ class RolloutBatch:
         return {
             "reward_mean": float(totals.mean()),
             "reward_std": float(totals.std(1).mean()),
-            **{f"reward/{name}": fmean(reward.parts[name] for reward in self.rewards) for name in reward_parts},
+            **{f"reward/{name}": _mean([r.parts[name] for r in self.rewards]) for name in self.rewards[0].parts},
             "accuracy": float(right.float().mean()),
             "completion_length": float(mask.sum(-1).float().mean()),
             "truncated_fraction": float(self.truncated.float().mean()),
@@ -83,11 +82,16 @@ def collect(
     step: int,
     clock: Stopwatch,
     *,
+    rewards: Sequence[RewardFunction] = (),
     shared: bool = True,
     limit: int | None = None,
 ) -> RolloutBatch:
-    """The rollout of a step: a function of the policy, the seed and the step. At most `limit` rows at a time."""
-    draws = [_draw(lm, task, config, step, 0, range(config.batch_size), clock, shared, limit)]
+    """The rollout of a step: a function of the policy, the seed and the step. At most `limit` rows at a time.
+
+    Without `rewards`, those of the task are taken.
+    """
+    rewards = rewards or parse_rewards((), task.default_rewards)
+    draws = [_draw(lm, task, rewards, config, step, 0, range(config.batch_size), clock, shared, limit)]
     chosen = list(range(config.batch_size))  # the group of each place, counted through all draws
     for attempt in range(1, config.resample_tied + 1):
         first = sum(len(draw.problems) for draw in draws[:-1])
@@ -97,13 +101,14 @@ def collect(
             break
         for number, place in enumerate(tied):
             chosen[place] = first + len(draws[-1].problems) + number
-        draws.append(_draw(lm, task, config, step, attempt, tied, clock, shared, limit))
+        draws.append(_draw(lm, task, rewards, config, step, attempt, tied, clock, shared, limit))
     return _put_together(draws, chosen, config)
 
 
 def _draw(
     lm: LanguageModel,
     task: Task,
+    rewards: Sequence[RewardFunction],
     config: TrainConfig,
     step: int,
     attempt: int,
@@ -133,8 +138,11 @@ def _draw(
         texts = lm.decode(completions)
     with clock("reward"):
         of_row = [problem for problem in problems for _ in range(config.num_generations)]
-        rewards = [_scored(task, problem, text) for problem, text in zip(of_row, texts, strict=True)]
-    return Draw(problems, prompt_ids, prompt_mask, completions, texts, rewards)
+        attempts = [task.judge(problem, text) for problem, text in zip(of_row, texts, strict=True)]
+        lengths = completions.lengths.tolist()
+        ids = [row[:n] for row, n in zip(completions.ids.tolist(), lengths, strict=True)]
+        scored = score(rewards, attempts, {"completion_ids": ids}, clock)
+    return Draw(problems, prompt_ids, prompt_mask, completions, texts, scored)
 
 
 def _put_together(draws: Sequence[Draw], chosen: Sequence[int], config: TrainConfig) -> RolloutBatch:
@@ -164,13 +172,7 @@ def _put_together(draws: Sequence[Draw], chosen: Sequence[int], config: TrainCon
     )
 
 
-def _scored(task: Task, problem: Problem, completion: str) -> Reward:
-    """The reward of a completion; raises ValueError, naming the reward function, where it is not a finite number."""
-    reward = task.score(problem, completion)
-    for name, value in reward.parts.items():
-        if not math.isfinite(value):
-            raise ValueError(
-                f"reward function {name!r} gave {value} for the completion {printable(completion[:80])!r} of "
-                f"{printable(problem.question[:80])!r}; it must return a finite number"
-            )
-    return reward
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean over the completions that a reward function applied to; None where there are none."""
+    applied = [value for value in values if value is not None]
+    return fmean(applied) if applied else None

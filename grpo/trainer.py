@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from grpo import report
-from grpo.checkpoint import newest_checkpoint, see_that_it_is_ours, write_checkpoint
+from grpo.checkpoint import newest_checkpoint, refuse_another_run, see_that_it_is_ours, write_checkpoint
 from grpo.config import TrainConfig, model_folder, read_card
 from grpo.console import Progress, say
 from grpo.evaluate import evaluate
@@ -24,7 +24,7 @@ from grpo.models import ROWS, SAVED_MODEL, LanguageModel, be_deterministic, choo
 from grpo.plots import draw_all
 from grpo.stops import Stops
 from tasks.base import Problem, Task
-from tasks.prompts import SYSTEM_PROMPTS
+from tasks.rewards import parse_rewards
 
 TEST_PROBLEMS = 1000  # or all there are
 SKILL_PROBLEMS = 500
@@ -39,6 +39,8 @@ class Trainer:
     ) -> None:
         """`launched` is the `time.monotonic()` that a time limit counts from; now, if not given."""
         self.config, self.task = config, task
+        self.rewards = parse_rewards(config.reward, task.default_rewards)
+        self.files = {**task.files, **{reward.path: reward.sha256 for reward in self.rewards if reward.path}}
         self.folder = Path(config.output_dir)
         self.card = read_card(config.model)
         device = choose_device(config.device)
@@ -46,7 +48,7 @@ class Trainer:
         self.lm = load(config.model, device, **(four_bits(device) if config.load_in_4bit else {}))
         if config.lora_rank:
             self.lm = replace(self.lm, model=add_adapter(self.lm.model, config))
-        self.learner = Learner(config, task, self.lm)
+        self.learner = Learner(config, task, self.lm, self.rewards)
         self.evaluate_limit = PassLimit("the evaluation", ROWS, 1)
         self.skills = {name: skills[name] for name in self.card.get("skills", []) if name in skills}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -159,6 +161,7 @@ class Trainer:
         """Write what the rest of the run depends on; a checkpoint of the same step is already the same."""
         state = {
             "config": self.config.to_dict(),
+            "files": self.files,
             "threads": torch.get_num_threads(),
             "before": self.before,
             "best": self.best,
@@ -183,11 +186,7 @@ class Trainer:
                 )
             return None
         see_that_it_is_ours(checkpoint)
-        if differences := self.config.differences(checkpoint.state["config"]):
-            raise ValueError(
-                f"{self.folder.resolve()} holds a run with other settings: {', '.join(differences)}; give the same "
-                "to go on, --fresh to start over, or --output-dir NEW"
-            )
+        refuse_another_run(self.folder, checkpoint, self.config, self.files)
         self.learner.restore(checkpoint)
         self.evaluate_limit.rows = checkpoint.state.get("evaluate_limit", ROWS)
         self.done = checkpoint.step
@@ -243,8 +242,9 @@ class Trainer:
         card = {
             "task": self.task.name,
             "step": self.best["step"],
-            "prompt_style": c.prompt_style,
-            "system_prompt": SYSTEM_PROMPTS[c.prompt_style],
+            "kind": self.task.kind,
+            "prompt_style": self.task.style,
+            "system_prompt": self.task.system_prompt,
             "max_new_tokens": c.max_new_tokens,
             "base_model": base,
             "skills": list(self.skills),

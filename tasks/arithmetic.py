@@ -2,19 +2,18 @@
 
     What is (4 - 9) * 6?      <answer>-30</answer>
 
-Operands are integers from 0 to `max_operand`, operators + - *.
+Operands are integers from `min_operand` to `max_operand`, a negative one in brackets, as in (4 - (-9)) * 6;
+operators + - *.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from tasks.base import Message, Problem, Reward, split_of, stream
-from tasks.parsing import parse_answer
-from tasks.prompts import SYSTEM_PROMPTS, chat
-from tasks.rewards import shaped_reward
+from tasks.base import Problem, split_of, stream
+from tasks.form import Form
 
 OPERATORS = ("+", "-", "*")
 LARGEST_OPERAND = 100_000  # its cube still fits in the 18 digits that the parser reads
-REWARD_WEIGHTS = {"format": 0.2, "close": 0.2, "exact": 0.6}
 
 
 def apply(operator: str, a: int, b: int) -> int:
@@ -47,44 +46,61 @@ class Expression:
     @property
     def working(self) -> str:
         """The first step, as one would write it down."""
-        return f"{self.a} {self.op} {self.b} = {self.inner}"
+        return f"{operand(self.a)} {self.op} {operand(self.b)} = {self.inner}"
 
     @property
     def key(self) -> str:
         """One text for all spellings of the problem: a + b and b + a share a split, as a * b and b * a."""
         a, b = sorted((self.a, self.b)) if self.op in "+*" else (self.a, self.b)
-        return f"({a} {self.op} {b}) {self.op2} {self.c}"
+        return str(Expression(a, self.op, b, self.op2, self.c))
 
     def __str__(self) -> str:
-        return f"({self.a} {self.op} {self.b}) {self.op2} {self.c}"
+        return f"({operand(self.a)} {self.op} {operand(self.b)}) {self.op2} {operand(self.c)}"
+
+
+def operand(value: int) -> str:
+    """A number as it stands in an expression: -9 is (-9), so that no two signs meet."""
+    return f"({value})" if value < 0 else str(value)
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Arithmetic(Form):
     """The task, as the trainer sees it (`tasks.base.Task`)."""
 
     max_operand: int = 10
-    style: str = "answer"
+    min_operand: int = 0
     name: str = "arithmetic"
-    reward_parts: tuple[str, ...] = tuple(REWARD_WEIGHTS)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.max_operand <= LARGEST_OPERAND:
             raise ValueError(f"max_operand is {self.max_operand}; it must be from 1 to {LARGEST_OPERAND}")
+        if not -LARGEST_OPERAND <= self.min_operand <= self.max_operand:
+            raise ValueError(
+                f"min_operand is {self.min_operand}; it must be from -{LARGEST_OPERAND} to max_operand, "
+                f"{self.max_operand}"
+            )
+
+    @property
+    def operands(self) -> range:
+        """The numbers that stand in the expressions."""
+        return range(self.min_operand, self.max_operand + 1)
 
     @property
     def size(self) -> int:
         """How many expressions there are, both spellings of a sum or product counted."""
-        return (self.max_operand + 1) ** 3 * len(OPERATORS) ** 2
+        return len(self.operands) ** 3 * len(OPERATORS) ** 2
 
     def expression(self, index: int) -> Expression:
         """The expression with a number from 0 to size - 1."""
-        n, k = self.max_operand + 1, len(OPERATORS)
+        numbers, k = self.operands, len(OPERATORS)
+        n = len(numbers)
         index, c = divmod(index, n)
         index, b = divmod(index, n)
         index, a = divmod(index, n)
         op, op2 = divmod(index, k)
-        return Expression(a, OPERATORS[op], b, OPERATORS[op2], c)
+        return Expression(numbers[a], OPERATORS[op], numbers[b], OPERATORS[op2], numbers[c])
 
     def training_expression(self, *place: object) -> Expression:
         """An expression of the training split, drawn uniformly; a pure function of the place."""
@@ -108,16 +124,11 @@ class Arithmetic:
             if split_of(expression.key) == split:
                 chosen.setdefault(expression.key, _problem(expression))
         if not chosen:
-            raise ValueError(f"max_operand {self.max_operand} leaves no {split} problems; take a larger one")
+            raise ValueError(
+                f"min_operand {self.min_operand} and max_operand {self.max_operand} leave no {split} problems; "
+                "take a wider range"
+            )
         return list(chosen.values())
-
-    def messages(self, question: str) -> list[Message]:
-        """The chat that asks `question`."""
-        return chat(question, SYSTEM_PROMPTS[self.style])
-
-    def score(self, problem: Problem, completion: str) -> Reward:
-        """0.2 for a well-formed completion, 0.2 for a number within ±1, 0.6 for the right one."""
-        return shaped_reward(parse_answer(completion, self.style), int(problem.answer), REWARD_WEIGHTS)
 
 
 def _problem(expression: Expression) -> Problem:

@@ -1,4 +1,4 @@
-"""What a task is: problems that are split by a hash, prompts for them, and a score for each completion.
+"""What a task is: problems that are split by a hash, prompts for them, and a reading of each completion.
 
 Nothing here or in the other task files imports torch: a task is strings and numbers only, so that a
 reward can be read, changed and tested without a model.
@@ -6,33 +6,61 @@ reward can be read, changed and tested without a model.
 
 import hashlib
 import random
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, Protocol
 
 SPLITS = ("train", "validation", "test")
+TASKS = ("arithmetic", "gsm8k", "jsonl", "reverse")  # what --task takes; train_grpo.py makes them
+KINDS = ("integer", "number", "text")  # of an answer; tasks/parsing.py says what each is
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Answer = int | Decimal | str
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One instance of a task: what the user asks, and the gold answer."""
+    """One instance of a task: what the user asks, the gold answer, and other columns of its row for the rewards."""
 
     question: str
     answer: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A completion as the rewards see it."""
+
+    problem: Problem
+    completion: str
+    style: str  # of the prompt
+    kind: str  # of the answer, one of KINDS
+    prompt: Sequence[Message]
+    answer: Answer | None  # as parsed; None: not well-formed
+    gold: Answer | None  # the problem's own, parsed in the same way
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer is exactly right: what the evaluation counts."""
+        return self.answer is not None and self.answer == self.gold
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether an answer of the right kind stands where it was asked for."""
+        return self.answer is not None
 
 
 @dataclass(frozen=True)
 class Reward:
     """The score of one completion.
 
-    `total` is the sum of `parts` (each already weighted); `correct` says whether the answer is exactly
-    right, `well_formed` whether it stands where it was asked for. Training maximises `total`, the
-    evaluation counts `correct`.
+    `total` is the sum of `parts` (each already weighted; None where that function did not apply). Training
+    maximises `total`; `correct` and `well_formed` are those of the attempt.
     """
 
     total: float
-    parts: dict[str, float]
+    parts: Mapping[str, float | None]
     correct: bool
     well_formed: bool
 
@@ -41,7 +69,11 @@ class Task(Protocol):
     """What the trainer and the evaluation need to know of a task."""
 
     name: str
-    reward_parts: tuple[str, ...]
+    style: str
+    kind: str  # of its answers
+    system_prompt: str
+    default_rewards: Mapping[str, float]  # names and weights
+    files: Mapping[str, str]  # SHA-256 of each file that its problems come from
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
         """The training problem of a place in the run: a pure function of the three numbers."""
@@ -52,8 +84,14 @@ class Task(Protocol):
     def messages(self, question: str) -> list[Message]:
         """The chat that asks `question`."""
 
-    def score(self, problem: Problem, completion: str) -> Reward:
-        """The reward of any text whatever: total, linear in its length, never raises."""
+    def judge(self, problem: Problem, completion: str) -> Attempt:
+        """Any text whatever as the rewards see it: total, linear in its length, never raises."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line without control characters: it may quote a model's or a file's text."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:300]
 
 
 def split_of(key: str) -> str:

@@ -6,11 +6,26 @@ a completion has that form.
 
 from tasks.base import Message
 
-SYSTEM_PROMPTS = {
-    "answer": "Give the result as an integer in <answer>...</answer>.",
-    "think": "Think in <think>...</think>, then give the result as an integer in <answer>...</answer>.",
+# tokens that a completion may have where neither command line nor model says otherwise
+STYLE_TOKENS = {"answer": 16, "think": 128, "reasoning": 256}
+STYLES = tuple(STYLE_TOKENS)
+
+_ASKED = {"integer": "the result as an integer", "number": "the result as a number", "text": "the answer"}
+_FORMS = {
+    "answer": "Give {} in <answer>...</answer>.",
+    "think": "Think in <think>...</think>, then give {} in <answer>...</answer>.",
+    "reasoning": "Respond in the following format, with {} between the answer tags:\n"
+    "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n",
 }
-STYLES = tuple(SYSTEM_PROMPTS)
+
+
+def system_prompt(style: str, kind: str = "integer") -> str:
+    """What a style tells the model, for answers of a kind.
+
+    >>> system_prompt("answer")
+    'Give the result as an integer in <answer>...</answer>.'
+    """
+    return _FORMS[style].format(_ASKED[kind])
 
 
 def chat(question: str, system_prompt: str) -> list[Message]:
@@ -25,7 +40,11 @@ def ideal_completion(answer: str, style: str, working: str = "") -> str:
     '4 - 9 = -5\\n<answer>-30</answer>'
     >>> ideal_completion("-30", "think", "4 - 9 = -5")
     '<think>4 - 9 = -5</think><answer>-30</answer>'
+    >>> ideal_completion("-30", "reasoning", "4 - 9 = -5")
+    '<reasoning>\\n4 - 9 = -5\\n</reasoning>\\n<answer>\\n-30\\n</answer>\\n'
     """
+    if style == "reasoning":
+        return f"<reasoning>\n{working}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
     block = f"<answer>{answer}</answer>"
     if style == "think":
         return f"<think>{working}</think>{block}"

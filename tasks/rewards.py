@@ -1,39 +1,274 @@
-"""The named reward functions. Each is total and returns a number from 0 to 1; a task weighs them.
+"""The named reward functions, their weights, and the score of a batch.
 
-To try another reward, write a function of (answer, gold) here, name it in REWARDS, and give it a weight
-in a task: its mean then appears in the metrics as `reward/<name>`.
+Each named function takes an `Attempt` and gives a number from 0 to 1; it is total and linear in the length of
+the completion. To try another reward, write it here and name it in REWARDS, or keep it in a file of your own
+(`--reward FILE.py:FUNCTION=WEIGHT`, see `tasks/user_rewards.py`): its mean appears in the metrics as
+`reward/<name>`.
 """
 
-from collections.abc import Callable, Mapping
+import math
+import traceback
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
 
-from tasks.base import Reward
+from tasks.base import Answer, Attempt, Reward, one_line
+from tasks.parsing import CLOSE, OPEN, PARSERS
+from tasks.user_rewards import UserFile, load_file
 
 CLOSE_ENOUGH = 1  # "close" pays for a number that is off by at most this
+LONG = 1000  # characters at which "length" pays nothing
+LARGEST = 1e12  # of a weighted reward: far from where float32 and the variance of a group overflow
+REASONING_OPEN, REASONING_CLOSE = "<reasoning>", "</reasoning>"
+TAGS = (OPEN, CLOSE, "<think>", "</think>", REASONING_OPEN, REASONING_CLOSE)
+END_MARKERS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
+SHAPED = {"format": 0.2, "close": 0.2, "exact": 0.6}
+# the weights of the well-known GSM8K demo for TRL (https://gist.github.com/willccbb, grpo_demo.py)
+DEMO = {"correctness": 2.0, "integer": 0.5, "strict_format": 0.5, "soft_format": 0.5, "xml_count": 0.5}
+
+Columns = Mapping[str, Sequence[Any]]  # one value a completion
+Values = Sequence[float | None]
 
 
-def format_reward(answer: int | None, gold: int) -> float:
-    """1 for a well-formed completion, whatever number it gives."""
-    return float(answer is not None)
+def default_rewards(style: str, kind: str) -> Mapping[str, float]:
+    """Names and weights of the rewards of a task that asks in this style for answers of this kind."""
+    if style != "reasoning":
+        return SHAPED
+    return {name: weight for name, weight in DEMO.items() if name != "integer" or kind != "text"}
 
 
-def close_reward(answer: int | None, gold: int) -> float:
-    """1 for a number within ±1 of the right one, the right one included."""
-    return float(answer is not None and abs(answer - gold) <= CLOSE_ENOUGH)
+def format_reward(attempt: Attempt) -> float:
+    """1 for a well-formed completion, whatever it answers."""
+    return float(attempt.well_formed)
 
 
-def exact_reward(answer: int | None, gold: int) -> float:
-    """1 for the right number."""
-    return float(answer == gold)
+def close_reward(attempt: Attempt) -> float:
+    """1 for a number within ±1 of the right one or a text that differs in case only, the right one included."""
+    answer, gold = attempt.answer, attempt.gold
+    if answer is None or gold is None:
+        return 0.0
+    if isinstance(answer, str):
+        return float(answer.casefold() == str(gold).casefold())
+    return float(abs(answer - gold) <= CLOSE_ENOUGH)
 
 
-REWARDS: dict[str, Callable[[int | None, int], float]] = {
+def exact_reward(attempt: Attempt) -> float:
+    """1 for the right answer in a well-formed completion."""
+    return float(attempt.correct)
+
+
+def _last_answer(attempt: Attempt) -> Answer | None:
+    """What stands between the last <answer> and the </answer> after it, parsed; None where there is no such thing."""
+    _, opening, rest = attempt.completion.rpartition(OPEN)
+    text, closing, _ = rest.partition(CLOSE)
+    return PARSERS[attempt.kind](text.strip()) if opening and closing else None
+
+
+def correctness(attempt: Attempt) -> float:
+    """1 where the last answer block holds the right answer, whatever stands around it."""
+    answer = _last_answer(attempt)
+    return float(answer is not None and answer == attempt.gold)
+
+
+def integer(attempt: Attempt) -> float:
+    """1 where the last answer block holds a whole number (any number, where the right answer is not whole)."""
+    answer, gold = _last_answer(attempt), attempt.gold
+    if answer is None or isinstance(answer, str):
+        return 0.0
+    return float(answer % 1 == 0 or (gold is not None and gold % 1 != 0))
+
+
+def strict_format(attempt: Attempt) -> float:
+    r"""1 for `<reasoning>\n…\n</reasoning>\n<answer>\n…\n</answer>`, a line feed after it or not, each tag once."""
+    text = attempt.completion.removesuffix("\n")
+    middle = f"\n{REASONING_CLOSE}\n{OPEN}\n"
+    once = all(text.count(tag) == 1 for tag in (REASONING_OPEN, REASONING_CLOSE, OPEN, CLOSE, middle))
+    inside = text.removeprefix(f"{REASONING_OPEN}\n").removesuffix(f"\n{CLOSE}")
+    framed = len(text) - len(inside) == len(REASONING_OPEN) + len(CLOSE) + 2
+    return float(once and framed and middle in inside)
+
+
+def soft_format(attempt: Attempt) -> float:
+    """1 for a reasoning block at the start, then an answer block; white space between and anything after is free."""
+    text = attempt.completion.lstrip()
+    _, closing, rest = text.partition(REASONING_CLOSE)
+    rest = rest.lstrip()
+    return float(text.startswith(REASONING_OPEN) and bool(closing) and rest.startswith(OPEN) and CLOSE in rest)
+
+
+def xml_count(attempt: Attempt) -> float:
+    """0.25 for each of the four tags that is there once, on a line of its own, less 0.001 a character after the end.
+
+    The end is the last closing answer tag with its line feed.
+    """
+    text = attempt.completion
+    marks = (f"{REASONING_OPEN}\n", f"\n{REASONING_CLOSE}\n", f"\n{OPEN}\n", f"\n{CLOSE}")
+    after = text.rpartition(CLOSE)[2].removeprefix("\n") if CLOSE in text else ""
+    return max(0.0, 0.25 * sum(text.count(mark) == 1 for mark in marks) - 0.001 * len(after))
+
+
+@lru_cache(maxsize=1 << 16)
+def _script(letter: str) -> str:
+    """The first word of a letter's Unicode name: LATIN, CYRILLIC, CJK, …; "" for what is no letter."""
+    return unicodedata.name(letter, "").partition(" ")[0] if letter.isalpha() else ""
+
+
+def language(attempt: Attempt) -> float:
+    """The share of the completion's letters, tags aside, in the scripts that the question is written in.
+
+    1 where question or completion has no letters.
+    """
+    scripts = {_script(c) for c in attempt.problem.question} - {""}
+    text = attempt.completion
+    for tag in TAGS:
+        text = text.replace(tag, " ")
+    letters = [script for c in text if (script := _script(c))]
+    return sum(script in scripts for script in letters) / len(letters) if letters and scripts else 1.0
+
+
+def one_ending(attempt: Attempt) -> float:
+    """1 where the one answer block ends the completion: white space after it at most, no tag twice, no end marker."""
+    text = attempt.completion.rstrip()
+    repeated = any(text.count(tag) > 1 for tag in TAGS) or any(marker in text for marker in END_MARKERS)
+    return float(text.endswith(CLOSE) and not repeated)
+
+
+def length(attempt: Attempt) -> float:
+    """1 − characters / 1000, at least 0; 0 where the completion is not well-formed."""
+    return max(0.0, 1 - len(attempt.completion) / LONG) if attempt.well_formed else 0.0
+
+
+REWARDS: dict[str, Callable[[Attempt], float]] = {
     "format": format_reward,
     "close": close_reward,
     "exact": exact_reward,
+    "correctness": correctness,
+    "integer": integer,
+    "strict_format": strict_format,
+    "soft_format": soft_format,
+    "xml_count": xml_count,
+    "language": language,
+    "one_ending": one_ending,
+    "length": length,
 }
 
 
-def shaped_reward(answer: int | None, gold: int, weights: Mapping[str, float]) -> Reward:
-    """The weighted sum of the named rewards for a parsed answer (None: not well-formed)."""
-    parts = {name: weight * REWARDS[name](answer, gold) for name, weight in weights.items()}
-    return Reward(sum(parts.values()), parts, correct=answer == gold, well_formed=answer is not None)
+@dataclass(frozen=True)
+class RewardFunction:
+    """A reward with its weight; `function` scores a batch, `path` and `sha256` are those of a user's file."""
+
+    name: str
+    weight: float
+    function: Callable[[Sequence[Attempt], Columns], Values]
+    path: str = ""
+    sha256: str = ""
+
+
+def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[RewardFunction]:
+    """The rewards of `NAME=WEIGHT` and `FILE.py:FUNCTION=WEIGHT`; the defaults where there are none.
+
+    Raises ValueError, in one line, for what is no such thing, is unknown or missing, or comes twice.
+    """
+    rewards: dict[str, RewardFunction] = {}
+    files: dict[str, UserFile] = {}  # each is run once
+    for spec in specs or [f"{name}={weight}" for name, weight in defaults.items()]:
+        what, _, weight_text = spec.rpartition("=")
+        try:
+            weight = float(weight_text)
+        except ValueError:
+            weight = math.nan
+        if not what or not abs(weight) <= LARGEST:
+            raise ValueError(
+                f"reward {spec!r}: write NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT, with a number as weight"
+            )
+        path, colon, name = what.rpartition(":")
+        if name in rewards:
+            raise ValueError(f"reward {name!r} is given twice; their means would share a name")
+        if colon:
+            files[path] = files.get(path) or load_file(path)
+            function = partial(_of_user, files[path].function(name))
+            rewards[name] = RewardFunction(name, weight, function, path, files[path].sha256)
+        elif name in REWARDS:
+            rewards[name] = RewardFunction(name, weight, partial(_of_each, REWARDS[name]))
+        else:
+            known = ", ".join(REWARDS)
+            raise ValueError(f"there is no reward {name!r}; there are {known}, and FILE.py:FUNCTION for your own")
+    return list(rewards.values())
+
+
+def _of_each(function: Callable[[Attempt], float], attempts: Sequence[Attempt], columns: Columns) -> Values:
+    return [function(attempt) for attempt in attempts]
+
+
+def _of_user(function: Callable[..., Any], attempts: Sequence[Attempt], columns: Columns) -> Any:
+    """What a function written for TRL gives: it is called with keywords, in TRL's conversational form."""
+    names = {name for attempt in attempts for name in attempt.problem.columns}
+    of_row = {name: [attempt.problem.columns.get(name) for attempt in attempts] for name in sorted(names)}
+    of_row |= {name: list(values) for name, values in columns.items()}
+    of_row["question"] = [attempt.problem.question for attempt in attempts]
+    of_row["answer"] = [attempt.problem.answer for attempt in attempts]
+    of_row["prompts"] = [[dict(message) for message in attempt.prompt] for attempt in attempts]
+    of_row["completions"] = [[{"role": "assistant", "content": attempt.completion}] for attempt in attempts]
+    return function(**of_row)
+
+
+def score(
+    rewards: Sequence[RewardFunction],
+    attempts: Sequence[Attempt],
+    columns: Columns,
+    clock: Callable[[str], AbstractContextManager[None]],
+) -> list[Reward]:
+    """The reward of each attempt; each function runs over the whole batch, timed as `reward/<name>`.
+
+    `columns` are passed on to users' functions. Raises ValueError, in one line that names the function, where one
+    raises or does not return a finite number (or None: it does not apply) for each attempt.
+    """
+    parts: list[dict[str, float | None]] = [{} for _ in attempts]
+    for reward in rewards:
+        with clock(f"reward/{reward.name}"):
+            values = _values(reward, attempts, columns)
+        for part, value in zip(parts, values, strict=True):
+            part[reward.name] = None if value is None else reward.weight * value
+    return [
+        Reward(sum((v for v in part.values() if v is not None), 0.0), part, attempt.correct, attempt.well_formed)
+        for part, attempt in zip(parts, attempts, strict=True)
+    ]
+
+
+def _values(reward: RewardFunction, attempts: Sequence[Attempt], columns: Columns) -> Values:
+    """What a function gives for a batch, checked."""
+    try:
+        values = list(reward.function(attempts, columns))
+    except (Exception, SystemExit) as error:
+        raise ValueError(_what_happened(reward, error)) from error
+    if len(values) != len(attempts):
+        raise ValueError(
+            f"reward function {reward.name!r} gave {len(values)} numbers for {len(attempts)} completions"
+        )
+    return [_number(reward, value, attempt) for value, attempt in zip(values, attempts, strict=True)]
+
+
+def _number(reward: RewardFunction, value: Any, attempt: Attempt) -> float | None:
+    if value is None:
+        return None
+    try:  # a number of numpy or torch is one too
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not abs(number) <= LARGEST or not abs(reward.weight * number) <= LARGEST:
+        raise ValueError(
+            f"reward function {reward.name!r} gave {repr(value)[:80]} for the completion {attempt.completion[:80]!a} "
+            f"of {attempt.problem.question[:80]!a}; it must return a finite number, or None where it does not apply"
+        )
+    return number
+
+
+def _what_happened(reward: RewardFunction, error: BaseException) -> str:
+    """The exception of a reward function in one line, with the line of the user's file that it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename == reward.path]
+    place = own[-1] if own else reward.path or f"{frames[-1].filename}:{frames[-1].lineno}"
+    return f"reward function {reward.name!r} raised {one_line(error)} ({place})"

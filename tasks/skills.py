@@ -10,14 +10,14 @@ They are not trained by GRPO: they are what training on `arithmetic` may spoil. 
 """
 
 import string
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from random import Random
 
 from tasks.arithmetic import OPERATORS, apply
-from tasks.base import Message, Problem, Reward, split_of, stream
+from tasks.base import Attempt, Message, Problem, split_of, stream
 from tasks.parsing import answer_text
-from tasks.prompts import SYSTEM_PROMPTS, chat, ideal_completion
+from tasks.prompts import chat, ideal_completion, system_prompt
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,11 @@ class Skill:
     name: str
     draw: Callable[[Random], Problem]
     tagged: bool  # asked with the system prompt of the `answer` style, answered in its tags
-    reward_parts: tuple[str, ...] = ("exact",)
+    style: str = "answer"
+    kind: str = "text"
+    system_prompt: str = system_prompt("answer")
+    default_rewards: Mapping[str, float] = field(default_factory=lambda: {"exact": 1.0})
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
         """A problem outside the held-out ones."""
@@ -47,18 +51,18 @@ class Skill:
     def messages(self, question: str) -> list[Message]:
         """The chat that asks `question`."""
         if self.tagged:
-            return chat(question, SYSTEM_PROMPTS["answer"])
+            return chat(question, self.system_prompt)
         return [{"role": "user", "content": question}]
 
     def completion(self, problem: Problem) -> str:
         """The right completion."""
         return ideal_completion(problem.answer, "answer") if self.tagged else problem.answer
 
-    def score(self, problem: Problem, completion: str) -> Reward:
-        """1 for the right completion; in tags, working before the answer is free, as in the task."""
+    def judge(self, problem: Problem, completion: str) -> Attempt:
+        """The answer in the tags, before which working is free as in the task; else the whole completion."""
         answer = answer_text(completion) if self.tagged else completion
-        right = answer == problem.answer
-        return Reward(float(right), {"exact": float(right)}, correct=right, well_formed=right)
+        prompt = self.messages(problem.question)
+        return Attempt(problem, completion, self.style, self.kind, prompt, answer, problem.answer)
 
 
 def _split(problem: Problem) -> str:

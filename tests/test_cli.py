@@ -25,14 +25,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import inference
 import plot_metrics
 import train_grpo
-from grpo import trainer
+from grpo import report, trainer
 from grpo.config import CARD, STARTER, TrainConfig, resolve
 from grpo.files import EARLIER, WRITTEN
 from grpo.learner import Learner
 from grpo.metrics import FILE_NAME, load_metrics
 from grpo.models import load, save
 from grpo.plots import CURVE, KL
-from tasks.rewards import REWARDS
+from tasks.rewards import DEMO, REWARDS
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--num-iterations", "2", "--batch-size", "2", "--num-generations", "2", "--eval-problems", "8"]
@@ -143,7 +143,7 @@ def test_the_help_of_training_has_every_setting_with_group_meaning_and_default(t
         assert f"{field.metadata['group']}:" in words
         option = name.replace("_", "-")
         default = f"{'' if field.default else 'no-'}{option}" if field.type is bool else field.default
-        assert f"[default: {default}" in words
+        assert default in ("", ()) or f"[default: {default}" in words
     assert "--fresh" in words
 
 
@@ -184,6 +184,7 @@ def test_a_run_says_what_it_did_on_standard_output_and_progress_on_standard_erro
     settings = result.stdout.split("Settings:")[1].split("\n\n")[0].split()
     expected = {name: value for name, value in resolve({}).to_dict().items() if name in resolve({}).passed_on()}
     expected |= {"num_iterations": 2, "batch_size": 2, "num_generations": 2, "eval_problems": 8, "seed": 0}
+    expected = {name: value for name, value in expected.items() if value not in ("", [])}  # what is not set
     assert set(settings) == {f"{name}={value}" for name, value in expected.items()}
     for word in ("test accuracy", "n = 8", "saved_model", FILE_NAME, CURVE, KL, "inference.py"):
         assert word in result.stdout
@@ -199,6 +200,7 @@ def test_the_record_of_a_run_has_what_the_contract_names(run):
     names = {"step", "reward_mean", "reward_std", "accuracy", "kl", "loss", "clip_fraction", "ratio_max", "entropy"}
     names |= {"grad_norm", "learning_rate", "completion_length", "truncated_fraction", "tied_groups_fraction"}
     names |= {"skipped_updates", "tokens", "reward/format", "reward/close", "reward/exact"}
+    names |= {"time/reward/format", "time/reward/close", "time/reward/exact"}
     names |= {"time/sample", "time/reward", "time/reference", "time/update", "time/total"}
     for row in record["steps"]:
         assert names <= set(row)
@@ -231,7 +233,7 @@ def test_the_saved_model_is_float32_and_loads_without_this_program(run):
     chat = [{"role": "user", "content": QUESTION}]
     assert QUESTION in tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    assert {"task", "prompt_style", "system_prompt", "max_new_tokens", "base_model", "settings"} <= set(card)
+    assert {"task", "kind", "prompt_style", "system_prompt", "max_new_tokens", "base_model", "settings"} <= set(card)
     assert card["base_model"] == "starter"
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert text.count("n = 8") >= 3  # validation, and test before and after
@@ -310,6 +312,159 @@ def test_settings_that_take_another_way_work(more, tmp_path):
         assert all(row["kl"] in (0, None) for row in load_metrics(tmp_path)["steps"])
 
 
+# --- tasks, styles and rewards ---
+
+
+def sums_file(path, n=120):
+    """A JSON Lines file in the format of GSM8K, which is also one of questions and answers."""
+    rows = [{"question": f"What is ({i} + {i % 7}) - 3?", "answer": f"so\n#### {i + i % 7 - 3}"} for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+MINE = """
+def shows_work(prompts, completions, answer, **columns):
+    assert len(prompts) == len(answer) == len(columns["completion_ids"])
+    return [float("=" in completion[0]["content"]) for completion in completions]
+
+def never(completions, **columns):
+    return [None] * len(completions)
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "kind"),
+    [
+        (["--task", "reverse"], "text"),
+        (["--task", "jsonl", "--data", "sums.jsonl"], "text"),
+        (["--task", "gsm8k", "--data", "sums.jsonl"], "number"),
+        (["--prompt-style", "reasoning", "--max-new-tokens", 40], "integer"),
+        (
+            ["--min-operand", -4, "--system-prompt", "Give the result as an integer in <answer>...</answer>."],
+            "integer",
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value[:2])) if isinstance(value, list) else value,
+)
+def test_every_task_and_style_trains_saves_and_answers(args, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "draw_all", lambda *_: [])  # for speed
+    sums_file(tmp_path / "sums.jsonl")
+    result = train("--num-inner-updates", 1, *args, folder=tmp_path)
+    record = load_metrics(tmp_path)
+    assert {f"reward/{name}" for name in DEMO if "reasoning" in args} <= set(record["steps"][0])
+    card = json.loads((tmp_path / "saved_model" / CARD).read_text(encoding="utf-8"))
+    assert (card["task"], card["kind"]) == (record["config"]["task"], kind)
+    assert card["system_prompt"] == record["config"]["system_prompt"] or "<answer>" in card["system_prompt"]
+    assert "data" not in card["settings"]
+    if "reverse" in args or "reasoning" in args:
+        assert "Too hard for this model" in result.stdout
+    assert ("tokens hide the letters" in result.stdout) == ("reverse" in args)
+    assert len(ask("Spell batori backwards.", folder=tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("tied", "right", "reached", "expected"),
+    [
+        (0.95, 0.0, 0.0, True),  # nearly all groups all wrong
+        (0.5, 0.01, 0.01, True),  # hardly a completion right
+        (0.5, 0.2, 0.2, False),
+        (0.95, 0.05, 0.3, False),  # the saved policy can do it
+    ],
+)
+def test_a_task_that_is_too_hard_is_called_so(tied, right, reached, expected):
+    steps = [{"tied_all_wrong_fraction": 0.0, "accuracy": 1.0}] * 10  # the earlier half says nothing
+    steps += [{"tied_all_wrong_fraction": tied, "accuracy": right}] * 10
+    for well_formed in (0.0, 1.0):
+        lines = report.too_hard(steps, {"accuracy": reached, "well_formed": well_formed}, "reverse")
+        assert bool(lines) == expected
+        assert any("the form that the prompt asks for" in line for line in lines) == (expected and not well_formed)
+        assert any("tokens hide the letters" in line for line in lines) == expected
+
+
+def test_the_answer_is_shown_by_its_kind(tmp_path, monkeypatch):
+    a_model(tmp_path / "m", kind="text")
+    for text, shown in (
+        ("<answer>a\nb</answer>", "[answer a\\nb]"),
+        ("<answer></answer>", "[no well-formed answer]"),
+    ):
+        monkeypatch.setattr(inference, "complete", lambda *args, text=text: [[text]])
+        assert shown in ask("--model", "m", "Say it.", folder=tmp_path)[1]
+    a_model(tmp_path / "n", kind="number", prompt_style="reasoning")
+    text = "<reasoning>x</reasoning>\n<answer>\n1,234.50\n</answer>\n"
+    monkeypatch.setattr(inference, "complete", lambda *args: [[text]])
+    assert "[answer 1234.50]" in ask("--model", "n", "Say it.", folder=tmp_path)[1]
+
+
+def test_given_rewards_and_a_users_file_are_what_is_trained_and_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "draw_all", lambda *_: [])  # for speed
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    rewards = ["--reward", "exact=1", "--reward", "mine.py:shows_work=0.5", "--reward", "mine.py:never=1"]
+    train(*rewards, folder=tmp_path)
+    record = load_metrics(tmp_path)
+    assert record["config"]["reward"] == ["exact=1", "mine.py:shows_work=0.5", "mine.py:never=1"]
+    for row in record["steps"]:
+        names = {name for name in row if name.startswith("reward/")}
+        assert names == {"reward/exact", "reward/shows_work", "reward/never"}
+        assert row["reward/never"] is None
+        assert row["reward_mean"] == pytest.approx(row["reward/exact"] + row["reward/shows_work"])
+        assert 0 <= row["time/reward/shows_work"] <= row["time/reward"]
+    settings = json.loads((tmp_path / "saved_model" / CARD).read_text(encoding="utf-8"))["settings"]
+    assert settings["reward"] == []  # a downloaded model must not make anybody run a file
+
+    before = snapshot(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE + "\n# another reward", encoding="utf-8")
+    result = invoke(train_grpo.main, *TINY, *rewards, "--num-iterations", 3, folder=tmp_path)
+    assert result.exit_code == 1
+    [error] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert "mine.py changed" in error
+    assert "--fresh" in error
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    assert snapshot(tmp_path) == before
+    train(*rewards, "--num-iterations", 3, folder=tmp_path)
+    assert len(load_metrics(tmp_path)["steps"]) == 3
+
+
+def test_a_run_does_not_go_on_with_changed_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "draw_all", lambda *_: [])  # for speed
+    args = ["--task", "gsm8k", "--data", "sums.jsonl", "--num-inner-updates", 1]
+    sums_file(tmp_path / "sums.jsonl")
+    train(*args, folder=tmp_path)
+    sums_file(tmp_path / "sums.jsonl", 121)
+    result = invoke(train_grpo.main, *TINY, *args, "--num-iterations", 3, folder=tmp_path)
+    assert result.exit_code == 1
+    assert "sums.jsonl changed" in result.stderr
+
+
+def test_a_users_function_that_raises_ends_the_run_in_one_line(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(completions, **columns):\n    return [1 / 0]\n", encoding="utf-8")
+    result = invoke(train_grpo.main, *TINY, "--reward", "mine.py:f=1", folder=tmp_path)
+    assert result.exit_code == 1
+    [error] = [line for line in result.stderr.splitlines() if not line.startswith("step ")]
+    assert error == "Error: reward function 'f' raised ZeroDivisionError: division by zero (mine.py:2)"
+
+
+BAD_TASKS = [
+    (["--task", "jsonl"], "--data"),
+    (["--task", "jsonl", "--data", "missing.jsonl"], "missing.jsonl"),
+    (["--task", "jsonl", "--data", "bad.jsonl"], "bad.jsonl:2: not JSON"),
+    (["--task", "gsm8k", "--data", "plain.jsonl"], "plain.jsonl:1: no #### in 'answer'"),
+    (["--task", "jsonl", "--data", "plain.jsonl"], "too few problems (1)"),
+    (["--data", "plain.jsonl"], "--task arithmetic makes its own problems"),
+    (["--task", "reverse", "--data", "plain.jsonl"], "--task reverse makes its own problems"),
+    (["--min-operand", 11], "min_operand"),
+    (["--reward", "excat=1"], "excat"),
+    (["--reward", "exact"], "NAME=WEIGHT"),
+    (["--reward", "missing.py:f=1"], "missing.py"),
+]
+
+
+@pytest.mark.parametrize(("args", "word"), BAD_TASKS, ids=[" ".join(map(str, args)) for args, _ in BAD_TASKS])
+def test_a_task_that_cannot_be_made_is_one_line_before_training_starts(args, word, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question":\n', encoding="utf-8")
+    (tmp_path / "plain.jsonl").write_text('{"question": "q", "answer": "a"}\n', encoding="utf-8")
+    assert word in refusal(invoke(train_grpo.main, *TINY, *args, folder=tmp_path))
+    assert names_in(tmp_path) == {"bad.jsonl", "plain.jsonl"}
+
+
 def test_micro_batches_change_nothing_but_rounding(run, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "draw_all", lambda *_: [])  # for speed
     train("--micro-batch-size", 1, folder=tmp_path)
@@ -324,6 +479,9 @@ VALID = {
     "model": "no/such-model",
     "device": "cpu",
     "deterministic": True,
+    "task": "reverse",
+    "data": "problems.jsonl",
+    "min_operand": -2,
     "lora_rank": 8,
     "lora_alpha": 16.0,
     "lora_targets": "q_proj,v_proj",
@@ -331,6 +489,8 @@ VALID = {
     "gradient_checkpointing": True,
     "max_operand": 3,
     "prompt_style": "think",
+    "system_prompt": "Say it.",
+    "reward": ("exact=1", "length=-0.5"),
     "num_iterations": 7,
     "batch_size": 3,
     "num_generations": 5,
@@ -369,10 +529,12 @@ VALID = {
 def test_every_option_of_training_reaches_the_run(name, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train_grpo, "train", lambda config, launched: seen.append(config) or 0)
-    value = [] if VALID[name] is True else [VALID[name]]
+    option = f"--{name.replace('_', '-')}"
+    values = VALID[name] if isinstance(VALID[name], tuple) else [VALID[name]]
+    args = [option] if VALID[name] is True else [arg for value in values for arg in (option, value)]
     needed = {"lora_rank": 4} if name == "load_in_4bit" else {}
     more = [f"--{other.replace('_', '-')}={value}" for other, value in needed.items()]
-    result = invoke(train_grpo.main, f"--{name.replace('_', '-')}", *value, *more, folder=tmp_path)
+    result = invoke(train_grpo.main, *args, *more, folder=tmp_path)
     assert result.exit_code == 0, result.output
     assert getattr(seen[0], name) == VALID[name] != FIELDS[name].default
     assert seen[0] == resolve({name: VALID[name], **needed})
@@ -409,6 +571,8 @@ BAD_CALLS = [
     (["--clip-grad-norm", "0"], "clip_grad_norm"),
     (["--seed", "-1"], "seed"),
     (["--prompt-style", "essay"], "prompt-style"),
+    (["--task", "chess"], "task"),
+    (["--min-operand", "low"], "min-operand"),
     (["--learnig-rate", "1"], "learnig-rate"),
     (["a stray word"], "stray"),
 ]
@@ -516,7 +680,14 @@ def test_a_damaged_model_folder_is_refused_by_name(damage, tmp_path):
 @pytest.mark.parametrize(
     "card",
     [
-        *({"max_new_tokens": "x"}, {"max_new_tokens": -1}, {"system_prompt": 5}, {"prompt_style": 5}, {"skills": 5}),
+        *(
+            {"max_new_tokens": "x"},
+            {"max_new_tokens": -1},
+            {"system_prompt": 5},
+            {"prompt_style": 5},
+            {"skills": 5},
+            {"kind": []},
+        ),
         *({"settings": {"no_such_setting": 1}}, {"settings": {"batch_size": 0}}, {"settings": []}),
     ],
     ids=str,
@@ -663,7 +834,7 @@ def test_a_run_that_only_makes_nan_ends_with_an_explanation_and_a_good_model(tmp
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_reward_that_is_not_a_finite_number_ends_the_run_and_names_the_function(bad, tmp_path, monkeypatch):
-    monkeypatch.setitem(REWARDS, "close", lambda answer, gold: bad)
+    monkeypatch.setitem(REWARDS, "close", lambda attempt: bad)
     result = invoke(train_grpo.main, *TINY, folder=tmp_path)
     assert result.exit_code == 1
     [error] = [line for line in result.stderr.splitlines() if not line.startswith("step ")]

@@ -7,7 +7,8 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from grpo.config import CARD, DEVICES, STARTER, TrainConfig, model_folder, read_card, resolve
-from tasks.prompts import STYLES
+from tasks.base import TASKS
+from tasks.prompts import STYLE_TOKENS, STYLES
 
 FIELDS = {f.name: f for f in fields(TrainConfig)}
 GROUPS = {"Model", "Task", "Algorithm", "Variants and schedules", "Evaluation and output"}
@@ -25,8 +26,8 @@ def test_every_setting_has_a_group_a_meaning_and_a_default_that_passes_its_own_c
     field = FIELDS[name]
     assert field.metadata["group"] in GROUPS
     assert len(field.metadata["meaning"]) > 5
-    assert field.type in (int, float, str, bool)
-    assert isinstance(field.default, field.type)
+    assert field.type in (int, float, str, bool, tuple[str, ...])
+    assert isinstance(field.default, tuple if name == "reward" else field.type)
     assert getattr(TrainConfig(), name) == field.default
     if field.metadata["choices"]:
         assert field.default in field.metadata["choices"]
@@ -51,7 +52,10 @@ def test_a_configuration_cannot_be_changed_and_is_plain_json():
 
 def test_what_a_saved_model_hands_on_leaves_out_place_model_and_seed():
     passed = TrainConfig(seed=3, output_dir="here", num_generations=4).passed_on()
-    assert set(FIELDS) - set(passed) == {"model", "device", "deterministic", "seed", "output_dir", "time_limit"}
+    assert set(FIELDS) - set(passed) == {"model", "device", "deterministic", "seed", "data"} | {
+        "output_dir",
+        "time_limit",
+    }
     assert passed["num_generations"] == 4
 
 
@@ -110,6 +114,68 @@ def test_a_models_card_does_not_say_which_model_it_is_or_where_to_write(tmp_path
         assert config.output_dir == FIELDS["output_dir"].default
 
 
+@pytest.mark.parametrize(
+    ("style_of_card", "limit_of_card", "given", "expected"),
+    [
+        (None, None, {}, 16),
+        (None, None, {"prompt_style": "think"}, 128),
+        (None, None, {"prompt_style": "reasoning"}, 256),
+        (None, None, {"prompt_style": "reasoning", "max_new_tokens": 9}, 9),  # given
+        (None, 22, {}, 22),  # a card that names no style is of the first
+        (None, 22, {"prompt_style": "think"}, 128),  # that limit was for another style
+        ("think", 99, {}, 99),
+        ("think", 99, {"prompt_style": "think"}, 99),
+        ("think", 99, {"prompt_style": "answer"}, 16),
+        ("think", None, {}, 128),
+        ("think", 99, {"prompt_style": "answer", "max_new_tokens": 5}, 5),
+    ],
+)
+def test_the_token_limit_follows_the_style_unless_it_is_said(tmp_path, style_of_card, limit_of_card, given, expected):
+    settings = {"prompt_style": style_of_card, "max_new_tokens": limit_of_card}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    model = folder_with_card(tmp_path / "m", {"settings": settings})
+    assert resolve({"model": model, **given}).max_new_tokens == expected
+    assert tuple(STYLE_TOKENS) == STYLES
+
+
+def test_a_system_prompt_and_rewards_of_a_card_are_for_its_own_style_and_task(tmp_path):
+    own = {"system_prompt": "Say it.", "reward": ["exact=1"]}
+    model = folder_with_card(tmp_path / "m", {"settings": own})
+    for given, kept in (
+        ({}, True),
+        ({"seed": 1}, True),
+        ({"prompt_style": "think"}, False),
+        ({"task": "reverse"}, False),
+    ):
+        config = resolve({"model": model, **given})
+        assert (config.system_prompt, config.reward) == (("Say it.", ("exact=1",)) if kept else ("", ()))
+
+
+def test_a_models_card_can_name_no_file_that_would_be_read_or_run(tmp_path):
+    for settings in ({"data": "/etc/passwd"}, {"reward": ["exact=1", "/tmp/evil.py:f=1"]}, {"reward": ["x:f=1"]}):
+        model = folder_with_card(tmp_path / "m", {"settings": settings})
+        with pytest.raises(ValueError, match=CARD) as caught:
+            resolve({"model": model})
+        assert "\n" not in str(caught.value)
+
+
+def test_a_saved_model_hands_on_its_rewards_but_none_of_a_file(tmp_path):
+    rewards = ("exact=1", "length=0.1")
+    assert TrainConfig(reward=rewards).passed_on()["reward"] == list(rewards)
+    assert TrainConfig(reward=(*rewards, "mine.py:f=1")).passed_on()["reward"] == []
+    model = folder_with_card(tmp_path / "m", {"settings": TrainConfig(reward=rewards).passed_on()})
+    assert resolve({"model": model}).reward == rewards
+    assert resolve({"model": model, "reward": ("close=1",)}).reward == ("close=1",)
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_counts_as_its_default():
+    earlier = {name: value for name, value in TrainConfig().to_dict().items() if name not in ("task", "reward")}
+    assert TrainConfig().differences(earlier) == []
+    assert TrainConfig(task="reverse").differences(earlier) == ["task arithmetic (now reverse)"]
+    assert len(TrainConfig(reward=("exact=1",)).differences(earlier)) == 1
+    assert TrainConfig(reward=("exact=1",)).differences({**earlier, "reward": ["exact=1"]}) == []
+
+
 # --- what cannot be ---
 
 BAD = [
@@ -144,6 +210,10 @@ BAD = [
     ("device", ""),
     ("prompt_style", "essay"),
     ("prompt_style", ""),
+    ("task", "chess"),
+    ("task", ""),
+    ("min_operand", "0"),
+    *(("reward", wrong) for wrong in ("exact=1", None, 5, (1,), [None], {"exact": 1})),
     *((name, number) for name, f in FIELDS.items() if f.type is float for number in (math.nan, math.inf, -math.inf)),
     *((name, 10**400) for name, f in FIELDS.items() if f.type is float),  # JSON can say it; a float cannot hold it
     *((name, wrong) for name, f in FIELDS.items() if f.type is float for wrong in ("1", "", None, [1.0], True)),
@@ -171,6 +241,7 @@ def test_the_least_and_every_choice_are_allowed(name):
 def test_the_choices_are_those_that_the_program_knows():
     assert FIELDS["device"].metadata["choices"] == DEVICES
     assert FIELDS["prompt_style"].metadata["choices"] == STYLES
+    assert FIELDS["task"].metadata["choices"] == TASKS
 
 
 def test_a_whole_number_will_do_where_a_fraction_is_asked_for():

@@ -4,13 +4,15 @@ import doctest
 import importlib
 import pkgutil
 import time
+from decimal import Decimal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tasks
-from tasks.parsing import answer_text, parse_answer, parse_integer
+from tasks.parsing import PARSERS, answer_text, parse_answer, parse_integer, parse_number, parse_text
+from tasks.prompts import STYLES
 
 # What stands in the block, whatever it is; None where there is not exactly one block at the very end.
 BLOCKS = [
@@ -188,6 +190,96 @@ def test_the_think_style_wants_one_think_block_and_nothing_else(completion, expe
     assert parse_answer(completion, "think") == expected
 
 
+# style reasoning: one reasoning block, then the answer; white space around both, in the answer block, and at the end.
+REASONING = [
+    ("<reasoning>\n4 - 9 = -5\n</reasoning>\n<answer>\n-30\n</answer>\n", -30),
+    ("<reasoning>4 - 9 = -5</reasoning><answer>-30</answer>", -30),
+    (" \n<reasoning></reasoning> \n <answer> 5\t</answer> \n\n", 5),
+    ("<answer>5</answer>", None),
+    ("so <reasoning>a</reasoning><answer>5</answer>", None),
+    ("<reasoning>a</reasoning> so <answer>5</answer>", None),
+    ("<reasoning>a</reasoning><answer>5</answer>.", None),
+    ("<reasoning>a</reasoning><answer>5</answer><|im_end|>", None),
+    ("<reasoning>a</reasoning><answer>...</answer>", None),
+    ("<reasoning>a</reasoning><answer> </answer>", None),
+    ("<reasoning>a</reasoning><answer>5 6</answer>", None),
+    ("<reasoning>a</reasoning><answer>5</answer><answer>5</answer>", None),
+    ("<reasoning>a</reasoning><reasoning>a</reasoning><answer>5</answer>", None),
+    ("<reasoning><reasoning>a</reasoning></reasoning><answer>5</answer>", None),
+    ("<reasoning>a<answer>5</answer></reasoning>", None),
+    ("<reasoning><answer>5</answer></reasoning><answer>5</answer>", None),
+    ("<think>a</think><answer>5</answer>", None),
+    ("<answer>5</answer><reasoning>a</reasoning>", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("completion", "expected"), REASONING)
+def test_the_reasoning_style_wants_one_reasoning_block_and_allows_white_space(completion, expected):
+    assert parse_answer(completion, "reasoning") == expected
+
+
+# A number is what GSM8K writes; every one of these that is not None is an exact decimal.
+NUMBERS = [
+    ("0", "0"),
+    ("72", "72"),
+    ("-5", "-5"),
+    ("+5", "5"),
+    ("007", "7"),
+    ("1,234", "1234"),
+    ("-109,200,000", "-109200000"),
+    ("1,234.50", "1234.5"),
+    ("0.1", "0.1"),
+    ("18.00", "18"),
+    ("999,999,999,999,999,999", "999999999999999999"),
+    ("0.123456789", "0.123456789"),
+    *((text, None) for text in ("", "-", "+", ",", ".", "--5", "+-5", "- 5", " 5", "5 ", "5\n", "5.", ".5", "-.5")),
+    *((text, None) for text in ("1,23", "12,34", "1234,567", ",123", "1,", "1,,234", "1,2345", "1, 234", "1.234,5")),
+    *(
+        (text, None)
+        for text in ("1_000", "1 000", "1e3", "0x5", "5/1", "1/2", "5%", "$5", "5$", "2+3", "(5)", "5 or 6")
+    ),
+    *((text, None) for text in ("nan", "inf", "-inf", "Infinity", "sNaN", "None", "True", "five", "...", "…")),
+    *((text, None) for text in ("٤٢", "४२", "４２", "²", "①", "Ⅳ", "五", "½", "\U0001d7d3", "−5", "5\x00", "\ud800")),
+    *((text, None) for text in ("1" * 19, "9" * 5000, "0." + "1" * 10, "1," + "000," * 6 + "000", "99**98**97")),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), NUMBERS)
+def test_a_number_is_ascii_digits_with_separators_where_they_belong(text, expected):
+    number = parse_number(text)
+    assert number == (None if expected is None else Decimal(expected))
+    assert parse_answer(f"<answer>{text}</answer>", kind="number") == number
+
+
+def test_numbers_are_compared_exactly():
+    # As floats all three pairs would be equal, or 0.1 * 3 and 0.3 not.
+    assert parse_number("100000000000000001") != parse_number("100000000000000000")
+    assert parse_number("0.300000001") != parse_number("0.3")
+    assert parse_number("0.3") == Decimal(3) / 10
+    assert parse_number("999999999999999999.999999999") - parse_number("999999999999999998.999999999") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("enots", "enots"),
+        (" enots\n", "enots"),
+        ("two words", "two words"),
+        ("北京", "北京"),
+        ("<b>", "<b>"),
+        ("0", "0"),
+        ("", None),
+        (" \t\n", None),
+        ("...", None),  # the prompt's placeholder
+        (" ... ", None),
+    ],
+)
+def test_a_text_is_anything_but_nothing_and_the_placeholder(text, expected):
+    assert parse_text(text) == expected
+    assert parse_answer(f"<answer>{text}</answer>", kind="text") == expected
+
+
 def test_the_answer_style_leaves_what_stands_before_the_block_free():
     for before in ("", "x", "</think>", "<think>", "4 - 9 = -5\n", "\x00\ud800", "<answer", "answer>"):
         assert parse_answer(f"{before}<answer>5</answer>") == 5
@@ -201,6 +293,16 @@ MIXED = st.lists(st.one_of(PIECES, JUNK), max_size=8).map("".join)
 BLOCK = st.one_of(PIECES, st.integers().map(str)).map("<answer>{}</answer>".format)
 THOUGHT = st.one_of(MIXED, JUNK.map("<think>{}</think>".format))
 TEXTS = st.one_of(MIXED, st.builds("{}{}".format, THOUGHT, BLOCK))
+
+
+@given(TEXTS, st.sampled_from(STYLES), st.sampled_from(sorted(PARSERS)))
+@settings(max_examples=300, deadline=None)
+def test_any_text_whatever_gives_an_answer_of_the_kind_or_none(text, style, kind):
+    answer = parse_answer(text, style, kind)
+    assert answer is None or type(answer) is {"integer": int, "number": Decimal, "text": str}[kind]
+    if isinstance(answer, str):
+        assert answer == answer.strip() != ""
+        assert answer in text
 
 
 @given(TEXTS, st.sampled_from(["answer", "think"]))
@@ -240,15 +342,31 @@ def test_what_is_written_is_what_is_read(number, working):
         "<answer>" + "1" * 1_600_000 + "</answer>",
         "<think>" * 200_000 + "<answer>5</answer>",
         "<think>" + " " * 1_600_000 + "<answer>5</answer>",
+        "<reasoning>" + "</reasoning>" * 130_000 + "<answer>5</answer>",
+        "<answer>" + "1," * 800_000 + "</answer>",
+        "<answer>" + " " * 1_600_000 + "</answer>" + " " * 1_600_000,
     ],
-    ids=["unclosed", "unopened", "pairs", "brackets", "minuses", "digits", "thinks", "spaces"],
+    ids=[
+        "unclosed",
+        "unopened",
+        "pairs",
+        "brackets",
+        "minuses",
+        "digits",
+        "thinks",
+        "spaces",
+        "reasonings",
+        "commas",
+        "more spaces",
+    ],
 )
 def test_parsing_is_linear_in_the_length_of_the_text(text):
     # A lazy regular expression takes 14 s on a tenth of this (PITFALLS 20); one pass takes milliseconds.
-    for style in ("answer", "think"):
-        start = time.perf_counter()
-        parse_answer(text, style)
-        assert time.perf_counter() - start < 0.5
+    for style in STYLES:
+        for kind in PARSERS:
+            start = time.perf_counter()
+            parse_answer(text, style, kind)
+            assert time.perf_counter() - start < 0.5
 
 
 TASK_MODULES = [f"tasks.{module.name}" for module in pkgutil.iter_modules(tasks.__path__)]
@@ -260,5 +378,5 @@ def test_the_examples_in_docstrings_are_true(name):
 
 
 def test_there_are_examples_where_they_help_most():
-    for name in ("tasks.parsing", "tasks.prompts", "grpo.console"):
+    for name in ("tasks.parsing", "tasks.prompts", "tasks.gsm8k", "grpo.console"):
         assert doctest.testmod(importlib.import_module(name)).attempted > 0

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +16,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def cell(value):
     """A value as the table of settings shows it."""
+    if isinstance(value, tuple):
+        return " ".join(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -45,10 +48,28 @@ def test_every_file_that_the_readme_names_is_there():
         assert (ROOT / name).is_file(), name
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "grpo").glob("*.py")), ids=lambda p: p.name)
+MODULES = [path for folder in ("grpo", "tasks") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_module_is_in_the_file_tree(path):
     if path.name != "__init__.py":
-        assert f"    grpo/{path.name}" in README
+        assert f"    {path.parent.name}/{path.name}" in README
+
+
+def test_the_reward_of_the_readme_is_a_reward(tmp_path, monkeypatch):
+    from tasks.arithmetic import Arithmetic
+    from tasks.rewards import parse_rewards
+
+    text = re.search(r"^    def shows_work.*?\n\n", README, re.MULTILINE | re.DOTALL)[0]
+    (tmp_path / "mine.py").write_text(textwrap.dedent(text), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    [command] = re.findall(r"--reward (mine.py:\S+)", README)
+    [reward] = parse_rewards([command], {})
+    problem, task = Arithmetic().training_problem(0, 1, 0), Arithmetic()
+    texts = ["1 + 2 = 3\n<answer>3</answer>", "<answer>3</answer>"]
+    attempts = [task.judge(problem, text) for text in texts]
+    assert list(reward.function(attempts, {"completion_ids": [[1], [2]]})) == [1.0, 0.0]
 
 
 def test_the_starters_card_says_what_the_readme_quotes():

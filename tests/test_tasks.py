@@ -3,8 +3,10 @@
 import json
 import operator
 import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,12 +16,22 @@ from hypothesis import strategies as st
 
 from tasks.arithmetic import OPERATORS, Arithmetic, Expression
 from tasks.base import SPLITS, Problem, split_of, stream
-from tasks.prompts import STYLES, SYSTEM_PROMPTS, ideal_completion
-from tasks.rewards import REWARDS
+from tasks.prompts import STYLES, ideal_completion, system_prompt
+from tasks.reverse import Reverse
+from tasks.rewards import parse_rewards, score
 from tasks.skills import SKILLS
 
 ROOT = Path(__file__).parents[1]
 TASK = Arithmetic()
+
+
+def reward_of(task, problem, completion):
+    """The reward of one completion, by the task's own weights."""
+    rewards = parse_rewards((), task.default_rewards)
+    [reward] = score(rewards, [task.judge(problem, completion)], {}, lambda name: nullcontext())
+    return reward
+
+
 EVERYTHING = 10**6  # a limit above the number of problems
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=60)  # surrogates included
 NEAR_MISS = st.lists(
@@ -242,6 +254,100 @@ def test_a_small_range_works_with_the_problems_it_has(max_operand):
         assert all(0 <= tokens_of(problem.question)[place] <= max_operand for place in (0, 2, 4))
 
 
+def test_negative_operands_stand_in_brackets_and_mean_what_python_says():
+    assert str(Expression(-4, "-", -9, "*", -6)) == "((-4) - (-9)) * (-6)"
+    assert Expression(-4, "-", -9, "*", -6).value == -30  # -4 + 9 = 5, times -6
+    assert Expression(-4, "-", 9, "*", 6).working == "(-4) - 9 = -13"
+    task = Arithmetic(5, -3)
+    assert task.size == 9**3 * 9  # nine operands from -3 to 5
+    problems = [task.training_problem(0, step, 0) for step in range(300)] + task.held_out("test", 300)
+    seen = set()
+    for problem in problems:
+        text = problem.question.removeprefix("What is ").removesuffix("?")
+        # an independent reading: brackets away, and the text has no two signs that meet
+        a, op, b, op2, c = re.fullmatch(r"\((\S+) (.) (\S+)\) (.) (\S+)", text).groups()
+        values = [int(x.strip("()")) if x.startswith("(-") else int(x) for x in (a, b, c)]
+        assert all((x < 0) == t.startswith("(") for x, t in zip(values, (a, b, c), strict=True))
+        assert problem.answer == str(MEANING[op2](MEANING[op](values[0], values[1]), values[2]))
+        seen |= set(values)
+    assert seen == set(range(-3, 6))
+    train = {problem.question for problem in problems[:300]}
+    assert not train & {problem.question for problem in problems[300:]}
+
+
+PINNED_TRAIN = ["What is (6 + 8) + 7?", "What is (2 * 5) * 7?", "What is (1 * 5) * 10?"]
+PINNED_TEST = ["What is (2 - 8) + 7?", "What is (6 + 8) - 1?", "What is (8 * 3) + 7?"]
+
+
+def test_the_problems_of_a_seed_are_those_of_earlier_versions():
+    # Pinned before negative operands came: a run of an earlier version goes on with the same problems.
+    assert [TASK.training_problem(0, step, row).question for step, row in ((1, 0), (1, 1), (2, 0))] == PINNED_TRAIN
+    assert [problem.question for problem in TASK.held_out("test", 3)] == PINNED_TEST
+
+
+@pytest.mark.parametrize("min_operand", [11, 100_000, -100_001, -(10**20)])
+def test_a_least_operand_that_cannot_be_is_refused(min_operand):
+    with pytest.raises(ValueError, match="min_operand") as caught:
+        Arithmetic(10, min_operand)
+    assert "\n" not in str(caught.value)
+
+
+# --- reverse ---
+
+
+def test_the_words_are_made_up_pronounceable_and_spelled_backwards():
+    task = Reverse()
+    problems = [task.training_problem(0, step, row) for step in range(200) for row in range(3)]
+    problems += task.held_out("validation", 300) + task.held_out("test", 300)
+    for problem in problems:
+        [word] = re.fullmatch(r"Spell ([a-z]{4,8}) backwards\.", problem.question).groups()
+        assert problem.answer == "".join(reversed(word)) != word
+        assert all((a in "aeiou") != (b in "aeiou") for a, b in pairwise(word))
+    assert {len(problem.answer) for problem in problems} == {4, 5, 6, 7, 8}
+
+
+def test_a_word_and_its_reverse_are_in_one_split():
+    task = Reverse()
+    held_out = {split: task.held_out(split, 1000) for split in ("validation", "test")}
+    words = {split: {p.answer for p in problems} for split, problems in held_out.items()}
+    assert all(len(problems) == len(words[split]) == 1000 for split, problems in held_out.items())
+    train = {task.training_problem(0, step, row).answer for step in range(1000) for row in range(4)}
+    for some, others in ((train, words["test"]), (train, words["validation"]), (words["test"], words["validation"])):
+        assert not some & (others | {word[::-1] for word in others})
+    assert task.training_problem(1, 2, 3) == Reverse().training_problem(1, 2, 3)
+    assert task.held_out("test", 7) == Reverse().held_out("test", 7)
+
+
+WORD = Problem("Spell batori backwards.", "irotab")
+TEXT_HACKS = [
+    *("", " ", "irotab", WORD.question, system_prompt("answer", "text"), system_prompt("think", "text")),
+    *("<answer></answer>", "<answer>...</answer>", "<answer> </answer>", "<answer>batori</answer>"),
+    *("<answer>irotab", "irotab</answer>", "<answer>irotab</answer>.", "<answer>irotab</answer>\n\nDone"),
+    *("<answer>irotab</answer><|im_end|>", "<answer>irotab</answer>" * 2, "<answer>irotab</answer>" * 100),
+    *("<answer>a</answer><answer>irotab</answer>", "<answer><answer>irotab</answer></answer>"),
+    *("<answer>irotab</answer></answer>", "<answer>irotab or batori</answer>", "<answer>i-r-o-t-a-b</answer>"),
+    *("<answer>IROTAB</answer>", "<answer>irotab.</answer>", "<answer>'irotab'</answer>", "<answer>irota</answer>"),
+    *("<answer>'batori'[::-1]</answer>", "<answer>\u0456rotab</answer>", "<answer>irotab\x00</answer>"),
+    *("<answer>irotab</answer>\ud800", "<answer>" + "irotab" * 5000 + "</answer>", "<ANSWER>irotab</ANSWER>"),
+    *("<answer>irotab<|im_end|></answer>", "<think>irotab</think>", "<answer>ｉｒｏｔａｂ</answer>"),
+    "<reasoning>\nx\n</reasoning>\n<answer>\nirotab\nbatori\n</answer>\n",
+    "<reasoning>\n<answer>\nirotab\n</answer>\n</reasoning>\n<answer>\nirotab\n</answer>\n",
+]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_hack_of_a_task_of_text_is_paid_less_than_the_answer(style):
+    task = Reverse(style=style)
+    full = reward_of(task, WORD, ideal_completion("irotab", style))
+    assert full.total == sum(task.default_rewards.values())
+    assert full.correct
+    assert len(TEXT_HACKS) >= 30
+    for hack in TEXT_HACKS:
+        reward = reward_of(task, WORD, hack)
+        assert reward.total < full.total, hack
+        assert not reward.correct, hack
+
+
 @pytest.mark.parametrize("max_operand", [0, -1])
 def test_a_range_without_problems_is_refused(max_operand):
     with pytest.raises(ValueError, match="max_operand"):
@@ -283,30 +389,24 @@ PROBLEM = Problem("What is (4 - 9) * 6?", "-30")
     ],
 )
 def test_the_reward_by_hand(completion, total):
-    reward = TASK.score(PROBLEM, completion)
+    reward = reward_of(TASK, PROBLEM, completion)
     assert reward.total == total
     assert reward.total == sum(reward.parts.values())
-    assert tuple(reward.parts) == TASK.reward_parts
+    assert tuple(reward.parts) == ("format", "close", "exact")
     assert reward.correct == (total == 1.0)
     assert reward.well_formed == (total > 0.0)
 
 
-def test_every_part_of_the_reward_is_named_and_between_0_and_1():
-    assert set(TASK.reward_parts) <= set(REWARDS)
-    for function in REWARDS.values():
-        for answer in (None, -31, -30, 10**18 - 1):
-            assert 0.0 <= function(answer, -30) <= 1.0
-
-
 @pytest.mark.parametrize("style", STYLES)
-def test_every_ideal_completion_scores_1(style):
+def test_every_ideal_completion_scores_the_full_reward(style):
     task = Arithmetic(style=style)
+    full = sum(task.default_rewards.values())
     for index in range(0, task.size, 5):
         expression = task.expression(index)
         problem = Problem(f"What is {expression}?", str(expression.value))
         for working in ("", expression.working):
-            reward = task.score(problem, ideal_completion(problem.answer, style, working))
-            assert reward.total == 1.0
+            reward = reward_of(task, problem, ideal_completion(problem.answer, style, working))
+            assert reward.total == full == (4.0 if style == "reasoning" else 1.0)
             assert reward.correct
             assert reward.well_formed
 
@@ -315,9 +415,9 @@ HACKS = [
     "",
     " ",
     "What is (4 - 9) * 6?",
-    SYSTEM_PROMPTS["answer"],
-    SYSTEM_PROMPTS["think"],
-    SYSTEM_PROMPTS["answer"] + "<answer>-30</answer>",
+    system_prompt("answer"),
+    system_prompt("think"),
+    system_prompt("answer") + "<answer>-30</answer>",
     "-30",
     "The answer is -30.",
     "<answer>-30",
@@ -364,16 +464,17 @@ HACKS = [
 @pytest.mark.parametrize("hack", HACKS, ids=range(len(HACKS)))
 def test_a_hack_is_not_paid_like_an_answer(hack):
     for style in STYLES:
-        reward = Arithmetic(style=style).score(PROBLEM, hack)
-        assert reward.total < 1.0
+        task = Arithmetic(style=style)
+        reward = reward_of(task, PROBLEM, hack)
+        assert reward.total < sum(task.default_rewards.values())
         assert not reward.correct
-    assert TASK.score(PROBLEM, hack).total == 0.0  # none of them is even well-formed
+    assert reward_of(TASK, PROBLEM, hack).total == 0.0  # none of them is even well-formed
 
 
 def test_the_think_style_pays_for_no_answer_outside_its_form():
     task = Arithmetic(style="think")
     for completion in ("<answer>-30</answer>", "x<think></think><answer>-30</answer>", "<think><answer>-30</answer>"):
-        assert task.score(PROBLEM, completion).total == 0.0
+        assert reward_of(task, PROBLEM, completion).total == 0.0
 
 
 # --- the neighbouring skills ---
@@ -385,14 +486,13 @@ def test_the_right_completion_of_a_skill_scores_1_and_a_wrong_one_0(name):
     problems = [skill.training_problem(0, step, 0) for step in range(100)] + skill.held_out("test", 100)
     for problem, other in pairwise(problems):
         right = skill.completion(problem)
-        reward = skill.score(problem, right)
-        assert (reward.total, reward.correct) == (1.0, True)
-        assert tuple(reward.parts) == skill.reward_parts
+        reward = reward_of(skill, problem, right)
+        assert (reward.total, reward.correct, reward.well_formed) == (1.0, True, True)
         wrong = [right + " ", right + ".", right[:-1], problem.question, "", "0" + right + "0"]
         if other.answer != problem.answer:
             wrong.append(skill.completion(other))
         for completion in wrong:
-            reward = skill.score(problem, completion)
+            reward = reward_of(skill, problem, completion)
             assert (reward.total, reward.correct) == (0.0, False), completion
 
 
@@ -406,7 +506,7 @@ def test_the_right_completion_of_a_skill_scores_1_and_a_wrong_one_0(name):
     ],
 )
 def test_the_skills_of_the_docstring(name, question, answer):
-    assert SKILLS[name].score(Problem(question, answer), SKILLS[name].completion(Problem(question, answer))).correct
+    assert SKILLS[name].judge(Problem(question, answer), SKILLS[name].completion(Problem(question, answer))).correct
 
 
 def test_the_gold_answers_of_the_skills_agree_with_an_independent_computation():
@@ -437,7 +537,7 @@ def test_several_answers_are_no_answer_in_a_tagged_skill_either(name):
     skill = SKILLS[name]
     problem = skill.held_out("test", 1)[0]
     for before in ("<answer>123</answer>", "<answer>", "</answer>", f"<answer>{problem.answer}</answer>"):
-        assert skill.score(problem, before + skill.completion(problem)).total == 0.0, before
+        assert reward_of(skill, problem, before + skill.completion(problem)).total == 0.0, before
 
 
 @pytest.mark.parametrize("name", SKILLS)
@@ -467,7 +567,14 @@ def test_the_problems_of_a_skill_are_always_the_same(name):
 
 # --- every task ---
 
-EVERY_TASK = {"arithmetic": TASK, "arithmetic, think": Arithmetic(style="think"), **SKILLS}
+EVERY_TASK = {
+    "arithmetic": TASK,
+    "arithmetic, think": Arithmetic(style="think"),
+    "arithmetic, reasoning": Arithmetic(style="reasoning"),
+    "reverse": Reverse(),
+    "reverse, reasoning": Reverse(style="reasoning"),
+    **SKILLS,
+}
 
 
 @pytest.mark.parametrize("name", EVERY_TASK)
@@ -487,10 +594,10 @@ def test_scoring_never_raises_whatever_the_text(name):
     @given(st.one_of(ANY_TEXT, NEAR_MISS, st.builds("{}<answer>{}</answer>".format, ANY_TEXT, NEAR_MISS)))
     @settings(max_examples=150, deadline=None)
     def check(text):
-        reward = task.score(problem, text)
-        assert 0.0 <= reward.total <= 1.0
+        reward = reward_of(task, problem, text)
+        assert 0.0 <= reward.total <= sum(task.default_rewards.values())
         assert reward.total == sum(reward.parts.values())
-        assert set(reward.parts) == set(task.reward_parts)
+        assert set(reward.parts) == set(task.default_rewards)
         if reward.correct:
             assert problem.answer in text
 

@@ -56,7 +56,7 @@ def test_tied_groups_are_drawn_again_with_other_problems_and_only_they(lm):
     for problem, completion, reward in zip(
         [p for p in again.problems for _ in range(4)], again.completions, again.rewards, strict=True
     ):
-        assert reward.correct == Arithmetic().score(problem, completion).correct, (
+        assert reward.correct == Arithmetic().judge(problem, completion).correct, (
             "problem and completion belong together"
         )
 

@@ -32,7 +32,7 @@ from grpo.evaluate import evaluate
 from grpo.models import LanguageModel, save
 from tasks.arithmetic import Arithmetic
 from tasks.base import Message, stream
-from tasks.prompts import STYLES, SYSTEM_PROMPTS, ideal_completion
+from tasks.prompts import STYLES, ideal_completion, system_prompt
 from tasks.skills import SKILLS
 
 SEED = 0
@@ -210,7 +210,7 @@ def card() -> dict[str, Any]:
     return {
         "task": "arithmetic",
         "prompt_style": "answer",
-        "system_prompt": SYSTEM_PROMPTS["answer"],
+        "system_prompt": system_prompt("answer"),
         "max_new_tokens": SETTINGS["max_new_tokens"],
         "skills": list(SKILLS),
         "settings": SETTINGS,

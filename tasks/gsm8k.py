@@ -1,0 +1,91 @@
+"""GSM8K, grade-school word problems (Cobbe et al. 2021, arXiv:2110.14168), in the format of its authors.
+
+    {"question": "Natalia sold clips to 48 ...", "answer": "She sold 48 / 2 = 24 ...\\n#### 72"}
+
+`--data FILE` is a file in that format, split by a hash of the question; without it, the problems come from the
+Hugging Face Hub by the optional package datasets: the official test problems are the test split, and a hash takes
+validation out of the official training problems. The full answer is the column `solution`.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+from tasks.base import Problem, one_line, split_of
+from tasks.parsing import parse_number
+from tasks.rows import Row, Rows, normal, read_rows, split_rows, text_of
+
+HUB = "openai/gsm8k"
+MARK = "####"
+
+
+def load(path: str = "", style: str = "answer", system_prompt: str = "") -> Rows:
+    """The task, from a file or the Hub; raises ValueError, in one line, where it cannot be had."""
+    if path:
+        problems, sha256 = read_rows(path, problem_of)
+        of_split = split_rows(problems, path)
+    else:
+        of_split, sha256 = from_hub()
+    return Rows(
+        name="gsm8k",
+        problems=of_split,
+        files={path or HUB: sha256},
+        style=style,
+        kind="number",
+        system_prompt=system_prompt,
+    )
+
+
+def problem_of(row: Row) -> Problem:
+    """The problem in a row; raises ValueError with the reason where there is none."""
+    solution = text_of(row, "answer")
+    columns = {name: value for name, value in row.items() if name not in ("question", "answer")}
+    return Problem(text_of(row, "question"), gold_answer(solution), {**columns, "solution": solution})
+
+
+def gold_answer(solution: str) -> str:
+    """The number after the last ####, without thousands separators, dollar and plus sign; ValueError if none.
+
+    >>> gold_answer("She makes 9 * 2 = $<<9*2=18>>18.\\n#### $1,018")
+    '1018'
+    """
+    _, mark, text = solution.rpartition(MARK)
+    if not mark:
+        raise ValueError(f"no {MARK} in 'answer'")
+    text = text.strip()
+    sign = text[:1] if text[:1] in ("-", "+") else ""
+    amount = text.removeprefix(sign).removeprefix("$")
+    number = parse_number(amount if amount[:1] in ("-", "+") and not sign else sign + amount)
+    if number is None:
+        raise ValueError(f"what follows the last {MARK} is not a number: {text[:40]!a}")
+    return format(number, "f")
+
+
+def from_hub() -> tuple[dict[str, list[Problem]], str]:
+    """The problems by split, and the SHA-256 of their texts; raises ValueError where they cannot be had."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(
+            "--task gsm8k without --data FILE takes the problems from the Hugging Face Hub: pip install datasets"
+        ) from None
+    try:
+        data = load_dataset(HUB, "main")
+        test, train = ([problem_of(row) for row in data[name]] for name in ("test", "train"))
+    except Exception as error:  # the library raises a dozen kinds; all mean the same to the user
+        raise ValueError(
+            f"cannot load {HUB} from the Hub ({one_line(error)}); --data FILE needs no network"
+        ) from error
+    asked = {normal(problem.question) for problem in test}
+    rest = [problem for problem in train if normal(problem.question) not in asked]
+    of_split = {"train": [], "validation": [], "test": test}
+    for problem in rest:
+        held_out = split_of(normal(problem.question)) == "validation"
+        of_split["validation" if held_out else "train"].append(problem)
+    return of_split, _digest([*test, *rest])
+
+
+def _digest(problems: Iterable[Problem]) -> str:
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(f"{problem.question}\0{problem.answer}\0".encode())
+    return digest.hexdigest()

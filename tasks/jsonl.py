@@ -1,0 +1,42 @@
+"""The task in a file: `--task jsonl --data FILE`, JSON Lines with question and answer, or prompt and response.
+
+    {"question": "What is the capital of France?", "answer": "Paris", "level": "easy"}
+
+An answer that is a number is compared as one (1,234 and 1234.0 are the same), any other as text. Other columns go
+to the user's reward functions. A tenth of the questions each is held out for validation and test.
+"""
+
+from functools import partial
+
+from tasks.base import Problem
+from tasks.parsing import PARSERS, parse_answer
+from tasks.prompts import ideal_completion
+from tasks.rows import Row, Rows, kind_of, read_rows, split_rows, text_of
+
+FIELDS = (("question", "answer"), ("prompt", "response"))
+
+
+def load(path: str, style: str = "answer", system_prompt: str = "") -> Rows:
+    """The task of a file; raises ValueError, in one line, where it is malformed or too small."""
+    problems, sha256 = read_rows(path, partial(problem_of, style=style))
+    numbers = all(kind_of(problem.answer) == "number" for problem in problems)
+    return Rows(
+        name="jsonl",
+        problems=split_rows(problems, path),
+        files={path: sha256},
+        style=style,
+        kind="number" if numbers else "text",
+        system_prompt=system_prompt,
+    )
+
+
+def problem_of(row: Row, style: str) -> Problem:
+    """The problem in a row; raises ValueError with the reason where there is none."""
+    question, answer = next((pair for pair in FIELDS if pair[0] in row), FIELDS[0])
+    columns = {name: value for name, value in row.items() if name not in (question, answer)}
+    problem = Problem(text_of(row, question), text_of(row, answer, or_number=True), columns)
+    kind = kind_of(problem.answer)
+    gold = PARSERS[kind](problem.answer)
+    if gold is None or parse_answer(ideal_completion(problem.answer, style), style, kind) != gold:
+        raise ValueError(f"{answer!r} is a text that cannot stand between the tags <answer> and </answer>")
+    return problem

@@ -1,0 +1,58 @@
+"""Spell a word backwards: the published example of a task that is too hard because of tokenization.
+
+    Spell batori backwards.      <answer>irotab</answer>
+
+A model that reads whole pieces of words as one token does not see the letters that it is asked to turn round. The
+words are made up, 4 to 8 letters with consonants and vowels in turn, so that none was learned by heart.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from random import Random
+
+from tasks.base import Problem, split_of, stream
+from tasks.form import Form
+
+CONSONANTS, VOWELS = "bcdfghklmnprstvz", "aeiou"
+SHORTEST, LONGEST = 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reverse(Form):
+    """The task, as the trainer sees it (`tasks.base.Task`)."""
+
+    name: str = "reverse"
+    kind: str = "text"
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def training_problem(self, seed: int, step: int, row: int) -> Problem:
+        """The training problem of a place in the run."""
+        draw = stream("reverse", seed, step, row)
+        while True:
+            word = made_up_word(draw)
+            if _split(word) == "train":
+                return _problem(word)
+
+    def held_out(self, split: str, limit: int) -> list[Problem]:
+        """Up to `limit` different problems of a held-out split."""
+        draw = stream("reverse", split)
+        words = (made_up_word(draw) for _ in range(100 * limit))
+        return [_problem(word) for word in dict.fromkeys(w for w in words if _split(w) == split)][:limit]
+
+
+def made_up_word(draw: Random) -> str:
+    """A word of 4 to 8 letters, consonants and vowels in turn, that is not the same backwards."""
+    while True:
+        letters = (CONSONANTS, VOWELS) if draw.random() < 0.5 else (VOWELS, CONSONANTS)
+        word = "".join(draw.choice(letters[i % 2]) for i in range(draw.randint(SHORTEST, LONGEST)))
+        if word != word[::-1]:
+            return word
+
+
+def _split(word: str) -> str:
+    """The split of a word, which is that of the word spelled backwards too."""
+    return split_of(min(word, word[::-1]))
+
+
+def _problem(word: str) -> Problem:
+    return Problem(f"Spell {word} backwards.", word[::-1])
