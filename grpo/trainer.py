@@ -1,7 +1,7 @@
 """The run: step by step, with evaluations, checkpoints and an end. What a step is stands in `grpo/learner.py`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,17 @@ from grpo import report
 from grpo.checkpoint import newest_checkpoint, refuse_another_run, see_that_it_is_ours, write_checkpoint
 from grpo.config import TrainConfig, model_folder, read_card
 from grpo.console import Progress, say
-from grpo.evaluate import evaluate
+from grpo.examiner import Examiner
 from grpo.files import writing
 from grpo.learner import Learner
 from grpo.lora import add_adapter, four_bits
-from grpo.memory import PassLimit
 from grpo.metrics import Metrics, environment, load_metrics
 from grpo.models import ROWS, SAVED_MODEL, LanguageModel, be_deterministic, choose_device, load, save
 from grpo.plots import draw_all
 from grpo.stops import Stops
-from tasks.base import Problem, Task
+from tasks.base import Task
 from tasks.rewards import parse_rewards
 
-TEST_PROBLEMS = 1000  # or all there are
-SKILL_PROBLEMS = 500
 MOST_SKIPPED = 10  # updates in a row that were not finite, before the run ends
 
 
@@ -49,8 +46,8 @@ class Trainer:
         if config.lora_rank:
             self.lm = replace(self.lm, model=add_adapter(self.lm.model, config))
         self.learner = Learner(config, task, self.lm, self.rewards)
-        self.evaluate_limit = PassLimit("the evaluation", ROWS, 1)
-        self.skills = {name: skills[name] for name in self.card.get("skills", []) if name in skills}
+        known = {name: skills[name] for name in self.card.get("skills", []) if name in skills}
+        self.examiner = Examiner(config, task, known)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         versions["numpy"] = numpy.__version__
         self.metrics = Metrics(
@@ -165,7 +162,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "before": self.before,
             "best": self.best,
-            "evaluate_limit": self.evaluate_limit.rows,
+            "evaluate_limit": self.examiner.limit.rows,
         }
         record = {name: self.metrics.record[name] for name in ("steps", "evals", "findings")}
         write_checkpoint(self.folder, self.learner.checkpoint(self.done, record, state))
@@ -188,7 +185,7 @@ class Trainer:
         see_that_it_is_ours(checkpoint)
         refuse_another_run(self.folder, checkpoint, self.config, self.files)
         self.learner.restore(checkpoint)
-        self.evaluate_limit.rows = checkpoint.state.get("evaluate_limit", ROWS)
+        self.examiner.limit.rows = checkpoint.state.get("evaluate_limit", ROWS)
         self.done = checkpoint.step
         self.before, self.best = checkpoint.state["before"], checkpoint.state["best"]
         self.metrics.restore(checkpoint.metrics)
@@ -204,12 +201,8 @@ class Trainer:
 
     def _validate(self, step: int) -> None:
         """Measure on the validation problems; a new best policy goes to saved_model/."""
-        start = time.perf_counter()
-        problems = self.task.held_out("validation", self.config.eval_problems)
-        result = self._evaluate(self.lm, self.task, problems)
-        entry = {"step": step, "split": "validation", **result, "time/evaluate": time.perf_counter() - start}
-        improved = self.best is None or result["accuracy"] > self.best["accuracy"]
-        self.metrics.add_eval(entry)
+        entry = self._examine(self.examiner.validate, self.lm, step, "validation")
+        improved = self.best is None or entry["accuracy"] > self.best["accuracy"]
         if improved:
             self.best = entry
             if step:
@@ -218,21 +211,19 @@ class Trainer:
         report.show_evaluation(entry, improved)
 
     def _test(self, lm: LanguageModel, step: int) -> dict[str, Any]:
-        """Measure a model on the test problems, and on the neighbouring skills that it has."""
-        start = time.perf_counter()
-        result = self._evaluate(lm, self.task, self.task.held_out("test", TEST_PROBLEMS))
-        skills = {
-            name: self._evaluate(lm, skill, skill.held_out("test", SKILL_PROBLEMS))
-            for name, skill in self.skills.items()
-        }
-        entry = {"step": step, "split": "test", **result, "skills": skills}
-        entry["time/evaluate"] = time.perf_counter() - start
-        self.metrics.add_eval(entry)
+        """Measure a model on the test problems, and on what else it should be able to."""
+        entry = self._examine(self.examiner.test, lm, step, "test")
         self.ending = max(self.ending, entry["time/evaluate"])
         return entry
 
-    def _evaluate(self, lm: LanguageModel, task: Task, problems: Sequence[Problem]) -> dict[str, float | int]:
-        return self.evaluate_limit.fit(evaluate, lm, task, problems, self.config.max_new_tokens).to_dict()
+    def _examine(
+        self, measure: Callable[[LanguageModel], dict[str, Any]], lm: LanguageModel, step: int, split: str
+    ) -> dict[str, Any]:
+        """An entry of `evals`, added to the metrics."""
+        start = time.perf_counter()
+        entry = {"step": step, "split": split, **measure(lm), "time/evaluate": time.perf_counter() - start}
+        self.metrics.add_eval(entry)
+        return entry
 
     def _save(self) -> None:
         """Write the policy as it is now to saved_model/, with what a reader and a next run need."""
@@ -247,7 +238,7 @@ class Trainer:
             "system_prompt": self.task.system_prompt,
             "max_new_tokens": c.max_new_tokens,
             "base_model": base,
-            "skills": list(self.skills),
+            "skills": list(self.examiner.skills),
             "settings": c.passed_on(),
         }
         save(self.saved_model, self.lm, card, report.model_card(c, self.best, self.before, None))

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import inference
 import plot_metrics
 import train_grpo
-from grpo import report, trainer
+from grpo import examiner, report, trainer
 from grpo.config import CARD, STARTER, TrainConfig, resolve
 from grpo.files import EARLIER, WRITTEN
 from grpo.learner import Learner
@@ -45,8 +45,8 @@ EVERYTHING = {"saved_model", "checkpoints", FILE_NAME, CURVE, KL}
 def _small_and_offline():
     """A few test problems instead of 1000, and no look at the Hub, whatever was imported first."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "TEST_PROBLEMS", 8)
-        patch.setattr(trainer, "SKILL_PROBLEMS", 4)
+        patch.setattr(examiner, "TEST_PROBLEMS", 8)
+        patch.setattr(examiner, "SKILL_PROBLEMS", 4)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield
 
@@ -261,7 +261,7 @@ def test_two_identical_runs_are_identical_to_the_last_bit(run, tmp_path):
 def test_training_changes_the_policy_and_another_seed_gives_another_run(run, tmp_path, monkeypatch):
     # Every evaluation is made better than the one before, so that the last policy is saved whatever it can do.
     rising = iter(range(100))
-    true_evaluate = trainer.evaluate
+    true_evaluate = examiner.evaluate
 
     class Rising:
         def __init__(self, result):
@@ -270,7 +270,7 @@ def test_training_changes_the_policy_and_another_seed_gives_another_run(run, tmp
         def to_dict(self):
             return {**self.result.to_dict(), "accuracy": next(rising) / 100}
 
-    monkeypatch.setattr(trainer, "evaluate", lambda *args, **more: Rising(true_evaluate(*args, **more)))
+    monkeypatch.setattr(examiner, "evaluate", lambda *args, **more: Rising(true_evaluate(*args, **more)))
     monkeypatch.setattr(trainer, "draw_all", lambda *_: [])  # for speed
     settings = ["--seed", 5, "--temperature", 1.5, "--num-generations", 8]
     train(*settings, folder=tmp_path)
@@ -812,7 +812,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "evaluate", interrupted)
+    monkeypatch.setattr(examiner, "evaluate", interrupted)
     result = invoke(train_grpo.main, *TINY, folder=tmp_path)
     assert result.exit_code == 130
     assert "Traceback" not in result.output

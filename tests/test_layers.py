@@ -20,7 +20,7 @@ LAYERS = [
     | {"grpo.chats", "grpo.formats"},
     {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.health", "grpo.checkpoint", "grpo.stops"}
     | {"grpo.report", "grpo.plots"},
-    {"grpo.learner"},
+    {"grpo.learner", "grpo.examiner"},
     {"grpo.trainer"},
     {BUILD, *SCRIPTS},
 ]

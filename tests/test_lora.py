@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import train_grpo
+from grpo import examiner, trainer
 from grpo import learner as learner_module
-from grpo import trainer
 from grpo.config import TrainConfig, resolve
 from grpo.learner import Learner, trainable
 from grpo.logprobs import completion_logprobs
@@ -139,8 +139,8 @@ def test_gradient_checkpointing_gives_the_same_gradient(more, monkeypatch):
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """A tiny run with an adapter, as a user starts it."""
-    monkeypatch.setattr(trainer, "TEST_PROBLEMS", 4)
-    monkeypatch.setattr(trainer, "SKILL_PROBLEMS", 1)
+    monkeypatch.setattr(examiner, "TEST_PROBLEMS", 4)
+    monkeypatch.setattr(examiner, "SKILL_PROBLEMS", 1)
     monkeypatch.setattr(trainer, "draw_all", lambda *_: [])
 
     def run(name, *more):
@@ -154,9 +154,9 @@ def test_a_run_saves_the_merged_model_with_the_adapter_beside_it_and_resumes_to_
     from transformers import AutoModelForCausalLM
 
     rising = iter(range(1, 100))
-    true_evaluate = trainer.Trainer._evaluate
+    true_evaluate = examiner.Examiner._measure
     monkeypatch.setattr(
-        trainer.Trainer, "_evaluate", lambda *args: {**true_evaluate(*args), "accuracy": next(rising) / 100}
+        examiner.Examiner, "_measure", lambda *args: {**true_evaluate(*args), "accuracy": next(rising) / 100}
     )
     assert train("whole").exit_code == 0
     assert train("cut", "--num-iterations", "3").exit_code == 0

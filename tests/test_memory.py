@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_grpo
-from grpo import learner, trainer
+from grpo import examiner, learner
 from grpo.checkpoint import newest_checkpoint
 from grpo.config import resolve
 from grpo.learner import Learner
@@ -147,7 +147,7 @@ TINY += ["--eval-every", "4", "--eval-problems", "4", "--save-every", "1", "--sh
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """The tiny run as a user starts it; `fits` rows with gradient are what memory holds from step `first` on."""
-    monkeypatch.setattr(trainer, "SKILL_PROBLEMS", 1)
+    monkeypatch.setattr(examiner, "SKILL_PROBLEMS", 1)
     true_step = Learner.step
 
     def run(name, fits=None, first=1):

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 import train_grpo
 from grpo.config import CARD, STARTER, read_card
+from grpo.examiner import Examiner
 from grpo.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -272,7 +273,7 @@ def test_the_saved_model_is_never_ahead_of_the_checkpoint_and_a_kill_between_the
     whole, tmp_path, monkeypatch
 ):
     # step 4 is the best, and the kill comes while it is being saved; step 5, the last, is no better
-    true_save, true_evaluate = Trainer._save, Trainer._evaluate
+    true_save, true_evaluate = Trainer._save, Examiner._measure
     accuracies = iter([0.0, 0.1, 0.5, 0.2, 0.5])
 
     def evaluate(self, lm, task, problems):
@@ -283,7 +284,7 @@ def test_the_saved_model_is_never_ahead_of_the_checkpoint_and_a_kill_between_the
             raise Killed
         true_save(self)
 
-    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+    monkeypatch.setattr(Examiner, "_measure", evaluate)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save", save)
         with pytest.raises(Killed):

@@ -8,7 +8,7 @@ import torch
 
 import inference
 import train_grpo
-from grpo import trainer
+from grpo import examiner
 from grpo.metrics import load_metrics
 from grpo.models import load, prompt_ids
 from tasks.arithmetic import Arithmetic
@@ -43,7 +43,7 @@ def family(kind: str) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def _small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "TEST_PROBLEMS", 4)
+        patch.setattr(examiner, "TEST_PROBLEMS", 4)
         yield
 
 

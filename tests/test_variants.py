@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 
 import train_grpo
-from grpo import trainer
+from grpo import examiner, trainer
 from grpo.config import TrainConfig, resolve
 from grpo.learner import Learner
 from grpo.metrics import Stopwatch
@@ -134,8 +134,8 @@ ALL += ["--loss-average", "constant", "--scale-rewards", "batch", "--epsilon-hig
 
 
 def test_a_run_with_all_of_them_that_is_interrupted_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "TEST_PROBLEMS", 4)
-    monkeypatch.setattr(trainer, "SKILL_PROBLEMS", 1)
+    monkeypatch.setattr(examiner, "TEST_PROBLEMS", 4)
+    monkeypatch.setattr(examiner, "SKILL_PROBLEMS", 1)
     monkeypatch.setattr(trainer, "draw_all", lambda *_: [])
     true_step = Learner.step
 
