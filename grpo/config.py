@@ -152,7 +152,7 @@ class TrainConfig:
         earlier = {**TrainConfig().to_dict(), **earlier}  # a setting that the run's version did not have
         may_change = set(MAY_CHANGE) - ({"num_iterations"} if self.depends_on_length else set())
         return [
-            f"{name} {earlier[name]} (now {value})"
+            f"{name} {_shown(earlier[name])} (now {_shown(value)})"
             for name, value in self.to_dict().items()
             if name not in may_change and earlier[name] != value
         ]
@@ -227,6 +227,11 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
         return replace(given_alone, **{name: value for name, value in card.items() if name not in given})
     except ValueError as error:
         raise ValueError(f"{model_folder(given_alone.model) / CARD}: {error}; restore or delete it") from None
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text or "none"
 
 
 def _names_a_file(reward: str) -> bool:
