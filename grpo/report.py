@@ -1,6 +1,7 @@
 """What a run says: at its start, on the way, at its end, and in the card of the model it saves."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,16 +29,27 @@ def introduce(config: TrainConfig, lm: LanguageModel, environment: Mapping[str, 
         say(f"Training {printable(config.model)} ({millions:,.1f}M parameters) on {where}.")
     for note in lm.notes:
         say(note)
-    shown = config.passed_on() | {"seed": config.seed, "data": config.data, "reward": " ".join(config.reward)}
+    _say_settings(config)
+    if not shared:
+        say("This model's cache cannot be shared by a group, so every prompt is run once for each completion.\n")
+
+
+def _say_settings(config: TrainConfig) -> None:
+    """The settings of algorithm and task, and of the others those that are not the default."""
     line = "Settings:"
-    for item in (f"{name}={printable(str(value))}" for name, value in shown.items() if value != ""):
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name in ("model", "output_dir") or value in ("", ()):
+            continue
+        if f.metadata["group"] not in ("Task", "Algorithm") and value == f.default:
+            continue
+        text = " ".join(value) if isinstance(value, tuple) else str(value)
+        item = f"{f.name}={printable(text)}"
         if len(line) + len(item) > 99:
             say(line)
             line = "         "
         line += " " + item
     say(line + "\n")
-    if not shared:
-        say("This model's cache cannot be shared by a group, so every prompt is run once for each completion.\n")
 
 
 def accuracy_text(entry: Mapping[str, Any]) -> str:
