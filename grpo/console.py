@@ -1,9 +1,12 @@
 """What a person sees while a run goes on: a progress bar or plain lines, and text that is safe to print."""
 
+import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
 
+import click
 from tqdm import tqdm
 
 PLAIN_LINE_EVERY = 15.0  # seconds, where there is no terminal to draw a bar on
@@ -16,6 +19,22 @@ def printable(text: str) -> str:
     '4 - 9 = -5\\\\n\\\\x1b[2J'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def paint(text: str, colour: str) -> str:
+    """A text in a colour ("green", "red", "cyan") on a terminal; as it is elsewhere, or with NO_COLOR set."""
+    plain = not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
+    return text if plain else click.style(text, fg=colour)
+
+
+def fitted(text: str, width: int) -> str:
+    """A text that is at most `width` characters long, its end cut off if need be."""
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+
+
+def width() -> int:
+    """Columns of the terminal, 100 where there is none."""
+    return max(40, shutil.get_terminal_size((100, 24)).columns)
 
 
 def say(text: str = "") -> None:

@@ -7,9 +7,11 @@ from statistics import fmean
 from typing import Any
 
 from grpo.config import TrainConfig
-from grpo.console import duration, printable, say
+from grpo.console import duration, fitted, paint, printable, say, width
+from grpo.files import SAMPLES
 from grpo.models import SAVED_MODEL, LanguageModel
 from grpo.rollout import RolloutBatch
+from grpo.timing import seconds_by_phase, tokens_per_second
 
 HUB_EXAMPLE = "python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"
 SHOWN = 4  # completions each time
@@ -66,13 +68,21 @@ def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
 
 
 def show_completions(step: int, rollout: RolloutBatch) -> None:
-    """The first completions of a step's first groups, each with its reward."""
-    per_group = len(rollout.completions) // len(rollout.problems)
-    say(f"step {step:>4}  some completions:")
+    """A small table: the first completions of a step's first groups, each with its reward by part."""
+    per_group, columns = len(rollout.completions) // len(rollout.problems), width()
+    names = list(rollout.rewards[0].parts)
+    say(fitted(f"step {step:>4}  reward  " + "  ".join([*(f"{name:>5}" for name in names), "completion"]), columns))
     for i, problem in enumerate(rollout.problems[:SHOWN]):
         reward, text = rollout.rewards[i * per_group], rollout.completions[i * per_group]
+        numbers = [reward.parts[name] for name in names]
+        parts = [
+            f"{'-' if n is None else format(n, '.2f'):>{max(5, len(name))}}"
+            for n, name in zip(numbers, names, strict=True)
+        ]
         mark = "right" if reward.correct else "wrong"
-        say(f"    {printable(problem.question)}  {printable(text)}  reward {reward.total:.1f}, {mark}")
+        row = f"  {reward.total:>6.2f}  {'  '.join(parts)}  "
+        row = fitted(f"{row}{printable(problem.question)}  {printable(text)}", columns - 9)
+        say(f"    {paint(mark, 'green' if reward.correct else 'red')}{row}")
 
 
 def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
@@ -95,10 +105,22 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
     if after["step"] == 0:
         say("  No evaluation was better than the start, so saved_model/ holds the starting model.")
     say("  A loss near 0 is normal: advantages are centred in each group and the ratio starts at 1.")
-    say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, grpo_training_curve.png, grpo_kl_divergence.png")
+    _say_times(record)
+    say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, {SAMPLES}, plots (*.png)")
     where = "" if folder == Path() else f" --model {folder / SAVED_MODEL}"
     question = "What is (4 - 9) * 6?" if task == "arithmetic" else "..."
     say(f'Next: python inference.py{where} --compare "{question}"')
+
+
+def _say_times(record: Mapping[str, Any]) -> None:
+    """Where the time of all launches went, and how much memory the last one took."""
+    phases = seconds_by_phase(record)
+    total = sum(phases.values())
+    shown = [f"{name} {spent:.1f} s ({100 * spent / total:.0f}%)" for name, spent in phases.items() if spent > 0.05]
+    say(f"  Time: {', '.join(shown)}")
+    say(f"  {tokens_per_second(record):,.0f} tokens a second in the steps")
+    if memory := record["finished"]["peak_memory"]:
+        say(f"  At most {memory / 2**20:,.0f} MiB of memory")
 
 
 def too_hard(steps: Sequence[Mapping[str, Any]], after: Mapping[str, Any], task: str) -> list[str]:

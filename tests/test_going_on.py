@@ -15,6 +15,7 @@ from grpo import trainer
 from grpo.checkpoint import FORMAT, newest_checkpoint
 from grpo.config import MAY_CHANGE, TrainConfig
 from grpo.metrics import load_metrics
+from grpo.track import Tracker
 from tests.fixtures.make import HERE, NAME
 from tests.runs import SETTINGS, a_tiny_model, forked, options
 
@@ -31,6 +32,7 @@ def _no_plots():
     """For speed; and what a run may set for the whole process is set back."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "draw_all", lambda *_: [])
+        patch.setattr(Tracker, "__init__", lambda self, *_: setattr(self, "module", None))
         yield
     torch.use_deterministic_algorithms(False)
 
