@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from grpo.greedy import common_beginning
 from grpo.intervals import pass_at_k, wilson_interval
 from grpo.models import ROWS, LanguageModel, precision
 from grpo.sampling import generate, left_pad, token_noise
@@ -94,6 +95,7 @@ def sampled_passes(
     k: int,
     seed: int,
     limit: int = ROWS,
+    together: bool = False,
 ) -> dict[str, float]:
     """pass@1, pass@2, pass@4, …, pass@k, each the mean over the problems, from 2k samples of each at temperature 1.
 
@@ -115,6 +117,7 @@ def sampled_passes(
                 max_new_tokens=max_new_tokens,
                 end_ids=lm.end_ids,
                 noise=torch.cat(noise),
+                beginning=common_beginning(prompts) if together and len(prompts) > 1 else 0,
                 limit=limit,
             )
         texts = lm.decode(completions)

@@ -50,17 +50,17 @@ class Examiner:
     def evaluations(self, lm: LanguageModel, split: str) -> dict[str, Evaluation]:
         """The task (under its name) on a split and the skills, problem by problem: what two models are compared on."""
         found = {self.task.name: self._evaluate(lm, self.task, self.problems(split))}
-        return found | {f"skill: {name}": self._evaluate(lm, skill, self._of(skill)) for name, skill in self.skills.items()}
+        return found | {
+            f"skill: {name}": self._evaluate(lm, skill, self._of(skill)) for name, skill in self.skills.items()
+        }
 
     def passes(self, lm: LanguageModel, split: str) -> dict[str, Any]:
         """pass@k by sampling, where it is asked for."""
         c = self.config
         if not c.pass_at_k:
             return {}
-        found = self.limit.fit(
-            sampled_passes, lm, self.task, self.problems(split), c.max_new_tokens, c.pass_at_k, c.seed
-        )
-        return {"pass_at_k": found}
+        asked = (self.task, self.problems(split), c.max_new_tokens, c.pass_at_k, c.seed)
+        return {"pass_at_k": self.limit.fit(sampled_passes, lm, *asked, together=bool(self._together))}
 
     def _drift(self, lm: LanguageModel) -> float | None:
         return None if self.start is None else self.limit.fit(self.start.drift, lm)

@@ -42,19 +42,27 @@ class StartingAnswers:
     @classmethod
     def ask(cls, lm: LanguageModel, questions: Sequence[str], limit: int) -> "StartingAnswers":
         """Have a model answer the questions, greedily, at most `limit` at a time."""
-        prompts = lm.prompts([[{"role": "user", "content": question}] for question in questions])
+        prompts = prompts_of(lm, questions)
         with precision(lm.device):
             found = greedy(lm.model, prompts, ANSWER_TOKENS, lm.end_ids, lm.pad_id, limit, False)
         answers = [row[:n] for row, n in zip(found.ids.tolist(), found.lengths.tolist(), strict=True)]
         return cls(prompts, answers, logprobs_of(lm, prompts, answers, limit))
 
+    def same_prompts(self, lm: LanguageModel, questions: Sequence[str]) -> bool:
+        """Whether a model would be asked in the same tokens, so that these are answers to it."""
+        return prompts_of(lm, questions) == self.prompts
+
     def drift(self, lm: LanguageModel, limit: int) -> float | None:
         """Nats a token; None where a log-probability is not finite."""
         now = logprobs_of(lm, self.prompts, self.answers, limit)
-        pairs = zip(sum(self.logprobs, []), sum(now, []), strict=True)
-        differences = [before - after for before, after in pairs]
+        differences = [x - y for a, b in zip(self.logprobs, now, strict=True) for x, y in zip(a, b, strict=True)]
         drift = math.fsum(differences) / len(differences)
         return drift if math.isfinite(drift) else None
+
+
+def prompts_of(lm: LanguageModel, questions: Sequence[str]) -> list[list[int]]:
+    """The questions asked in plain text, without a system prompt."""
+    return lm.prompts([[{"role": "user", "content": question}] for question in questions])
 
 
 @torch.no_grad()

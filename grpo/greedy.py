@@ -3,7 +3,6 @@
 The problems of a task share their system prompt, which is most of what there is to compute: it is run once for all.
 """
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -46,7 +45,9 @@ def greedy(
 
 def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with, but not the last of any: its logits are wanted."""
-    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    first, last = min(prompts), max(prompts)  # in the order of lists, so all others begin as these two do
+    alike = next((i for i, (x, y) in enumerate(zip(first, last, strict=False)) if x != y), len(first))
+    return min(alike, min(map(len, prompts)) - 1)
 
 
 @torch.no_grad()

@@ -26,7 +26,13 @@ LAYERS = [
     {BUILD, *SCRIPTS},
 ]
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
-PURE = ("grpo.schedule", "grpo.advantages", "grpo.console", "grpo.metrics", "grpo.intervals")  # know no other module of grpo
+PURE = (
+    "grpo.schedule",
+    "grpo.advantages",
+    "grpo.console",
+    "grpo.metrics",
+    "grpo.intervals",
+)  # know no other module of grpo
 # what grpo/ may know of tasks/: no concrete task
 ANY_TASK = {"tasks.base", "tasks.prompts", "tasks.rewards", "tasks.unrelated"}
 OPTIONAL = {"tasks.gsm8k": {"datasets"}}  # imported lazily; a missing one is answered with the line that installs it
