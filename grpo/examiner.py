@@ -48,7 +48,7 @@ class Examiner:
         return self._held_out(self.task, split, TEST_PROBLEMS if split == "test" else self.config.eval_problems)
 
     def evaluations(self, lm: LanguageModel, split: str) -> dict[str, Evaluation]:
-        """The task (under its name) on a split and the skills, problem by problem: what two models are compared on."""
+        """The task (under its name) on a split, and the skills, problem by problem."""
         found = {self.task.name: self._evaluate(lm, self.task, self.problems(split))}
         return found | {
             f"skill: {name}": self._evaluate(lm, skill, self._of(skill)) for name, skill in self.skills.items()
