@@ -13,7 +13,7 @@ from tasks.base import Problem, Task
 from tasks.unrelated import QUESTIONS
 
 TEST_PROBLEMS = 1000  # or all there are
-SKILL_PROBLEMS = 250  # each of several: enough to see a loss of 5 points, at half the time of 500
+SKILL_PROBLEMS = 100  # of each: what is looked for are losses of many points, and there are several skills
 TRIED = 4  # prompts on which a common beginning is tried
 
 

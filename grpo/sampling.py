@@ -168,7 +168,7 @@ def _generate(
     shared: bool,
     beginning: int,
 ) -> Completions:
-    """One pass of `generate`. Rows that have ended leave the batch once they are half of it."""
+    """One pass of `generate`. Rows that have ended leave once they are half of it, greedy ones once an eighth."""
     device = prompt_ids.device
     rows = prompt_ids.shape[0] * num_generations
     repeats = num_generations
@@ -206,7 +206,7 @@ def _generate(
         left = int(keep.sum())
         if left == 0 or column == max_new_tokens - 1:
             break
-        if left <= len(alive) // 2:
+        if left <= len(alive) * (7 if noise is None else 4) // 8:
             chosen_rows = keep.nonzero().squeeze(-1)
             cache.batch_select_indices(chosen_rows)
             alive, mask, tokens = alive[chosen_rows], mask[chosen_rows], tokens[chosen_rows]
