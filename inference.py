@@ -4,22 +4,25 @@
     python inference.py --compare "What is (4 - 9) * 6?"        before and after training
     python inference.py --temperature 1 --samples 4 "What is (4 - 9) * 6?"
     python inference.py < questions.txt                          one question a line
+    python inference.py --evaluate --compare                     accuracy on held-out problems, before and after
 
-Uses saved_model/ if it is there, the bundled starter otherwise, or any model with --model.
+Uses saved_model/ if it is there, the bundled starter otherwise, or any model with --model. --evaluate measures as a
+run does, all models with the task, prompts and limit of the last: a base is asked as the model that came of it.
 """
 
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from grpo.config import DEVICES, read_card
+from grpo.config import DEVICES, read_card, resolve
 from grpo.console import printable
+from tasks.base import TASKS
 from tasks.parsing import parse_answer
-from tasks.prompts import chat, system_prompt
+from tasks.prompts import STYLES, chat, system_prompt
 
 if TYPE_CHECKING:
     from grpo.models import LanguageModel
@@ -30,8 +33,21 @@ TOKENS_WITHOUT_CARD = 128  # for a model that says nothing of its own limit
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("questions", nargs=-1)
-@click.option("--model", help="starter, a Hub id, or a folder  [default: saved_model/ if there, else starter]")
-@click.option("--compare", is_flag=True, help="answer with the model before training too, side by side")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="starter, a Hub id, or a folder  [default: saved_model/ if there, else starter]; twice to --evaluate two",
+)
+@click.option("--compare", is_flag=True, help="the model before training too, side by side")
+@click.option("--evaluate", is_flag=True, help="measure accuracy on held-out problems instead of asking")
+@click.option("--split", type=click.Choice(("validation", "test")), help="to --evaluate on  [default: test]")
+@click.option("--task", type=click.Choice(TASKS), help="to --evaluate on  [default: the model's own]")
+@click.option("--data", help="file with the problems of --task jsonl or gsm8k")
+@click.option("--min-operand", type=int, help="of arithmetic, from this ...  [default: the model's own]")
+@click.option("--max-operand", type=int, help="... to this  [default: the model's own]")
+@click.option("--prompt-style", type=click.Choice(STYLES), help="to --evaluate in  [default: the model's own]")
+@click.option("--pass-at-k", type=click.IntRange(0), help="also pass@k by sampling, with --evaluate")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="completions a question")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="longest completion  [default: the model's own]")
@@ -39,23 +55,38 @@ TOKENS_WITHOUT_CARD = 128  # for a model that says nothing of its own limit
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="where to compute")
 def main(
     questions: tuple[str, ...],
-    model: str | None,
+    models: tuple[str, ...],
     compare: bool,
+    evaluate: bool,
     temperature: float,
     samples: int,
     max_new_tokens: int | None,
     seed: int,
     device: str,
+    **exam: Any,
 ) -> None:
     """Answer QUESTIONS (or one a line on standard input) and print completion and parsed answer."""
+    given = {name: value for name, value in exam.items() if value is not None}
+    if evaluate and (questions or temperature != 0 or samples > 1):
+        raise click.UsageError("--evaluate takes no questions, --temperature or --samples: it answers greedily")
+    if compare and len(models) > 1:
+        raise click.UsageError("--compare finds the other model itself; give one --model")
+    if not evaluate and (given or len(models) > 1):
+        too_much = ", ".join(f"--{option.replace('_', '-')}" for option in given) or "--model given twice"
+        raise click.UsageError(f"{too_much} is for --evaluate")
     if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
         raise click.UsageError(
             f"--temperature {temperature} cannot be; 0 is greedy, else at least {LEAST_TEMPERATURE}"
         )
     if samples > 1 and temperature == 0:
         raise click.UsageError("--samples above 1 needs --temperature above 0: greedy completions are all alike")
-    name = model or ("saved_model" if Path("saved_model").is_dir() else "starter")
+    name = models[-1] if models else "saved_model" if Path("saved_model").is_dir() else "starter"
     try:
+        if evaluate:
+            names = [before_training(name), name] if compare else list(models or [name])
+            given |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+            examine(names, {**given, "device": device, "seed": seed})
+            return
         asked = read_questions(questions)
         names = [before_training(name), name] if compare else [name]
         click.echo("Model: " + " -> ".join(printable(n) for n in names), err=True)
@@ -72,6 +103,27 @@ def main(
         for label, completions in zip(labels, answers, strict=True):
             for text in completions[i]:
                 show(label, text, style, kind)
+
+
+def examine(names: Sequence[str], given: dict[str, Any]) -> None:
+    """Measure the models as a run of the last would, and print the table."""
+    split = given.pop("split", "test")
+    try:
+        config = resolve({"model": names[-1], "pass_at_k": 0, **given})
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+    from tasks.choose import choose_task
+    from tasks.skills import SKILLS
+
+    task = choose_task(config)
+
+    from grpo.comparison import measure, table
+
+    skills = {skill: SKILLS[skill] for skill in read_card(names[-1]).get("skills", []) if skill in SKILLS}
+    found = measure(names, config, task, skills, split)
+    click.echo(f"{task.name}, {split} problems, style {task.style}, greedy, up to {config.max_new_tokens} tokens")
+    click.echo("\n".join(table(found, split)))
 
 
 def read_questions(questions: Sequence[str]) -> list[str]:

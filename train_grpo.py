@@ -19,7 +19,6 @@ from click.core import ParameterSource
 
 from grpo.config import TrainConfig, resolve
 from grpo.files import claim_folder
-from tasks.base import Task
 
 
 class GroupedCommand(click.Command):
@@ -83,7 +82,9 @@ def main(ctx: click.Context, fresh: bool, **settings: Any) -> None:
 
 def train(config: TrainConfig, launched: float) -> int:
     """Run the training and return the exit status; the heavy imports come after the folder is locked."""
-    task = make_task(config)  # first: what is wrong with its data is said at once
+    from tasks.choose import choose_task
+
+    task = choose_task(config)  # first: what is wrong with its data is said at once
 
     from grpo.memory import is_out_of_memory
     from grpo.trainer import Trainer
@@ -95,26 +96,6 @@ def train(config: TrainConfig, launched: float) -> int:
         if not is_out_of_memory(error):
             raise
         raise ValueError(f"{config.model} does not fit into memory; take a smaller one, or --device cpu") from None
-
-
-def make_task(config: TrainConfig) -> Task:
-    """The task of the settings; raises ValueError, in one line, where its data are missing or malformed."""
-    from tasks import gsm8k, jsonl
-    from tasks.arithmetic import Arithmetic
-    from tasks.reverse import Reverse
-
-    form = {"style": config.prompt_style, "system_prompt": config.system_prompt}
-    if config.task == "gsm8k":
-        return gsm8k.load(config.data, **form)
-    if config.task == "jsonl":
-        if not config.data:
-            raise ValueError("--task jsonl needs --data FILE: JSON Lines with question and answer")
-        return jsonl.load(config.data, **form)
-    if config.data:
-        raise ValueError(f"--task {config.task} makes its own problems; --data is for --task jsonl and gsm8k")
-    if config.task == "reverse":
-        return Reverse(**form)
-    return Arithmetic(config.max_operand, config.min_operand, **form)
 
 
 if __name__ == "__main__":

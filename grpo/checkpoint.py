@@ -27,6 +27,7 @@ from torch import Tensor
 
 from grpo.config import TrainConfig
 from grpo.files import fsync
+from grpo.forgetting import are_answers
 from grpo.metrics import is_count, is_entry, is_evaluation, is_list_of
 
 FOLDER = "checkpoints"
@@ -152,6 +153,7 @@ def see_that_it_is_ours(checkpoint: Checkpoint) -> None:
         "skipped_in_a_row": is_count(state.get("skipped_in_a_row")),
         "limits": limits is None or (isinstance(limits, dict) and all(is_count(limits.get(n)) for n in PASSES)),
         "evaluate_limit": is_count(state.get("evaluate_limit", 1)),
+        "start": state.get("start") is None or are_answers(state["start"]),
         "beta": is_entry({"step": step, "beta": state.get("beta", 0.0)}),
         "steps": is_list_of(is_entry, metrics.get("steps"))
         and [row["step"] for row in metrics["steps"]] == list(range(1, step + 1)),

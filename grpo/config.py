@@ -106,6 +106,7 @@ class TrainConfig:
 
     eval_every: int = setting(50, "Evaluation and output", "steps between evaluations on validation", 1)
     eval_problems: int = setting(500, "Evaluation and output", "validation problems each time", 1)
+    pass_at_k: int = setting(0, "Evaluation and output", "also pass@k by sampling on the test problems; 0: not", 0)
     save_every: int = setting(25, "Evaluation and output", "steps between checkpoints", 1)
     patience: int = setting(0, "Evaluation and output", "stop after so many evaluations without a better one", 0)
     target_accuracy: float = setting(0.0, "Evaluation and output", "stop at this validation accuracy, up to 1", 0.0)

@@ -14,6 +14,8 @@ SCHEMA_VERSION = 1
 FILE_NAME = "grpo_metrics.json"
 LARGEST_NUMBER = 10**300  # JSON may hold integers that no float can
 MEASURED = ("accuracy", "n", "ci_low", "ci_high")  # of every evaluation
+TABLES = ("categories", "pass_at_k")  # of an evaluation
+NOT_NUMBERS = ("split", "skills", *TABLES)
 WRITE_EVERY = 5.0  # seconds, between evaluations
 
 
@@ -162,8 +164,22 @@ def is_entry(row: Any) -> bool:
     """Whether a row has a step, and nothing but numbers and nulls where the plots look for numbers."""
     if not isinstance(row, dict) or not is_count(row.get("step")):
         return False
-    numbers = [value for name, value in row.items() if name not in ("split", "skills") and value is not None]
+    if not all(_is_table(name, row[name]) for name in TABLES if name in row):
+        return False
+    numbers = [value for name, value in row.items() if name not in NOT_NUMBERS and value is not None]
     return all(isinstance(value, (int, float)) and abs(value) < LARGEST_NUMBER for value in numbers)
+
+
+def _is_table(name: str, table: Any) -> bool:
+    """Whether accuracies by category, or pass@k by k, are so many numbers."""
+    if not isinstance(table, dict):
+        return False
+    if name == "pass_at_k":
+        return all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in table.values())
+    return all(
+        isinstance(row, dict) and all(isinstance(row.get(k), (int, float)) and row[k] >= 0 for k in MEASURED)
+        for row in table.values()
+    )
 
 
 def environment(device: str, threads: int, versions: dict[str, str]) -> dict[str, Any]:

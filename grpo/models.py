@@ -31,8 +31,9 @@ from grpo.config import CARD, model_folder
 from grpo.console import printable
 from grpo.files import fsync, put_back, writing
 from grpo.formats import SENTENCEPIECE, write_for_others
+from grpo.greedy import greedy
 from grpo.lora import has_adapter, merged, save_adapter
-from grpo.sampling import Completions, generate, left_pad
+from grpo.sampling import Completions, left_pad
 from tasks.base import Message
 
 SAVED_MODEL = "saved_model"
@@ -60,8 +61,11 @@ class LanguageModel:
 
     def encode(self, chats: Sequence[Sequence[Message]]) -> tuple[Tensor, Tensor]:
         """Prompts for chats: (N, P) left-padded ids and bool mask. Control tokens in the text stay text."""
-        prompts = [prompt_ids(self.tokenizer, chat) for chat in chats]
-        return left_pad(prompts, self.pad_id, self.device)
+        return left_pad(self.prompts(chats), self.pad_id, self.device)
+
+    def prompts(self, chats: Sequence[Sequence[Message]]) -> list[list[int]]:
+        """The prompt of each chat, as token ids."""
+        return [prompt_ids(self.tokenizer, chat) for chat in chats]
 
     def decode(self, completions: Completions) -> list[str]:
         """The text of each completion, without the token that ended it; nothing else is left out."""
@@ -71,20 +75,14 @@ class LanguageModel:
 
     def greedy(self, chats: Sequence[Sequence[Message]], max_new_tokens: int, limit: int = ROWS) -> list[str]:
         """The greedy completion of each chat, `limit` of them at a time."""
-        texts: list[str] = []
-        for start in range(0, len(chats), limit):
-            ids, mask = self.encode(chats[start : start + limit])
-            with precision(self.device):
-                completions = generate(
-                    self.model,
-                    ids,
-                    mask,
-                    num_generations=1,
-                    max_new_tokens=max_new_tokens,
-                    end_ids=self.end_ids,
-                )
-            texts += self.decode(completions)
-        return texts
+        return self.decode(self.answer(self.prompts(chats), max_new_tokens, limit))
+
+    def answer(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int = ROWS, together: bool = False
+    ) -> Completions:
+        """The greedy completion of each prompt; `together`, what prompts begin with in common is run once."""
+        with precision(self.device):
+            return greedy(self.model, prompts, max_new_tokens, self.end_ids, self.pad_id, limit, together)
 
 
 def choose_device(name: str) -> torch.device:

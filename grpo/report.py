@@ -63,8 +63,10 @@ def accuracy_text(entry: Mapping[str, Any]) -> str:
 def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
     """One line for an evaluation on the way."""
     best = "  best so far, saved" if improved and entry["step"] else ""
-    well_formed = f"{100 * entry['well_formed']:.0f}% well-formed"
-    say(f"step {entry['step']:>4}  validation {accuracy_text(entry)}, {well_formed}{best}")
+    more = f"{100 * entry['well_formed']:.0f}% well-formed"
+    if entry.get("drift") is not None:
+        more += f", drift {entry['drift']:.3f}"
+    say(f"step {entry['step']:>4}  validation {accuracy_text(entry)}, {more}{best}")
 
 
 def show_completions(step: int, rollout: RolloutBatch) -> None:
@@ -97,6 +99,8 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
     rows += [(f"skill: {name}", before["skills"][name], after["skills"][name]) for name in after["skills"]]
     for name, was, now in rows:
         say(f"  {name:<18} {accuracy_text(was):>32}  ->  {accuracy_text(now)}")
+    for line in by_category(before, after) + passes(before, after) + drifted(after):
+        say(f"  {line}")
     if kl:
         say(f"  KL to the start    {fmean(kl):.3f} nats a token (mean of the last {len(kl)} steps)")
     task = record["config"]["task"]
@@ -121,6 +125,32 @@ def _say_times(record: Mapping[str, Any]) -> None:
     say(f"  {tokens_per_second(record):,.0f} tokens a second in the steps")
     if memory := record["finished"]["peak_memory"]:
         say(f"  At most {memory / 2**20:,.0f} MiB of memory")
+
+
+def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Accuracies by category before and after: at most twelve of them, those with the lowest now, in their order."""
+    now = after.get("categories", {})
+    shown = sorted(sorted(now, key=lambda name: now[name]["accuracy"])[:12])
+    if not shown:
+        return []
+    lines = [("by category, before", before.get("categories", {})), ("by category, after", now)]
+    return [
+        f"{label:<20}" + "".join(f"  {name} {100 * rows[name]['accuracy']:3.0f}%" for name in shown if name in rows)
+        for label, rows in lines
+    ]
+
+
+def passes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """pass@k before and after, where it was measured."""
+    was, now = before.get("pass_at_k", {}), after.get("pass_at_k", {})
+    both = [f"pass@{k} {100 * was[k]:.1f}% -> {100 * now[k]:.1f}%" for k in now if k in was]
+    return ["sampled:  " + ", ".join(both)] if both else []
+
+
+def drifted(after: Mapping[str, Any]) -> list[str]:
+    """How far the saved policy is from the start where it was not trained."""
+    drift = after.get("drift")
+    return [] if drift is None else [f"drift              {drift:.3f} nats a token on unrelated questions"]
 
 
 def too_hard(steps: Sequence[Mapping[str, Any]], after: Mapping[str, Any], task: str) -> list[str]:
@@ -188,6 +218,8 @@ def model_card(
         rows.append((f"skill `{name}`", was, (after or {}).get("skills", {}).get(name, {})))
     for name, was, now in rows:
         lines.append(f"| {name} | {accuracy_text(was)} | {accuracy_text(now) if now else 'not measured yet'} |")
+    if after:
+        lines += ["", *(f"{line}.  " for line in drifted(after) + passes(before, after))]
     lines += ["", "Settings:", "", "```"]
     lines += [f"{name} = {value}" for name, value in config.to_dict().items() if name != "output_dir"]
     lines += [

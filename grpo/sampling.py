@@ -26,7 +26,7 @@ class Completions:
     ids: Tensor  # (B, C) int64, right-padded
     lengths: Tensor  # (B,) int64, the end token included
     ended: Tensor  # (B,) bool: False where the token limit cut the row off
-    logprobs: Tensor  # (B, C) float32 at the sampling temperature, 0 on padding
+    logprobs: Tensor  # (B, C) float32 at the sampling temperature, 0 on padding and where decoding was greedy
 
     @property
     def mask(self) -> Tensor:
@@ -78,6 +78,41 @@ def draw_tokens(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
+def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, beginning: int = 0) -> tuple[DynamicCache, Tensor]:
+    """The cache of N left-padded prompts (N, P), and the logits after them (N, V).
+
+    The `beginning` tokens that all of them begin with, a system prompt for instance, are run once, and each row's
+    cache gets them behind its own padding, where they would stand anyway: N · (P − S) + S tokens instead of N · P,
+    exact in float32. One row at least must be without padding.
+    """
+    cache = DynamicCache()
+    if beginning:
+        padding = (~mask).sum(-1, keepdim=True)  # (N, 1)
+        start = ids[padding.argmin()][None, :beginning]  # (1, S), of a row without padding
+        places = torch.arange(beginning, device=ids.device)
+        ones = torch.ones_like(start)
+        model(
+            input_ids=start,
+            attention_mask=ones,
+            position_ids=places[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        source = (places - padding).clamp(min=0)  # (N, S); what comes before a row's first token is masked
+        for layer in cache.layers:
+            layer.keys, layer.values = (x[0][:, source].transpose(0, 1) for x in (layer.keys, layer.values))
+    out = model(
+        input_ids=ids[:, beginning:],
+        attention_mask=mask.long(),
+        position_ids=positions(mask)[:, beginning:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return cache, out.logits[:, -1]
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -91,11 +126,14 @@ def generate(
     noise: Tensor | None = None,
     shared: bool = True,
     limit: int | None = None,
+    beginning: int = 0,
 ) -> Completions:
     """`num_generations` completions for each of the N left-padded prompts; greedy where `noise` is None.
 
     `noise` is (N · G, max_new_tokens) from `token_noise`. Every id of `end_ids` ends a row. With `shared`, each
     prompt is run once and its cache repeated; without, once for every completion. At most `limit` rows at a time.
+    All prompts begin with the same `beginning` tokens, which are run once (`prefill`). Greedy rows have no
+    log-probabilities.
     """
     total = prompt_ids.shape[0] * num_generations
     parts = []
@@ -112,6 +150,7 @@ def generate(
                 temperature,
                 None if noise is None else noise[rows],
                 shared,
+                beginning,
             )
         )
     return concatenate(parts)
@@ -127,26 +166,19 @@ def _generate(
     temperature: float,
     noise: Tensor | None,
     shared: bool,
+    beginning: int,
 ) -> Completions:
-    """One pass of `generate`. Rows that have ended leave the batch once they are half of it."""
+    """One pass of `generate`. Rows that have ended leave once they are half of it, greedy ones once an eighth."""
     device = prompt_ids.device
     rows = prompt_ids.shape[0] * num_generations
     repeats = num_generations
     if not shared:
         prompt_ids, prompt_mask = (x.repeat_interleave(repeats, 0) for x in (prompt_ids, prompt_mask))
         repeats = 1
-    cache = DynamicCache()
-    out = model(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask.long(),
-        position_ids=positions(prompt_mask),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    cache, logits = prefill(model, prompt_ids, prompt_mask, beginning)
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
-    logits = out.logits[:, -1].repeat_interleave(repeats, 0)  # (B, V)
+    logits = logits.repeat_interleave(repeats, 0)  # (B, V)
     mask = prompt_mask.long().repeat_interleave(repeats, 0)  # (B, P), grows
     noise = None if noise is None else noise.to(torch.float32 if device.type == "mps" else noise.dtype)
     noise = None if noise is None else noise.to(device)
@@ -161,11 +193,12 @@ def _generate(
             tokens = logits.argmax(-1)
         else:
             tokens = draw_tokens(logits, noise[alive, column], temperature)
-        scaled = logits.float() / temperature
-        chosen = scaled.gather(-1, tokens[:, None]).squeeze(-1) - scaled.logsumexp(-1)
         running = ~ended[alive]
         ids[alive, column] = torch.where(running, tokens, 0)
-        logprobs[alive, column] = torch.where(running, chosen, 0.0)
+        if noise is not None:
+            scaled = logits.float() / temperature
+            chosen = scaled.gather(-1, tokens[:, None]).squeeze(-1) - scaled.logsumexp(-1)
+            logprobs[alive, column] = torch.where(running, chosen, 0.0)
         stops = running & torch.isin(tokens, ends)
         lengths[alive[stops]] = column + 1
         ended[alive] |= stops
@@ -173,7 +206,7 @@ def _generate(
         left = int(keep.sum())
         if left == 0 or column == max_new_tokens - 1:
             break
-        if left <= len(alive) // 2:
+        if left <= len(alive) * (7 if noise is None else 4) // 8:
             chosen_rows = keep.nonzero().squeeze(-1)
             cache.batch_select_indices(chosen_rows)
             alive, mask, tokens = alive[chosen_rows], mask[chosen_rows], tokens[chosen_rows]

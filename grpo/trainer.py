@@ -16,6 +16,7 @@ from grpo.config import TrainConfig, model_folder, read_card
 from grpo.console import Progress, say
 from grpo.examiner import Examiner
 from grpo.files import writing
+from grpo.forgetting import StartingAnswers
 from grpo.learner import Learner
 from grpo.lora import add_adapter, four_bits
 from grpo.memory import peak_memory
@@ -124,6 +125,7 @@ class Trainer:
         """What comes before the first step: a checkpoint to return to, and where the model stands."""
         if self.before:
             return
+        self.examiner.remember(self.lm)
         self._checkpoint()
         self.before = self._test(self.lm, 0)
         self._validate(0)
@@ -173,6 +175,7 @@ class Trainer:
             "before": self.before,
             "best": self.best,
             "evaluate_limit": self.examiner.limit.rows,
+            "start": self.examiner.start and self.examiner.start.to_dict(),
         }
         record = {name: self.metrics.record[name] for name in ("steps", "evals", "findings")}
         write_checkpoint(self.folder, self.learner.checkpoint(self.done, record, state))
@@ -197,6 +200,8 @@ class Trainer:
         refuse_another_run(self.folder, checkpoint, self.config, self.files)
         self.learner.restore(checkpoint)
         self.examiner.limit.rows = checkpoint.state.get("evaluate_limit", ROWS)
+        if start := checkpoint.state.get("start"):
+            self.examiner.start = StartingAnswers(**start)
         self.done = checkpoint.step
         self.before, self.best = checkpoint.state["before"], checkpoint.state["best"]
         self.metrics.restore(checkpoint.metrics)

@@ -3,7 +3,7 @@
     What is (4 - 9) * 6?      <answer>-30</answer>
 
 Operands are integers from `min_operand` to `max_operand`, a negative one in brackets, as in (4 - (-9)) * 6;
-operators + - *.
+operators + - *. A problem's category is its two operators: `-*` for the one above.
 """
 
 from collections.abc import Mapping
@@ -132,4 +132,4 @@ class Arithmetic(Form):
 
 
 def _problem(expression: Expression) -> Problem:
-    return Problem(f"What is {expression}?", str(expression.value))
+    return Problem(f"What is {expression}?", str(expression.value), category=expression.op + expression.op2)

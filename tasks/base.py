@@ -21,11 +21,12 @@ Answer = int | Decimal | str
 
 @dataclass(frozen=True)
 class Problem:
-    """One instance of a task: what the user asks, the gold answer, and other columns of its row for the rewards."""
+    """One instance of a task: what the user asks, the gold answer, other columns of its row for the rewards."""
 
     question: str
     answer: str
     columns: Mapping[str, Any] = field(default_factory=dict)
+    category: str = ""  # what accuracy is also reported by, if anything
 
 
 @dataclass(frozen=True)

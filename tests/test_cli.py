@@ -526,6 +526,7 @@ VALID = {
     "group_schedule": "8:4",
     "refresh_reference_every": 20,
     "eval_every": 13,
+    "pass_at_k": 3,
     "eval_problems": 17,
     "save_every": 3,
     "patience": 4,

@@ -17,17 +17,24 @@ LAYERS = [
     {"grpo.schedule", "grpo.timing"},
     {"grpo.config", "grpo.metrics", "grpo.console"},
     {"grpo.files", "grpo.memory", "grpo.lora", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"}
-    | {"grpo.chats", "grpo.formats"},
+    | {"grpo.chats", "grpo.formats", "grpo.greedy", "grpo.intervals"},
     {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.health", "grpo.checkpoint", "grpo.stops"}
-    | {"grpo.report", "grpo.plots", "grpo.samples", "grpo.track"},
+    | {"grpo.report", "grpo.plots", "grpo.forgetting", "grpo.samples", "grpo.track"},
     {"grpo.learner", "grpo.examiner"},
+    {"grpo.comparison"},
     {"grpo.trainer"},
     {BUILD, *SCRIPTS},
 ]
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
-PURE = ("grpo.schedule", "grpo.advantages", "grpo.console", "grpo.metrics")  # know no other module of grpo
+PURE = (
+    "grpo.schedule",
+    "grpo.advantages",
+    "grpo.console",
+    "grpo.metrics",
+    "grpo.intervals",
+)  # know no other module of grpo
 # what grpo/ may know of tasks/: no concrete task
-ANY_TASK = {"tasks.base", "tasks.prompts", "tasks.rewards"}
+ANY_TASK = {"tasks.base", "tasks.prompts", "tasks.rewards", "tasks.unrelated"}
 OPTIONAL = {"tasks.gsm8k": {"datasets"}}  # imported lazily; a missing one is answered with the line that installs it
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "tokenizers", "matplotlib", "scipy"}
 LIGHT = (

@@ -200,7 +200,7 @@ SETTINGS = {
     "learning_rate": 3e-6,
     "beta": 0.04,
     "num_inner_updates": 5,
-    "eval_every": 10,
+    "eval_every": 20,
     "show_every": 20,
 }
 

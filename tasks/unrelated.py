@@ -1,0 +1,32 @@
+"""Questions that no task trains on: how a policy answers them shows how far it has moved elsewhere.
+
+They are asked in plain text, without a system prompt. A run stores the ids of their prompts, so another list here
+changes new runs only.
+"""
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "Who wrote Hamlet?",
+    "Name three kinds of fruit.",
+    "How do bees make honey?",
+    "What is a mammal?",
+    "Translate good morning to Spanish.",
+    "What does DNA stand for?",
+    "Write a line about the sea.",
+    "When did World War II end?",
+    "How do I boil an egg?",
+    "What is the opposite of hot?",
+    "Name the largest ocean.",
+    "What is photosynthesis?",
+    "Who painted the Mona Lisa?",
+    "Suggest a name for a cat.",
+    "What do pandas eat?",
+    "Is the earth round?",
+    "What is a haiku?",
+    "How far away is the moon?",
+    "Name a prime minister of India.",
+    "What is water made of?",
+    "Finish the saying: better late than",
+    "What language is spoken in Brazil?",
+)
