@@ -1,11 +1,14 @@
 """What a person sees while a run goes on: a progress bar or plain lines, and text that is safe to print."""
 
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 
 from tqdm import tqdm
 
+WIDEST = 100  # columns of a paragraph
 PLAIN_LINE_EVERY = 15.0  # seconds, where there is no terminal to draw a bar on
 
 
@@ -22,6 +25,12 @@ def say(text: str = "") -> None:
     """Print a result on standard output, above the bar if there is one."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def paragraph(text: str, indent: int) -> None:
+    """Print a text on as many lines as it needs, those after the first indented; it may quote a model."""
+    width = max(2 * indent, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns) - 1)
+    say("\n".join(textwrap.wrap(printable(text), width, subsequent_indent=" " * indent, drop_whitespace=True)))
 
 
 class Progress:

@@ -61,6 +61,14 @@ class RolloutBatch:
             "tokens": int(mask.sum()) + int(self.tokens.prompt_mask.sum()),
         }
 
+    def paid_and_wrong(self, count: int = 2) -> list[str]:
+        """The wrong completions that are paid best, each once, with their questions and rewards."""
+        g = len(self.rewards) // len(self.problems)
+        rows = zip(range(len(self.rewards)), self.completions, self.rewards, strict=True)
+        wrong = sorted((row for row in rows if not row[2].correct), key=lambda row: -row[2].total)
+        lines = [f"{self.problems[i // g].question}  {text}  reward {r.total:.2f}, wrong" for i, text, r in wrong]
+        return list(dict.fromkeys(lines))[:count]
+
     def _spread(self, part: Sequence[float | None]) -> float | None:
         """The standard deviation of a reward part in the group, mean over the groups where it is not 0; None if none.
 
