@@ -13,7 +13,7 @@ HARDLY_ANY = 0.02  # of completions: less than one right in six groups of 8
 BLIND = 0.1  # share of groups with right and wrong completions paid alike; a reward for being right has none
 RISE_ERRORS, RISE_SPREADS = 4.0, 0.5  # a reward rises by so many standard errors, and so much of a group's std
 FORM_LEARNED = 0.2  # rise of the well-formed share: no noise in some hundred problems
-OVERFITTED = 0.15  # sampled accuracy above held-out greedy accuracy, which is normally the higher one
+OVERFITTED = 0.15  # rise of the accuracy on training problems: 100 completions of the 640 in a default window
 DRIFT = 0.5  # nats a token: what the start said is on average 40% less likely
 SKILL_LOST = 0.05  # of a skill's problems, beyond the noise
 DWARFED = 0.03  # of the largest part's spread: 30 times as much noise as signal
@@ -75,7 +75,7 @@ def too_hard(now: Moment) -> Sighting:
     text = (
         f"Too hard for this model: in the last {window} steps {100 * right:.1f}% of the completions were right, and "
         f"{percent(tied)} of the groups all wrong and paid alike, which teaches nothing. Take easier problems "
-        "(--max-operand), a reward for getting closer (--reward close=0.2), or an abler --model."
+        "(--max-operand), a --reward that also pays for coming closer, or an abler --model."
     )
     if any((e.get("well_formed") or 0) < HARDLY_ANY for e in reached):
         text += " It does not write the form that the prompt asks for: teach it that first, or try --prompt-style."
@@ -92,12 +92,12 @@ def reward_hacking(now: Moment) -> Sighting:
     cure = "Pay for being right (--reward exact=1), and less for everything else."
     if mixed >= BLIND and tied >= NEARLY_ALL:
         return mixed, (
-            f"Reward hacking: it is earned without being right. In {percent(mixed)} of the groups of the last "
-            f"{WINDOW} steps right and wrong completions were paid alike; the mean reward is "
+            f"Reward hacking: the reward is earned without being right. In {percent(mixed)} of the groups of the "
+            f"last {WINDOW} steps right and wrong completions were paid alike; the mean reward is "
             f"{now.mean('reward_mean'):.2f}, {percent(right)} of the completions are right"
             f"{', ' + held_out if held_out else ''}. More steps teach nothing. {cure}"
         )
-    if not (_accuracy_is_flat(now) and _reward_rises(now)):
+    if not (now.evaluated and _accuracy_is_flat(now) and _reward_rises(now)):
         return None
     rise, error = _rise(now, "accuracy")
     falls = _above(now.evals[0], now.evals[-1])
@@ -115,7 +115,7 @@ def format_only(now: Moment) -> Sighting:
     if not (_accuracy_is_flat(now) and _form_rise(now) >= FORM_LEARNED):
         return None
     first, last = now.evals[0], now.evals[-1]
-    if any(e["well_formed"] < NEARLY_ALL for e in now.evals[-2:]):
+    if any((e.get("well_formed") or 0) < NEARLY_ALL for e in now.evals[-2:]):
         return None
     return last["accuracy"], (
         f"The form is learned, the task is not: {percent(last['well_formed'])} of the answers are well-formed "
@@ -126,14 +126,18 @@ def format_only(now: Moment) -> Sighting:
 
 
 def overfitting(now: Moment) -> Sighting:
-    """Training problems are solved and held-out ones are not."""
-    sampled, last = now.mean("accuracy", LONG_WINDOW), now.evals[-1] if now.evals else None
-    if last is None or not sampled - last["ci_high"] >= OVERFITTED:
+    """Training problems are learned and held-out ones are not."""
+    if not (now.evaluated and _accuracy_is_flat(now)):
         return None
-    return sampled - last["accuracy"], (
-        f"Learned by heart: {percent(sampled)} of the completions to training problems are right, and "
-        f"{percent(last['accuracy'])} of the held-out answers. Train on more different problems (--data, "
-        "--max-operand), for fewer steps, or with a larger --beta."
+    rise, error = _rise(now, "accuracy")
+    if not rise >= max(OVERFITTED, RISE_ERRORS * error):
+        return None
+    first, last = now.evals[0]["accuracy"], now.evals[-1]["accuracy"]
+    return rise, (
+        f"Learned by heart: {percent(now.mean('accuracy'))} of the completions to training problems are right "
+        f"({percent(now.mean('accuracy', first=True))} at first), but {percent(last)} of the held-out answers "
+        f"({percent(first)}). Train on more different problems (--data, --max-operand), for fewer steps, or with a "
+        "larger --beta."
     )
 
 
@@ -185,7 +189,8 @@ def reward_scale(now: Moment) -> Sighting:
                 f"Reward parts of different scales: where {small} differs in a group it does so by "
                 f"{spreads[small]:.2g} (standard deviation), {large} by {spreads[large]:.2g}. Where both differ "
                 f"{small} counts for nothing; where {large} is tied the division by the group's std makes "
-                f"{small} all that counts. Give the parts like weights (--reward), or divide by the batch's (--scale-rewards batch)."
+                f"{small} all that counts. Give the parts like weights (--reward), or divide by the batch's "
+                "(--scale-rewards batch)."
             )
     spread = now.mean("reward_std", LONG_WINDOW) / max(1e-9, 1 - now.mean("tied_groups_fraction", LONG_WINDOW))
     undivided = now.setting("scale_rewards", "group") == "none"

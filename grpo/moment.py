@@ -22,6 +22,11 @@ class Moment:
     tests: Sequence[Row]
     device: str = ""
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether the last evaluation is of the policy as it is: what came before it says nothing of later steps."""
+        return bool(self.evals and self.steps) and self.evals[-1]["step"] == self.steps[-1]["step"]
+
     def values(self, name: str, window: int, first: bool = False) -> list[float] | None:
         """A metric over the last (or first) steps; None before there are so many, or where most are null."""
         rows = self.steps[:window] if first else self.steps[-window:]
