@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import inference
 import plot_metrics
 import train_grpo
-from grpo import examiner, report, trainer
+from grpo import examiner, trainer
 from grpo.config import CARD, STARTER, TrainConfig, resolve
 from grpo.files import EARLIER, WRITTEN
 from grpo.learner import Learner

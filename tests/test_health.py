@@ -244,11 +244,7 @@ def test_a_run_that_asks_after_every_step_finds_what_the_whole_record_shows(sick
     def ask():
         seen.extend(new_findings(so_far, [f.name for f in seen]))
 
-    first_test, *evals, last_test = sorted(record["evals"], key=lambda e: e["split"] == "validation" and 1)[:1] and [
-        record["evals"][0],
-        *record["evals"][1:-1],
-        record["evals"][-1],
-    ]
+    first_test, *evals, last_test = record["evals"]
     so_far["evals"] += [first_test, evals[0]]
     ask()
     for row in record["steps"]:
@@ -278,7 +274,8 @@ def test_what_is_too_hard_says_why_where_it_can():
     for well_formed in (0.0, 1.0):
         sick = SICK_AND_WELL["too_hard"][0]
         evals = sick["evals"] | {"well_formed": well_formed}
-        [finding] = findings(changed(**sick | {"evals": evals, "config": {"task": "reverse"}}))
+        record = changed(**sick | {"evals": evals, "config": {"task": "reverse"}})
+        [finding] = [f for f in findings(record) if f.name == "too_hard"]
         assert ("the form that the prompt asks for" in finding.text) == (well_formed == 0)
         assert "tokens hide the letters" in finding.text
 
