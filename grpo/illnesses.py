@@ -95,7 +95,7 @@ def reward_hacking(now: Moment) -> Sighting:
             f"Reward hacking: the reward is earned without being right. In {percent(mixed)} of the groups of the "
             f"last {WINDOW} steps right and wrong completions were paid alike; the mean reward is "
             f"{now.mean('reward_mean'):.2f}, {percent(right)} of the completions are right"
-            f"{', ' + held_out if held_out else ''}. More steps teach nothing. {cure}"
+            f"{', ' + held_out if held_out else ''}. More steps teach little. {cure}"
         )
     if not (now.evaluated and _accuracy_is_flat(now) and _reward_rises(now)):
         return None
@@ -148,8 +148,9 @@ def past_peak(now: Moment) -> Sighting:
     best, last = max(now.evals[:-2], key=lambda e: e["accuracy"]), now.evals[-1]
     if not all(_above(best, e) for e in now.evals[-2:]):
         return None
+    what = "Past its peak" if best["step"] else "Worse than the start"
     return last["accuracy"], (
-        f"Past its peak: held-out accuracy was {percent(best['accuracy'])} at step {best['step']} and is "
+        f"{what}: held-out accuracy was {percent(best['accuracy'])} at step {best['step']} and is "
         f"{percent(last['accuracy'])}. More steps hurt, as they often do. saved_model/ has the best policy; stop "
         "in time with --patience 3, lower --learning-rate, or use --learning-rate-decay linear."
     )

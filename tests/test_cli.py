@@ -355,9 +355,10 @@ def test_every_task_and_style_trains_saves_and_answers(args, kind, tmp_path, mon
     assert (card["task"], card["kind"]) == (record["config"]["task"], kind)
     assert card["system_prompt"] == record["config"]["system_prompt"] or "<answer>" in card["system_prompt"]
     assert "data" not in card["settings"]
+    said = " ".join(result.stdout.split())  # paragraphs are wrapped
     if "reverse" in args or "reasoning" in args:
-        assert "Too hard for this model" in result.stdout
-    assert ("tokens hide the letters" in result.stdout) == ("reverse" in args)
+        assert said.count("Too hard for this model") == 1
+    assert ("tokens hide the letters" in said) == ("reverse" in args)
     assert len(ask("Spell batori backwards.", folder=tmp_path)) == 2
 
 
