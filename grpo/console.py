@@ -3,12 +3,14 @@
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 
 import click
 from tqdm import tqdm
 
+WIDEST = 100  # columns of a paragraph
 PLAIN_LINE_EVERY = 15.0  # seconds, where there is no terminal to draw a bar on
 
 
@@ -41,6 +43,12 @@ def say(text: str = "") -> None:
     """Print a result on standard output, above the bar if there is one."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def paragraph(text: str, indent: int) -> None:
+    """Print a text on as many lines as it needs, those after the first indented; it may quote a model."""
+    width = max(2 * indent, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns) - 1)
+    say("\n".join(textwrap.wrap(printable(text), width, subsequent_indent=" " * indent, break_on_hyphens=False)))
 
 
 class Progress:

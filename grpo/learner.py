@@ -25,6 +25,8 @@ from grpo.update import Batch, inner_update, reference_logprobs, summary
 from tasks.base import Task
 from tasks.rewards import RewardFunction
 
+WATCHED = 10_000  # weights, to see whether a step moves them
+
 
 class Learner:
     """A policy with its reference and its optimizer, and all that a step changes."""
@@ -52,6 +54,7 @@ class Learner:
         """One rollout and `num_inner_updates` updates on it; returns the rollout and the step's metrics."""
         c, clock, updates = self.config.at(step, self.beta), Stopwatch(), []
         self._set_learning_rate(c.learning_rate)
+        weights = self._some_weights()
         with clock("total"):
             rollout = self.sample_limit.fit(
                 collect, self.lm, self.task, c, step, clock, rewards=self.rewards, shared=self.shared
@@ -81,6 +84,8 @@ class Learner:
             "step": step,
             **rollout.summary(),
             **of_updates,
+            "sampler_gap": largest_gap(rollout.sample_logprobs, batch.old_logprobs, batch.tokens.completion_mask),
+            "weights_moved": float((weights != self._some_weights()).float().mean()),
             **settings,
             **times,
         }
@@ -110,6 +115,12 @@ class Learner:
         self.skipped_in_a_row, self.beta = state["skipped_in_a_row"], state.get("beta", self.beta)
         if state["config"]["micro_batch_size"] == self.config.micro_batch_size and "limits" in state:
             self.sample_limit.rows, self.update_limit.rows = state["limits"]["sample"], state["limits"]["update"]
+
+    def _some_weights(self) -> torch.Tensor:
+        """A copy of some WATCHED of the trainable weights, spread evenly over them, always the same ones."""
+        parameters = trainable(self.lm.model).values()
+        stride = max(1, sum(p.numel() for p in parameters) // WATCHED) | 1  # odd, so that it meets every column
+        return torch.cat([p.detach().flatten()[::stride] for p in parameters])
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module | None]:
@@ -145,6 +156,12 @@ class Learner:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def largest_gap(sampled: torch.Tensor, scored: torch.Tensor, mask: torch.Tensor) -> float:
+    """The largest difference of two log-probabilities of a token, all (B, C), in nats; 0 where there is no token."""
+    gaps = torch.where(mask, (sampled - scored).abs(), 0.0)
+    return float(gaps.max()) if gaps.numel() else 0.0
 
 
 @torch.no_grad()

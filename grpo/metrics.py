@@ -135,6 +135,8 @@ def _check(record: Any, path: Path) -> None:
         raise ValueError(f"{path} is damaged: one of its 'evals' lacks one of {', '.join(MEASURED)}")
     if not isinstance(record.get("config"), dict):
         raise ValueError(f"{path} is damaged: it has no 'config'")
+    if not is_list_of(is_finding, record.get("findings", [])):
+        raise ValueError(f"{path} is damaged: its 'findings' is not a list of texts with a name and a step")
     ending = record.get("finished")
     if ending is not None and not (isinstance(ending, dict) and is_count(ending.get("step")) and "reason" in ending):
         raise ValueError(f"{path} is damaged: its 'finished' is not a step and a reason")
@@ -158,6 +160,17 @@ def is_list_of(is_one: Callable[[Any], bool], value: Any) -> bool:
 def is_evaluation(value: Any) -> bool:
     """Whether a value is an entry of `evals`, complete."""
     return is_entry(value) and "split" in value and all(value.get(name) is not None for name in MEASURED)
+
+
+def is_finding(value: Any) -> bool:
+    """Whether a value is a finding on the run's health, complete."""
+    texts = [value.get("name"), value.get("text"), *_examples(value)] if isinstance(value, dict) else [None]
+    return all(isinstance(text, str) for text in texts) and is_count(value.get("step"))
+
+
+def _examples(finding: dict[str, Any]) -> list[Any]:
+    examples = finding.get("examples", [])
+    return examples if isinstance(examples, list) else [None]
 
 
 def is_entry(row: Any) -> bool:

@@ -1,13 +1,13 @@
 """What a run says: at its start, on the way, at its end, and in the card of the model it saves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from grpo.config import TrainConfig
-from grpo.console import duration, fitted, paint, printable, say, width
+from grpo.console import duration, fitted, paint, paragraph, printable, say, width
 from grpo.files import SAMPLES
 from grpo.models import SAVED_MODEL, LanguageModel
 from grpo.rollout import RolloutBatch
@@ -15,7 +15,6 @@ from grpo.timing import seconds_by_phase, tokens_per_second
 
 HUB_EXAMPLE = "python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"
 SHOWN = 4  # completions each time
-NEARLY_ALL, HARDLY_ANY = 0.9, 0.02  # shares of groups and of completions
 
 
 def introduce(config: TrainConfig, lm: LanguageModel, environment: Mapping[str, Any], shared: bool) -> None:
@@ -103,16 +102,14 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
         say(f"  {line}")
     if kl:
         say(f"  KL to the start    {fmean(kl):.3f} nats a token (mean of the last {len(kl)} steps)")
-    task = record["config"]["task"]
-    for line in too_hard(steps, after, task):
-        say(f"  {line}")
     if after["step"] == 0:
         say("  No evaluation was better than the start, so saved_model/ holds the starting model.")
     say("  A loss near 0 is normal: advantages are centred in each group and the ratio starts at 1.")
+    _list_findings(record)
     _say_times(record)
     say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, {SAMPLES}, plots (*.png)")
     where = "" if folder == Path() else f" --model {folder / SAVED_MODEL}"
-    question = "What is (4 - 9) * 6?" if task == "arithmetic" else "..."
+    question = "What is (4 - 9) * 6?" if record["config"]["task"] == "arithmetic" else "..."
     say(f'Next: python inference.py{where} --compare "{question}"')
 
 
@@ -153,27 +150,18 @@ def drifted(after: Mapping[str, Any]) -> list[str]:
     return [] if drift is None else [f"drift              {drift:.3f} nats a token on unrelated questions"]
 
 
-def too_hard(steps: Sequence[Mapping[str, Any]], after: Mapping[str, Any], task: str) -> list[str]:
-    """What to say where nearly all groups of the later half were wrong and tied, or hardly a completion was right."""
-    late = steps[len(steps) // 2 :]
-    tied = fmean(s["tied_all_wrong_fraction"] for s in late)
-    right = fmean(s["accuracy"] for s in late)
-    if after["accuracy"] > HARDLY_ANY or (tied < NEARLY_ALL and right > HARDLY_ANY):
-        return []
-    lines = [
-        f"Too hard for this model: in the last {len(late)} steps {100 * right:.1f}% of the completions were right,",
-        f"and {100 * tied:.0f}% of the groups all wrong and paid alike, which teaches nothing. Take easier "
-        "problems or an abler model.",
-    ]
-    if after["well_formed"] < HARDLY_ANY:
-        lines.append(
-            "It does not write the form that the prompt asks for: teach it that first, or ask in another style."
-        )
-    if task == "reverse":
-        lines.append(
-            "Where a token is a piece of a word, as in most models, tokens hide the letters that are asked for."
-        )
-    return lines
+def show_finding(finding: Mapping[str, Any]) -> None:
+    """A finding on the run's health, when it arises or in the list at the end."""
+    paragraph(f"step {finding['step']:>4}  {finding['name']}: {finding['text']}", indent=11)
+    for example in finding.get("examples", ()):
+        paragraph(f"    {example}", indent=6)
+
+
+def _list_findings(record: Mapping[str, Any]) -> None:
+    if record["findings"]:
+        say("What is not well with this run (README, When a run does not learn):")
+    for finding in record["findings"]:
+        show_finding(finding)
 
 
 def interrupted(folder: Path, step: int, reason: str) -> None:
@@ -195,6 +183,7 @@ def already_finished(folder: Path, record: Mapping[str, Any]) -> None:
     ending = record["finished"]
     say(f"The run in {folder.resolve()} is finished: {ending['reason']} (step {ending['step']}).")
     say(f"  test accuracy  {accuracy_text(tests[0])}  ->  {accuracy_text(tests[-1])}")
+    _list_findings(record)
     say("The plots are drawn again. A larger --num-iterations goes on; --fresh moves it aside and starts over.")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from grpo.metrics import Stopwatch
 from grpo.models import LanguageModel, precision
 from grpo.sampling import Completions, concatenate, generate, token_noise
 from tasks.base import Problem, Reward, Task
-from tasks.rewards import RewardFunction, parse_rewards, score
+from tasks.rewards import RewardFunction, parse_rewards, repeats_an_ending, score
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,17 @@ class RolloutBatch:
         totals = torch.tensor([reward.total for reward in self.rewards]).view(len(self.problems), -1)  # (N, G)
         right = torch.tensor([reward.correct for reward in self.rewards]).view_as(totals)
         tied = totals.amax(1) == totals.amin(1)
-        mask = self.tokens.completion_mask
+        mask, parts = self.tokens.completion_mask, self.rewards[0].parts
+        lengths = mask.sum(-1).float()
         return {
             "reward_mean": float(totals.mean()),
             "reward_std": float(totals.std(1).mean()),
-            **{f"reward/{name}": _mean([r.parts[name] for r in self.rewards]) for name in self.rewards[0].parts},
+            **{f"reward/{name}": _mean([r.parts[name] for r in self.rewards]) for name in parts},
+            **{f"reward_std/{name}": self._spread([r.parts[name] for r in self.rewards]) for name in parts},
             "accuracy": float(right.float().mean()),
-            "completion_length": float(mask.sum(-1).float().mean()),
+            "completion_length": float(lengths.mean()),
+            "empty_fraction": float((lengths <= 1).float().mean()),
+            "repeated_endings_fraction": fmean(map(repeats_an_ending, self.completions)),
             "truncated_fraction": float(self.truncated.float().mean()),
             "tied_groups_fraction": float(tied.float().mean()),
             "tied_all_right_fraction": float((tied & right.all(1)).float().mean()),
@@ -56,6 +60,23 @@ class RolloutBatch:
             "resampled_groups": self.resampled,
             "tokens": int(mask.sum()) + int(self.tokens.prompt_mask.sum()),
         }
+
+    def paid_and_wrong(self, count: int = 2) -> list[str]:
+        """The wrong completions that are paid best, each once, with their questions and rewards."""
+        g = len(self.rewards) // len(self.problems)
+        rows = zip(range(len(self.rewards)), self.completions, self.rewards, strict=True)
+        wrong = sorted((row for row in rows if not row[2].correct), key=lambda row: -row[2].total)
+        lines = [f"{self.problems[i // g].question}  {text}  reward {r.total:.2f}, wrong" for i, text, r in wrong]
+        return list(dict.fromkeys(lines))[:count]
+
+    def _spread(self, part: Sequence[float | None]) -> float | None:
+        """The standard deviation of a reward part in the group, mean over the groups where it is not 0; None if none.
+
+        Groups that a part ties in say nothing of its scale.
+        """
+        g = len(part) // len(self.problems)
+        groups = [[v for v in part[i : i + g] if v is not None] for i in range(0, len(part), g)]
+        return _mean([stdev(group) for group in groups if len(group) > 1 and min(group) < max(group)])
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from grpo.console import Progress, say
 from grpo.examiner import Examiner
 from grpo.files import writing
 from grpo.forgetting import StartingAnswers
+from grpo.health import SHOW_EXAMPLES, new_findings
 from grpo.learner import Learner
 from grpo.lora import add_adapter, four_bits
 from grpo.memory import peak_memory
 from grpo.metrics import Metrics, environment, load_metrics, without_times
 from grpo.models import ROWS, SAVED_MODEL, LanguageModel, be_deterministic, choose_device, load, save
 from grpo.plots import draw_all
+from grpo.rollout import RolloutBatch
 from grpo.samples import Samples
 from grpo.stops import Stops
 from grpo.track import Tracker
@@ -65,6 +67,7 @@ class Trainer:
         self.before: dict[str, Any] = {}  # the starting model on the test problems
         self.best: dict[str, Any] | None = None  # the evaluation of the best policy, with its step
         self.done = 0  # steps
+        self.rollout: RolloutBatch | None = None  # of the last step
         self.launched = time.monotonic() if launched is None else launched
         self.slowest = self.ending = 0.0  # seconds of the slowest step, and of what comes after the last
 
@@ -100,17 +103,18 @@ class Trainer:
         try:
             while True:
                 start = time.monotonic()
-                rollout, entry = self.learner.step(self.done + 1)
+                self.rollout, entry = self.learner.step(self.done + 1)
                 self.done += 1
                 self.metrics.add_step(entry)
-                self.samples.add(self.done, rollout)
+                self.samples.add(self.done, self.rollout)
                 self.tracker.log(entry)
+                self._diagnose()
                 progress.update(
                     self.done, {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
                 )
                 self._stop_if_broken()
                 if c.show_every and self.done % c.show_every == 0:
-                    report.show_completions(self.done, rollout)
+                    report.show_completions(self.done, self.rollout)
                 if self.done % c.eval_every == 0 or self.done == c.num_iterations:
                     self._validate(self.done)
                 self.slowest = max(self.slowest, time.monotonic() - start)
@@ -248,7 +252,18 @@ class Trainer:
         entry = {"step": step, "split": split, **measure(lm), "time/evaluate": time.perf_counter() - start}
         self.metrics.add_eval(entry)
         self.tracker.log(entry, f"{split}/")
+        self._diagnose(aloud=split != "test")  # the findings of the last test are in the list that follows it
         return entry
+
+    def _diagnose(self, aloud: bool = True) -> None:
+        """Note what the metrics show of the run's health and have not shown before, and say it."""
+        record = self.metrics.record["findings"]
+        for finding in new_findings(self.metrics.record, {earlier["name"] for earlier in record}):
+            record.append(asdict(finding))
+            if finding.name in SHOW_EXAMPLES and self.rollout is not None:
+                record[-1]["examples"] = self.rollout.paid_and_wrong()
+            if aloud:
+                report.show_finding(record[-1])
 
     def _save(self) -> None:
         """Write the policy as it is now to saved_model/, with what a reader and a next run need."""

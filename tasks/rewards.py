@@ -26,6 +26,7 @@ LARGEST = 1e12  # of a weighted reward: far from where float32 and the variance 
 REASONING_OPEN, REASONING_CLOSE = "<reasoning>", "</reasoning>"
 TAGS = (OPEN, CLOSE, "<think>", "</think>", REASONING_OPEN, REASONING_CLOSE)
 END_MARKERS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
+ENDINGS = (*(tag for tag in TAGS if tag.startswith("</")), *END_MARKERS)
 SHAPED = {"format": 0.2, "close": 0.2, "exact": 0.6}
 # the weights of the well-known GSM8K demo for TRL (https://gist.github.com/willccbb, grpo_demo.py)
 DEMO = {"correctness": 2.0, "integer": 0.5, "strict_format": 0.5, "soft_format": 0.5, "xml_count": 0.5}
@@ -136,6 +137,11 @@ def one_ending(attempt: Attempt) -> float:
     text = attempt.completion.rstrip()
     repeated = any(text.count(tag) > 1 for tag in TAGS) or any(marker in text for marker in END_MARKERS)
     return float(text.endswith(CLOSE) and not repeated)
+
+
+def repeats_an_ending(completion: str) -> bool:
+    """Whether a closing tag or an end marker stands in it more than once: the model does not know where to stop."""
+    return any(completion.count(ending) > 1 for ending in ENDINGS)
 
 
 def length(attempt: Attempt) -> float:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import inference
 import plot_metrics
 import train_grpo
-from grpo import examiner, report, trainer
+from grpo import examiner, trainer
 from grpo.config import CARD, STARTER, TrainConfig, resolve
 from grpo.files import EARLIER, SAMPLES, WRITTEN
 from grpo.learner import Learner
@@ -366,29 +366,11 @@ def test_every_task_and_style_trains_saves_and_answers(args, kind, tmp_path, mon
     assert (card["task"], card["kind"]) == (record["config"]["task"], kind)
     assert card["system_prompt"] == record["config"]["system_prompt"] or "<answer>" in card["system_prompt"]
     assert "data" not in card["settings"]
+    said = " ".join(result.stdout.split())  # paragraphs are wrapped
     if "reverse" in args or "reasoning" in args:
-        assert "Too hard for this model" in result.stdout
-    assert ("tokens hide the letters" in result.stdout) == ("reverse" in args)
+        assert said.count("Too hard for this model") == 1
+    assert ("tokens hide the letters" in said) == ("reverse" in args)
     assert len(ask("Spell batori backwards.", folder=tmp_path)) == 2
-
-
-@pytest.mark.parametrize(
-    ("tied", "right", "reached", "expected"),
-    [
-        (0.95, 0.0, 0.0, True),  # nearly all groups all wrong
-        (0.5, 0.01, 0.01, True),  # hardly a completion right
-        (0.5, 0.2, 0.2, False),
-        (0.95, 0.05, 0.3, False),  # the saved policy can do it
-    ],
-)
-def test_a_task_that_is_too_hard_is_called_so(tied, right, reached, expected):
-    steps = [{"tied_all_wrong_fraction": 0.0, "accuracy": 1.0}] * 10  # the earlier half says nothing
-    steps += [{"tied_all_wrong_fraction": tied, "accuracy": right}] * 10
-    for well_formed in (0.0, 1.0):
-        lines = report.too_hard(steps, {"accuracy": reached, "well_formed": well_formed}, "reverse")
-        assert bool(lines) == expected
-        assert any("the form that the prompt asks for" in line for line in lines) == (expected and not well_formed)
-        assert any("tokens hide the letters" in line for line in lines) == expected
 
 
 def test_the_answer_is_shown_by_its_kind(tmp_path, monkeypatch):

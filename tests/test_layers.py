@@ -16,9 +16,12 @@ LAYERS = [
     {"grpo", "grpo.starter"},
     {"grpo.schedule", "grpo.timing"},
     {"grpo.config", "grpo.metrics", "grpo.console"},
+    {"grpo.moment"},
+    {"grpo.illnesses", "grpo.symptoms"},
+    {"grpo.health"},
     {"grpo.files", "grpo.memory", "grpo.lora", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"}
     | {"grpo.chats", "grpo.formats", "grpo.greedy", "grpo.intervals"},
-    {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.health", "grpo.checkpoint", "grpo.stops"}
+    {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.checkpoint", "grpo.stops"}
     | {"grpo.report", "grpo.plots", "grpo.forgetting", "grpo.samples", "grpo.track"},
     {"grpo.learner", "grpo.examiner"},
     {"grpo.comparison"},
@@ -45,6 +48,7 @@ LIGHT = (
     "grpo.metrics",
     *SCRIPTS,
 )  # imported before --help answers
+HEALTH = {"grpo.moment", "grpo.illnesses", "grpo.symptoms", "grpo.health"}
 
 
 def sources():
@@ -136,6 +140,12 @@ def test_no_module_imports_itself_by_a_detour():
 @pytest.mark.parametrize("module", PURE)
 def test_the_lowest_modules_know_no_other_of_grpo(module):
     assert not {name for name in imports(module) if name.startswith("grpo")}
+
+
+@pytest.mark.parametrize("module", sorted(HEALTH))
+def test_a_runs_health_is_read_from_its_metrics_alone(module):
+    assert of_project(imports(module)) <= HEALTH
+    assert not {name.split(".")[0] for name in imports(module)} & HEAVY
 
 
 def test_nothing_imports_a_script():
