@@ -20,8 +20,8 @@ def column(record: Record, name: str) -> np.ndarray:
 
 
 def window_for(steps: int) -> int:
-    """How many steps the smoothing of a run looks at: a tenth of them, at least 11, an odd number."""
-    return max(11, steps // 10) | 1
+    """How many steps the smoothing of a run looks at: a fifteenth of them, at least 11, an odd number."""
+    return max(11, steps // 15) | 1
 
 
 def smooth(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
@@ -115,9 +115,10 @@ def over_runs(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> Spread:
 
 
 def group_runs(paths: Sequence[Path], records: Sequence[Record], labels: Sequence[str]) -> list[Group]:
-    """Runs by label; without labels, by settings: the same but for the seed, and for what changes nothing learned."""
-    if labels and len(labels) != len(paths):
-        raise ValueError(f"there are {len(paths)} runs and {len(labels)} labels; give one --label for each run")
+    """Runs by label; without labels, by settings: the same but for the seed, and for what changes nothing learned.
+
+    `labels` is empty, or as long as `paths`.
+    """
     if labels:
         groups = {label: Group(label) for label in labels}
         for label, record in zip(labels, records, strict=True):

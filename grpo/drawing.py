@@ -70,23 +70,34 @@ def tidy(axes: Axes) -> None:
 
 def note(axes: Axes, text: str) -> None:
     """Say why nothing is drawn."""
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=9)
 
 
 def whole_steps(axes: Axes) -> None:
     """Whole numbers of steps below an axis."""
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def shares(axes: Axes, top: float = 1.05) -> None:
-    """A whole axis of shares, in %: a cut one makes a small gain look large."""
+    """An axis of shares, in %; whole, unless `top` says otherwise: a cut one makes a small gain look large."""
     axes.set_ylim(0, top)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None if top < 0.1 else 0))
+    axes.set_yticks(np.linspace(0, top / 1.05, 5 if top > 1 else 3))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1 if top < 0.1 else 0))
 
 
 def drawable(values: np.ndarray) -> np.ndarray:
     """Values with NaN for those beyond any scale."""
     return np.where(np.abs(np.nan_to_num(values)) < LARGEST_DRAWN, values, np.nan)
+
+
+def smooth_as_drawn(axes: Axes, values: np.ndarray, window: int) -> np.ndarray:
+    """Values smoothed on the scale that they are drawn on: on a logarithmic one a spike must not become a hill."""
+    transform = axes.yaxis.get_transform()
+    if axes.get_yscale() == "linear":
+        return smooth(values, window)
+    if axes.get_yscale() == "log":
+        values = np.where(np.nan_to_num(values) > 0, values, np.nan)
+    return transform.inverted().transform(smooth(transform.transform(values), window))
 
 
 def line(
@@ -101,7 +112,7 @@ def line(
         return True
     if raw:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.9)
-    smoothed = smooth(values, window_for(len(values)))
+    smoothed = smooth_as_drawn(axes, values, window_for(len(values)))
     axes.plot(steps, smoothed, color=colour, linewidth=1.8, linestyle=style, label=label)
     gap = np.pad(~np.isfinite(values), 1, constant_values=True)
     alone = ~gap[1:-1] & gap[:-2] & gap[2:]  # between two gaps no line is drawn

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from grpo.curves import (
     SMOOTHED_FROM,
@@ -42,17 +43,18 @@ from grpo.drawing import (
     whole_steps,
 )
 
-WIDTH, ROW, HEAD, FOOT, TEXT_LINE = 8.8, 1.62, 0.78, 0.45, 0.165  # inches; a README shows the width as 880 pixels
+WIDTH, ROW, HEAD, FOOT, TEXT_LINE = 8.8, 1.6, 0.88, 0.45, 0.165  # inches; a README shows the width as 880 pixels
 SMALL, TEXT, LARGE = 7.5, 8.5, 11  # points
-LETTERS = 118  # of a line of findings
-MOST_FINDINGS, MOST_PARTS, IN_A_ROW = 12, 11, 4
+LETTERS = 145  # of a line of findings
+MOST_FINDINGS, MOST_PARTS = 12, 11
 NEAR = 0.035  # of the steps: findings closer than this share a marker
 
 
 def overview(record: Record) -> Figure:
     """Every metric of a run over its steps, its findings as numbered lines and in words below."""
     found, words = findings(record)[:MOST_FINDINGS], _in_words(record)
-    head = HEAD + 0.16 * (max(0, min(len(reward_parts(record)), MOST_PARTS)) // IN_A_ROW)
+    labels = [*(_short(name) for name in reward_parts(record)[:MOST_PARTS]), "all"]
+    head = HEAD + 0.16 * ((len(labels) - 1) // _columns(labels))
     rows = -(-len(PANELS) // 2)
     height = head + rows * ROW + FOOT + TEXT_LINE * (len(words) + bool(words))
     figure = plt.figure(figsize=(WIDTH, height))
@@ -70,12 +72,12 @@ def overview(record: Record) -> Figure:
         one.tick_params(labelsize=SMALL)
         _head(one, title + draw(one, record))
         if over_steps:
-            one.set_xlim(-0.01 * last, 1.01 * last)
+            aside = 0.35 if last < SMOOTHED_FROM else 0.01 * last  # half a bar
+            one.set_xlim(-aside, last + aside)
             whole_steps(one)
             one.tick_params(labelbottom=number >= len(PANELS) - 3)
             _mark(one, found, last)
-    for one in axes[-3:-1]:
-        one.set_xlabel("step", fontsize=TEXT, labelpad=1)
+    axes[-2].set_xlabel("step", fontsize=TEXT, labelpad=1)
     _write(figure, record, words, height)
     return figure
 
@@ -103,7 +105,8 @@ def _in_words(record: Record) -> list[str]:
     for number, one in enumerate(found[:MOST_FINDINGS], 1):
         step = f"step {one['step']}: " if isinstance(one.get("step"), int) else ""
         text = f"{number}  {step}{' '.join(one['text'].split())}"
-        lines += textwrap.wrap(text, LETTERS, subsequent_indent="     ", max_lines=3, placeholder=" …")
+        style = {"subsequent_indent": "     ", "max_lines": 3, "placeholder": " …", "break_on_hyphens": False}
+        lines += textwrap.wrap(text, LETTERS, **style)
     if len(found) > MOST_FINDINGS:
         lines.append(f"{len(found) - MOST_FINDINGS} more in the metrics file")
     return [plain(text, 2 * LETTERS) for text in lines]
@@ -132,20 +135,28 @@ def _mark(axes: Axes, found: Sequence[Record], last: int) -> None:
 def _head(axes: Axes, title: str) -> None:
     """The panel's title, and its legend between title and axes, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    rows = -(-len(labels) // IN_A_ROW)
+    columns = _columns(labels)
+    rows = -(-len(labels) // columns)
     if labels:
         style = {"frameon": False, "borderaxespad": 0.1, "handlelength": 1.3, "columnspacing": 1, "labelspacing": 0.2}
         axes.legend(
-            handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncol=IN_A_ROW, fontsize=SMALL, **style
+            handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncol=columns, fontsize=SMALL, **style
         )
     axes.set_title(title, loc="left", fontsize=TEXT, weight="bold", pad=4 + 11.5 * rows)
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """How many entries of a legend fit beside each other, from what letters and signs take, in points."""
+    if sum(4.4 * len(label) + 26 for label in labels) < 300:
+        return max(1, len(labels))
+    return max(1, int(300 / (4.4 * max(map(len, labels)) + 26)))
 
 
 def _reward(axes: Axes, record: Record) -> str:
     names = reward_parts(record)
     for i, name in enumerate(names[:MOST_PARTS]):
         style = "-" if i < len(COLOURS) else "--"
-        line(axes, record, f"reward/{name}", COLOURS[i % len(COLOURS)], plain(" " + name, 18), style)
+        line(axes, record, f"reward/{name}", COLOURS[i % len(COLOURS)], _short(name), style)
     drawn = line(axes, record, "reward_mean", BLACK, "all")
     values = np.concatenate([column(record, name) for name in ("reward_mean", *(f"reward/{n}" for n in names))])
     known = drawable(values)[np.isfinite(drawable(values))]
@@ -168,9 +179,8 @@ def _number(name: str, colour: str) -> Callable[[Axes, Record], str]:
     """A metric on an axis that starts at 0."""
 
     def draw(axes: Axes, record: Record) -> str:
-        drawn = line(axes, record, name, colour)
         scale = from_zero(axes, column(record, name))
-        return _or_note(axes, drawn, record) + scale
+        return scale + _or_note(axes, line(axes, record, name, colour), record)
 
     return draw
 
@@ -189,14 +199,16 @@ def _share(name: str, colour: str) -> Callable[[Axes, Record], str]:
 
 
 def _ratio(axes: Axes, record: Record) -> str:
+    values = np.concatenate([drawable(column(record, name)) for name in ("ratio_max", "ratio_min")])
+    known = values[np.isfinite(values) & (values > 0)]
+    far = len(known) > 0 and known.max() > 10
+    if far:
+        axes.set_yscale("log")
     drawn = line(axes, record, "ratio_max", BLUE, "largest") | line(axes, record, "ratio_min", SKY, "smallest")
     low, high = setting(record, "epsilon"), setting(record, "epsilon_high") or setting(record, "epsilon")
     for edge, label in ((1 - low, "clipping begins"), (1 + high, None)):
         axes.axhline(edge, color=GREY, linestyle=":", linewidth=1, label=label)
-    values = np.concatenate([drawable(column(record, name)) for name in ("ratio_max", "ratio_min")])
-    known = values[np.isfinite(values) & (values > 0)]
-    if len(known) and known.max() > 10:
-        axes.set_yscale("log")
+    if far:
         return ", log"
     axes.set_ylim(min([1 - 1.3 * low, *known]), max([1 + 1.3 * high, *(1.05 * known)]))
     return _or_note(axes, drawn, record)
@@ -211,9 +223,9 @@ def _length(axes: Axes, record: Record) -> str:
 
 
 def _gradient(axes: Axes, record: Record) -> str:
-    drawn = line(axes, record, "grad_norm", BLUE, "mean of the updates")
     limit = setting(record, "clip_grad_norm")
     scale = from_zero(axes, np.append(column(record, "grad_norm"), limit))
+    drawn = line(axes, record, "grad_norm", BLUE, "mean of the updates")
     axes.axhline(limit, color=GREY, linestyle=":", linewidth=1, label="clipped above")
     return scale + _or_note(axes, drawn, record)
 
@@ -233,7 +245,7 @@ def _loss(axes: Axes, record: Record) -> str:
     values = drawable(column(record, "loss"))
     most = np.abs(values[np.isfinite(values)]).max(initial=1e-3)
     axes.set_ylim(-1.1 * most, 1.1 * most)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+    axes.yaxis.set_major_formatter("{x:g}")
     return _or_note(axes, drawn, record)
 
 
@@ -242,13 +254,14 @@ def _time(axes: Axes, record: Record) -> str:
     layers = [(name, column(record, f"time/{name}"), colours.get(name, SKY)) for name in phases(record)]
     rest = column(record, "time/total") - sum(np.nan_to_num(values) for _, values, _ in layers)
     layers.append(("other", np.maximum(0, rest), GREY))
-    drawn = _stack(axes, record, [(plain(" " + name, 16), values, colour) for name, values, colour in layers])
+    drawn = _stack(axes, record, [(_short(name), values, colour) for name, values, colour in layers])
     axes.set_ylim(bottom=0)
     return _or_note(axes, drawn, record)
 
 
 def _drift(axes: Axes, record: Record) -> str:
-    points = [e for e in evaluations(record, "validation") or evaluations(record, "test") if e.get("drift") is not None]
+    points = [e for e in record["evals"] if e.get("drift") is not None]
+    points = evaluations({"evals": points}, "validation") or points
     values = [e["drift"] for e in points]
     axes.plot([e["step"] for e in points], values, color=PINK, marker="o", markersize=3, linewidth=1.6)
     if not points:
@@ -262,7 +275,7 @@ def _skills(axes: Axes, record: Record) -> str:
     """Each neighbouring skill before and after; an axis of its own."""
     tests = [e for e in evaluations(record, "test") if isinstance(e.get("skills"), dict) and e["skills"]]
     axes.set_xlim(-0.02, 1.02)
-    axes.xaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     if not tests:
         note(axes, "this model has none, or they are not measured yet")
         axes.set_yticks([])
@@ -282,6 +295,11 @@ def _skills(axes: Axes, record: Record) -> str:
     axes.set_yticks(range(len(names)), [plain(name, 12) for name in reversed(names)])
     axes.set_ylim(-0.6, len(names) - 0.4)
     return ""
+
+
+def _short(name: str) -> str:
+    """A name for a legend, which leaves out what begins with an underscore."""
+    return plain(name if not name.startswith("_") else " " + name, 16)
 
 
 def _stack(axes: Axes, record: Record, layers: Sequence[tuple[str, np.ndarray, str]]) -> bool:

@@ -73,10 +73,10 @@ def kl_divergence(record: Record) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
     figure.suptitle(f"KL to the reference, beta {record['config'].get('beta', '?')}", fontsize=12, parse_math=False)
     tidy(axes)
+    axes.set_ylabel(f"KL (nats a token{from_zero(axes, column(record, 'kl'))})")
     drawn = line(axes, record, "kl", ORANGE, "k3, mean over the step's completion tokens")
     if not drawn:
         note(axes, "not measured: beta is 0" if record["steps"] else NO_STEPS)
-    axes.set_ylabel(f"KL (nats a token{from_zero(axes, column(record, 'kl'))})")
     axes.set_xlabel("step")
     whole_steps(axes)
     if drawn:

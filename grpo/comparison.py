@@ -1,0 +1,161 @@
+"""Several runs in one picture: a curve for each run, or one with a band for runs that differ in their seed only."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from grpo.curves import SMOOTHED_FROM, Group, column, evaluations, over_runs, window_for
+from grpo.drawing import (
+    COLOURS,
+    GREY,
+    drawable,
+    from_zero,
+    note,
+    plain,
+    save_figure,
+    shares,
+    smooth_as_drawn,
+    tidy,
+    whole_steps,
+)
+
+COMPARISON = "grpo_comparison.png"
+WIDTH, ROW, FOOT, TEXT_LINE = 8.8, 1.55, 0.45, 0.19  # inches
+SMALL, TEXT, LARGE = 7.5, 8.5, 11  # points
+LONGEST_LABEL = 80
+STYLES = ("-", "--", ":")
+PANELS = (  # title, metric of a step or (split, metric) of an evaluation, scale
+    ("Reward (mean of the step)", "reward_mean", "linear"),
+    ("Validation accuracy (% of problems)", ("validation", "accuracy"), "share"),
+    ("Accuracy, sampled (% of completions)", "accuracy", "share"),
+    ("KL to the reference (nats a token)", "kl", "number"),
+    ("Entropy (nats a token)", "entropy", "number"),
+    ("Completion length (tokens)", "completion_length", "number"),
+    ("Truncated (% of completions)", "truncated_fraction", "share"),
+    ("Tied groups, which teach nothing (% of groups)", "tied_groups_fraction", "share"),
+    ("Gradient norm", "grad_norm", "number"),
+    ("Clipped (% of tokens)", "clip_fraction", "share"),
+    ("Time of a step (seconds)", "time/total", "number"),
+    ("Forgetting: drift from the start (nats a token)", ("validation", "drift"), "number"),
+)
+
+
+def draw_comparison(groups: Sequence[Group], folder: Path) -> list[Path]:
+    """Draw the comparison into a folder; returns what was written."""
+    return [save_figure(comparison(groups), folder / COMPARISON)]
+
+
+def comparison(groups: Sequence[Group]) -> Figure:
+    """Each metric over the steps, a colour a group."""
+    rows = -(-len(PANELS) // 2)
+    head = 0.72 + TEXT_LINE * (len(groups) + 1)
+    height = head + rows * ROW + FOOT
+    figure = plt.figure(figsize=(WIDTH, height))
+    box = {"left": 0.065, "right": 0.985, "top": 1 - head / height, "bottom": FOOT / height}
+    grid = figure.add_gridspec(rows, 2, hspace=0.42, wspace=0.16, **box)
+    first = None
+    for number, (title, metric, scale) in enumerate(PANELS):
+        axes = figure.add_subplot(grid[number // 2, number % 2], sharex=first)
+        first = first or axes
+        tidy(axes)
+        axes.tick_params(labelsize=SMALL, labelbottom=number >= len(PANELS) - 2)
+        said = _panel(axes, groups, metric, scale)
+        axes.set_title(title + said, loc="left", fontsize=TEXT, weight="bold", pad=4)
+        axes.set_xlim(0, max(1, *(group.steps for group in groups)) * 1.01)
+        whole_steps(axes)
+        if number >= len(PANELS) - 2:
+            axes.set_xlabel("step", fontsize=TEXT, labelpad=1)
+    _explain(figure, groups, height)
+    return figure
+
+
+def _panel(axes: Axes, groups: Sequence[Group], metric: str | tuple[str, str], scale: str) -> str:
+    """One metric of all groups; returns what to add to the title."""
+    series = [[_series(record, metric) for record in group.records] for group in groups]
+    values = np.concatenate([np.empty(0), *(v for group in series for _, v in group)])
+    known = values[np.isfinite(values)]
+    said = ""
+    if scale == "share":
+        shares(axes)
+    elif scale == "number":
+        said = from_zero(axes, values)
+    else:
+        axes.set_ylim(min([0, *(1.05 * known)]), max([1.05, *(1.05 * known)]))
+    if not len(known):
+        note(axes, "not measured")
+        return said
+    window = max(window_for(len(record["steps"])) for group in groups for record in group.records)
+    for number, group in enumerate(series):
+        colour, style = _look(number)
+        if isinstance(metric, str):
+            group = [(s, smooth_as_drawn(axes, v, window) if len(v) >= SMOOTHED_FROM else v) for s, v in group]
+        few = not isinstance(metric, str) or max(len(v) for _, v in group) < SMOOTHED_FROM
+        _curve(axes, group, colour, style, "o" if few else None)
+    return said
+
+
+def _curve(
+    axes: Axes, series: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, style: str, marker: str | None
+) -> None:
+    """Mean and range of some runs; thin where not all of them have a value."""
+    series = [(steps, values) for steps, values in series if np.isfinite(values).any()]
+    if not series:
+        return
+    spread = over_runs(series)
+    if len(series) > 1:
+        axes.fill_between(spread.steps, spread.low, spread.high, color=colour, alpha=0.22, linewidth=0)
+    everywhere = np.where(spread.runs == len(series), spread.mean, np.nan)
+    look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 2.5}
+    axes.plot(spread.steps, spread.mean, linewidth=0.8, **look)
+    axes.plot(spread.steps, everywhere, linewidth=1.8, **look)
+
+
+def _series(record: Mapping[str, Any], metric: str | tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(metric, str):
+        return column(record, "step"), drawable(column(record, metric))
+    split, name = metric
+    rows = {"steps": evaluations(record, split)}
+    return column(rows, "step"), drawable(column(rows, name))
+
+
+def _look(number: int) -> tuple[str, str]:
+    return COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+
+
+def _explain(figure: Figure, groups: Sequence[Group], height: float) -> None:
+    """Title, and the legend: what each colour is, how many runs, how far, and what the band shows."""
+    runs = sum(len(group.records) for group in groups)
+    figure.text(0.02, 1 - 0.10 / height, f"GRPO: {runs} runs compared", fontsize=LARGE, weight="bold", va="top")
+    handles, labels = [], []
+    for number, group in enumerate(groups):
+        colour, style = _look(number)
+        handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=2.2))
+        labels.append(f" {plain(group.label, LONGEST_LABEL)}: {_what(group)}")
+    place = {"loc": "upper left", "bbox_to_anchor": (0.012, 1 - 0.3 / height), "borderaxespad": 0, "frameon": False}
+    figure.legend(handles, labels, fontsize=SMALL, labelspacing=0.35, handlelength=1.6, borderpad=0.1, **place)
+    said = ["Curves of steps are smoothed (a line fitted around each step)."]
+    if any(len(group.records) > 1 for group in groups):
+        said.append("Bands: smallest to largest of the runs; line: their mean, thin where not all runs have a value.")
+    place = 1 - (0.42 + TEXT_LINE * len(groups)) / height
+    figure.text(0.02, place, " ".join(said), fontsize=SMALL, color=GREY, va="top")
+
+
+def _what(group: Group) -> str:
+    """How many runs, their seeds and steps, and what they reached on test problems."""
+    seeds = ", ".join(dict.fromkeys(plain(str(seed), 12) for seed in group.seeds))
+    steps = sorted({record["steps"][-1]["step"] if record["steps"] else 0 for record in group.records})
+    far = f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"
+    many = len(group.records)
+    text = f"{many} runs, mean and min to max, seeds {seeds}, {far}" if many > 1 else f"seed {seeds}, {far}"
+    tests = [evaluations(record, "test") for record in group.records]
+    after = sorted(100 * found[-1]["accuracy"] for found in tests if len(found) > 1)
+    if after:
+        reached = f"{after[0]:.1f}%" if len(after) == 1 else f"{after[0]:.1f} to {after[-1]:.1f}%"
+        text += f", test {reached}" + (f" ({len(after)} of them)" if len(after) < many else "")
+    return text
