@@ -10,16 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from grpo.curves import SMOOTHED_FROM, Group, column, evaluations, over_runs, window_for
+from grpo.curves import SMOOTHED_FROM, Group, column, evaluations, over_runs, smooth, window_for
 from grpo.drawing import (
     COLOURS,
     GREY,
     drawable,
+    fitting_shares,
     from_zero,
     note,
     plain,
     save_figure,
-    shares,
     smooth_as_drawn,
     tidy,
     whole_steps,
@@ -54,7 +54,7 @@ def draw_comparison(groups: Sequence[Group], folder: Path) -> list[Path]:
 def comparison(groups: Sequence[Group]) -> Figure:
     """Each metric over the steps, a colour a group."""
     rows = -(-len(PANELS) // 2)
-    head = 0.72 + TEXT_LINE * (len(groups) + 1)
+    head = 0.8 + TEXT_LINE * len(groups)
     height = head + rows * ROW + FOOT
     figure = plt.figure(figsize=(WIDTH, height))
     box = {"left": 0.065, "right": 0.985, "top": 1 - head / height, "bottom": FOOT / height}
@@ -78,11 +78,13 @@ def comparison(groups: Sequence[Group]) -> Figure:
 def _panel(axes: Axes, groups: Sequence[Group], metric: str | tuple[str, str], scale: str) -> str:
     """One metric of all groups; returns what to add to the title."""
     series = [[_series(record, metric) for record in group.records] for group in groups]
-    values = np.concatenate([np.empty(0), *(v for group in series for _, v in group)])
+    of_steps = isinstance(metric, str)
+    shown = [_smoothed(v) if of_steps else v for group in series for _, v in group]
+    values = np.concatenate([np.empty(0), *shown])
     known = values[np.isfinite(values)]
     said = ""
     if scale == "share":
-        shares(axes)
+        fitting_shares(axes, values)
     elif scale == "number":
         said = from_zero(axes, values)
     else:
@@ -90,14 +92,30 @@ def _panel(axes: Axes, groups: Sequence[Group], metric: str | tuple[str, str], s
     if not len(known):
         note(axes, "not measured")
         return said
-    window = max(window_for(len(record["steps"])) for group in groups for record in group.records)
-    for number, group in enumerate(series):
+    for number, one in enumerate(series):
         colour, style = _look(number)
-        if isinstance(metric, str):
-            group = [(s, smooth_as_drawn(axes, v, window) if len(v) >= SMOOTHED_FROM else v) for s, v in group]
-        few = not isinstance(metric, str) or max(len(v) for _, v in group) < SMOOTHED_FROM
-        _curve(axes, group, colour, style, "o" if few else None)
+        if of_steps:
+            one = [(steps, _smoothed(values, axes)) for steps, values in one]
+        else:
+            one = _at_the_same_steps(one)
+        few = not of_steps or max(len(values) for _, values in one) < SMOOTHED_FROM
+        _curve(axes, one, colour, style, "o" if few else None)
+        if metric == ("validation", "accuracy") and len(one) == 1:
+            _intervals(axes, evaluations(groups[number].records[0], "validation"), colour)
     return said
+
+
+def _smoothed(values: np.ndarray, axes: Axes | None = None) -> np.ndarray:
+    if len(values) < SMOOTHED_FROM:
+        return values
+    window = window_for(len(values))
+    return smooth_as_drawn(axes, values, window) if axes else smooth(values, window)
+
+
+def _intervals(axes: Axes, points: Sequence[Mapping[str, Any]], colour: str) -> None:
+    """The 95% intervals of a run's evaluations."""
+    steps, low, high = ([point[name] for point in points] for name in ("step", "ci_low", "ci_high"))
+    axes.vlines(steps, low, high, color=colour, linewidth=0.9)
 
 
 def _curve(
@@ -110,10 +128,20 @@ def _curve(
     spread = over_runs(series)
     if len(series) > 1:
         axes.fill_between(spread.steps, spread.low, spread.high, color=colour, alpha=0.22, linewidth=0)
-    everywhere = np.where(spread.runs == len(series), spread.mean, np.nan)
     look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 2.5}
-    axes.plot(spread.steps, spread.mean, linewidth=0.8, **look)
-    axes.plot(spread.steps, everywhere, linewidth=1.8, **look)
+    for runs in np.unique(spread.runs[spread.runs > 0]):  # where a run begins or ends, the mean jumps: no line there
+        mean = np.where(spread.runs == runs, spread.mean, np.nan)
+        axes.plot(spread.steps, mean, linewidth=1.8 if runs == len(series) else 0.9, **look)
+
+
+def _at_the_same_steps(
+    series: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Evaluations of runs that were evaluated at different steps: straight lines between a run's own."""
+    known = [(steps[np.isfinite(values)], values[np.isfinite(values)]) for steps, values in series]
+    known = [one for one in known if len(one[0])]
+    every = np.unique(np.concatenate([np.empty(0), *(steps for steps, _ in known)]))
+    return [(every, np.interp(every, steps, values, left=np.nan, right=np.nan)) for steps, values in known]
 
 
 def _series(record: Mapping[str, Any], metric: str | tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
@@ -137,12 +165,12 @@ def _explain(figure: Figure, groups: Sequence[Group], height: float) -> None:
         colour, style = _look(number)
         handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=2.2))
         labels.append(f" {plain(group.label, LONGEST_LABEL)}: {_what(group)}")
-    place = {"loc": "upper left", "bbox_to_anchor": (0.012, 1 - 0.3 / height), "borderaxespad": 0, "frameon": False}
+    place = {"loc": "upper left", "bbox_to_anchor": (0.0155, 1 - 0.3 / height), "borderaxespad": 0, "frameon": False}
     figure.legend(handles, labels, fontsize=SMALL, labelspacing=0.35, handlelength=1.6, borderpad=0.1, **place)
-    said = ["Curves of steps are smoothed (a line fitted around each step)."]
+    said = ["Smoothed (a line fitted around each step). Bars: 95% intervals."]
     if any(len(group.records) > 1 for group in groups):
-        said.append("Bands: smallest to largest of the runs; line: their mean, thin where not all runs have a value.")
-    place = 1 - (0.42 + TEXT_LINE * len(groups)) / height
+        said.append("Bands: smallest to largest of the runs; line: their mean, thin where not all have a value.")
+    place = 1 - (0.34 + TEXT_LINE * len(groups)) / height
     figure.text(0.02, place, " ".join(said), fontsize=SMALL, color=GREY, va="top")
 
 

@@ -85,6 +85,12 @@ def shares(axes: Axes, top: float = 1.05) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1 if top < 0.1 else 0))
 
 
+def fitting_shares(axes: Axes, values: np.ndarray) -> None:
+    """An axis of shares, to 1, 10 or 100%, whichever holds all of them."""
+    most = np.nan_to_num(values).max(initial=0.0)
+    shares(axes, next((top for top in (0.0105, 0.105) if 1.05 * most <= top), 1.05))
+
+
 def drawable(values: np.ndarray) -> np.ndarray:
     """Values with NaN for those beyond any scale."""
     return np.where(np.abs(np.nan_to_num(values)) < LARGEST_DRAWN, values, np.nan)
