@@ -86,7 +86,7 @@ def _panel(axes: Axes, groups: Sequence[Group], metric: str | tuple[str, str], s
     if scale == "share":
         fitting_shares(axes, values)
     elif scale == "number":
-        said = from_zero(axes, values)
+        said = from_zero(axes, np.concatenate([values, *(v for group in series for _, v in group)]), values)
     else:
         axes.set_ylim(min([0, *(1.05 * known)]), max([1.05, *(1.05 * known)]))
     if not len(known):
@@ -127,7 +127,8 @@ def _curve(
         return
     spread = over_runs(series)
     if len(series) > 1:
-        axes.fill_between(spread.steps, spread.low, spread.high, color=colour, alpha=0.22, linewidth=0)
+        several = spread.runs > 1
+        axes.fill_between(spread.steps, spread.low, spread.high, several, color=colour, alpha=0.22, linewidth=0)
     look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 2.5}
     for runs in np.unique(spread.runs[spread.runs > 0]):  # where a run begins or ends, the mean jumps: no line there
         mean = np.where(spread.runs == runs, spread.mean, np.nan)

@@ -1,7 +1,7 @@
 """What the figures share: colours, lines, scales, and text from elsewhere that is safe to draw."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -148,22 +148,29 @@ def held_out(axes: Axes, record: Record, label: str, size: float = 4) -> None:
     )
 
 
-def from_zero(axes: Axes, values: Sequence[float] | np.ndarray) -> str:
-    """Start an axis at 0; where single values would flatten all others, make it logarithmic. Returns what to say."""
-    known = np.asarray(values, dtype=float)
-    known = known[np.isfinite(known) & (np.abs(known) < LARGEST_DRAWN)]
-    positive = known[known > 0]
+def from_zero(axes: Axes, values: np.ndarray, shown: np.ndarray | None = None) -> str:
+    """Start an axis at 0; where single values would flatten all others, make it logarithmic. Returns what to say.
+
+    `shown` is what will be drawn, if that is not the values themselves.
+    """
+    positive = _positive(values)
+    top = _positive(values if shown is None else shown).max(initial=0.0) or 1.0
     if not len(positive) or positive.max() <= SPIKE * np.median(positive):
-        axes.set_ylim(0, 1.08 * positive.max() if len(positive) else 1)
+        axes.set_ylim(0, 1.08 * top)
         return ""
     threshold = 10.0 ** np.floor(np.log10(np.median(positive)))
     axes.set_yscale("symlog", linthresh=threshold)
-    axes.set_ylim(0, 3 * positive.max())
-    decades = np.log10(positive.max() / threshold)
+    axes.set_ylim(0, 3 * max(top, threshold))
+    decades = np.log10(max(top, threshold) / threshold)
     exponents = range(0, int(decades) + 2, max(1, int(decades) // 4))
     axes.set_yticks([0, *(threshold * 10.0**k for k in exponents)])
     axes.minorticks_off()
     return f", log above {threshold:g}"
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    known = np.nan_to_num(drawable(np.asarray(values, dtype=float)))
+    return known[known > 0]
 
 
 def title_of(record: Record) -> str:

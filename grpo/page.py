@@ -40,10 +40,12 @@ figcaption, .soft { color: var(--soft); font-size: 0.9rem; }
 th, td { text-align: left; vertical-align: top; padding: 0.25rem 0.8rem 0.25rem 0;
   border-bottom: 1px solid var(--line); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-pre { margin: 0; font: 0.85rem/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { margin: 0; font: 0.85rem/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  min-width: 9rem; }
 td { overflow-wrap: anywhere; }
 details { border-bottom: 1px solid var(--line); padding: 0.3rem 0; } summary { cursor: pointer; }
-.right { color: var(--right); } .wrong { color: var(--wrong); } li { margin: 0.4rem 0; }
+.right, .wrong { white-space: nowrap; } .right { color: var(--right); } .wrong { color: var(--wrong); }
+li { margin: 0.4rem 0; }
 """
 
 

@@ -145,7 +145,7 @@ def _drift(axes: Axes, record: Record) -> str:
         note(axes, "not measured")
         axes.set_ylim(0, 1)
         return ""
-    return from_zero(axes, values)
+    return from_zero(axes, np.array(values, dtype=float))
 
 
 def skills(axes: Axes, record: Record) -> str:
