@@ -8,6 +8,7 @@ import base64
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,10 @@ def write_page(record: Record, pictures: Sequence[Path], run: Path, folder: Path
         with writing(path):
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     return path
 
 

@@ -83,7 +83,8 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
     if after["step"] == 0:
         say("  No evaluation was better than the start, so saved_model/ holds the starting model.")
     say("  A loss near 0 is normal: advantages are centred in each group and the ratio starts at 1.")
-    say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, grpo_training_curve.png, grpo_kl_divergence.png")
+    say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, and as pictures grpo_overview.png,")
+    say("  grpo_training_curve.png, grpo_kl_divergence.png. plot_metrics.py --html makes a page of them.")
     where = "" if folder == Path() else f" --model {folder / SAVED_MODEL}"
     question = "What is (4 - 9) * 6?" if task == "arithmetic" else "..."
     say(f'Next: python inference.py{where} --compare "{question}"')

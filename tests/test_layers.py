@@ -19,7 +19,8 @@ LAYERS = [
     {"grpo.files", "grpo.memory", "grpo.lora", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"}
     | {"grpo.chats", "grpo.formats"},
     {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.health", "grpo.checkpoint", "grpo.stops"}
-    | {"grpo.report", "grpo.plots"},
+    | {"grpo.report", "grpo.plots", "grpo.overview", "grpo.panels", "grpo.comparison", "grpo.page"}
+    | {"grpo.drawing", "grpo.curves"},
     {"grpo.learner", "grpo.examiner"},
     {"grpo.trainer"},
     {BUILD, *SCRIPTS},
