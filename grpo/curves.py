@@ -67,7 +67,8 @@ def evaluations(record: Record, split: str) -> list[Mapping[str, Any]]:
 def findings(record: Record) -> list[Mapping[str, Any]]:
     """What the run was found to suffer from, by step; number them from 1. What is damaged is left out."""
     found = record.get("findings")
-    sound = [f for f in found if isinstance(f, dict) and isinstance(f.get("text"), str)] if found else []
+    found = found if isinstance(found, list) else []
+    sound = [f for f in found if isinstance(f, dict) and isinstance(f.get("text"), str)]
     return sorted(sound, key=lambda f: f["step"] if isinstance(f.get("step"), int) else float("inf"))
 
 

@@ -185,4 +185,5 @@ def title_of(record: Record) -> str:
 def setting(record: Record, name: str) -> float:
     """A number among the settings, its default where a run does not have it."""
     value = record["config"].get(name)
-    return float(value if isinstance(value, (int, float)) else getattr(TrainConfig(), name))
+    sound = isinstance(value, (int, float)) and 0 <= value < LARGEST_DRAWN
+    return float(value if sound else getattr(TrainConfig(), name))
