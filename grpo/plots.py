@@ -4,9 +4,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grpo.curves import Record, column, evaluations
+from grpo.curves import SMOOTHED_FROM, Record, column, evaluations
 from grpo.drawing import (
     BLUE,
     GREEN,
@@ -41,13 +42,13 @@ def training_curve(record: Record) -> Figure:
     figure.suptitle(title_of(record), fontsize=12)
     for axes in (top, bottom):
         tidy(axes)
-    if not line(top, record, "reward_mean", BLUE, "reward, mean of the step"):
+    if not line(top, record, "reward_mean", BLUE, _smoothed(record, "reward, mean of the step")):
         note(top, NO_STEPS)
     rewards = drawable(column(record, "reward_mean"))
     known = rewards[np.isfinite(rewards)]
     top.set_ylabel("reward (of one completion)")
     top.set_ylim(min([0, *(1.05 * known)]), max([1.05, *(1.05 * known)]))  # weights of the user's may go beyond
-    if not line(bottom, record, "accuracy", BLUE, "sampled completions (training problems)"):
+    if not line(bottom, record, "accuracy", BLUE, _smoothed(record, "sampled (training problems)")):
         note(bottom, NO_STEPS)
     held_out(bottom, record, "validation, greedy, 95% interval")
     if points := evaluations(record, "validation"):
@@ -64,7 +65,7 @@ def training_curve(record: Record) -> Figure:
     whole_steps(bottom)
     for axes in (top, bottom):
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="lower right", fontsize=9, framealpha=0.9)
+            _legend(axes)
     return figure
 
 
@@ -74,11 +75,20 @@ def kl_divergence(record: Record) -> Figure:
     figure.suptitle(f"KL to the reference, beta {record['config'].get('beta', '?')}", fontsize=12, parse_math=False)
     tidy(axes)
     axes.set_ylabel(f"KL (nats a token{from_zero(axes, column(record, 'kl'))})")
-    drawn = line(axes, record, "kl", ORANGE, "k3, mean over the step's completion tokens")
+    drawn = line(axes, record, "kl", ORANGE, _smoothed(record, "k3, mean over the step's completion tokens"))
     if not drawn:
         note(axes, "not measured: beta is 0" if record["steps"] else NO_STEPS)
     axes.set_xlabel("step")
     whole_steps(axes)
     if drawn:
-        axes.legend(loc="upper left", fontsize=9, framealpha=0.9)
+        _legend(axes)
     return figure
+
+
+def _legend(axes: Axes) -> None:
+    """Above the axes, where it covers nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncol=2, fontsize=9, frameon=False, borderaxespad=0.2)
+
+
+def _smoothed(record: Record, label: str) -> str:
+    return f"{label}, smoothed" if len(record["steps"]) >= SMOOTHED_FROM else label
