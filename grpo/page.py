@@ -76,7 +76,7 @@ def read_samples(path: Path) -> tuple[dict[int, list[Mapping[str, Any]]], int]:
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError):
-                damaged += bool(text.strip())
+                damaged += bool(text.strip()) and text.endswith("\n")  # a run may be writing the last line
                 continue
             if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("completion"), str):
                 steps.setdefault(row["step"], []).append({key: row.get(key) for key in KEYS})
