@@ -118,7 +118,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 
     task = choose_task(config)
 
-    from grpo.comparison import measure, table
+    from grpo.scoreboard import measure, table
 
     skills = {skill: SKILLS[skill] for skill in read_card(names[-1]).get("skills", []) if skill in SKILLS}
     found = measure(names, config, task, skills, split)

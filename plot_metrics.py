@@ -1,11 +1,14 @@
-"""Draw the plots of a run again, from its metrics file.
+"""Draw the plots of a run again, from its metrics file, or those of several runs in one picture.
 
-    python plot_metrics.py                     ./grpo_metrics.json
-    python plot_metrics.py runs/a              the run in a folder
-    python plot_metrics.py runs/a --out pics   draw into another folder
+    python plot_metrics.py                                             ./grpo_metrics.json
+    python plot_metrics.py runs/a                                      the run in a folder
+    python plot_metrics.py runs/a --out pics                           draw into another folder
+    python plot_metrics.py runs/a --html                               and a page with everything: grpo_report.html
+    python plot_metrics.py runs/a runs/b --label first --label second  compare: grpo_comparison.png
 
-Writes grpo_training_curve.png and grpo_kl_divergence.png. Works while a run goes on, and on one that was
-cut short.
+A run gets grpo_training_curve.png, grpo_kl_divergence.png and grpo_overview.png. Works while a run goes on, and on
+one that was cut short. Runs of the same label become one curve with a band from the smallest to the largest; without
+labels, so do runs that differ in their seed only.
 """
 
 from pathlib import Path
@@ -14,21 +17,57 @@ import click
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run", type=click.Path(path_type=Path), default=".")
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, metavar="[RUN]...")
+@click.option("--label", "labels", multiple=True, help="name of a run, where several are compared; once for each")
 @click.option("--out", type=click.Path(path_type=Path), help="folder to draw into  [default: beside the metrics]")
-def main(run: Path, out: Path | None) -> None:
-    """Draw the plots of RUN: a metrics file, or the folder of a run (default: this folder)."""
-    from grpo.metrics import load_metrics
-    from grpo.plots import draw_all
+@click.option("--html", is_flag=True, help="also write grpo_report.html, one page with everything on the run")
+def main(runs: tuple[Path, ...], labels: tuple[str, ...], out: Path | None, html: bool) -> None:
+    """Draw the plots of RUN: a metrics file, or the folder of a run (default: this folder).
 
+    Several are compared in one picture, written to this folder if --out names no other.
+    """
+    from grpo.metrics import load_metrics
+
+    runs = runs or (Path(),)
     try:
-        record = load_metrics(run)
-        folder = out or (run if run.is_dir() else run.parent)
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in draw_all(record, folder):
+        _refuse(runs, labels, html)
+        records = [load_metrics(run) for run in runs]
+        beside = runs[0] if runs[0].is_dir() else runs[0].parent
+        folder = out or (beside if len(runs) == 1 else Path())
+        if len(runs) > 1:
+            from grpo.comparison import draw_comparison
+            from grpo.curves import group_runs
+
+            groups = group_runs(runs, records, labels)
+            folder.mkdir(parents=True, exist_ok=True)
+            written = draw_comparison(groups, folder)
+        else:
+            from grpo.plots import draw_all
+
+            folder.mkdir(parents=True, exist_ok=True)
+            written = draw_all(records[0], folder)
+        if html:
+            from grpo.page import write_page
+
+            written.append(write_page(records[0], written, beside, folder))
+        for path in written:
             click.echo(path)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
+
+
+def _refuse(runs: tuple[Path, ...], labels: tuple[str, ...], html: bool) -> None:
+    """Raise ValueError where what was asked for makes no sense."""
+    if len(runs) == 1 and labels:
+        raise ValueError("--label names runs that are compared; give several runs, or leave it out")
+    if len(runs) > 1 and html:
+        raise ValueError("--html writes the page of one run; give it one run at a time")
+    if labels and len(labels) != len(runs):
+        raise ValueError(f"there are {len(runs)} runs and {len(labels)} labels; give one --label for each run")
+    places = [run.resolve() for run in runs]
+    for run, place in zip(runs, places, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"{run} is given twice; it would count as two seeds")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
     python train_grpo.py                                        the bundled starter model, minutes on a CPU
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct     a model of the Hugging Face Hub
 
-Writes saved_model/ (the policy that is best on validation problems), grpo_metrics.json,
+Writes saved_model/ (the policy that is best on validation problems), grpo_metrics.json, grpo_overview.png,
 grpo_training_curve.png, grpo_kl_divergence.png and checkpoints/ into --output-dir. The same command goes on with a
-run that was cut short. It departs from the published recipe
-in the direction of the KL, in exact zeros for tied groups, and in keeping the best policy instead of the
-last; README.md says why.
+run that was cut short. It departs from the published recipe in the direction of the KL, in exact zeros for tied
+groups, and in keeping the best policy instead of the last; README.md says why.
 """
 
 import time

@@ -1,99 +1,190 @@
-"""Models measured on the same held-out problems, in the way in which a run measures its own, side by side."""
+"""Several runs in one picture: a curve for each run, or one with a band for runs that differ in their seed only."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from grpo.config import TrainConfig
-from grpo.console import printable
-from grpo.evaluate import Evaluation, proportion
-from grpo.examiner import Examiner
-from grpo.forgetting import StartingAnswers
-from grpo.intervals import paired_interval
-from grpo.models import LanguageModel, choose_device, load
-from grpo.report import accuracy_text
-from tasks.base import Task
-from tasks.unrelated import QUESTIONS
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-LABEL, COLUMN = 20, 34  # characters
+from grpo.curves import SMOOTHED_FROM, Group, column, evaluations, over_runs, smooth, window_for
+from grpo.drawing import (
+    COLOURS,
+    GREY,
+    drawable,
+    fitting_shares,
+    from_zero,
+    note,
+    plain,
+    save_figure,
+    smooth_as_drawn,
+    tidy,
+    whole_steps,
+)
+
+COMPARISON = "grpo_comparison.png"
+WIDTH, ROW, FOOT, TEXT_LINE = 8.8, 1.55, 0.45, 0.19  # inches
+SMALL, TEXT, LARGE = 7.5, 8.5, 11  # points
+LONGEST_LABEL = 80
+STYLES = ("-", "--", ":")
+PANELS = (  # title, metric of a step or (split, metric) of an evaluation, scale
+    ("Reward (mean of the step)", "reward_mean", "linear"),
+    ("Validation accuracy (% of problems)", ("validation", "accuracy"), "share"),
+    ("Accuracy, sampled (% of completions)", "accuracy", "share"),
+    ("KL to the reference (nats a token)", "kl", "number"),
+    ("Entropy (nats a token)", "entropy", "number"),
+    ("Completion length (tokens)", "completion_length", "number"),
+    ("Truncated (% of completions)", "truncated_fraction", "share"),
+    ("Tied groups, which teach nothing (% of groups)", "tied_groups_fraction", "share"),
+    ("Gradient norm", "grad_norm", "number"),
+    ("Clipped (% of tokens)", "clip_fraction", "share"),
+    ("Time of a step (seconds)", "time/total", "number"),
+    ("Forgetting: drift from the start (nats a token)", ("validation", "drift"), "number"),
+)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was found of one model."""
-
-    name: str
-    evaluations: Mapping[str, Evaluation]  # of the task first, then of the skills
-    passes: Mapping[str, float] = field(default_factory=dict)  # pass@k by k
-    drift: float | None = None  # from the first model, on unrelated questions
+def draw_comparison(groups: Sequence[Group], folder: Path) -> list[Path]:
+    """Draw the comparison into a folder; returns what was written."""
+    return [save_figure(comparison(groups), folder / COMPARISON)]
 
 
-def measure(
-    names: Sequence[str], config: TrainConfig, task: Task, skills: Mapping[str, Task], split: str
-) -> list[Measured]:
-    """Measure each model with the prompts and limits of `config`; one at a time is held in memory.
+def comparison(groups: Sequence[Group]) -> Figure:
+    """Each metric over the steps, a colour a group."""
+    rows = -(-len(PANELS) // 2)
+    head = 0.8 + TEXT_LINE * len(groups)
+    height = head + rows * ROW + FOOT
+    figure = plt.figure(figsize=(WIDTH, height))
+    box = {"left": 0.065, "right": 0.985, "top": 1 - head / height, "bottom": FOOT / height}
+    grid = figure.add_gridspec(rows, 2, hspace=0.42, wspace=0.16, **box)
+    first = None
+    for number, (title, metric, scale) in enumerate(PANELS):
+        axes = figure.add_subplot(grid[number // 2, number % 2], sharex=first)
+        first = first or axes
+        tidy(axes)
+        axes.tick_params(labelsize=SMALL, labelbottom=number >= len(PANELS) - 2)
+        said = _panel(axes, groups, metric, scale)
+        axes.set_title(title + said, loc="left", fontsize=TEXT, weight="bold", pad=4)
+        axes.set_xlim(0, max(1, *(group.steps for group in groups)) * 1.01)
+        whole_steps(axes)
+        if number >= len(PANELS) - 2:
+            axes.set_xlabel("step", fontsize=TEXT, labelpad=1)
+    _explain(figure, groups, height)
+    return figure
 
-    Raises ValueError where one cannot be loaded.
-    """
-    found: list[Measured] = []
-    start = None
-    for name in names:
-        examiner = Examiner(config, task, skills if split == "test" else {})
-        lm = load(name, choose_device(config.device))
-        evaluations = examiner.evaluations(lm, split)
-        passes = examiner.passes(lm, split).get("pass_at_k", {})
-        if start is None:
-            examiner.remember(lm)
-            start, drift = examiner.start, None
+
+def _panel(axes: Axes, groups: Sequence[Group], metric: str | tuple[str, str], scale: str) -> str:
+    """One metric of all groups; returns what to add to the title."""
+    series = [[_series(record, metric) for record in group.records] for group in groups]
+    of_steps = isinstance(metric, str)
+    shown = [_smoothed(v) if of_steps else v for group in series for _, v in group]
+    values = np.concatenate([np.empty(0), *shown])
+    known = values[np.isfinite(values)]
+    said = ""
+    if scale == "share":
+        fitting_shares(axes, values)
+    elif scale == "number":
+        said = from_zero(axes, np.concatenate([values, *(v for group in series for _, v in group)]), values)
+    else:
+        axes.set_ylim(min([0, *(1.05 * known)]), max([1.05, *(1.05 * known)]))
+    if not len(known):
+        note(axes, "not measured")
+        return said
+    for number, one in enumerate(series):
+        colour, style = _look(number)
+        if of_steps:
+            one = [(steps, _smoothed(values, axes)) for steps, values in one]
         else:
-            drift = _drift(examiner, start, lm)
-        found.append(Measured(name, evaluations, passes, drift))
-        del lm
-    return found
+            one = _at_the_same_steps(one)
+        few = not of_steps or max(len(values) for _, values in one) < SMOOTHED_FROM
+        _curve(axes, one, colour, style, "o" if few else None)
+        if metric == ("validation", "accuracy") and len(one) == 1:
+            _intervals(axes, evaluations(groups[number].records[0], "validation"), colour)
+    return said
 
 
-def _drift(examiner: Examiner, start: StartingAnswers, lm: LanguageModel) -> float | None:
-    """The drift from the first model; None where a model of another tokenizer has another meaning for its ids."""
-    if not start.same_prompts(lm, QUESTIONS):
-        return None
-    return examiner.limit.fit(start.drift, lm)
+def _smoothed(values: np.ndarray, axes: Axes | None = None) -> np.ndarray:
+    if len(values) < SMOOTHED_FROM:
+        return values
+    window = window_for(len(values))
+    return smooth_as_drawn(axes, values, window) if axes else smooth(values, window)
 
 
-def table(found: Sequence[Measured], split: str) -> list[str]:
-    """A row for each figure, a column for each model; with two models, the difference with its paired interval."""
-    heads = [shortened(model.name) for model in found] + ["difference"] * (len(found) == 2)
-    lines = [row("", heads)]
-    task = next(iter(found[0].evaluations))
-    for name in found[0].evaluations:
-        several = [model.evaluations[name] for model in found]
-        lines.append(accuracy_row(split if name == task else name, [e.right for e in several]))
-        if name == task:
-            lines.append(row("  well-formed", [f"{100 * e.to_dict()['well_formed']:.1f}%" for e in several]))
-            for category in several[0].categories:
-                lines.append(accuracy_row(f"  {category}", [e.categories[category] for e in several]))
-            for k in found[0].passes:
-                lines.append(row(f"  pass@{k}, sampled", [f"{100 * model.passes[k]:.1f}%" for model in found]))
-    if any(model.drift is not None for model in found):
-        drifts = ["" if model.drift is None else f"{model.drift:.3f} nats a token" for model in found]
-        lines.append(row("drift from the first", drifts))
-    return lines
+def _intervals(axes: Axes, points: Sequence[Mapping[str, Any]], colour: str) -> None:
+    """The 95% intervals of a run's evaluations."""
+    steps, low, high = ([point[name] for point in points] for name in ("step", "ci_low", "ci_high"))
+    axes.vlines(steps, low, high, color=colour, linewidth=0.9)
 
 
-def accuracy_row(label: str, rights: Sequence[Sequence[bool]]) -> str:
-    """Accuracies with their Wilson intervals, and for two of them the paired difference in points."""
-    cells = [accuracy_text(proportion(right)) for right in rights]
-    if len(rights) == 2:
-        difference, low, high = (100 * x for x in paired_interval(*rights))
-        cells.append(f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]")
-    return row(label, cells)
+def _curve(
+    axes: Axes, series: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, style: str, marker: str | None
+) -> None:
+    """Mean and range of some runs; thin where not all of them have a value."""
+    series = [(steps, values) for steps, values in series if np.isfinite(values).any()]
+    if not series:
+        return
+    spread = over_runs(series)
+    if len(series) > 1:
+        several = spread.runs > 1
+        axes.fill_between(spread.steps, spread.low, spread.high, several, color=colour, alpha=0.22, linewidth=0)
+    look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 2.5}
+    for runs in np.unique(spread.runs[spread.runs > 0]):  # where a run begins or ends, the mean jumps: no line there
+        mean = np.where(spread.runs == runs, spread.mean, np.nan)
+        axes.plot(spread.steps, mean, linewidth=1.8 if runs == len(series) else 0.9, **look)
 
 
-def row(label: str, cells: Sequence[Any]) -> str:
-    """One line of the table."""
-    return (f"{label:<{LABEL}}  " + "".join(f"{cell:<{COLUMN}}" for cell in cells)).rstrip()
+def _at_the_same_steps(
+    series: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Evaluations of runs that were evaluated at different steps: straight lines between a run's own."""
+    known = [(steps[np.isfinite(values)], values[np.isfinite(values)]) for steps, values in series]
+    known = [one for one in known if len(one[0])]
+    every = np.unique(np.concatenate([np.empty(0), *(steps for steps, _ in known)]))
+    return [(every, np.interp(every, steps, values, left=np.nan, right=np.nan)) for steps, values in known]
 
 
-def shortened(name: str) -> str:
-    """The end of a model's name, as much as a column has room for."""
-    name = printable(name)
-    return name if len(name) < COLUMN - 1 else f"…{name[3 - COLUMN :]}"
+def _series(record: Mapping[str, Any], metric: str | tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(metric, str):
+        return column(record, "step"), drawable(column(record, metric))
+    split, name = metric
+    rows = {"steps": evaluations(record, split)}
+    return column(rows, "step"), drawable(column(rows, name))
+
+
+def _look(number: int) -> tuple[str, str]:
+    return COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+
+
+def _explain(figure: Figure, groups: Sequence[Group], height: float) -> None:
+    """Title, and the legend: what each colour is, how many runs, how far, and what the band shows."""
+    runs = sum(len(group.records) for group in groups)
+    figure.text(0.02, 1 - 0.10 / height, f"GRPO: {runs} runs compared", fontsize=LARGE, weight="bold", va="top")
+    handles, labels = [], []
+    for number, group in enumerate(groups):
+        colour, style = _look(number)
+        handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=2.2))
+        labels.append(f" {plain(group.label, LONGEST_LABEL)}: {_what(group)}")
+    place = {"loc": "upper left", "bbox_to_anchor": (0.0155, 1 - 0.3 / height), "borderaxespad": 0, "frameon": False}
+    figure.legend(handles, labels, fontsize=SMALL, labelspacing=0.35, handlelength=1.6, borderpad=0.1, **place)
+    said = ["Smoothed (a line fitted around each step). Bars: 95% intervals."]
+    if any(len(group.records) > 1 for group in groups):
+        said.append("Bands: smallest to largest of the runs; line: their mean, thin where not all have a value.")
+    place = 1 - (0.34 + TEXT_LINE * len(groups)) / height
+    figure.text(0.02, place, " ".join(said), fontsize=SMALL, color=GREY, va="top")
+
+
+def _what(group: Group) -> str:
+    """How many runs, their seeds and steps, and what they reached on test problems."""
+    seeds = ", ".join(dict.fromkeys(plain(str(seed), 12) for seed in group.seeds))
+    steps = sorted({record["steps"][-1]["step"] if record["steps"] else 0 for record in group.records})
+    far = f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"
+    many = len(group.records)
+    text = f"{many} runs, mean and min to max, seeds {seeds}, {far}" if many > 1 else f"seed {seeds}, {far}"
+    tests = [evaluations(record, "test") for record in group.records]
+    after = sorted(100 * found[-1]["accuracy"] for found in tests if len(found) > 1)
+    if after:
+        reached = f"{after[0]:.1f}%" if len(after) == 1 else f"{after[0]:.1f} to {after[-1]:.1f}%"
+        text += f", test {reached}" + (f" ({len(after)} of them)" if len(after) < many else "")
+    return text

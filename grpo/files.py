@@ -10,8 +10,16 @@ from filelock import FileLock, Timeout
 from grpo.config import TrainConfig, model_folder
 
 SAMPLES = "grpo_samples.jsonl"
-WRITTEN = ("saved_model", "checkpoints", "grpo_metrics.json", "grpo_training_curve.png", "grpo_kl_divergence.png")
-WRITTEN += (SAMPLES,)
+WRITTEN = (
+    "saved_model",
+    "checkpoints",
+    "grpo_metrics.json",
+    SAMPLES,
+    "grpo_training_curve.png",
+    "grpo_kl_divergence.png",
+    "grpo_overview.png",
+)
+ON_REQUEST = ("grpo_report.html",)  # by plot_metrics.py, about the same run
 LOCK, HOLDER = ".grpo.lock", ".grpo.pid"
 EARLIER = "earlier_runs"
 
@@ -108,5 +116,5 @@ def _move_aside(config: TrainConfig, folder: Path) -> None:
         raise ValueError(f"--fresh would move {config.model} aside, which you train from; give --output-dir NEW")
     aside = next(path for n in range(1, 10**6) if not (path := folder / EARLIER / str(n)).exists())
     aside.mkdir(parents=True)
-    for name in there:
+    for name in (*there, *(name for name in ON_REQUEST if (folder / name).exists())):
         (folder / name).rename(aside / name)

@@ -1,147 +1,94 @@
 """The figures of a run, drawn from its metrics. Raw values are faint, the smoothed line is strong."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from grpo.files import writing
+from grpo.curves import SMOOTHED_FROM, Record, column, evaluations
+from grpo.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    drawable,
+    from_zero,
+    held_out,
+    line,
+    note,
+    save_figure,
+    shares,
+    tidy,
+    title_of,
+    whole_steps,
+)
+from grpo.overview import overview
 
-# Okabe and Ito's palette, told apart with any colour vision
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-CURVE, KL = "grpo_training_curve.png", "grpo_kl_divergence.png"
-
-
-def draw_all(record: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw both figures into a folder; returns what was written."""
-    paths = []
-    for name, figure in ((CURVE, training_curve(record)), (KL, kl_divergence(record))):
-        temporary = folder / f".{name}"
-        try:
-            with writing(folder / name):
-                figure.savefig(temporary, dpi=150, format="png")
-                temporary.replace(folder / name)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        finally:
-            plt.close(figure)
-        paths.append(folder / name)
-    return paths
+CURVE, KL, OVERVIEW = "grpo_training_curve.png", "grpo_kl_divergence.png", "grpo_overview.png"
+NO_STEPS = "no steps yet"
 
 
-def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """A centred moving average that gets shorter at the ends; NaN is left out of every average."""
-    array = np.asarray(values, dtype=float)
-    half = window // 2
-    known = np.where(np.isfinite(array), array, 0.0)
-    count = np.isfinite(array).astype(float)
-    kernel = np.ones(2 * half + 1)
-    total = np.convolve(np.pad(known, half), kernel, "valid")
-    n = np.convolve(np.pad(count, half), kernel, "valid")
-    return np.divide(total, n, out=np.full_like(array, np.nan), where=n > 0)
+def draw_all(record: Record, folder: Path) -> list[Path]:
+    """Draw the figures of a run into a folder; returns what was written."""
+    drawn = ((CURVE, training_curve), (KL, kl_divergence), (OVERVIEW, overview))
+    return [save_figure(draw(record), folder / name) for name, draw in drawn]
 
 
-def column(record: Mapping[str, Any], name: str) -> np.ndarray:
-    """One metric of every step; NaN where it is null or missing."""
-    values = [step.get(name) for step in record["steps"]]
-    return np.array([np.nan if value is None else value for value in values], dtype=float)
-
-
-def training_curve(record: Mapping[str, Any]) -> Figure:
+def training_curve(record: Record) -> Figure:
     """Reward over steps above, accuracy below: sampled, and held-out with its interval and the start."""
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6.4), layout="constrained")
-    config = record["config"]
-    title = f"GRPO on {config.get('model', '?')}, seed {config.get('seed', '?')}"
-    figure.suptitle(title, fontsize=12, parse_math=False)
-    _line(top, record, "reward_mean", BLUE, "reward, mean of the step")
-    top.set_ylabel("reward (0 to 1)")
-    top.set_ylim(0, 1.05)
-    _legend(top)
-    _line(bottom, record, "accuracy", BLUE, "sampled completions (training problems)")
-    _held_out(bottom, record)
+    figure.suptitle(title_of(record), fontsize=12)
+    for axes in (top, bottom):
+        tidy(axes)
+    if not line(top, record, "reward_mean", BLUE, _smoothed(record, "reward, mean of the step")):
+        note(top, NO_STEPS)
+    rewards = drawable(column(record, "reward_mean"))
+    known = rewards[np.isfinite(rewards)]
+    top.set_ylabel("reward (of one completion)")
+    top.set_ylim(min([0, *(1.05 * known)]), max([1.05, *(1.05 * known)]))  # weights of the user's may go beyond
+    if not line(bottom, record, "accuracy", BLUE, _smoothed(record, "sampled (training problems)")):
+        note(bottom, NO_STEPS)
+    held_out(bottom, record, "validation, greedy, 95% interval")
+    if points := evaluations(record, "validation"):
+        start = points[0]["accuracy"]
+        bottom.axhline(start, color=GREY, linestyle="--", linewidth=1, label=f"start: {100 * start:.1f}%")
+    if len(tests := evaluations(record, "test")) > 1:
+        last = tests[-1]
+        text = f"test, saved model: {100 * last['accuracy']:.1f}% (n = {last['n']})"
+        place = (last["step"], last["accuracy"])
+        bottom.plot(*place, color=GREEN, marker="D", markersize=7, linestyle="none", label=text, zorder=4)
     bottom.set_ylabel("exact answers (% of problems)")
-    bottom.set_ylim(0, 1.05)
-    bottom.yaxis.set_major_formatter(PercentFormatter(1.0))
+    shares(bottom)
     bottom.set_xlabel("step")
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(bottom)
+    whole_steps(bottom)
+    for axes in (top, bottom):
+        if axes.get_legend_handles_labels()[0]:
+            _legend(axes)
     return figure
 
 
-def kl_divergence(record: Mapping[str, Any]) -> Figure:
+def kl_divergence(record: Record) -> Figure:
     """KL of the policy to the reference over steps."""
     figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
-    config = record["config"]
-    figure.suptitle(f"KL to the frozen reference, beta {config.get('beta', '?')}", fontsize=12)
-    _line(axes, record, "kl", ORANGE, "k3, mean over the step's completion tokens")
-    axes.set_ylabel("KL (nats a token)")
+    figure.suptitle(f"KL to the reference, beta {record['config'].get('beta', '?')}", fontsize=12, parse_math=False)
+    tidy(axes)
+    axes.set_ylabel(f"KL (nats a token{from_zero(axes, column(record, 'kl'))})")
+    drawn = line(axes, record, "kl", ORANGE, _smoothed(record, "k3, mean over the step's completion tokens"))
+    if not drawn:
+        note(axes, "not measured: beta is 0" if record["steps"] else NO_STEPS)
     axes.set_xlabel("step")
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(axes, "upper left")
+    whole_steps(axes)
+    if drawn:
+        _legend(axes)
     return figure
 
 
-def _line(axes: Axes, record: Mapping[str, Any], name: str, colour: str, label: str) -> None:
-    steps, values = column(record, "step"), column(record, name)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if not np.isfinite(values).any():
-        axes.text(0.5, 0.5, "no steps yet", transform=axes.transAxes, ha="center", color=GREY)
-        return
-    window = max(5, len(values) // 20)
-    if len(values) < 10:
-        axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
-        return
-    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-    axes.plot(steps, smooth(values, window), color=colour, linewidth=2, label=f"{label}, smoothed")
+def _legend(axes: Axes) -> None:
+    """Above the axes, where it covers nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncol=2, fontsize=9, frameon=False, borderaxespad=0.2)
 
 
-def _held_out(axes: Axes, record: Mapping[str, Any]) -> None:
-    points = [entry for entry in record["evals"] if entry.get("split") == "validation"]
-    if points:
-        low = [max(0.0, entry["accuracy"] - entry["ci_low"]) for entry in points]  # rounding can give -1e-17
-        high = [max(0.0, entry["ci_high"] - entry["accuracy"]) for entry in points]
-        axes.errorbar(
-            [entry["step"] for entry in points],
-            [entry["accuracy"] for entry in points],
-            yerr=[low, high],
-            color=ORANGE,
-            marker="o",
-            markersize=4,
-            capsize=2,
-            linewidth=1.4,
-            label=f"validation, greedy, 95% interval (n = {points[0]['n']})",
-            zorder=3,
-        )
-        start = points[0]["accuracy"]
-        axes.axhline(start, color=GREY, linestyle="--", linewidth=1, label=f"start: {100 * start:.1f}%")
-    tests = [entry for entry in record["evals"] if entry.get("split") == "test"]
-    if len(tests) > 1:
-        last = tests[-1]
-        axes.plot(
-            last["step"],
-            last["accuracy"],
-            color=GREEN,
-            marker="D",
-            markersize=7,
-            linestyle="none",
-            label=f"test, saved model: {100 * last['accuracy']:.1f}% (n = {last['n']})",
-            zorder=4,
-        )
-
-
-def _legend(axes: Axes, place: str = "lower right") -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc=place, fontsize=9, framealpha=0.9)
+def _smoothed(record: Record, label: str) -> str:
+    return f"{label}, smoothed" if len(record["steps"]) >= SMOOTHED_FROM else label

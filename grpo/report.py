@@ -107,7 +107,8 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
     say("  A loss near 0 is normal: advantages are centred in each group and the ratio starts at 1.")
     _list_findings(record)
     _say_times(record)
-    say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, {SAMPLES}, plots (*.png)")
+    say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, {SAMPLES}, and as pictures")
+    say("  grpo_overview.png, grpo_training_curve.png, grpo_kl_divergence.png (plot_metrics.py --html: a page)")
     where = "" if folder == Path() else f" --model {folder / SAVED_MODEL}"
     question = "What is (4 - 9) * 6?" if record["config"]["task"] == "arithmetic" else "..."
     say(f'Next: python inference.py{where} --compare "{question}"')

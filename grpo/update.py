@@ -42,6 +42,7 @@ class UpdateStats:
     kl: float
     entropy: float | None  # in the first inner update only
     clip_fraction: float
+    ratio_min: float
     ratio_max: float
     applied: bool  # False where loss or gradient was not finite: the weights are untouched
 
@@ -77,7 +78,7 @@ def inner_update(
     num_completions, first = batch.advantages.shape[0], batch.old_logprobs is None
     device, n = batch.advantages.device, max(1, int(batch.tokens.completion_mask.sum()))  # n tokens
     sums = torch.zeros(4, device=device)  # loss; kl, entropy and clipped, summed over tokens
-    ratio_max = torch.zeros((), device=device)
+    ratio_min, ratio_max = torch.full((), torch.inf, device=device), torch.zeros((), device=device)
     all_logprobs = torch.zeros(batch.tokens.completion_ids.shape, device=device)
     optimizer.zero_grad(set_to_none=True)
     for rows in passes(num_completions, batch.tokens.num_generations, limit):
@@ -101,6 +102,7 @@ def inner_update(
         result.loss.backward()
         of_tokens = (result.kl, entropy if first else torch.zeros_like(result.kl), result.clipped.float())
         sums += torch.stack([result.loss.detach(), *(torch.where(mask, x, 0.0).sum() for x in of_tokens)])
+        ratio_min = torch.minimum(ratio_min, torch.where(mask, result.ratio, torch.inf).min())
         ratio_max = torch.maximum(ratio_max, torch.where(mask, result.ratio, 0.0).max())
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm)
     loss, kl, entropy_sum, clipped = sums.tolist()
@@ -113,6 +115,7 @@ def inner_update(
         kl=kl / n,
         entropy=entropy_sum / n if first else None,
         clip_fraction=clipped / n,
+        ratio_min=float(ratio_min),
         ratio_max=float(ratio_max),
         applied=applied,
     )
@@ -125,6 +128,7 @@ def summary(updates: Sequence[UpdateStats]) -> dict[str, Any]:
         "kl": updates[0].kl,
         "loss": fmean(u.loss for u in updates),
         "clip_fraction": max(u.clip_fraction for u in updates),
+        "ratio_min": min(u.ratio_min for u in updates),
         "ratio_max": max(u.ratio_max for u in updates),
         "entropy": updates[0].entropy,
         "grad_norm": fmean(u.grad_norm for u in updates),

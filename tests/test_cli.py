@@ -26,19 +26,21 @@ import inference
 import plot_metrics
 import train_grpo
 from grpo import examiner, trainer
+from grpo.comparison import COMPARISON
 from grpo.config import CARD, STARTER, TrainConfig, resolve
 from grpo.files import EARLIER, SAMPLES, WRITTEN
 from grpo.learner import Learner
 from grpo.metrics import FILE_NAME, load_metrics
 from grpo.models import load, save
-from grpo.plots import CURVE, KL
+from grpo.page import PAGE
+from grpo.plots import CURVE, KL, OVERVIEW
 from tasks.rewards import DEMO, REWARDS
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--num-iterations", "2", "--batch-size", "2", "--num-generations", "2", "--eval-problems", "8"]
 QUESTION = "What is (4 - 9) * 6?"
 FIELDS = {f.name: f for f in fields(TrainConfig)}
-EVERYTHING = {"saved_model", "checkpoints", FILE_NAME, CURVE, KL, SAMPLES}
+EVERYTHING = {"saved_model", "checkpoints", FILE_NAME, CURVE, KL, OVERVIEW, SAMPLES}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -194,7 +196,9 @@ def test_a_run_says_what_it_did_on_standard_output_and_progress_on_standard_erro
         "saved_model",
         FILE_NAME,
         SAMPLES,
-        "*.png",
+        CURVE,
+        KL,
+        OVERVIEW,
         "inference.py",
         "Time: sampling",
     ):
@@ -849,7 +853,7 @@ def test_deterministic_changes_nothing_on_the_cpu(run, tmp_path):
 
 
 def test_plots_are_drawn_again_from_a_folder_a_file_and_the_current_folder(copy_of_run, tmp_path):
-    figures = [copy_of_run / CURVE, copy_of_run / KL]
+    figures = [copy_of_run / name for name in (CURVE, KL, OVERVIEW)]
     for args, place in (
         ([], copy_of_run),
         (["."], copy_of_run),
@@ -860,13 +864,45 @@ def test_plots_are_drawn_again_from_a_folder_a_file_and_the_current_folder(copy_
             figure.unlink()
         result = invoke(plot_metrics.main, *args, folder=place)
         assert result.exit_code == 0, result.output
-        assert result.stdout.count(".png") == 2
+        assert result.stdout.count(".png") == 3
         assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
     before = snapshot(copy_of_run)
     result = invoke(plot_metrics.main, "copy", "--out", "new/pictures", folder=tmp_path)
     assert result.exit_code == 0, result.output
-    assert {path.name for path in (tmp_path / "new/pictures").iterdir()} == {CURVE, KL}
+    assert {path.name for path in (tmp_path / "new/pictures").iterdir()} == {CURVE, KL, OVERVIEW}
     assert snapshot(copy_of_run) == before
+
+
+def test_several_runs_are_compared_in_one_picture_in_the_current_folder(copy_of_run, run, tmp_path):
+    before = snapshot(copy_of_run)
+    result = invoke(plot_metrics.main, "copy", run[0], "--label", "one", "--label", "one", folder=tmp_path)
+    assert (result.exit_code, result.stdout) == (0, f"{COMPARISON}\n"), result.output
+    assert (tmp_path / COMPARISON).read_bytes().startswith(b"\x89PNG")
+    assert snapshot(copy_of_run) == before
+
+
+def test_the_page_of_a_run_is_written_beside_its_pictures(copy_of_run, tmp_path):
+    result = invoke(plot_metrics.main, "copy", "--html", folder=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == str(Path("copy") / PAGE)
+    assert (copy_of_run / PAGE).read_text(encoding="utf-8").count("<img") == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["copy", "copy/."], "given twice"),
+        (["copy", "other", "--label", "a"], "2 runs and 1 labels"),
+        (["copy", "--label", "a"], "--label"),
+        (["copy", "other", "--html"], "--html"),
+        (["copy", "other"], FILE_NAME),
+    ],
+)
+def test_a_comparison_that_makes_no_sense_is_refused(args, said, copy_of_run, tmp_path):
+    (tmp_path / "other").mkdir()
+    before = snapshot(tmp_path)
+    assert said in refusal(invoke(plot_metrics.main, *args, folder=tmp_path))
+    assert snapshot(tmp_path) == before
 
 
 BAD_METRICS = {

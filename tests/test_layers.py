@@ -22,9 +22,10 @@ LAYERS = [
     {"grpo.files", "grpo.memory", "grpo.lora", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"}
     | {"grpo.chats", "grpo.formats", "grpo.greedy", "grpo.intervals"},
     {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.checkpoint", "grpo.stops"}
-    | {"grpo.report", "grpo.plots", "grpo.forgetting", "grpo.samples", "grpo.track"},
+    | {"grpo.report", "grpo.plots", "grpo.forgetting", "grpo.samples", "grpo.track"}
+    | {"grpo.overview", "grpo.panels", "grpo.comparison", "grpo.page", "grpo.drawing", "grpo.curves"},
     {"grpo.learner", "grpo.examiner"},
-    {"grpo.comparison"},
+    {"grpo.scoreboard"},
     {"grpo.trainer"},
     {BUILD, *SCRIPTS},
 ]

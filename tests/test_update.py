@@ -44,16 +44,16 @@ def test_micro_batches_give_the_gradient_of_one_large_batch(limit):
     expected = flat_gradient(model)
     parts = one_update(model, reference, limit=limit)[0]
     assert ((flat_gradient(model) - expected).norm() / expected.norm()).item() < 1e-5
-    for name in ("loss", "kl", "entropy", "clip_fraction", "ratio_max"):
+    for name in ("loss", "kl", "entropy", "clip_fraction", "ratio_min", "ratio_max"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), abs=1e-5), name
 
 
 def test_the_ratio_is_exactly_one_in_the_first_inner_update_and_moves_in_the_second():
     model = tiny_model("qwen2")
     first, second = one_update(model, None, replace(CONFIG, beta=0.0), updates=2, learning_rate=0.1)
-    assert first.ratio_max == 1.0
+    assert first.ratio_min == first.ratio_max == 1.0
     assert first.clip_fraction == 0.0
-    assert second.ratio_max != 1.0
+    assert second.ratio_min < 1.0 < second.ratio_max
 
 
 def test_the_kl_of_a_policy_with_itself_is_zero():
