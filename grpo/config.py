@@ -28,6 +28,7 @@ OWN = (
     "data",  # a file of this machine: a model's folder, which may come from anywhere, cannot name one
     "output_dir",
     "time_limit",
+    "track",
 )  # a run's own; the rest is passed on with its model
 # what a run may go on with another value of: it decides nothing about what is learned from a step
 MAY_CHANGE = (
@@ -39,13 +40,14 @@ MAY_CHANGE = (
     "output_dir",
     "show_every",
 )
-MAY_CHANGE += ("save_every", "time_limit", "patience", "target_accuracy")
+MAY_CHANGE += ("save_every", "track", "time_limit", "patience", "target_accuracy")
 LARGEST_FLOAT32 = 3.4e38
 MOST_TOKENS = 10**6  # of a completion: no model has so many, and memory for all of them is taken at once
 _DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 VARIANTS = "Variants and schedules"
 AVERAGES, RATIOS, SCALES = ("completion", "token", "constant"), ("token", "sequence"), ("group", "batch", "none")
+TRACKERS = ("none", "trackio", "wandb")
 DECAYS = ("none", "linear", "cosine")
 
 
@@ -109,6 +111,7 @@ class TrainConfig:
     target_accuracy: float = setting(0.0, "Evaluation and output", "stop at this validation accuracy, up to 1", 0.0)
     time_limit: str = setting("", "Evaluation and output", "end this launch in time: 3h, 90m, 1h30m")
     show_every: int = setting(50, "Evaluation and output", "steps between printed completions; 0: never", 0)
+    track: str = setting("none", "Evaluation and output", "send metrics to a tracker as well", None, TRACKERS)
     output_dir: str = setting(".", "Evaluation and output", "folder for everything that is written")
 
     def __post_init__(self) -> None:
@@ -152,7 +155,7 @@ class TrainConfig:
         earlier = {**TrainConfig().to_dict(), **earlier}  # a setting that the run's version did not have
         may_change = set(MAY_CHANGE) - ({"num_iterations"} if self.depends_on_length else set())
         return [
-            f"{name} {earlier[name]} (now {value})"
+            f"{name} {_shown(earlier[name])} (now {_shown(value)})"
             for name, value in self.to_dict().items()
             if name not in may_change and earlier[name] != value
         ]
@@ -227,6 +230,11 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
         return replace(given_alone, **{name: value for name, value in card.items() if name not in given})
     except ValueError as error:
         raise ValueError(f"{model_folder(given_alone.model) / CARD}: {error}; restore or delete it") from None
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text or "none"
 
 
 def _names_a_file(reward: str) -> bool:

@@ -1,11 +1,13 @@
 """What a person sees while a run goes on: a progress bar or plain lines, and text that is safe to print."""
 
+import os
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Mapping
 
+import click
 from tqdm import tqdm
 
 WIDEST = 100  # columns of a paragraph
@@ -21,6 +23,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def paint(text: str, colour: str) -> str:
+    """A text in a colour ("green", "red", "cyan") on a terminal; as it is elsewhere, or with NO_COLOR set."""
+    plain = not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
+    return text if plain else click.style(text, fg=colour)
+
+
+def fitted(text: str, width: int) -> str:
+    """A text that is at most `width` characters long, its end cut off if need be."""
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+
+
+def width() -> int:
+    """Columns of the terminal, 100 where there is none."""
+    return max(40, shutil.get_terminal_size((100, 24)).columns)
+
+
 def say(text: str = "") -> None:
     """Print a result on standard output, above the bar if there is one."""
     tqdm.write(text, file=sys.stdout)
@@ -29,8 +47,8 @@ def say(text: str = "") -> None:
 
 def paragraph(text: str, indent: int) -> None:
     """Print a text on as many lines as it needs, those after the first indented; it may quote a model."""
-    width = max(2 * indent, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns) - 1)
-    say("\n".join(textwrap.wrap(printable(text), width, subsequent_indent=" " * indent, break_on_hyphens=False)))
+    columns = min(WIDEST, width()) - 1
+    say("\n".join(textwrap.wrap(printable(text), columns, subsequent_indent=" " * indent, break_on_hyphens=False)))
 
 
 class Progress:

@@ -9,7 +9,9 @@ from filelock import FileLock, Timeout
 
 from grpo.config import TrainConfig, model_folder
 
+SAMPLES = "grpo_samples.jsonl"
 WRITTEN = ("saved_model", "checkpoints", "grpo_metrics.json", "grpo_training_curve.png", "grpo_kl_divergence.png")
+WRITTEN += (SAMPLES,)
 LOCK, HOLDER = ".grpo.lock", ".grpo.pid"
 EARLIER = "earlier_runs"
 

@@ -1,5 +1,6 @@
 """How much goes through the model at once, and what happens when that is more than the memory holds."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -67,6 +68,18 @@ class PassLimit:
         groups = self.rows // self.group
         self.rows = groups // 2 * self.group if groups > 1 else min(self.rows, self.group) // 2
         say(f"Memory ran out in {self.work}: from now on {self.rows} at a time. What is computed stays the same.")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has held: on a CUDA device there, elsewhere in all; None if nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def _free_unused() -> None:

@@ -60,6 +60,12 @@ class Metrics:
         if time.monotonic() - self._written > WRITE_EVERY:
             self.write()
 
+    def add_time(self, phase: str, seconds: float) -> None:
+        """Add to a phase of the last step; what comes before the first step is nobody's."""
+        if self.record["steps"]:
+            row = self.record["steps"][-1]
+            row[f"time/{phase}"] = row.get(f"time/{phase}", 0.0) + seconds
+
     def add_eval(self, entry: dict[str, Any]) -> None:
         """Append an evaluation and write the file."""
         self.record["evals"].append(_finite(entry))
@@ -132,6 +138,11 @@ def _check(record: Any, path: Path) -> None:
     ending = record.get("finished")
     if ending is not None and not (isinstance(ending, dict) and is_count(ending.get("step")) and "reason" in ending):
         raise ValueError(f"{path} is damaged: its 'finished' is not a step and a reason")
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """An entry without its seconds, which no two runs share."""
+    return {name: value for name, value in row.items() if not name.startswith("time/")}
 
 
 def is_count(value: Any) -> bool:

@@ -1,14 +1,17 @@
 """What a run says: at its start, on the way, at its end, and in the card of the model it saves."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from grpo.config import TrainConfig
-from grpo.console import duration, paragraph, printable, say
+from grpo.console import duration, fitted, paint, paragraph, printable, say, width
+from grpo.files import SAMPLES
 from grpo.models import SAVED_MODEL, LanguageModel
 from grpo.rollout import RolloutBatch
+from grpo.timing import seconds_by_phase, tokens_per_second
 
 HUB_EXAMPLE = "python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"
 SHOWN = 4  # completions each time
@@ -27,16 +30,27 @@ def introduce(config: TrainConfig, lm: LanguageModel, environment: Mapping[str, 
         say(f"Training {printable(config.model)} ({millions:,.1f}M parameters) on {where}.")
     for note in lm.notes:
         say(note)
-    shown = config.passed_on() | {"seed": config.seed, "data": config.data, "reward": " ".join(config.reward)}
+    _say_settings(config)
+    if not shared:
+        say("This model's cache cannot be shared by a group, so every prompt is run once for each completion.\n")
+
+
+def _say_settings(config: TrainConfig) -> None:
+    """The settings of algorithm and task, and of the others those that are not the default."""
     line = "Settings:"
-    for item in (f"{name}={printable(str(value))}" for name, value in shown.items() if value != ""):
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name in ("model", "output_dir") or value in ("", ()):
+            continue
+        if f.metadata["group"] not in ("Task", "Algorithm") and value == f.default:
+            continue
+        text = " ".join(value) if isinstance(value, tuple) else str(value)
+        item = f"{f.name}={printable(text)}"
         if len(line) + len(item) > 99:
             say(line)
             line = "         "
         line += " " + item
     say(line + "\n")
-    if not shared:
-        say("This model's cache cannot be shared by a group, so every prompt is run once for each completion.\n")
 
 
 def accuracy_text(entry: Mapping[str, Any]) -> str:
@@ -53,13 +67,21 @@ def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
 
 
 def show_completions(step: int, rollout: RolloutBatch) -> None:
-    """The first completions of a step's first groups, each with its reward."""
-    per_group = len(rollout.completions) // len(rollout.problems)
-    say(f"step {step:>4}  some completions:")
+    """A small table: the first completions of a step's first groups, each with its reward by part."""
+    per_group, columns = len(rollout.completions) // len(rollout.problems), width()
+    names = list(rollout.rewards[0].parts)
+    say(fitted(f"step {step:>4}  reward  " + "  ".join([*(f"{name:>5}" for name in names), "completion"]), columns))
     for i, problem in enumerate(rollout.problems[:SHOWN]):
         reward, text = rollout.rewards[i * per_group], rollout.completions[i * per_group]
+        numbers = [reward.parts[name] for name in names]
+        parts = [
+            f"{'-' if n is None else format(n, '.2f'):>{max(5, len(name))}}"
+            for n, name in zip(numbers, names, strict=True)
+        ]
         mark = "right" if reward.correct else "wrong"
-        say(f"    {printable(problem.question)}  {printable(text)}  reward {reward.total:.1f}, {mark}")
+        row = f"  {reward.total:>6.2f}  {'  '.join(parts)}  "
+        row = fitted(f"{row}{printable(problem.question)}  {printable(text)}", columns - 9)
+        say(f"    {paint(mark, 'green' if reward.correct else 'red')}{row}")
 
 
 def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
@@ -79,8 +101,9 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
     if after["step"] == 0:
         say("  No evaluation was better than the start, so saved_model/ holds the starting model.")
     say("  A loss near 0 is normal: advantages are centred in each group and the ratio starts at 1.")
+    _say_times(record)
     _list_findings(record)
-    say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, grpo_training_curve.png, grpo_kl_divergence.png")
+    say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, {SAMPLES}, plots (*.png)")
     where = "" if folder == Path() else f" --model {folder / SAVED_MODEL}"
     question = "What is (4 - 9) * 6?" if record["config"]["task"] == "arithmetic" else "..."
     say(f'Next: python inference.py{where} --compare "{question}"')
@@ -98,6 +121,17 @@ def _list_findings(record: Mapping[str, Any]) -> None:
         say("What is not well with this run (README, When a run does not learn):")
     for finding in record.get("findings", ()):
         show_finding(finding)
+
+
+def _say_times(record: Mapping[str, Any]) -> None:
+    """Where the time of all launches went, and how much memory the last one took."""
+    phases = seconds_by_phase(record)
+    total = sum(phases.values())
+    shown = [f"{name} {spent:.1f} s ({100 * spent / total:.0f}%)" for name, spent in phases.items() if spent > 0.05]
+    say(f"  Time: {', '.join(shown)}")
+    say(f"  {tokens_per_second(record):,.0f} tokens a second in the steps")
+    if memory := record["finished"]["peak_memory"]:
+        say(f"  At most {memory / 2**20:,.0f} MiB of memory")
 
 
 def interrupted(folder: Path, step: int, reason: str) -> None:

@@ -19,11 +19,14 @@ from grpo.files import writing
 from grpo.health import SHOW_EXAMPLES, new_findings
 from grpo.learner import Learner
 from grpo.lora import add_adapter, four_bits
-from grpo.metrics import Metrics, environment, load_metrics
+from grpo.memory import peak_memory
+from grpo.metrics import Metrics, environment, load_metrics, without_times
 from grpo.models import ROWS, SAVED_MODEL, LanguageModel, be_deterministic, choose_device, load, save
 from grpo.plots import draw_all
 from grpo.rollout import RolloutBatch
+from grpo.samples import Samples
 from grpo.stops import Stops
+from grpo.track import Tracker
 from tasks.base import Task
 from tasks.rewards import parse_rewards
 
@@ -57,6 +60,8 @@ class Trainer:
             config.to_dict(),
             environment(_device_name(device), torch.get_num_threads(), versions),
         )
+        self.samples = Samples(self.folder)
+        self.tracker = Tracker(config.track, self.folder, config.to_dict())
         self.saved_model = self.folder / SAVED_MODEL
         self.before: dict[str, Any] = {}  # the starting model on the test problems
         self.best: dict[str, Any] | None = None  # the evaluation of the best policy, with its step
@@ -87,6 +92,7 @@ class Trainer:
                 report.interrupted(self.folder, self.done, reason)
             self.metrics.write()
             draw_all(self.metrics.record, self.folder)
+            self.tracker.close()
             return stops.exit_status
 
     def _train(self, stops: Stops) -> str:
@@ -99,6 +105,8 @@ class Trainer:
                 self.rollout, entry = self.learner.step(self.done + 1)
                 self.done += 1
                 self.metrics.add_step(entry)
+                self.samples.add(self.done, self.rollout)
+                self.tracker.log(entry)
                 self._diagnose()
                 progress.update(
                     self.done, {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
@@ -143,7 +151,8 @@ class Trainer:
         readme = report.model_card(self.config, self.best, self.before, after)
         with writing(self.saved_model / "README.md"):
             (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
-        self.metrics.record["finished"] = {"step": self.done, "reason": reason}
+        ending = {"step": self.done, "reason": reason, "peak_memory": peak_memory(self.lm.device)}
+        self.metrics.record["finished"] = ending
         self.metrics.write()
         report.conclude(self.folder, self.metrics.record, time.monotonic() - self.launched)
 
@@ -160,6 +169,7 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Write what the rest of the run depends on; a checkpoint of the same step is already the same."""
+        start = time.perf_counter()
         state = {
             "config": self.config.to_dict(),
             "files": self.files,
@@ -170,6 +180,7 @@ class Trainer:
         }
         record = {name: self.metrics.record[name] for name in ("steps", "evals", "findings")}
         write_checkpoint(self.folder, self.learner.checkpoint(self.done, record, state))
+        self.metrics.add_time("save", time.perf_counter() - start)
 
     def _restore(self) -> dict[str, Any] | None:
         """Go on from the newest checkpoint that verifies; returns the whole record if the run had ended there.
@@ -193,6 +204,7 @@ class Trainer:
         self.done = checkpoint.step
         self.before, self.best = checkpoint.state["before"], checkpoint.state["best"]
         self.metrics.restore(checkpoint.metrics)
+        self.samples.cut(self.done)
         if self.best and self.best["step"] == self.done != read_card(str(self.saved_model)).get("step"):
             self._save()  # a kill came between the checkpoint and this
         report.going_on(self.done, checkpoint.state["threads"], torch.get_num_threads())
@@ -200,7 +212,14 @@ class Trainer:
             written = load_metrics(self.folder)
         except ValueError:
             return None  # damaged or missing; the checkpoint has all of it but the ending
-        same = (written["steps"], written["evals"][:-1]) == (checkpoint.metrics["steps"], checkpoint.metrics["evals"])
+        there, of_checkpoint = (
+            [without_times(row) for row in rows]
+            for rows in (
+                written["steps"] + written["evals"][:-1],
+                checkpoint.metrics["steps"] + checkpoint.metrics["evals"],
+            )
+        )
+        same = there == of_checkpoint
         return written if same and (written.get("finished") or {}).get("step") == self.done else None
 
     def _validate(self, step: int) -> None:
@@ -227,6 +246,7 @@ class Trainer:
         start = time.perf_counter()
         entry = {"step": step, "split": split, **measure(lm), "time/evaluate": time.perf_counter() - start}
         self.metrics.add_eval(entry)
+        self.tracker.log(entry, f"{split}/")
         self._diagnose(aloud=split != "test")  # the findings of the last test are in the list that follows it
         return entry
 
@@ -242,7 +262,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Write the policy as it is now to saved_model/, with what a reader and a next run need."""
-        c = self.config
+        c, start = self.config, time.perf_counter()
         folder = model_folder(c.model)
         base = str(folder.resolve()) if folder and c.model != "starter" else c.model
         card = {
@@ -257,6 +277,7 @@ class Trainer:
             "settings": c.passed_on(),
         }
         save(self.saved_model, self.lm, card, report.model_card(c, self.best, self.before, None))
+        self.metrics.add_time("save", time.perf_counter() - start)
 
 
 def _device_name(device: torch.device) -> str:

@@ -9,6 +9,7 @@ the completion. To try another reward, write it here and name it in REWARDS, or 
 import math
 import traceback
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -126,8 +127,9 @@ def language(attempt: Attempt) -> float:
     text = attempt.completion
     for tag in TAGS:
         text = text.replace(tag, " ")
-    letters = [script for c in text if (script := _script(c))]
-    return sum(script in scripts for script in letters) / len(letters) if letters and scripts else 1.0
+    letters = Counter({c: n for c, n in Counter(text).items() if _script(c)})  # each letter is looked up once
+    inside = sum(n for c, n in letters.items() if _script(c) in scripts)
+    return inside / letters.total() if letters and scripts else 1.0
 
 
 def one_ending(attempt: Attempt) -> float:

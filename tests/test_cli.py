@@ -27,7 +27,7 @@ import plot_metrics
 import train_grpo
 from grpo import examiner, trainer
 from grpo.config import CARD, STARTER, TrainConfig, resolve
-from grpo.files import EARLIER, WRITTEN
+from grpo.files import EARLIER, SAMPLES, WRITTEN
 from grpo.learner import Learner
 from grpo.metrics import FILE_NAME, load_metrics
 from grpo.models import load, save
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 TINY = ["--num-iterations", "2", "--batch-size", "2", "--num-generations", "2", "--eval-problems", "8"]
 QUESTION = "What is (4 - 9) * 6?"
 FIELDS = {f.name: f for f in fields(TrainConfig)}
-EVERYTHING = {"saved_model", "checkpoints", FILE_NAME, CURVE, KL}
+EVERYTHING = {"saved_model", "checkpoints", FILE_NAME, CURVE, KL, SAMPLES}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -182,11 +182,22 @@ def test_a_run_leaves_the_files_that_are_promised_and_no_others(run):
 def test_a_run_says_what_it_did_on_standard_output_and_progress_on_standard_error(run):
     _, result = run
     settings = result.stdout.split("Settings:")[1].split("\n\n")[0].split()
-    expected = {name: value for name, value in resolve({}).to_dict().items() if name in resolve({}).passed_on()}
-    expected |= {"num_iterations": 2, "batch_size": 2, "num_generations": 2, "eval_problems": 8, "seed": 0}
-    expected = {name: value for name, value in expected.items() if value not in ("", [])}  # what is not set
+    mine = {"num_iterations": 2, "batch_size": 2, "num_generations": 2, "eval_problems": 8}
+    expected = {name: value for name, value in resolve(mine).to_dict().items() if value not in ("", [])}
+    of_interest = {name for name in expected if FIELDS[name].metadata["group"] in ("Task", "Algorithm")}
+    of_interest |= {name for name in expected if expected[name] != FIELDS[name].default} - {"model", "output_dir"}
+    expected = {name: expected[name] for name in of_interest}
     assert set(settings) == {f"{name}={value}" for name, value in expected.items()}
-    for word in ("test accuracy", "n = 8", "saved_model", FILE_NAME, CURVE, KL, "inference.py"):
+    for word in (
+        "test accuracy",
+        "n = 8",
+        "saved_model",
+        FILE_NAME,
+        SAMPLES,
+        "*.png",
+        "inference.py",
+        "Time: sampling",
+    ):
         assert word in result.stdout
     assert "step 2/2" in result.stderr
     assert "step 2/2" not in result.stdout
@@ -503,6 +514,7 @@ VALID = {
     "target_accuracy": 0.5,
     "time_limit": "1h30m",
     "show_every": 0,
+    "track": "wandb",
     "output_dir": "elsewhere/deep",
 }
 

@@ -3,23 +3,21 @@
 Half of the texts are nearly right, because a reward that pays for what it should not is found there.
 """
 
-import importlib
-import inspect
 import math
-import pkgutil
 import random
 import time
+from decimal import Decimal
 
 import pytest
 
-import tasks
-from tasks.base import Problem, Reward
+from tasks.base import KINDS, Problem
+from tasks.form import Form
 from tasks.parsing import parse_answer
 from tasks.prompts import STYLES, ideal_completion
 from tasks.rewards import REWARDS
 
 LIMIT = 1e-3  # seconds a call
-TAGS = ["<answer>", "</answer>", "<think>", "</think>"]
+TAGS = ["<answer>", "</answer>", "<think>", "</think>", "<reasoning>", "</reasoning>"]
 FRAGMENTS = [
     *(TAGS * 3),
     *(tag[:cut] for tag in TAGS for cut in (1, 2, -1)),
@@ -45,32 +43,6 @@ LONG = [
     "\x00",
     "🙂",
 ]
-
-
-def every_task():
-    """Each thing in tasks/ that scores a completion, in each style that it knows."""
-    found = []
-    for info in pkgutil.iter_modules(tasks.__path__):
-        module = importlib.import_module(f"tasks.{info.name}")
-        for value in vars(module).values():
-            if isinstance(value, dict):
-                found += [item for item in value.values() if is_task(item)]
-            elif inspect.isclass(value) and value.__module__ == module.__name__ and is_task(value):
-                found += in_each_style(value)
-    return found
-
-
-def is_task(value):
-    return callable(getattr(value, "score", None)) and not getattr(value, "_is_protocol", False)
-
-
-def in_each_style(kind):
-    """Instances of a task, one a style; none of a class whose instances a dict of its module holds."""
-    parameters = inspect.signature(kind).parameters
-    if "style" in parameters:
-        return [kind(style=style) for style in STYLES]
-    needed = [p for p in parameters.values() if p.default is p.empty]
-    return [] if needed else [kind()]
 
 
 def texts(draw, problem):
@@ -107,36 +79,26 @@ def seconds(call, *args):
     return result, taken
 
 
-def test_every_task_that_there_is_is_found():
-    names = {type(task).__name__ for task in every_task()}
-    assert names >= {"Arithmetic", "Skill"}
-    assert {getattr(task, "style", "answer") for task in every_task()} == set(STYLES)
-
-
 @pytest.mark.parametrize(
-    "number", [20_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+    "number", [20_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
 )
 def test_any_completion_gets_an_answer_and_a_reward_at_once(number):
     draw = random.Random(number)
-    scorers = [(task, task.training_problem(0, 1, 0)) for task in every_task()]
+    forms = [Form(style=style, kind=kind) for style in STYLES for kind in KINDS]
     problem = Problem("What is (4 - 9) * 6?", "-30")
-    paid = 0
+    right = 0
     for _, text in zip(range(number), texts(draw, problem), strict=False):
-        for style in STYLES:
-            answer, taken = seconds(parse_answer, text, style)
-            assert answer is None or type(answer) is int, ascii(text)
-            assert taken < LIMIT, ascii(text)
-            paid += answer == -30
-            for name, reward in REWARDS.items():
-                value, taken = seconds(reward, answer, -30)
-                assert math.isfinite(value), (name, answer)
-                assert 0 <= value <= 1, (name, answer)
-                assert taken < LIMIT, (name, answer)
-        for task, question in scorers:
-            reward, taken = seconds(task.score, question, text)
-            assert taken < LIMIT, (task, ascii(text))
-            assert isinstance(reward, Reward)
-            assert tuple(reward.parts) == task.reward_parts
-            assert abs(reward.total - sum(reward.parts.values())) < 1e-9
-            assert 0 <= reward.total <= 1 + 1e-9, (task, ascii(text))
-    assert 0.02 < paid / (2 * number) < 0.6, "texts that are right and texts that are not"
+        form = draw.choice(forms)  # each text in one of the nine ways
+        answer, taken = seconds(parse_answer, text, form.style, form.kind)
+        assert answer is None or isinstance(answer, int | Decimal | str), ascii(text)
+        assert taken < LIMIT, ascii(text)
+        attempt, taken = seconds(form.judge, problem, text)
+        assert taken < LIMIT, ascii(text)
+        assert attempt.answer == answer
+        right += attempt.correct
+        for name, reward in REWARDS.items():
+            value, taken = seconds(reward, attempt)
+            assert math.isfinite(value), (name, ascii(text))
+            assert 0 <= value <= 1, (name, ascii(text))
+            assert taken < LIMIT, (name, ascii(text))
+    assert 0.02 < right / number < 0.6, "texts that are right and texts that are not"

@@ -14,7 +14,7 @@ SCRIPTS = ("train_grpo", "inference", "plot_metrics")
 # A module may import its own layer and those below (DESIGN, section 2). A new module has to be placed here.
 LAYERS = [
     {"grpo", "grpo.starter"},
-    {"grpo.schedule"},
+    {"grpo.schedule", "grpo.timing"},
     {"grpo.config", "grpo.metrics", "grpo.console"},
     {"grpo.moment"},
     {"grpo.illnesses", "grpo.symptoms"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"grpo.files", "grpo.memory", "grpo.lora", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"}
     | {"grpo.chats", "grpo.formats"},
     {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.checkpoint", "grpo.stops"}
-    | {"grpo.report", "grpo.plots"},
+    | {"grpo.report", "grpo.plots", "grpo.samples", "grpo.track"},
     {"grpo.learner", "grpo.examiner"},
     {"grpo.trainer"},
     {BUILD, *SCRIPTS},

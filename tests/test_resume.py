@@ -59,18 +59,20 @@ def in_process(folder, *more, **options):
 
 
 def fingerprint(folder):
-    """SHA-256 of weights, optimizer and metrics (times aside) of a run."""
+    """SHA-256 of weights, optimizer, samples and metrics (times and memory aside) of a run."""
     record = json.loads((folder / "grpo_metrics.json").read_text(encoding="utf-8"))
     for row in record["steps"] + record["evals"]:
         for name in [name for name in row if name.startswith("time/")]:
             del row[name]
     record["config"].pop("output_dir")
+    record["finished"].pop("peak_memory")
     last = sorted((folder / "checkpoints").glob("step-*"))[-1]
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for path in (
         last / "policy.safetensors",
         last / "optimizer.safetensors",
         folder / "saved_model/model.safetensors",
+        folder / "grpo_samples.jsonl",
     ):
         digest.update(path.read_bytes())
     return digest.hexdigest()
