@@ -28,7 +28,7 @@ from torch import Tensor
 from grpo.config import TrainConfig
 from grpo.files import fsync
 from grpo.forgetting import are_answers
-from grpo.metrics import is_count, is_entry, is_evaluation, is_list_of
+from grpo.metrics import is_count, is_entry, is_evaluation, is_finding, is_list_of
 
 FOLDER = "checkpoints"
 KEPT = 2
@@ -158,7 +158,7 @@ def see_that_it_is_ours(checkpoint: Checkpoint) -> None:
         "steps": is_list_of(is_entry, metrics.get("steps"))
         and [row["step"] for row in metrics["steps"]] == list(range(1, step + 1)),
         "evals": is_list_of(is_evaluation, metrics.get("evals")),
-        "findings": isinstance(metrics.get("findings"), list),
+        "findings": is_list_of(is_finding, metrics.get("findings")),
     }
     if wrong := [name for name, right in known.items() if not right]:
         raise _unfit(checkpoint, f"its {', '.join(wrong)} cannot be")

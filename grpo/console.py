@@ -47,8 +47,8 @@ def say(text: str = "") -> None:
 
 def paragraph(text: str, indent: int) -> None:
     """Print a text on as many lines as it needs, those after the first indented; it may quote a model."""
-    width = max(2 * indent, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns) - 1)
-    say("\n".join(textwrap.wrap(printable(text), width, subsequent_indent=" " * indent, break_on_hyphens=False)))
+    columns = min(WIDEST, width()) - 1
+    say("\n".join(textwrap.wrap(printable(text), columns, subsequent_indent=" " * indent, break_on_hyphens=False)))
 
 
 class Progress:

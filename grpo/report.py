@@ -159,9 +159,9 @@ def show_finding(finding: Mapping[str, Any]) -> None:
 
 
 def _list_findings(record: Mapping[str, Any]) -> None:
-    if record["findings"]:
+    if record.get("findings"):
         say("What is not well with this run (README, When a run does not learn):")
-    for finding in record["findings"]:
+    for finding in record.get("findings", ()):
         show_finding(finding)
 
 

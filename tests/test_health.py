@@ -11,13 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import train_grpo
 from grpo import illnesses, report, trainer
 from grpo.checkpoint import newest_checkpoint
 from grpo.health import CHECKS, findings, new_findings
+from grpo.learner import largest_gap
 from grpo.metrics import load_metrics
+from grpo.rollout import RolloutBatch
 from tests.runs import a_tiny_model, options
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -349,7 +352,7 @@ def test_updates_that_are_not_finite_are_named(tiny, tmp_path, monkeypatch):
     def step(self, number):
         with pytest.MonkeyPatch.context() as patch:
             if number == 3:
-                patch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: trainer.torch.tensor(math.nan))
+                patch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(math.nan))
             return real(self, number)
 
     monkeypatch.setattr(trainer.Learner, "step", step)
@@ -367,6 +370,29 @@ def test_a_resumed_run_says_nothing_twice_and_keeps_what_it_found(tiny, tmp_path
     finished, _ = run(tiny, tmp_path, max_new_tokens=3, num_iterations=14)
     assert "is finished" in finished.stdout
     assert finished.stdout.count("never_ends:") == 1
+
+
+def test_what_the_findings_need_is_measured_in_every_step(tiny, tmp_path):
+    _, record = run(tiny, tmp_path, max_new_tokens=12, num_iterations=2)
+    for row in record["steps"]:
+        assert 0 <= row["sampler_gap"] < 1e-4  # float32
+        assert row["weights_moved"] > 0.5
+        assert row["empty_fraction"] == row["repeated_endings_fraction"] == 0
+        assert {f"reward_std/{name}" for name in ("format", "close", "exact")} <= set(row)
+
+
+def test_the_spread_of_a_part_is_that_of_the_groups_where_it_differs():
+    # groups of 2: (0, 1) has a standard deviation of sqrt(1/2), (1, 1) none, in (None, 2) there is one value only
+    of = RolloutBatch._spread
+    rollout = type("Rollout", (), {"problems": [0, 1, 2]})
+    assert of(rollout, [0.0, 1.0, 1.0, 1.0, None, 2.0]) == pytest.approx(math.sqrt(0.5))
+    assert of(rollout, [1.0] * 6) is None
+
+
+def test_the_largest_gap_is_that_of_the_tokens_of_completions():
+    sampled, scored = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -2.25, -9.0]])
+    assert largest_gap(sampled, scored, torch.tensor([[True, True, False]])) == 0.5
+    assert largest_gap(sampled, scored, torch.zeros(1, 3, dtype=torch.bool)) == 0.0
 
 
 def test_the_noise_of_two_evaluations_is_no_difference():

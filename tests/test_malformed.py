@@ -152,6 +152,8 @@ CHECKPOINTS = {
     "metrics without steps": json_file(METRICS, without("steps")),
     "metrics without evals": json_file(METRICS, without("evals")),
     "metrics without findings": json_file(METRICS, without("findings")),
+    "metrics with findings that are numbers": json_file(METRICS, having(findings=[1])),
+    "metrics with a finding without text": json_file(METRICS, having(findings=[{"name": "too_easy", "step": 1}])),
     "metrics with steps that are numbers": json_file(METRICS, having(steps=[1, 2])),
     "metrics with NaN": json_file(METRICS, having(steps=[{"step": 1, "kl": float("nan")}, {"step": 2}])),
     "metrics of fewer steps": json_file(METRICS, having(steps=[{"step": 1}])),
@@ -332,10 +334,11 @@ def test_metrics_that_are_a_link_to_itself_are_named(command, model, run):
         '{"schema_version": 1, "config": {}, "steps": [{"step": 1, "kl": -Infinity}], "evals": []}',
         '{"schema_version": 1, "config": {}, "steps": [{"step": ' + HUGE + "}]}",
         '{"schema_version": 1, "config": {"model": ' + DEEP + "}}",
+        '{"schema_version": 1, "config": {}, "steps": [], "evals": [], "findings": [1]}',
         '{"schema_version": 1, "config": {}, "steps": [], "evals": []}\n{}',
         "\ufeff{}",
     ],
-    ids=["NaN", "infinity", "a huge number", "nested", "two records", "a byte order mark"],
+    ids=["NaN", "infinity", "a huge number", "nested", "findings", "two records", "a byte order mark"],
 )
 def test_metrics_that_json_may_hold_and_ours_do_not_are_named(content, tmp_path):
     (tmp_path / FILE_NAME).write_text(content, encoding="utf-8")

@@ -18,7 +18,7 @@ from tasks.gsm8k import problem_of
 from tasks.parsing import PARSERS
 from tasks.prompts import STYLES, ideal_completion
 from tasks.reverse import Reverse
-from tasks.rewards import DEMO, REWARDS, SHAPED, parse_rewards, score
+from tasks.rewards import DEMO, REWARDS, SHAPED, parse_rewards, repeats_an_ending, score
 from tasks.rows import Rows
 
 SUM = Problem("What is (4 - 9) * 6?", "-30")
@@ -177,6 +177,21 @@ def test_language_is_the_share_of_letters_in_the_scripts_of_the_question(questio
 )
 def test_one_ending(completion, expected):
     assert value("one_ending", completion) == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<answer>1</answer></answer>", True),
+        ("<answer>1</answer><|im_end|><|im_end|>", True),
+        ("<think>a</think> <think>b</think><answer>1</answer>", True),
+        ("<answer><answer>1</answer>", False),  # an opening
+        ("<think>a</think><answer>1</answer><|im_end|>", False),
+        ("", False),
+    ],
+)
+def test_a_repeated_ending(completion, expected):
+    assert repeats_an_ending(completion) == expected
 
 
 def test_length_pays_short_well_formed_completions():
