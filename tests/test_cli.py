@@ -257,9 +257,9 @@ def test_the_saved_model_is_float32_and_loads_without_this_program(run):
 
 
 def without_times(value):
-    """A record without the entries that are seconds."""
+    """A record without the entries that are seconds or bytes of memory."""
     if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if not key.startswith("time/")}
+        return {k: without_times(item) for k, item in value.items() if not k.startswith(("time/", "peak_memory"))}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
