@@ -13,7 +13,7 @@ from tasks.base import Problem, Task
 from tasks.unrelated import QUESTIONS
 
 TEST_PROBLEMS = 1000  # or all there are
-SKILL_PROBLEMS = 200  # of each: what is looked for are losses of many points, and there are several skills
+SKILL_PROBLEMS = 100  # of each: what is looked for are losses of many points, and there are several skills
 TRIED = 4  # prompts on which a common beginning is tried
 
 
