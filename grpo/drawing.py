@@ -149,18 +149,20 @@ def held_out(axes: Axes, record: Record, label: str, size: float = 4) -> None:
 
 
 def from_zero(axes: Axes, values: np.ndarray, shown: np.ndarray | None = None) -> str:
-    """Start an axis at 0; where single values would flatten all others, make it logarithmic. Returns what to say.
+    """Start an axis at 0, or at the least value below it; logarithmic where single values would flatten the others.
 
-    `shown` is what will be drawn, if that is not the values themselves.
+    Returns what to say of the scale. `shown` is what will be drawn, if that is not the values themselves.
     """
     positive = _positive(values)
-    top = _positive(values if shown is None else shown).max(initial=0.0) or 1.0
+    drawn = values if shown is None else shown
+    top = _positive(drawn).max(initial=0.0) or 1.0
+    bottom = 1.08 * drawn[np.isfinite(drawn)].min(initial=0.0)
     if not len(positive) or positive.max() <= SPIKE * np.median(positive):
-        axes.set_ylim(0, 1.08 * top)
+        axes.set_ylim(bottom, 1.08 * top)
         return ""
     threshold = 10.0 ** np.floor(np.log10(np.median(positive)))
     axes.set_yscale("symlog", linthresh=threshold)
-    axes.set_ylim(0, 3 * max(top, threshold))
+    axes.set_ylim(bottom, 3 * max(top, threshold))
     decades = np.log10(max(top, threshold) / threshold)
     exponents = range(0, int(decades) + 2, max(1, int(decades) // 4))
     axes.set_yticks([0, *(threshold * 10.0**k for k in exponents)])

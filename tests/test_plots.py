@@ -14,7 +14,7 @@ import pytest
 from grpo.comparison import PANELS as COMPARED
 from grpo.comparison import comparison, draw_comparison
 from grpo.curves import column, findings, group_runs, over_runs, smooth, window_for
-from grpo.drawing import COLOURS
+from grpo.drawing import COLOURS, from_zero
 from grpo.metrics import Metrics, load_metrics
 from grpo.overview import MOST_FINDINGS, overview
 from grpo.panels import PANELS
@@ -422,3 +422,15 @@ def test_the_comparison_shows_mean_and_range_and_says_so():
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert words == [" starter: 2 runs, mean and min to max, seeds 0, 1, 5 steps"]
     assert axes.lines[0].get_color() == COLOURS[0]
+
+
+def test_an_axis_shows_values_below_zero_too():
+    # drift is an estimate, and may be negative
+    axes = plt.figure().subplots()
+    from_zero(axes, np.array([0.0, -0.002, np.nan, 0.01]))
+    low, high = axes.get_ylim()
+    assert low < -0.002
+    assert high > 0.01
+    from_zero(axes, np.array([0.0, 0.01]))
+    assert axes.get_ylim()[0] == 0
+    plt.close(axes.figure)
