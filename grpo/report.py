@@ -64,7 +64,7 @@ def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
     best = "  best so far, saved" if improved and entry["step"] else ""
     more = f"{100 * entry['well_formed']:.0f}% well-formed"
     if entry.get("drift") is not None:
-        more += f", drift {entry['drift']:.3f}"
+        more += f", drift {nats(entry['drift'])}"
     say(f"step {entry['step']:>4}  validation {accuracy_text(entry)}, {more}{best}")
 
 
@@ -145,10 +145,15 @@ def passes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     return ["sampled:  " + ", ".join(both)] if both else []
 
 
+def nats(value: float) -> str:
+    """Three decimals, and no minus before a zero."""
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
 def drifted(after: Mapping[str, Any]) -> list[str]:
     """How far the saved policy is from the start where it was not trained."""
     drift = after.get("drift")
-    return [] if drift is None else [f"drift              {drift:.3f} nats a token on unrelated questions"]
+    return [] if drift is None else [f"drift              {nats(drift)} nats a token on unrelated questions"]
 
 
 def show_finding(finding: Mapping[str, Any]) -> None:

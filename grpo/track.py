@@ -25,11 +25,14 @@ class Tracker:
         module.init(project=PROJECT, name=folder.resolve().name, config=dict(config))
         self.module = module
 
-    def log(self, entry: Mapping[str, Any], prefix: str = "") -> None:
-        """Send the numbers of an entry of `steps`, or of `evals` under a prefix such as "validation/"."""
+    def log(self, step: int, entry: Mapping[str, Any], prefix: str = "") -> None:
+        """Send the numbers of an entry of `steps`, or of `evals` under a prefix such as "validation/".
+
+        `step` is that of the run, also for a test of an earlier policy: wandb drops what goes back.
+        """
         if self.module is not None:
             numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}
-            self.module.log(numbers, step=entry["step"])
+            self.module.log(numbers, step=step)
 
     def close(self) -> None:
         """Send what is left."""

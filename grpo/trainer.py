@@ -107,7 +107,7 @@ class Trainer:
                 self.done += 1
                 self.metrics.add_step(entry)
                 self.samples.add(self.done, self.rollout)
-                self.tracker.log(entry)
+                self.tracker.log(self.done, entry)
                 self._diagnose()
                 progress.update(
                     self.done, {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
@@ -251,7 +251,7 @@ class Trainer:
         start = time.perf_counter()
         entry = {"step": step, "split": split, **measure(lm), "time/evaluate": time.perf_counter() - start}
         self.metrics.add_eval(entry)
-        self.tracker.log(entry, f"{split}/")
+        self.tracker.log(self.done, entry, f"{split}/")
         self._diagnose(aloud=split != "test")  # the findings of the last test are in the list that follows it
         return entry
 
