@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grpo.config import DEVICES, read_card, resolve
+from grpo.config import DEVICES, MOST_TOKENS, read_card, resolve
 from grpo.console import printable
 from tasks.base import TASKS
 from tasks.parsing import parse_answer
@@ -50,7 +50,9 @@ TOKENS_WITHOUT_CARD = 128  # for a model that says nothing of its own limit
 @click.option("--pass-at-k", type=click.IntRange(0), help="also pass@k by sampling, with --evaluate")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="completions a question")
-@click.option("--max-new-tokens", type=click.IntRange(1), help="longest completion  [default: the model's own]")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1, MOST_TOKENS), help="longest completion  [default: the model's own]"
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of sampling")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="where to compute")
 def main(

@@ -133,6 +133,8 @@ class TrainConfig:
             raise ValueError(
                 "load_in_4bit needs lora_rank: weights in 4 bits cannot be trained, an adapter over them can"
             )
+        if self.max_new_tokens > MOST_TOKENS:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at most {MOST_TOKENS}")
         if self.warmup_steps >= self.num_iterations:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below num_iterations")
 
