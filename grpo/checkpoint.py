@@ -38,6 +38,7 @@ PAYLOAD = ("policy.safetensors", "optimizer.safetensors", "metrics.json", "state
 REFERENCE = "reference.safetensors"
 MANIFEST = "manifest.json"
 BLOCK = 2**20
+WAYS_ON = "--fresh moves the run to earlier_runs/ and starts over, --output-dir NEW trains elsewhere"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class Checkpoint:
     metrics: Mapping[str, Any]
     state: Mapping[str, Any]
     reference: Mapping[str, Tensor] | None = None
+
+
+class NotForUs(ValueError):
+    """A checkpoint that nothing is wrong with: of another format, or without permission to read it."""
 
 
 def refuse_another_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, files: Mapping[str, str]) -> None:
@@ -108,13 +113,16 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with those that do not.
 
-    A damaged one is set aside under its name with `.damaged`, never deleted.
+    A damaged one is set aside under its name with `.damaged`, never deleted. Raises NotForUs, and touches nothing,
+    where the newest is sound but cannot be used here.
     """
     parent, problems = folder / FOLDER, []
     names = sorted((p.name for p in parent.glob("step-????????") if p.is_dir()), reverse=True)
     for name in names:
         try:
             return read_checkpoint(parent / name), problems
+        except NotForUs:
+            raise
         except ValueError as error:
             problems.append(f"{error}; set aside as {_set_aside(parent / name).name}")
     return None, problems
@@ -130,14 +138,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if not isinstance(state, dict) or not isinstance(metrics, dict):
             raise ValueError("it was not written by this program")
         if state.get("format") != FORMAT:
-            raise ValueError(f"it has format {state.get('format')}, this version reads {FORMAT}")
+            raise NotForUs(f"it has format {state.get('format')}, this version reads {FORMAT}")
         if not is_count(state.get("step")) or path.name != f"step-{state['step']:08d}":
             raise ValueError("it is not of the step in its name")
         policy, optimizer = load_file(path / PAYLOAD[0]), load_file(path / PAYLOAD[1])
         reference = load_file(path / REFERENCE) if (path / REFERENCE).exists() else None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ValueError(f"checkpoint {path.name} cannot be used: {reason}") from None
+        said = f"checkpoint {path.name} cannot be used: {reason}"
+        if isinstance(error, NotForUs | PermissionError):
+            raise NotForUs(f"{said}; {WAYS_ON}") from None
+        raise ValueError(said) from None
     return Checkpoint(state["step"], policy, optimizer, metrics, state, reference)
 
 
@@ -179,10 +190,7 @@ def see_that_it_fits(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -
 
 
 def _unfit(checkpoint: Checkpoint, reason: str) -> ValueError:
-    return ValueError(
-        f"checkpoint step-{checkpoint.step:08d} cannot be used: {reason}; --fresh moves the run to earlier_runs/ and "
-        "starts over, --output-dir NEW trains elsewhere"
-    )
+    return ValueError(f"checkpoint step-{checkpoint.step:08d} cannot be used: {reason}; {WAYS_ON}")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

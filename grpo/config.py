@@ -20,27 +20,13 @@ from tasks.prompts import STYLE_TOKENS, STYLES
 
 STARTER = Path(__file__).parent / "starter" / "model"
 CARD = "grpo.json"
-OWN = (
-    "model",
-    "device",
-    "deterministic",
-    "seed",
-    "data",  # a file of this machine: a model's folder, which may come from anywhere, cannot name one
-    "output_dir",
-    "time_limit",
-    "track",
-)  # a run's own; the rest is passed on with its model
+# a run's own; the rest is passed on with its model. A model's folder may come from anywhere: it can name no data file
+OWN = ("model", "device", "deterministic", "seed", "data", "output_dir", "time_limit", "track")
 # what a run may go on with another value of: it decides nothing about what is learned from a step
 MAY_CHANGE = (
-    "device",
-    "deterministic",
-    "gradient_checkpointing",
-    "num_iterations",
-    "micro_batch_size",
-    "output_dir",
-    "show_every",
+    *("device", "deterministic", "gradient_checkpointing", "micro_batch_size", "num_iterations", "output_dir"),
+    *("save_every", "show_every", "track", "time_limit", "patience", "target_accuracy"),
 )
-MAY_CHANGE += ("save_every", "track", "time_limit", "patience", "target_accuracy")
 LARGEST_FLOAT32 = 3.4e38
 MOST_TOKENS = 10**6  # of a completion: no model has so many, and memory for all of them is taken at once
 _DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")

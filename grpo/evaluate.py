@@ -36,16 +36,6 @@ class Evaluation:
         return [attempt.correct for attempt in self.attempts]
 
     @property
-    def correct(self) -> int:
-        """How many are answered exactly right."""
-        return sum(self.right)
-
-    @property
-    def accuracy(self) -> float:
-        """The share that is exactly right."""
-        return self.correct / self.n
-
-    @property
     def categories(self) -> dict[str, list[bool]]:
         """Which are right in each category of problem that the task names, in order."""
         found: dict[str, list[bool]] = {}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from grpo.memory import is_refusal
 from grpo.sampling import Completions, concatenate, generate, left_pad, prefill
 
 SAME = 1e-3  # nats; with and without a shared beginning they differ by 1e-6 in float32 where a model can share at all
@@ -57,6 +58,8 @@ def can_begin_together(model: PreTrainedModel, prompts: Sequence[Sequence[int]],
     _, apart = prefill(model, ids, mask)
     try:
         _, shared = prefill(model, ids, mask, common_beginning(prompts))
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
+    except Exception as error:
+        if not is_refusal(error):
+            raise
         return False
     return bool((shared.float().log_softmax(-1) - apart.float().log_softmax(-1)).abs().max() < SAME)

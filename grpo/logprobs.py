@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
+from grpo.memory import is_refusal
 from grpo.sampling import positions
 
 SAME = 1e-3  # nats; shared and dense differ by 1e-6 in float32 where a model can share at all
@@ -152,6 +153,8 @@ def can_share(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -
     dense, _ = completion_logprobs(model, tokens, 1.0, shared=False)
     try:
         shared, _ = completion_logprobs(model, tokens, 1.0, shared=True)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
+    except Exception as error:
+        if not is_refusal(error):
+            raise
         return False
     return bool((shared - dense).abs().max() < SAME)

@@ -66,9 +66,8 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
         task_type="CAUSAL_LM",
     )
     for layer in model.modules():
-        if hasattr(
-            layer, "support_avx512bf16_for_cpu"
-        ):  # repacks weights for inference for good: no gradient after it
+        # on a CPU, 4-bit layers are repacked for inference by their first pass, for good: no gradient after it
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     torch.manual_seed(config.seed)  # one of the two factors starts at random, the other at 0
     try:

@@ -9,6 +9,8 @@ import torch
 from grpo.console import say
 
 Result = TypeVar("Result")
+# what a model raises whose cache cannot do what a shortcut asks of it
+REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError)
 MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")  # MPS, cuBLAS, the CPU
 
 
@@ -35,6 +37,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an error says that a model cannot take a shortcut, rather than that memory ran out on it."""
+    return isinstance(error, REFUSALS) and not is_out_of_memory(error)
 
 
 class PassLimit:

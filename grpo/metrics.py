@@ -147,6 +147,11 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not name.startswith("time/")}
 
 
+def same_rows(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
+    """Whether entries say the same, seconds aside."""
+    return list(map(without_times, some)) == list(map(without_times, others))
+
+
 def is_count(value: Any) -> bool:
     """Whether a value is a number of things, such as steps."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_NUMBER

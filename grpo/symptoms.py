@@ -13,11 +13,8 @@ ENTROPY_LEFT, ENTROPY_LEAST = 0.1, 0.05  # of the first steps' entropy; and nats
 STILL_WRONG = 0.8  # a policy this accurate may be sure of itself
 MOSTLY, NEARLY_EVERY = 0.5, 0.95  # of completions
 ENDINGS_REPEATED = 0.1  # of completions: a model that has learned where to stop has none
-SPIKE, SPIKES, SPIKE_STEPS = (
-    10.0,
-    3,
-    50,
-)  # times median and clipping; so many, for one is harmless; within so many steps
+SPIKE = 10.0  # times the median, and the clipping
+SPIKES, SPIKE_STEPS = 3, 50  # so many, for one is harmless, within so many steps
 CLIPPED = 0.3  # of tokens: clipping is for outliers; PPO's usual 0.05 to 0.2
 MOVED = 0.1  # of weights: float32 at a sensible rate moves nearly all, bf16 at 1e-7 moved 2 to 8% (PITFALLS 15)
 STANDING, STANDING_STEPS = 1e-6, 50  # nats a token: nobody could tell the policies apart; steps to wait

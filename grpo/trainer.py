@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from grpo import report
-from grpo.checkpoint import newest_checkpoint, refuse_another_run, see_that_it_is_ours, write_checkpoint
+from grpo.checkpoint import WAYS_ON, newest_checkpoint, refuse_another_run, see_that_it_is_ours, write_checkpoint
 from grpo.config import TrainConfig, model_folder, read_card
 from grpo.console import Progress, say
 from grpo.examiner import Examiner
@@ -21,7 +21,7 @@ from grpo.health import SHOW_EXAMPLES, new_findings
 from grpo.learner import Learner
 from grpo.lora import add_adapter, four_bits
 from grpo.memory import peak_memory
-from grpo.metrics import Metrics, environment, load_metrics, without_times
+from grpo.metrics import Metrics, environment, load_metrics, same_rows
 from grpo.models import ROWS, SAVED_MODEL, LanguageModel, be_deterministic, choose_device, load, save
 from grpo.plots import draw_all
 from grpo.rollout import RolloutBatch
@@ -62,7 +62,7 @@ class Trainer:
             environment(_device_name(device), torch.get_num_threads(), versions),
         )
         self.samples = Samples(self.folder)
-        self.tracker = Tracker(config.track, self.folder, config.to_dict())
+        self.tracker = Tracker(config.track)
         self.saved_model = self.folder / SAVED_MODEL
         self.before: dict[str, Any] = {}  # the starting model on the test problems
         self.best: dict[str, Any] | None = None  # the evaluation of the best policy, with its step
@@ -80,21 +80,25 @@ class Trainer:
                 report.already_finished(self.folder, ended)
                 draw_all(ended, self.folder)
                 return 0
-            self._begin()
-            try:
-                reason = self._why_done() or self._train(stops)
-            except ValueError:  # out of memory, a broken reward: what has been done stays known
-                self.metrics.write()
-                raise
-            self._checkpoint()
-            if stops.signal is None:
-                self._finish(reason)
-            else:
-                report.interrupted(self.folder, self.done, reason)
-            self.metrics.write()
-            draw_all(self.metrics.record, self.folder)
-            self.tracker.close()
+            with self.tracker.tracking(self.folder, self.config.to_dict()):
+                self._go_on(stops)
             return stops.exit_status
+
+    def _go_on(self, stops: Stops) -> None:
+        """From where the run stands to its end, or to a reason to stop."""
+        self._begin()
+        try:
+            reason = self._why_done() or self._train(stops)
+        except ValueError:  # out of memory, a broken reward: what has been done stays known
+            self.metrics.write()
+            raise
+        self._checkpoint()
+        if stops.signal is None:
+            self._finish(reason)
+        else:
+            report.interrupted(self.folder, self.done, reason)
+        self.metrics.write()
+        draw_all(self.metrics.record, self.folder)
 
     def _train(self, stops: Stops) -> str:
         """Steps until there is a reason to stop, which is returned."""
@@ -195,10 +199,7 @@ class Trainer:
             say(f"Warning: {problem}")
         if checkpoint is None:
             if problems:
-                raise ValueError(
-                    f"none of the checkpoints in {self.folder.resolve()} can be used; --fresh moves the run to "
-                    "earlier_runs/ and starts over, --output-dir NEW trains elsewhere"
-                )
+                raise ValueError(f"none of the checkpoints in {self.folder.resolve()} can be used; {WAYS_ON}")
             return None
         see_that_it_is_ours(checkpoint)
         refuse_another_run(self.folder, checkpoint, self.config, self.files)
@@ -217,14 +218,8 @@ class Trainer:
             written = load_metrics(self.folder)
         except ValueError:
             return None  # damaged or missing; the checkpoint has all of it but the ending
-        there, of_checkpoint = (
-            [without_times(row) for row in rows]
-            for rows in (
-                written["steps"] + written["evals"][:-1],
-                checkpoint.metrics["steps"] + checkpoint.metrics["evals"],
-            )
-        )
-        same = there == of_checkpoint
+        same = same_rows(written["steps"], checkpoint.metrics["steps"])
+        same = same and same_rows(written["evals"][:-1], checkpoint.metrics["evals"])
         return written if same and (written.get("finished") or {}).get("step") == self.done else None
 
     def _validate(self, step: int) -> None:

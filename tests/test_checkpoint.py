@@ -154,6 +154,21 @@ def test_a_checkpoint_of_another_format_is_refused_with_both_numbers(tmp_path, m
     monkeypatch.undo()
     with pytest.raises(ValueError, match="99"):
         read_checkpoint(path)
+    with pytest.raises(ValueError, match="99"):
+        newest_checkpoint(tmp_path)
+    assert path.is_dir(), "nothing is wrong with it, so it stays where it is"
+
+
+def test_a_checkpoint_that_may_not_be_read_stays_where_it_is(tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path, a_checkpoint(1))
+
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(module.Path, "read_bytes", forbidden)
+    with pytest.raises(ValueError, match="Permission denied"):
+        newest_checkpoint(tmp_path)
+    assert path.is_dir()
 
 
 def test_the_optimizer_goes_on_as_if_nothing_had_been():

@@ -152,7 +152,7 @@ def test_a_system_prompt_and_rewards_of_a_card_are_for_its_own_style_and_task(tm
 
 
 def test_a_models_card_can_name_no_file_that_would_be_read_or_run(tmp_path):
-    for settings in ({"data": "/etc/passwd"}, {"reward": ["exact=1", "/tmp/evil.py:f=1"]}, {"reward": ["x:f=1"]}):
+    for settings in ({"data": "problems.jsonl"}, {"reward": ["exact=1", "evil.py:f=1"]}, {"reward": ["x:f=1"]}):
         model = folder_with_card(tmp_path / "m", {"settings": settings})
         with pytest.raises(ValueError, match=CARD) as caught:
             resolve({"model": model})

@@ -32,7 +32,7 @@ def _no_plots():
     """For speed; and what a run may set for the whole process is set back."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "draw_all", lambda *_: [])
-        patch.setattr(Tracker, "__init__", lambda self, *_: setattr(self, "module", None))
+        patch.setattr(Tracker, "__init__", lambda self, *_: setattr(self, "package", None))
         yield
     torch.use_deterministic_algorithms(False)
 

@@ -16,9 +16,12 @@ import train_grpo
 from grpo import examiner, learner
 from grpo.checkpoint import newest_checkpoint
 from grpo.config import resolve
+from grpo.greedy import can_begin_together
 from grpo.learner import Learner
+from grpo.logprobs import can_share
 from grpo.memory import PassLimit, is_out_of_memory, passes
 from grpo.models import load
+from grpo.sampling import left_pad
 from grpo.trainer import Trainer
 from tasks.arithmetic import Arithmetic
 
@@ -196,3 +199,21 @@ def test_a_model_that_does_not_fit_at_all_is_one_line(monkeypatch, tmp_path):
     result = CliRunner().invoke(train_grpo.main, ["--output-dir", str(tmp_path)])
     assert result.exit_code == 1
     assert result.stderr == "Error: starter does not fit into memory; take a smaller one, or --device cpu\n"
+
+
+@pytest.mark.parametrize("error", [CUDA, MPS], ids=["cuda", "mps"])
+def test_running_out_of_memory_is_never_taken_for_a_model_that_cannot_share(error, monkeypatch):
+    lm = load("starter", torch.device("cpu"))
+    prompts = lm.prompts([Arithmetic().messages(f"What is ({n} + 1) + 1?") for n in range(2)])
+    ids, mask = left_pad(prompts, lm.pad_id, lm.device)
+    true_forward = lm.model.forward
+
+    def forward(*args, **more):
+        if more.get("past_key_values") is not None and more["past_key_values"].get_seq_length():
+            raise error
+        return true_forward(*args, **more)
+
+    monkeypatch.setattr(lm.model, "forward", forward)
+    for tried in (lambda: can_share(lm.model, ids, mask), lambda: can_begin_together(lm.model, prompts, lm.pad_id)):
+        with pytest.raises(RuntimeError, match="memory"):
+            tried()

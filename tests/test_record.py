@@ -17,6 +17,7 @@ from grpo.samples import EVERY, GROUPS, Samples
 from grpo.timing import seconds_by_phase, tokens_per_second
 from grpo.track import Tracker
 from tasks.base import Problem, Reward
+from tasks.rewards import REWARDS
 from tests.runs import a_tiny_model, options
 
 ODD = "a\ud800\x1b[2J</script>\u2028\n"
@@ -111,13 +112,30 @@ def test_a_tracker_gets_every_step_and_evaluation_and_is_closed(name, tmp_path, 
     assert all(isinstance(value, int | float) for call in calls[1:-1] for value in call[2].values())
 
 
+def test_a_tracker_is_closed_after_an_error_and_not_opened_by_a_run_that_is_finished(tmp_path, monkeypatch):
+    calls = []
+    fake = types.ModuleType("wandb")
+    fake.init, fake.log = (lambda **more: calls.append("init")), (lambda numbers, step: None)
+    fake.finish = lambda: calls.append("finish")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    a_tiny_model(tmp_path / "model")
+    args = options(model=tmp_path / "model", output_dir=tmp_path / "run", num_iterations=1, track="wandb")
+    with monkeypatch.context() as patch:
+        patch.setitem(REWARDS, "close", lambda attempt: float("nan"))
+        assert CliRunner().invoke(train_grpo.main, args).exit_code == 1
+    assert calls == ["init", "finish"]
+    for _ in range(2):
+        assert CliRunner().invoke(train_grpo.main, args).exit_code == 0
+    assert calls == ["init", "finish"] * 2, "the second launch only says that the run is finished"
+
+
 def test_no_tracker_does_nothing_and_a_missing_one_is_named(tmp_path, monkeypatch):
-    tracker = Tracker("none", tmp_path, {})
-    tracker.log(1, {"step": 1, "kl": 0.5})
-    tracker.close()
+    tracker = Tracker("none")
+    with tracker.tracking(tmp_path, {}):
+        tracker.log(1, {"step": 1, "kl": 0.5})
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
-        Tracker("wandb", tmp_path, {})
+        Tracker("wandb")
 
 
 @pytest.mark.parametrize("columns", [40, 60, 100, 200])
