@@ -5,7 +5,7 @@ group. Tokens are drawn from the plain softmax at the given temperature: no top-
 whatever the model's generation config says, because the policy that is scored must be the one that sampled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
+from grpo.cache import Steps
 from grpo.memory import passes
 
 WEIGHTS = 2**50  # a distribution as integers that add up to about this
+CHECK_EVERY = 16  # tokens, where looking makes the host wait for the device
+LEAVE = 3 / 4  # rows that have ended leave once at most so many are left
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,22 @@ def positions(mask: Tensor) -> Tensor:
 
 
 def draw_tokens(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """One token for each row of `logits` (B, V), by the inverse of the cumulative softmax at `noise` (B,).
+    """One token for each row of `logits` (B, V), by the inverse of the cumulative softmax at `noise` (B,)."""
+    return _draw((logits.float() / temperature).softmax(-1), noise)
+
+
+def _draw(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """The inverse of the cumulative sum of probabilities (B, V) at `noise` (B,).
 
     Unlike `torch.multinomial`, a row's token does not depend on the other rows of the batch. The sum is one of
     integers, so it is exact on every device: float32 is off by 1e-3 over a vocabulary of 150,000, MPS has no
     float64, and CUDA has no deterministic sum of floats.
     """
-    weights = ((logits.float() / temperature).softmax(-1) * WEIGHTS).long()
-    cumulative = weights.cumsum(-1)  # (B, V)
+    cumulative = (probabilities * WEIGHTS).long().cumsum(-1)  # (B, V)
     total = cumulative[:, -1:]
     target = (noise[:, None] * total).long().minimum(total - 1)
     # the clamp is for logits that are not finite: their token means nothing, but there is one
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
 
 
 def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, beginning: int = 0) -> tuple[DynamicCache, Tensor]:
@@ -127,98 +134,84 @@ def generate(
     shared: bool = True,
     limit: int | None = None,
     beginning: int = 0,
+    check_every: int | None = None,
+    more: Callable[[bool], bool] | None = None,
 ) -> Completions:
     """`num_generations` completions for each of the N left-padded prompts; greedy where `noise` is None.
 
     `noise` is (N · G, max_new_tokens) from `token_noise`. Every id of `end_ids` ends a row. With `shared`, each
     prompt is run once and its cache repeated; without, once for every completion. At most `limit` rows at a time.
     All prompts begin with the same `beginning` tokens, which are run once (`prefill`). Greedy rows have no
-    log-probabilities.
+    log-probabilities. Whether rows have ended is looked at after every `check_every` tokens; the completions are the
+    same for any. `more` is then asked whether to go on, given whether any row here runs still: on several devices
+    all of them do the same number of forward passes.
     """
-    total = prompt_ids.shape[0] * num_generations
+    total, device = prompt_ids.shape[0] * num_generations, prompt_ids.device
+    ends = torch.tensor(list(end_ids), device=device)
+    check_every = check_every or (1 if device.type == "cpu" else CHECK_EVERY)
+    if noise is not None:
+        noise = noise.to(torch.float32 if device.type == "mps" else noise.dtype).to(device)
     parts = []
     for rows in passes(total, num_generations, limit or total):
         prompts = slice(rows.start // num_generations, -(-rows.stop // num_generations))
-        parts.append(
-            _generate(
-                model,
-                prompt_ids[prompts],
-                prompt_mask[prompts],
-                (rows.stop - rows.start) // (prompts.stop - prompts.start),
-                max_new_tokens,
-                torch.tensor(list(end_ids), device=prompt_ids.device),
-                temperature,
-                None if noise is None else noise[rows],
-                shared,
-                beginning,
-            )
-        )
+        ids, mask = prompt_ids[prompts], prompt_mask[prompts]
+        repeats = (rows.stop - rows.start) // (prompts.stop - prompts.start)
+        if not shared:
+            ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
+            repeats = 1
+        cache, logits = prefill(model, ids, mask, beginning)
+        steps = Steps(model, cache, mask, repeats, max_new_tokens)
+        logits = logits.repeat_interleave(repeats, 0)  # (B, V)
+        of_rows = None if noise is None else noise[rows]
+        parts.append(_decode(steps, logits, max_new_tokens, ends, temperature, of_rows, check_every, more))
     return concatenate(parts)
 
 
-def _generate(
-    model: PreTrainedModel,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    num_generations: int,
-    max_new_tokens: int,
+def _decode(
+    steps: Steps,
+    logits: Tensor,
+    columns: int,
     ends: Tensor,
     temperature: float,
     noise: Tensor | None,
-    shared: bool,
-    beginning: int,
+    check_every: int,
+    more: Callable[[bool], bool] | None,
 ) -> Completions:
-    """One pass of `generate`. Rows that have ended leave once they are half of it, greedy ones once an eighth."""
-    device = prompt_ids.device
-    rows = prompt_ids.shape[0] * num_generations
-    repeats = num_generations
-    if not shared:
-        prompt_ids, prompt_mask = (x.repeat_interleave(repeats, 0) for x in (prompt_ids, prompt_mask))
-        repeats = 1
-    cache, logits = prefill(model, prompt_ids, prompt_mask, beginning)
-    if repeats > 1:
-        cache.batch_repeat_interleave(repeats)
-    logits = logits.repeat_interleave(repeats, 0)  # (B, V)
-    mask = prompt_mask.long().repeat_interleave(repeats, 0)  # (B, P), grows
-    noise = None if noise is None else noise.to(torch.float32 if device.type == "mps" else noise.dtype)
-    noise = None if noise is None else noise.to(device)
+    """At most `columns` tokens of each row, the first of them by `logits` (B, V).
 
-    ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(rows, max_new_tokens, device=device)
-    lengths = torch.full((rows,), max_new_tokens, device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    Between two checks everything stays on the device, in tensors of the same shapes: the host waits for nothing. At a
+    check, rows that have ended leave if they are enough to make up for copying the cache of the others.
+    """
+    rows, device = logits.shape[0], logits.device
+    ids = torch.zeros(rows, columns, dtype=torch.long, device=device)
+    logprobs = torch.zeros(rows, columns, device=device)
+    lengths = torch.zeros(rows, dtype=torch.long, device=device)
+    ended = torch.ones(rows, dtype=torch.bool, device=device)  # of rows that have left; in the end, of all
     alive = torch.arange(rows, device=device)  # the rows still in the batch
-    for column in range(max_new_tokens):
+    running = torch.ones_like(ended)  # of those in the batch
+    for column in range(columns):
         if noise is None:
             tokens = logits.argmax(-1)
         else:
-            tokens = draw_tokens(logits, noise[alive, column], temperature)
-        running = ~ended[alive]
-        ids[alive, column] = torch.where(running, tokens, 0)
-        if noise is not None:
-            scaled = logits.float() / temperature
-            chosen = scaled.gather(-1, tokens[:, None]).squeeze(-1) - scaled.logsumexp(-1)
+            probabilities = (logits.float() / temperature).softmax(-1)
+            tokens = _draw(probabilities, noise[alive, column])
+            chosen = probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
             logprobs[alive, column] = torch.where(running, chosen, 0.0)
-        stops = running & torch.isin(tokens, ends)
-        lengths[alive[stops]] = column + 1
-        ended[alive] |= stops
-        keep = ~ended[alive]
-        left = int(keep.sum())
-        if left == 0 or column == max_new_tokens - 1:
+        ids[alive, column] = torch.where(running, tokens, 0)
+        lengths[alive] += running
+        running = running & ~torch.isin(tokens, ends)
+        if column == columns - 1:
             break
-        if left <= len(alive) * (7 if noise is None else 4) // 8:
-            chosen_rows = keep.nonzero().squeeze(-1)
-            cache.batch_select_indices(chosen_rows)
-            alive, mask, tokens = alive[chosen_rows], mask[chosen_rows], tokens[chosen_rows]
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-        out = model(
-            input_ids=tokens[:, None],
-            attention_mask=mask,
-            position_ids=mask.sum(-1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = out.logits[:, -1]
+        if (column + 1) % check_every == 0:
+            left = int(running.sum())
+            if not (left if more is None else more(left > 0)):
+                break
+            if left <= len(alive) * LEAVE:
+                stay = running.nonzero().squeeze(-1) if left else alive.new_zeros(1)  # one at least, for `more`
+                steps.keep(stay)
+                alive, running, tokens = alive[stay], running[stay], tokens[stay]
+        logits = steps(tokens)
+    ended[alive] = ~running
     longest = int(lengths.max())
     return Completions(ids[:, :longest], lengths, ended, logprobs[:, :longest])
 

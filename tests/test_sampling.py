@@ -3,13 +3,17 @@
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo.cache import ROOM, RoomyLayer
+from grpo.greedy import greedy
 from grpo.logprobs import Tokens, completion_logprobs
 from grpo.sampling import draw_tokens, generate, left_pad, positions, token_noise
+from tests import zoo
 from tests.conftest import VOCABULARY, ragged_tokens, tiny_model
 
 
-def sample(model, tokens, noise, *, limit=8, temperature=1.0, ends=(1, 5), group=4):
+def sample(model, tokens, noise, *, limit=8, temperature=1.0, ends=(1, 5), group=4, **more):
     return generate(
         model,
         tokens.prompt_ids,
@@ -19,7 +23,12 @@ def sample(model, tokens, noise, *, limit=8, temperature=1.0, ends=(1, 5), group
         end_ids=ends,
         temperature=temperature,
         noise=noise,
+        **more,
     )
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("ids", "lengths", "ended"))
 
 
 def test_frequencies_match_the_softmax():
@@ -137,3 +146,114 @@ def test_a_generation_config_with_top_k_is_not_inherited():
     model.generation_config.update(do_sample=True, top_k=1, temperature=0.1, repetition_penalty=5.0)
     assert torch.equal(before, sample(model, tokens, noise).ids)
     assert before.unique().numel() > VOCABULARY // 4, "the plain softmax reaches many tokens"
+
+
+# --- what is done between two looks at the rows ---
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3", "gpt2"])
+@pytest.mark.parametrize("noise", [token_noise(2, 0, 12, 40), None], ids=["sampled", "greedy"])
+def test_how_often_is_looked_whether_rows_have_ended_decides_nothing(kind, noise):
+    model, tokens = tiny_model(kind), ragged_tokens()
+    every = [sample(model, tokens, noise, limit=40, ends=range(3, 20), check_every=n) for n in (1, 4, 16, 100)]
+    assert noise is None or every[0].lengths.unique().numel() > 3, "rows leave one after the other"
+    for found in every[1:]:
+        assert same(found, every[0])
+        # matrices of other sizes round otherwise: rows leave at other times
+        torch.testing.assert_close(found.logprobs, every[0].logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", zoo.KINDS)
+def test_past_its_room_a_cache_holds_what_a_plain_one_does(kind):
+    # 40 tokens a row: the room is made anew once, and Gemma's window of 6 is long past
+    model, tokens = tiny_model(kind), ragged_tokens()
+    drawn = sample(model, tokens, token_noise(0, 0, 12, ROOM + 8), limit=ROOM + 8, ends=(60,))
+    rollout = Tokens(tokens.prompt_ids, tokens.prompt_mask, drawn.ids, drawn.mask)
+    rescored, _ = completion_logprobs(model, rollout, 1.0, shared=False)
+    torch.testing.assert_close(drawn.logprobs, rescored, atol=2e-5, rtol=0)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: a number read, or a shape that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket._qualified_op_name
+        by_mask = name in ("aten::index", "aten::index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        self.count += by_mask or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", zoo.KINDS)
+@pytest.mark.parametrize("noise", [token_noise(2, 0, 12, 33), None], ids=["sampled", "greedy"])
+def test_off_the_cpu_nothing_is_read_between_two_checks(kind, noise, monkeypatch):
+    model, tokens = tiny_model(kind), ragged_tokens()
+    expected = sample(model, tokens, noise, limit=33, ends=(60,))
+    monkeypatch.setattr(RoomyLayer, "is_compileable", True)  # as on another device
+
+    def reads(limit):
+        with Reads() as seen:
+            found = sample(model, tokens, noise, limit=limit, ends=(60,), check_every=16)
+        return seen.count, found
+
+    (one, _), (few, _), (more, found) = reads(2), reads(16), reads(33)
+    assert few == one
+    assert more == one + 2  # the two checks
+    assert same(found, expected)
+
+
+# --- several devices: all of them do the same number of forward passes ---
+
+
+def passes_of(model, monkeypatch):
+    rows, true_forward = [], model.forward
+
+    def forward(*args, **more):
+        rows.append(more["input_ids"].shape[0])
+        return true_forward(*args, **more)
+
+    monkeypatch.setattr(model, "forward", forward)
+    return rows
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+@pytest.mark.parametrize("noise", [token_noise(2, 0, 12, 32), None], ids=["sampled", "greedy"])
+def test_a_device_that_is_done_goes_on_while_another_is_not(check_every, noise, monkeypatch):
+    model, tokens = tiny_model("llama"), ragged_tokens()
+    settings = {"limit": 32, "ends": range(3, 16), "check_every": check_every}
+    alone = sample(model, tokens, noise, **settings)
+    assert alone.ended.all()
+    assert 4 < alone.ids.shape[1] < 20
+    asked = []
+
+    def others_run_to_the_24th(running):
+        asked.append(running)
+        return len(asked) * check_every < 24
+
+    rows = passes_of(model, monkeypatch)
+    found = sample(model, tokens, noise, **settings, more=others_run_to_the_24th)
+    assert same(found, alone)
+    assert torch.equal(found.logprobs, alone.logprobs)
+    assert asked == sorted(asked, reverse=True)
+    assert len(set(asked)) == 2
+    assert len(asked) == 24 // check_every
+    assert len(rows) == 24  # the prompts and 23 tokens
+    assert min(rows) == 1, "a row stays to be run"
+
+
+def test_greedy_decoding_asks_the_others_too():
+    model, asked = tiny_model("llama"), []
+    prompts = [[7, 8, 9], [4, 5], [6]]
+
+    def more(running):
+        asked.append(running)
+        return True
+
+    alone = greedy(model, prompts, 6, (1,), 0, 2, True)
+    assert same(greedy(model, prompts, 6, (1,), 0, 2, True, more), alone)
+    assert len(asked) == 2 * 5, "in each of the two passes, after each token that another could follow"
