@@ -54,6 +54,8 @@ def with_room(x: Tensor, repeats: int, more: int = 0) -> Tensor:
 class Steps:
     """The forward passes after the prompts: each takes a token of every row (B,) to the logits after it (B, V)."""
 
+    can_shrink = True  # rows can leave
+
     def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, repeats: int, columns: int) -> None:
         """From the cache of N prompts with their mask (N, P), each `repeats` times, for at most `columns` tokens."""
         # a layer of another kind is the model's own; it knows how to be repeated itself

@@ -21,11 +21,11 @@ from tasks.prompts import STYLE_TOKENS, STYLES
 STARTER = Path(__file__).parent / "starter" / "model"
 CARD = "grpo.json"
 # a run's own; the rest is passed on with its model. A model's folder may come from anywhere: it can name no data file
-OWN = ("model", "device", "deterministic", "seed", "data", "output_dir", "time_limit", "track")
+OWN = ("model", "device", "deterministic", "cuda_graphs", "seed", "data", "output_dir", "time_limit", "track")
 # what a run may go on with another value of: it decides nothing about what is learned from a step
 MAY_CHANGE = (
-    *("device", "deterministic", "gradient_checkpointing", "micro_batch_size", "num_iterations", "output_dir"),
-    *("save_every", "show_every", "track", "time_limit", "patience", "target_accuracy"),
+    *("device", "deterministic", "cuda_graphs", "gradient_checkpointing", "micro_batch_size", "num_iterations"),
+    *("output_dir", "save_every", "show_every", "track", "time_limit", "patience", "target_accuracy"),
 )
 LARGEST_FLOAT32 = 3.4e38
 MOST_TOKENS = 10**6  # of a completion: no model has so many, and memory for all of them is taken at once
@@ -49,6 +49,7 @@ class TrainConfig:
     model: str = setting("starter", "Model", "starter (bundled), a Hub id, or a folder")
     device: str = setting("auto", "Model", "where to compute; auto takes cuda, then mps, then cpu", None, DEVICES)
     deterministic: bool = setting(False, "Model", "the same bits each time on CUDA too, where it is slower")
+    cuda_graphs: bool = setting(False, "Model", "sample with CUDA graphs: faster, not yet run on a GPU")
     lora_rank: int = setting(0, "Model", "train an adapter of this rank instead of all weights (peft); 0: all", 0)
     lora_alpha: float = setting(32.0, "Model", "the adapter counts this divided by its rank", 1e-9)
     lora_targets: str = setting("all-linear", "Model", "layers with an adapter, as q_proj,v_proj")

@@ -155,6 +155,7 @@ def _draw(
             noise=token_noise(config.seed, step, rows, config.max_new_tokens, attempt),
             shared=shared,
             limit=limit,
+            graphs=config.cuda_graphs,
         )
         texts = lm.decode(completions)
     with clock("reward"):

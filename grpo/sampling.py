@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from grpo.cache import Steps
+from grpo.graphs import StaticSteps, can_replay
 from grpo.memory import passes
 
 WEIGHTS = 2**50  # a distribution as integers that add up to about this
@@ -136,6 +137,7 @@ def generate(
     beginning: int = 0,
     check_every: int | None = None,
     more: Callable[[bool], bool] | None = None,
+    graphs: bool = False,
 ) -> Completions:
     """`num_generations` completions for each of the N left-padded prompts; greedy where `noise` is None.
 
@@ -144,7 +146,8 @@ def generate(
     All prompts begin with the same `beginning` tokens, which are run once (`prefill`). Greedy rows have no
     log-probabilities. Whether rows have ended is looked at after every `check_every` tokens; the completions are the
     same for any. `more` is then asked whether to go on, given whether any row here runs still: on several devices
-    all of them do the same number of forward passes.
+    all of them do the same number of forward passes. With `graphs`, by CUDA graphs where the model can
+    (`grpo.graphs`), but not on several devices, which talk to each other in a pass.
     """
     total, device = prompt_ids.shape[0] * num_generations, prompt_ids.device
     ends = torch.tensor(list(end_ids), device=device)
@@ -160,15 +163,16 @@ def generate(
             ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
             repeats = 1
         cache, logits = prefill(model, ids, mask, beginning)
-        steps = Steps(model, cache, mask, repeats, max_new_tokens)
         logits = logits.repeat_interleave(repeats, 0)  # (B, V)
+        by_graph = graphs and more is None and can_replay(model, cache, mask, repeats, logits)
+        steps = (StaticSteps if by_graph else Steps)(model, cache, mask, repeats, max_new_tokens)
         of_rows = None if noise is None else noise[rows]
         parts.append(_decode(steps, logits, max_new_tokens, ends, temperature, of_rows, check_every, more))
     return concatenate(parts)
 
 
 def _decode(
-    steps: Steps,
+    steps: Steps | StaticSteps,
     logits: Tensor,
     columns: int,
     ends: Tensor,
@@ -206,7 +210,7 @@ def _decode(
             left = int(running.sum())
             if not (left if more is None else more(left > 0)):
                 break
-            if left <= len(alive) * LEAVE:
+            if steps.can_shrink and left <= len(alive) * LEAVE:
                 stay = running.nonzero().squeeze(-1) if left else alive.new_zeros(1)  # one at least, for `more`
                 steps.keep(stay)
                 alive, running, tokens = alive[stay], running[stay], tokens[stay]

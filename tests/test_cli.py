@@ -476,6 +476,7 @@ VALID = {
     "model": "no/such-model",
     "device": "cpu",
     "deterministic": True,
+    "cuda_graphs": True,
     "task": "reverse",
     "data": "problems.jsonl",
     "min_operand": -2,

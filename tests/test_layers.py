@@ -20,7 +20,7 @@ LAYERS = [
     {"grpo.illnesses", "grpo.symptoms"},
     {"grpo.health"},
     {"grpo.files", "grpo.memory", "grpo.lora", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"}
-    | {"grpo.cache", "grpo.chats", "grpo.formats", "grpo.greedy", "grpo.intervals"},
+    | {"grpo.cache", "grpo.chats", "grpo.formats", "grpo.graphs", "grpo.greedy", "grpo.intervals"},
     {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.checkpoint", "grpo.stops"}
     | {"grpo.report", "grpo.plots", "grpo.forgetting", "grpo.samples", "grpo.track"}
     | {"grpo.overview", "grpo.panels", "grpo.comparison", "grpo.page", "grpo.drawing", "grpo.curves"},
