@@ -19,7 +19,7 @@ from grpo.graphs import StaticSteps, can_replay
 from grpo.memory import passes
 
 WEIGHTS = 2**50  # a distribution as integers that add up to about this
-CHECK_EVERY = 16  # tokens, where looking makes the host wait for the device
+CHECK_EVERY = 4  # tokens, where looking makes the host wait; a pass too many costs more than some looks
 LEAVE = 3 / 4  # rows that have ended leave once at most so many are left
 
 
