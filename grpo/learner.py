@@ -65,9 +65,8 @@ class Learner:
                     ref_logprobs = fit(reference_logprobs, reference, batch.tokens, c, shared=self.shared)
                     batch = replace(batch, ref_logprobs=ref_logprobs)
             with clock("update"), self._saving_activations():
-                shared = self.shared and not c.gradient_checkpointing  # which keeps no cache
                 for _ in range(c.num_inner_updates):
-                    stats, logprobs = fit(inner_update, self.lm.model, self.optimizer, batch, c, shared=shared)
+                    stats, logprobs = fit(inner_update, self.lm.model, self.optimizer, batch, c, shared=self.shared)
                     updates.append(stats)
                     if batch.old_logprobs is None:  # the policy was still the one that sampled
                         batch = replace(batch, old_logprobs=logprobs)

@@ -1,9 +1,9 @@
 """Per-token log-probabilities of completions. The shift by one is here and nowhere else.
 
-All G completions of a group share their prompt. `shared_logprobs` runs it through the model once, with
-gradient, repeats its key/value cache G times and runs the completions on that: N · P + B · C tokens instead
-of B · (P + C), exact in float32. `dense_logprobs` runs every row in full: the oracle of the tests, and the
-way for models whose cache cannot be shared.
+All G completions of a group share their prompt. `packed_logits` runs all prompts and all completions through the
+model as one row of their real tokens, each prompt once, with gradient: at most N · P + B · C tokens instead of
+B · (P + C), exact in float32; who attends to whom is `grpo.packing`'s concern. `dense_logits` runs every row in full:
+the oracle of the tests, and the way for models that cannot take such a row.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from grpo.memory import is_refusal
+from grpo.packing import Layout, disengage, engage
 from grpo.sampling import positions
 
 SAME = 1e-3  # nats; shared and dense differ by 1e-6 in float32 where a model can share at all
@@ -53,7 +54,7 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     In chunks of rows, so that no float32 copy of all logits stands in memory; each chunk is computed again
     in the backward pass.
     """
-    rows = max(1, CHUNK // max(1, logits[0].numel()))
+    rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
     if rows >= logits.shape[0]:
         return _token_logprobs(logits, ids, temperature)
     parts = [
@@ -71,7 +72,7 @@ def _token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 @torch.no_grad()
 def token_entropy(logits: Tensor, temperature: float) -> Tensor:
     """The entropy of softmax(logits / temperature), nats, without gradient; (…, V) to (…)."""
-    rows = max(1, CHUNK // max(1, logits[0].numel()))
+    rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
     parts = []
     for some in logits.split(rows):
         logp = (some.float() / temperature).log_softmax(-1)
@@ -79,38 +80,31 @@ def token_entropy(logits: Tensor, temperature: float) -> Tensor:
     return torch.cat(parts)
 
 
-def shared_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Logits of the first completion token (B, 1, V) and of the others (B, C − 1, V), by the shared prefix."""
-    repeats = tokens.num_generations
-    cache = DynamicCache()
+def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Logits of the first completion tokens, by prompt (N, V), and of the others, real ones only (M, V)."""
+    engage(model)
+    ids, prompts, inputs = tokens.completion_ids[:, :-1], tokens.prompt_mask, tokens.completion_mask[:, 1:]
+    layout = Layout.of(prompts.sum(-1), inputs.sum(-1))
+    n, places = len(prompts), positions(prompts)  # (N, P)
+    starts = layout.prompt_lengths.repeat_interleave(tokens.num_generations)[:, None]
+    own_places = starts + torch.arange(ids.shape[1], device=ids.device)  # (B, C - 1)
+    # the layout's order; with the padding on the left, a prompt's last token is in the last column
+    input_ids = [tokens.prompt_ids[:, :-1][prompts[:, :-1]], tokens.prompt_ids[:, -1], ids[inputs]]
+    position_ids = [places[:, :-1][prompts[:, :-1]], places[:, -1], own_places[inputs]]
     out = model(
-        input_ids=tokens.prompt_ids,
-        attention_mask=tokens.prompt_mask.long(),
-        position_ids=positions(tokens.prompt_mask),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
+        input_ids=torch.cat(input_ids)[None],
+        position_ids=torch.cat(position_ids)[None],
+        attention_mask=ids.new_zeros(1, 1, 1, 1),  # so that the model makes none; the attention does not look at it
+        use_cache=False,
+        logits_to_keep=n + len(input_ids[-1]),
+        layout=layout,
     )
-    first = out.logits.repeat_interleave(repeats, 0)  # (B, 1, V)
-    inputs = tokens.completion_ids[:, :-1]
-    if inputs.shape[1] == 0:
-        return first, first[:, :0]
-    cache.batch_repeat_interleave(repeats)
-    # padding comes after the real tokens, where attention does not look: it needs no mask
-    prompt_mask = tokens.prompt_mask.repeat_interleave(repeats, 0)
-    mask = torch.cat([prompt_mask, torch.ones_like(inputs, dtype=torch.bool)], 1)
-    out = model(
-        input_ids=inputs,
-        attention_mask=mask.long(),
-        position_ids=positions(mask)[:, -inputs.shape[1] :],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return first, out.logits
+    first, rest = out.logits[0].split([n, len(input_ids[-1])])
+    return first, rest
 
 
 def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """The same logits, every row run in full."""
+    """Logits of the first completion tokens (B, V) and of the others (B, C − 1, V), every row run in full."""
     inputs = tokens.completion_ids[:, :-1]
     prompt_ids = tokens.prompt_ids.repeat_interleave(tokens.num_generations, 0)
     prompt_mask = tokens.prompt_mask.repeat_interleave(tokens.num_generations, 0)
@@ -122,7 +116,7 @@ def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor
         use_cache=False,
         logits_to_keep=inputs.shape[1] + 1,
     )
-    return out.logits[:, :1], out.logits[:, 1:]
+    return out.logits[:, 0], out.logits[:, 1:]
 
 
 def completion_logprobs(
@@ -131,22 +125,35 @@ def completion_logprobs(
     """Log-probabilities of the completions' tokens, (B, C) float32; column j scores completion token j.
 
     With `entropy`, also the entropy of each distribution that a token was drawn from, nats, (B, C), without
-    gradient. Values on padding mean nothing: use the mask.
+    gradient. Both are 0 on padding.
     """
-    first, rest = (shared_logits if shared else dense_logits)(model, tokens)
-    ids = tokens.completion_ids
-    logprobs = [token_logprobs(first, ids[:, :1], temperature), token_logprobs(rest, ids[:, 1:], temperature)]
+    ids, mask = tokens.completion_ids, tokens.completion_mask
+    if shared:
+        first, rest = packed_logits(model, tokens)
+        first, rest_ids = first.repeat_interleave(tokens.num_generations, 0), ids[:, 1:][mask[:, 1:]]
+    else:
+        first, rest = dense_logits(model, tokens)
+        rest_ids = ids[:, 1:]
+    logprobs = token_logprobs(first, ids[:, 0], temperature), token_logprobs(rest, rest_ids, temperature)
     if not entropy:
-        return torch.cat(logprobs, 1), None
-    entropies = [token_entropy(first, temperature), token_entropy(rest, temperature)]
-    return torch.cat(logprobs, 1), torch.cat(entropies, 1)
+        return _columns(*logprobs, mask), None
+    entropies = token_entropy(first, temperature), token_entropy(rest, temperature)
+    return _columns(*logprobs, mask), _columns(*entropies, mask)
+
+
+def _columns(first: Tensor, rest: Tensor, mask: Tensor) -> Tensor:
+    """Values of first tokens (B,) and of the others, (B, C − 1) or the real ones only, as (B, C), 0 on padding."""
+    if rest.dim() == 1:
+        rest = rest.new_zeros(mask[:, 1:].shape).masked_scatter(mask[:, 1:], rest)
+    return torch.where(mask, torch.cat([first[:, None], rest], 1), 0.0)
 
 
 @torch.no_grad()
 def can_share(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> bool:
     """Whether the shared prefix gives this model's log-probabilities: tried on its prompts against the dense path.
 
-    Models whose cache is not one of keys and values (state-space layers), or that refuse one, cannot.
+    Models whose layers mix tokens otherwise than by attention (state-space layers), or whose attention is not the
+    plain one, cannot.
     """
     completion_ids = prompt_ids[:, -8:].repeat_interleave(2, 0)  # any tokens do
     tokens = Tokens(prompt_ids, prompt_mask, completion_ids, torch.ones_like(completion_ids, dtype=torch.bool))
@@ -156,5 +163,9 @@ def can_share(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -
     except Exception as error:
         if not is_refusal(error):
             raise
-        return False
-    return bool((shared - dense).abs().max() < SAME)
+        same = False
+    else:
+        same = bool((shared - dense).abs().max() < SAME)
+    if not same:
+        disengage(model)
+    return same

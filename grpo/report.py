@@ -32,7 +32,7 @@ def introduce(config: TrainConfig, lm: LanguageModel, environment: Mapping[str, 
         say(note)
     _say_settings(config)
     if not shared:
-        say("This model's cache cannot be shared by a group, so every prompt is run once for each completion.\n")
+        say("This model's prompts cannot be shared by a group, so every prompt is run once for each completion.\n")
 
 
 def _say_settings(config: TrainConfig) -> None:

@@ -19,8 +19,8 @@ LAYERS = [
     {"grpo.moment"},
     {"grpo.illnesses", "grpo.symptoms"},
     {"grpo.health"},
-    {"grpo.files", "grpo.memory", "grpo.lora", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.logprobs"}
-    | {"grpo.cache", "grpo.chats", "grpo.formats", "grpo.graphs", "grpo.greedy", "grpo.intervals"},
+    {"grpo.files", "grpo.memory", "grpo.lora", "grpo.advantages", "grpo.loss", "grpo.sampling", "grpo.packing"}
+    | {"grpo.logprobs", "grpo.cache", "grpo.chats", "grpo.formats", "grpo.graphs", "grpo.greedy", "grpo.intervals"},
     {"grpo.models", "grpo.rollout", "grpo.update", "grpo.evaluate", "grpo.checkpoint", "grpo.stops"}
     | {"grpo.report", "grpo.plots", "grpo.forgetting", "grpo.samples", "grpo.track"}
     | {"grpo.overview", "grpo.panels", "grpo.comparison", "grpo.page", "grpo.drawing", "grpo.curves"},

@@ -1,12 +1,26 @@
 """The shared prefix against the dense path, and both against one row at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GptOssConfig,
+    Lfm2Config,
+    MambaConfig,
+)
 
 from grpo import logprobs as module
+from grpo import packing
 from grpo.logprobs import Tokens, can_share, completion_logprobs, token_entropy, token_logprobs
-from tests.conftest import ragged_tokens, tiny_model
-from tests.zoo import KINDS, WINDOW
+from grpo.packing import SCORES
+from tests.conftest import VOCABULARY, ragged_tokens, tiny_model
+from tests.zoo import KINDS, SIZES, WINDOW
+
+OTHER_SIZES = SIZES | {"num_hidden_layers": 2, "vocab_size": VOCABULARY, "pad_token_id": 0}
 
 
 def gradient(model, tokens, shared):
@@ -24,13 +38,51 @@ def test_shared_prefix_equals_dense_in_value_and_gradient(kind, columns):
     # 12 columns on prompts of up to 9 tokens reach beyond Gemma 3's window
     assert WINDOW < 9
     model, tokens = tiny_model(kind), ragged_tokens(columns=columns)
-    shared, shared_entropy = completion_logprobs(model, tokens, 0.7, shared=True, entropy=True)
-    dense, dense_entropy = completion_logprobs(model, tokens, 0.7, shared=False, entropy=True)
-    mask = tokens.completion_mask
-    torch.testing.assert_close(shared[mask], dense[mask], atol=1e-5, rtol=0)
-    torch.testing.assert_close(shared_entropy[mask], dense_entropy[mask], atol=1e-5, rtol=0)
+    shared = completion_logprobs(model, tokens, 0.7, shared=True, entropy=True)
+    dense = completion_logprobs(model, tokens, 0.7, shared=False, entropy=True)
+    for ours, oracle in zip(shared, dense, strict=True):
+        torch.testing.assert_close(ours, oracle, atol=1e-5, rtol=1e-5)
+        assert not ours[~tokens.completion_mask].any()
     a, b = gradient(model, tokens, True), gradient(model, tokens, False)
     assert ((a - b).norm() / b.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scores", [SCORES, 0], ids=["in memory", "fused"])
+@pytest.mark.parametrize(("lengths", "generations"), [((7, 4, 9), 3), ((3,), 2), ((1, 12), 8)])
+def test_they_differ_by_the_rounding_of_numbers_alone(kind, scores, lengths, generations, monkeypatch):
+    # in float64 nothing is left of it, but that of the log-softmax, which is taken in float32
+    monkeypatch.setattr(packing, "SCORES", scores)
+    model, tokens = tiny_model(kind).double(), ragged_tokens(lengths, generations, columns=9)
+    shared, dense = (completion_logprobs(model, tokens, 1.0, shared=shared)[0] for shared in (True, False))
+    torch.testing.assert_close(shared, dense, atol=1e-5, rtol=1e-6)
+    a, b = gradient(model, tokens, True), gradient(model, tokens, False)
+    assert ((a - b).norm() / b.norm()).item() < 1e-6
+
+
+def test_a_completion_of_which_nothing_is_learned_changes_no_other():
+    # as `--mask-truncated` leaves it
+    model, tokens = tiny_model("qwen2"), ragged_tokens()
+    whole, _ = completion_logprobs(model, tokens, 1.0)
+    mask = tokens.completion_mask.clone()
+    mask[4] = False
+    values, _ = completion_logprobs(model, replace(tokens, completion_mask=mask), 1.0)
+    torch.testing.assert_close(values, torch.where(mask, whole, 0.0), atol=1e-5, rtol=0)
+
+
+def test_linear_layers_see_real_tokens_only_and_the_head_those_that_are_read():
+    model, tokens = tiny_model("llama"), ragged_tokens(extra_padding=5)
+    seen = []
+    for layer in (model.model.layers[1].mlp.up_proj, model.lm_head):
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.shape[:2].numel()))
+    completion_logprobs(model, tokens, 1.0)
+    inputs = int(tokens.completion_mask[:, 1:].sum())  # all tokens but the last of each
+    assert seen == [7 + 4 + 9 + inputs, 3 + inputs]
+
+
+def test_the_same_bits_each_time():
+    model, tokens = tiny_model("qwen2"), ragged_tokens()
+    assert torch.equal(gradient(model, tokens, True), gradient(model, tokens, True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,11 +156,32 @@ def test_a_part_of_a_group_runs_its_prompt_again_and_scores_the_same():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_these_models_can_share_and_a_model_whose_cache_lies_falls_back(kind, monkeypatch):
+def test_these_models_can_share_and_one_that_sees_other_tokens_falls_back(kind, monkeypatch):
     model, tokens = tiny_model(kind), ragged_tokens((9, 12))
     assert can_share(model, tokens.prompt_ids, tokens.prompt_mask)
-    monkeypatch.setattr(module, "DynamicCache", lambda: None)  # a model that keeps no such cache
+    true_of = packing.Layout.of
+    monkeypatch.setattr(packing.Layout, "of", lambda prompts, inputs: true_of(prompts.flip(0), inputs))
     assert not can_share(model, tokens.prompt_ids, tokens.prompt_mask)
+    assert model.config._attn_implementation == "sdpa"
+
+
+OTHERS = {
+    "softcap": Gemma2Config(head_dim=8, **OTHER_SIZES),
+    "attention sinks": GptOssConfig(head_dim=8, num_local_experts=2, num_experts_per_tok=1, **OTHER_SIZES),
+    "a state space": MambaConfig(**OTHER_SIZES),
+    "a bias by position": BloomConfig(**OTHER_SIZES),
+    "convolutions": Lfm2Config(layer_types=["conv", "full_attention"], **OTHER_SIZES),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_model_that_does_more_than_plain_attention_is_refused(other):
+    model, tokens = AutoModelForCausalLM.from_config(OTHERS[other]).eval(), ragged_tokens((9, 12))
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="no shared prefix with"):
+        completion_logprobs(model, tokens, 1.0)
+    assert not can_share(model, tokens.prompt_ids, tokens.prompt_mask)
+    assert model.config._attn_implementation == before
 
 
 def test_groups_are_rows_in_order():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import train_grpo
 from grpo import examiner, trainer
 from grpo import learner as learner_module
+from grpo import logprobs as logprobs_module
 from grpo.config import TrainConfig, resolve
 from grpo.learner import Learner, trainable
 from grpo.logprobs import completion_logprobs
@@ -125,6 +126,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(more, monkeypatch):
 
     plain.step(1)
     monkeypatch.setattr(layer, "forward", forward)
+    monkeypatch.setattr(logprobs_module, "dense_logits", lambda *_: pytest.fail("the prompts were not shared"))
     saving.step(1)
     assert True in seen, "it works in train mode only"
     assert False in seen, "sampling in train mode would drop the cache"

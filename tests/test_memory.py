@@ -89,7 +89,8 @@ def short_of_memory(model, monkeypatch, where, fits, error=CUDA):
         raise error
 
     def forward(*args, **more):
-        rows, training = more["input_ids"].shape[0], torch.is_grad_enabled()
+        packed, training = more.get("layout"), torch.is_grad_enabled()
+        rows = more["input_ids"].shape[0] if packed is None else len(packed.completion_lengths)
         if rows > fits and training == (where == "forward") and where != "backward":
             raise error
         out = true_forward(*args, **more)
@@ -209,7 +210,8 @@ def test_running_out_of_memory_is_never_taken_for_a_model_that_cannot_share(erro
     true_forward = lm.model.forward
 
     def forward(*args, **more):
-        if more.get("past_key_values") is not None and more["past_key_values"].get_seq_length():
+        cache = more.get("past_key_values")
+        if "layout" in more or (cache is not None and cache.get_seq_length()):
             raise error
         return true_forward(*args, **more)
 

@@ -17,7 +17,7 @@ from grpo.learner import Learner
 from grpo.logprobs import Tokens
 from grpo.models import load
 from grpo.update import Batch, inner_update
-from tasks.arithmetic import Arithmetic
+from tasks.choose import choose_task
 
 
 def random_tokens(prompts: int, group: int, prompt_length: int, completion_length: int) -> Tokens:
@@ -55,7 +55,7 @@ def measure(tokens: Tokens, config: TrainConfig, runs: int) -> dict[bool, list[f
 def main(runs: int) -> None:
     """Print a line for the default sizes of the starter and one for P = 150, C = 64, G = 16."""
     config = resolve({"model": "starter", "beta": 0.0})
-    task = Arithmetic(config.max_operand, config.prompt_style)
+    task = choose_task(config)
     trained = replace(config, learning_rate=1e-5)
     learner = Learner(trained, task, load("starter", torch.device("cpu")))
     for step in range(1, 11):  # past the first steps, completions have the length that they keep
