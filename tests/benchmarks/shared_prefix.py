@@ -7,7 +7,9 @@ with the quartiles of the ratios of neighbouring runs. The bound counts tokens: 
 
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import click
 import torch
@@ -50,10 +52,8 @@ def measure(tokens: Tokens, config: TrainConfig, runs: int) -> dict[bool, list[f
     return seconds
 
 
-@click.command()
-@click.option("--runs", default=20, show_default=True, help="updates of each kind")
-def main(runs: int) -> None:
-    """Print a line for the default sizes of the starter and one for P = 150, C = 64, G = 16."""
+def compare(runs: int) -> Iterator[dict[str, Any]]:
+    """Median seconds of a step's updates, both ways: a rollout of the default run, and P = 150, C = 64, G = 16."""
     config = resolve({"model": "starter", "beta": 0.0})
     task = choose_task(config)
     trained = replace(config, learning_rate=1e-5)
@@ -62,17 +62,30 @@ def main(runs: int) -> None:
         rollout, _ = learner.step(step)
     batches = {"default run": rollout.tokens}
     batches |= {f"random {n}": random_tokens(n, 16, 150, 64) for n in (2, 4)}
-    click.echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, {runs} updates of each kind")
     for name, tokens in batches.items():
         seconds = measure(tokens, config, runs)
         (prompts, p), c, g = tokens.prompt_ids.shape, tokens.completion_ids.shape[1], tokens.num_generations
-        shared, dense = (statistics.median(seconds[kind]) for kind in (True, False))
         low, _, high = statistics.quantiles([b / a for a, b in zip(*seconds.values(), strict=True)], n=4)
-        bound = g * (p + c) / (p + g * c)
+        yield {
+            "name": f"{name}: N={prompts} G={g} P={p} C={c}",
+            "shared": statistics.median(seconds[True]),
+            "dense": statistics.median(seconds[False]),
+            "quartiles": (low, high),
+            "bound": g * (p + c) / (p + g * c),
+        }
+
+
+@click.command()
+@click.option("--runs", default=20, show_default=True, help="updates of each kind")
+def main(runs: int) -> None:
+    """Print a line for the default sizes of the starter and one for P = 150, C = 64, G = 16."""
+    click.echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, {runs} updates of each kind")
+    for row in compare(runs):
+        times, (low, high) = row["dense"] / row["shared"], row["quartiles"]
         click.echo(
-            f"{name}: N={prompts} G={g} P={p} C={c}: dense {1000 * dense:.1f} ms, shared {1000 * shared:.1f} ms, "
-            f"{dense / shared:.2f} times faster (quartiles {low:.2f} to {high:.2f}), token bound {bound:.2f}, "
-            f"share of the bound {dense / shared / bound:.2f}"
+            f"{row['name']}: dense {1000 * row['dense']:.1f} ms, shared {1000 * row['shared']:.1f} ms, "
+            f"{times:.2f} times faster (quartiles {low:.2f} to {high:.2f}), token bound {row['bound']:.2f}, "
+            f"share of the bound {times / row['bound']:.2f}"
         )
 
 

@@ -1,0 +1,202 @@
+"""The speed of this project, alone and beside TRL's GRPOTrainer: `python -m tests.benchmarks`.
+
+Four things are measured: the time of a step by phase, with tokens a second, peak memory and the update's share of the
+machine's rate of matrix products (`flops.py` has the formula); the shared prefix against the dense path
+(`shared_prefix.py`); both programs over a grid of sizes; and the training time until greedy validation accuracy first
+is 97%. TRL, in its newest release, is installed into an environment of its own in the output folder.
+
+Both programs run in one go as two worker processes that take turns of a few steps, the one that begins changing each
+time, so that what disturbs the machine disturbs both. Every size has workers of its own, so that peak memory is its
+own. Both get the same problems, and what each did is compared: problems, completions, updates.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import transformers
+
+from grpo.config import resolve
+from tests.benchmarks import report, shared_prefix
+from tests.benchmarks.work import SHAPES, Size, Spec, shaped_model
+
+ROOT = Path(__file__).parents[2]
+SIZES = [
+    Size(4, g, p, c)
+    for g, p, c in ((8, 40, 16), (8, 40, 64), (8, 150, 16), (8, 150, 64), (16, 40, 64), (16, 150, 64))
+]
+RATES = (1e-6, 3e-6, 1e-5)
+WARM_UP, EVALUATE_EVERY, MOST_STEPS, ENOUGH = 2, 2, 80, 0.97
+
+
+class Worker:
+    """A program in a process of its own."""
+
+    def __init__(self, python: str, module: str, spec: Spec, log: Path) -> None:
+        command = [python, "-m", f"tests.benchmarks.{module}", json.dumps(asdict(spec))]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._log = log
+        with log.open("w") as stderr:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr, **pipes)
+        self.about = self._read()
+
+    def turn(self, steps: int, **order: bool) -> dict[str, Any]:
+        """Do some steps, and say how it went."""
+        self._process.stdin.write(json.dumps({"steps": steps, **order}) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """End it."""
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            raise click.ClickException(f"a worker died; {self._log} says why")
+        return json.loads(line)
+
+
+def trl_python(folder: Path) -> str:
+    """The interpreter of an environment with the newest TRL and the torch and transformers that run here."""
+    same = [f"{m.__name__}=={m.__version__.partition('+')[0]}" for m in (torch, transformers)]
+    packages, python, stamp = ["trl", "datasets", *same], folder / "bin" / "python", folder / "installed.json"
+    if not stamp.is_file() or json.loads(stamp.read_text()) != packages:
+        click.echo(f"Installing TRL into {folder}")
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        pip = [python, "-m", "pip", "install", "-qq", "-r", ROOT / "requirements.txt"]
+        subprocess.run([*pip, *packages], check=True)
+        stamp.write_text(json.dumps(packages))
+    return str(python)
+
+
+def start(pythons: Mapping[str, str], spec: Spec, folder: Path) -> dict[str, Worker]:
+    """A worker of each program."""
+    modules = {"ours": "ours", "TRL": "trl_worker"}
+    return {
+        who: Worker(python, modules[who], spec, folder / f"{modules[who]}.log") for who, python in pythons.items()
+    }
+
+
+def see_that_it_is_the_same(steps: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Raise where the programs did not do the same work: problems, completions, updates; for full ones, tokens."""
+    for of_step in zip(*steps.values(), strict=True):
+        for name in ("problems", "prompt_tokens", "completions", "updates"):
+            if any(step[name] != of_step[0][name] for step in of_step):
+                raise click.ClickException(f"not the same work: {name} are {[step[name] for step in of_step]}")
+
+
+def speed(pythons: Mapping[str, str], spec: Spec, turns: int, steps: int, folder: Path) -> dict[str, Any]:
+    """Step times of one size, by program."""
+    workers = start(pythons, spec, folder)
+    for worker in workers.values():
+        worker.turn(WARM_UP)
+    answers: dict[str, list[dict[str, Any]]] = {who: [] for who in workers}
+    for turn in range(turns):
+        for who in list(workers)[:: 1 if turn % 2 else -1]:
+            answers[who].append(workers[who].turn(steps))
+    all_steps = {who: [step for answer in given for step in answer["steps"]] for who, given in answers.items()}
+    see_that_it_is_the_same(all_steps)
+    rates = workers["ours"].turn(0, rates=True)["rates"]
+    result = {"size": asdict(spec.size), "name": spec.size.name, "rates": rates}
+    for who, worker in workers.items():
+        result[who] = report.summary(all_steps[who], turns) | {"about": worker.about}
+        result[who]["memory"] = answers[who][-1]["memory"]
+        worker.close()
+    return result
+
+
+def race(pythons: Mapping[str, str], spec: Spec, folder: Path) -> list[dict[str, Any]]:
+    """Seconds of training, and steps, until validation accuracy is enough, by program; None where it never is."""
+    workers = start(pythons, spec, folder)
+    runs = {
+        who: {"who": who, "rate": spec.learning_rate, "seed": spec.seed, "curve": [], "done": None} for who in workers
+    }
+    for step in range(0, MOST_STEPS + 1, EVALUATE_EVERY):
+        for who in list(workers)[:: 1 if step % 4 else -1]:
+            curve = runs[who]["curve"]
+            if runs[who]["done"]:
+                continue
+            answer = workers[who].turn(EVALUATE_EVERY if step else 0, evaluate=True)
+            before = curve[-1]["seconds"] if curve else 0.0
+            curve.append(
+                {
+                    "step": step,
+                    "seconds": before + sum(s["seconds"] for s in answer["steps"]),
+                    "accuracy": answer["accuracy"],
+                    "completion_tokens": sum(s["completion_tokens"] for s in answer["steps"]),
+                }
+            )
+            runs[who]["done"] = curve[-1] if answer["accuracy"] >= ENOUGH else None
+    for worker in workers.values():
+        worker.close()
+    return list(runs.values())
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What it ran on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "device": device}
+
+
+@click.command(help=__doc__)
+@click.option("--quick", is_flag=True, help="the default size only, few turns, no training to 97%")
+@click.option("--trl/--no-trl", default=True, help="compare with TRL, or measure this project alone")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--shape", type=click.Choice(list(SHAPES)), help="random weights in the shape of a Qwen2.5, not the starter"
+)
+@click.option("--turns", default=5, show_default=True, help="of each program at a size")
+@click.option("--steps", default=3, show_default=True, help="of a turn")
+@click.option("--seeds", default=1, show_default=True, help="runs to 97% at each learning rate")
+@click.option("--output-dir", type=click.Path(path_type=Path), default=Path("benchmark_results"), show_default=True)
+def main(
+    quick: bool, trl: bool, device: str, shape: str | None, turns: int, steps: int, seeds: int, output_dir: Path
+) -> None:
+    """Measure, print, and write table, numbers and plot."""
+    output_dir = output_dir.resolve()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pythons = {"ours": sys.executable}
+    if trl:
+        try:
+            pythons["TRL"] = trl_python(output_dir / "trl-venv")
+        except (subprocess.CalledProcessError, OSError) as error:
+            raise click.ClickException(f"TRL cannot be installed ({error}); --no-trl measures without it") from None
+    model = str(shaped_model(shape, output_dir / shape)) if shape else "starter"
+    turns, steps = (2, 2) if quick else (turns, steps)
+    c = resolve({"model": "starter"})
+    default = Size(c.batch_size, c.num_generations, 0, c.max_new_tokens)
+    sizes = ([] if shape else [default]) + ([] if quick and not shape else SIZES)
+    results: dict[str, Any] = {"hardware": hardware(device), "turns": turns, "steps": steps, "sizes": [], "race": []}
+    for size in sizes[:1] if quick else sizes:
+        spec = Spec(size, model, device=device, max_steps=WARM_UP + turns * steps + 1)
+        results["sizes"].append(speed(pythons, spec, turns, steps, output_dir))
+        click.echo(report.line(results["sizes"][-1]))
+    if not shape and device == "cpu":
+        results["shared_prefix"] = list(shared_prefix.compare(2 * turns))
+    if not quick and not shape:
+        spec = Spec(default, device=device, max_steps=MOST_STEPS + EVALUATE_EVERY)
+        for rate, seed in ((rate, seed) for rate in RATES for seed in range(seeds)):
+            results["race"] += race(pythons, replace(spec, learning_rate=rate, seed=seed), output_dir)
+            click.echo("".join(f"{report.race_line(run)}\n" for run in results["race"][-len(pythons) :]), nl=False)
+    text = report.markdown(results)
+    (output_dir / "benchmark.md").write_text(text, encoding="utf-8")
+    (output_dir / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    report.plot(results, output_dir / "benchmark.png")
+    click.echo(f"\n{text}\nWritten: benchmark.md, benchmark.json and benchmark.png in {output_dir}")
+
+
+if __name__ == "__main__":
+    main()

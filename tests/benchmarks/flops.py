@@ -1,0 +1,63 @@
+"""Floating-point operations of an inner update with the shared prefix, counted for real tokens only. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What of a Llama-shaped model (gated MLP, grouped queries) decides how much it computes."""
+
+    layers: int
+    hidden: int
+    queries: int  # width of all query heads
+    keys: int  # width of all key heads, and of all value heads
+    inner: int  # of the MLP
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> "Dimensions":
+        """Those of a model's configuration in transformers."""
+        head = config.head_dim or config.hidden_size // config.num_attention_heads
+        return cls(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads * head,
+            config.num_key_value_heads * head,
+            config.intermediate_size,
+            config.vocab_size,
+        )
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(in, out) of the matrices of one layer: queries, keys and values, output, gate and up, down."""
+        h, q, k, f = self.hidden, self.queries, self.keys, self.inner
+        return [(h, q), (h, k), (h, k), (q, h), (h, f), (h, f), (f, h)]
+
+
+def update_flops(of: Dimensions, prompts: Sequence[int], completions: Sequence[int]) -> int:
+    """Operations of one inner update: forward and backward, the prompt of each group once.
+
+        6 · M · (T_p + T_c)  +  6 · h · V · (N + T_c)  +  12 · L · q · K
+
+    `prompts` are the lengths P_i of the N prompts, `completions` the lengths C_j of the completions, group-major. A
+    weight takes part in a multiplication and an addition of the forward pass and in two of each in the backward pass:
+    6 a token. M are the weights of the matrices of all L layers; the embedding is looked up and does not count.
+    T_p = Σ P_i; T_c = Σ (C_j − 1), because the last token of a completion is not run. The head, h × V, runs
+    where a token is predicted: once after each prompt, and on the T_c. Attention, per layer and pair of a query and a
+    key it may look at, is q multiplications and additions for the score and as many for the sum of values, 4q, three
+    times with the backward pass. K counts the pairs, causal: P(P + 1) / 2 in a prompt; the i-th token that is run of
+    a completion (from 1) looks at P + i. Norms, rotations, softmax, loss and optimizer are left out: no share of the
+    machine's rate is flattered.
+    """
+    group = len(completions) // len(prompts)
+    run = [length - 1 for length in completions]
+    weights = of.layers * sum(a * b for a, b in of.matrices)
+    pairs = sum(p * (p + 1) // 2 for p in prompts)
+    pairs += sum(n * prompts[j // group] + n * (n + 1) // 2 for j, n in enumerate(run))
+    return (
+        6 * weights * (sum(prompts) + sum(run))
+        + 6 * of.hidden * of.vocabulary * (len(prompts) + sum(run))
+        + 12 * of.layers * of.queries * pairs
+    )

@@ -1,0 +1,75 @@
+"""The worker of this project: `Learner.step`, and the rate at which the machine multiplies matrices."""
+
+import time
+from statistics import fmean
+
+import torch
+
+from grpo.learner import Learner
+from grpo.models import precision
+from tests.benchmarks.flops import Dimensions, update_flops
+from tests.benchmarks.work import Channel, Spec, record
+
+SQUARE = 2048
+PHASES = {"sampling": "time/sample", "reward": "time/reward", "scoring": "time/reference"}
+
+
+def rate(rows: int, columns: int, out: int, device: torch.device, seconds: float = 0.3) -> float:
+    """Operations a second of the fastest (rows, columns) × (columns, out) product in `seconds`."""
+    a, b = torch.randn(rows, columns, device=device), torch.randn(out, columns, device=device)
+    with precision(device):
+        product = (a @ b.T).dtype  # bfloat16 where the passes of training are
+    a, b = a.to(product), b.to(product)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b.T
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * rows * columns * out / best
+
+
+def rates(of: Dimensions, rows: int, device: torch.device) -> dict[str, float]:
+    """The machine's rate on each of the model's own shapes, with the rows of a pass, and on a large square."""
+    shapes = [(rows, *matrix) for matrix in dict.fromkeys(of.matrices)]
+    shapes += [(rows, of.hidden, of.vocabulary), (SQUARE, SQUARE, SQUARE)]
+    return {"×".join(map(str, shape)): rate(*shape, device) for shape in shapes}
+
+
+def main() -> None:
+    """Take turns until there are no more."""
+    spec = Spec.of_arguments()
+    config, task, lm = spec.config, spec.task, spec.language_model()
+    learner, channel = Learner(config, task, lm, spec.rewards), Channel(spec, lm)
+    of, step, rows = Dimensions.of(lm.model.config), 0, 1
+    channel.ready(shared=learner.shared)
+    while (order := channel.receive()) is not None:
+        for step in range(step + 1, step + order["steps"] + 1):  # noqa: B020 (it counts on)
+            start = time.perf_counter()
+            rollout, metrics = learner.step(step)
+            seconds = time.perf_counter() - start
+            prompts, completions = (
+                mask.sum(-1).tolist() for mask in (rollout.tokens.prompt_mask, rollout.tokens.completion_mask)
+            )
+            rows = sum(prompts) + sum(completions) - len(completions)
+            channel.records.append(
+                record(
+                    seconds,
+                    {phase: metrics[name] for phase, name in PHASES.items() if name in metrics},
+                    prompts,
+                    completions,
+                    updates=config.num_inner_updates - metrics["skipped_updates"],
+                    reward=fmean(reward.total for reward in rollout.rewards),
+                    kl=metrics["kl"],
+                    update_flops=config.num_inner_updates * update_flops(of, prompts, completions),
+                    update_seconds=metrics["time/update"],
+                    problems=[problem.question for problem in rollout.problems],
+                )
+            )
+        # after the answer has its memory: the matrices must not count
+        channel.answer(order, **({"rates": rates(of, rows, lm.device)} if order.get("rates") else {}))
+
+
+if __name__ == "__main__":
+    main()
