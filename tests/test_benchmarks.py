@@ -64,6 +64,13 @@ def test_a_summary_of_steps():
     assert result["update_rate"] == 4e9
 
 
+def test_the_best_learning_rate_is_that_of_the_shortest_median():
+    seconds = {1e-6: (9.0, 8.0, 7.0), 3e-6: (5.0, None, 6.0), 1e-5: (1.0, None, None)}
+    runs = [{"who": "ours", "rate": rate, "done": s and {"seconds": s}} for rate, of in seconds.items() for s in of]
+    assert report.fastest(runs, "ours") == [(3e-6, 6.0)]  # medians 8, 6, and none: two of three never arrive
+    assert report.fastest(runs[-1:], "ours") == []
+
+
 def test_the_report_says_everything(tmp_path):
     about = {"versions": {"torch": "2"}, "threads": 2, "weights": "float32", "cuda": "", "memory": 2**20}
     ours, trl = (
@@ -86,6 +93,7 @@ def test_the_report_says_everything(tmp_path):
         "| 4.0             | 8.0 (3×3×3)             | 50%   |",  # 2e9 in half a second, of the higher rate
         "2.50 (2.40 to 2.60)",
         "| 1e-06         | 0    | 4.5 s, step 8 | not in 8 steps |",
+        "The best learning rate of each: ours 4.5 s (1e-06).",
     ):
         assert part in text
     assert report.plot(results, tmp_path / "plot.png").stat().st_size > 10_000

@@ -68,7 +68,10 @@ class Worker:
 
 
 def trl_python(folder: Path) -> str:
-    """The interpreter of an environment with the newest TRL and the torch and transformers that run here."""
+    """The interpreter of an environment with the newest TRL and the torch and transformers that run here.
+
+    One that is there already stays: delete the folder to have a newer TRL.
+    """
     same = [f"{m.__name__}=={m.__version__.partition('+')[0]}" for m in (torch, transformers)]
     packages, python, stamp = ["trl", "datasets", *same], folder / "bin" / "python", folder / "installed.json"
     if not stamp.is_file() or json.loads(stamp.read_text()) != packages:
@@ -88,10 +91,12 @@ def start(pythons: Mapping[str, str], spec: Spec, folder: Path) -> dict[str, Wor
     }
 
 
-def see_that_it_is_the_same(steps: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Raise where the programs did not do the same work: problems, completions, updates; for full ones, tokens."""
+def see_that_it_is_the_same(steps: Mapping[str, list[dict[str, Any]]], size: Size) -> None:
+    """Raise where the programs did not do the same work, step by step."""
+    counts = ["problems", "prompt_tokens", "completions", "updates"]
+    counts += ["completion_tokens"] if size.prompt else []  # those of the arithmetic task end by themselves
     for of_step in zip(*steps.values(), strict=True):
-        for name in ("problems", "prompt_tokens", "completions", "updates"):
+        for name in counts:
             if any(step[name] != of_step[0][name] for step in of_step):
                 raise click.ClickException(f"not the same work: {name} are {[step[name] for step in of_step]}")
 
@@ -106,7 +111,7 @@ def speed(pythons: Mapping[str, str], spec: Spec, turns: int, steps: int, folder
         for who in list(workers)[:: 1 if turn % 2 else -1]:
             answers[who].append(workers[who].turn(steps))
     all_steps = {who: [step for answer in given for step in answer["steps"]] for who, given in answers.items()}
-    see_that_it_is_the_same(all_steps)
+    see_that_it_is_the_same(all_steps, spec.size)
     rates = workers["ours"].turn(0, rates=True)["rates"]
     result = {"size": asdict(spec.size), "name": spec.size.name, "rates": rates}
     for who, worker in workers.items():
@@ -151,7 +156,16 @@ def hardware(device: str) -> dict[str, Any]:
     return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "device": device}
 
 
-@click.command(help=__doc__)
+def write(results: Mapping[str, Any], folder: Path) -> str:
+    """Table, numbers and plot of what is measured so far; returns the table."""
+    text = report.markdown(results)
+    (folder / "benchmark.md").write_text(text, encoding="utf-8")
+    (folder / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    report.plot(results, folder / "benchmark.png")
+    return text
+
+
+@click.command()
 @click.option("--quick", is_flag=True, help="the default size only, few turns, no training to 97%")
 @click.option("--trl/--no-trl", default=True, help="compare with TRL, or measure this project alone")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
@@ -178,12 +192,13 @@ def main(
     turns, steps = (2, 2) if quick else (turns, steps)
     c = resolve({"model": "starter"})
     default = Size(c.batch_size, c.num_generations, 0, c.max_new_tokens)
-    sizes = ([] if shape else [default]) + ([] if quick and not shape else SIZES)
+    sizes = SIZES if shape else [default, *SIZES]
     results: dict[str, Any] = {"hardware": hardware(device), "turns": turns, "steps": steps, "sizes": [], "race": []}
     for size in sizes[:1] if quick else sizes:
         spec = Spec(size, model, device=device, max_steps=WARM_UP + turns * steps + 1)
         results["sizes"].append(speed(pythons, spec, turns, steps, output_dir))
         click.echo(report.line(results["sizes"][-1]))
+        write(results, output_dir)
     if not shape and device == "cpu":
         results["shared_prefix"] = list(shared_prefix.compare(2 * turns))
     if not quick and not shape:
@@ -191,10 +206,8 @@ def main(
         for rate, seed in ((rate, seed) for rate in RATES for seed in range(seeds)):
             results["race"] += race(pythons, replace(spec, learning_rate=rate, seed=seed), output_dir)
             click.echo("".join(f"{report.race_line(run)}\n" for run in results["race"][-len(pythons) :]), nl=False)
-    text = report.markdown(results)
-    (output_dir / "benchmark.md").write_text(text, encoding="utf-8")
-    (output_dir / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    report.plot(results, output_dir / "benchmark.png")
+            write(results, output_dir)
+    text = write(results, output_dir)
     click.echo(f"\n{text}\nWritten: benchmark.md, benchmark.json and benchmark.png in {output_dir}")
 
 

@@ -1,11 +1,12 @@
 """Step records -> numbers, tables, and one plot."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from grpo.drawing import AMBER, BLUE, GREEN, GREY, ORANGE, plt, save_figure, tidy
+from grpo.drawing import AMBER, BLUE, GREEN, ORANGE, plt, save_figure, tidy
 
 PHASES = {"sampling": AMBER, "reward": GREEN, "scoring": ORANGE, "update": BLUE}
 MIB = 2**20
@@ -58,6 +59,16 @@ def race_line(run: Result) -> str:
     )
 
 
+def fastest(runs: Sequence[Result], who: str) -> list[tuple[float, float]]:
+    """The learning rate with the shortest median time over the seeds, and that time; nothing where none arrives."""
+    times: dict[float, list[float]] = {}
+    for run in runs:
+        if run["who"] == who:
+            times.setdefault(run["rate"], []).append(run["done"]["seconds"] if run["done"] else inf)
+    rate, seconds = min(((rate, median(of)) for rate, of in times.items()), key=lambda item: item[1])
+    return [(rate, seconds)] if seconds < inf else []
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown that is also easy to read as text.
 
@@ -88,7 +99,7 @@ def markdown(results: Result) -> str:
 def plot(results: Result, path: Path) -> Path:
     """Step times by phase, a bar for each program at each size, and what the second takes of the first."""
     sizes = results["sizes"]
-    figure, axes = plt.subplots(figsize=(2.5 + 1.35 * len(sizes), 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(6.0, 2.5 + 1.15 * len(sizes)), 4.8), layout="constrained")
     ticks, names, top = [], [], max(side["seconds"][1] for s in sizes for side in _sides(s).values())
     for i, result in enumerate(sizes):
         heights = []
@@ -111,8 +122,8 @@ def plot(results: Result, path: Path) -> Path:
     axes.set_ylabel("seconds a step (median)")
     tidy(axes)
     axes.grid(axis="x", visible=False)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
-    figure.suptitle("A step of GRPO: rollout, reference and all its updates", fontsize=11, color=GREY)
+    figure.suptitle("Time of a step of GRPO: rollout, reference, all updates", fontsize=11)
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
     return save_figure(figure, path)
 
 
@@ -203,4 +214,5 @@ def _race(results: Result) -> str:
     whos = list(dict.fromkeys(run["who"] for run in results["race"]))
     of = {(run["who"], run["rate"], run["seed"]): reached(run) for run in results["race"]}
     rows = [[f"{rate:g}", str(seed), *(of[who, rate, seed] for who in whos)] for rate, seed in places]
-    return table(["learning rate", "seed", *whos], rows)
+    best = (f"{who} {seconds:.1f} s ({rate:g})" for who in whos for rate, seconds in fastest(results["race"], who))
+    return table(["learning rate", "seed", *whos], rows) + f"\n\nThe best learning rate of each: {', '.join(best)}."

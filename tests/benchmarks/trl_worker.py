@@ -1,9 +1,10 @@
 """The worker of TRL's GRPOTrainer, set up to do the same work as fast as it can. Runs in an environment of its own.
 
 One step of this project, a rollout and μ updates on all of it, is there μ optimizer steps on one generation batch.
+Its sampling is that of transformers: vLLM needs a GPU, and transformers' continuous batching was a hundred times
+slower on a CPU (22 s instead of 0.2 s for 64 completions).
 """
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -134,10 +135,12 @@ class Turns(transformers.TrainerCallback):
             assert state.global_step % self._inner == 0
 
     def _wait(self) -> None:
-        order = self._channel.receive()
-        if order is None:
-            os._exit(0)  # nothing to save; its own way out would end an epoch first
-        self._order, self._start = order, time.perf_counter()
+        while (order := self._channel.receive()) is not None:
+            if order["steps"]:
+                self._order, self._start = order, time.perf_counter()
+                return
+            self._channel.answer(order)  # an evaluation alone
+        raise SystemExit  # out of the middle of its loop: there is nothing to save
 
 
 def main() -> None:
@@ -148,15 +151,13 @@ def main() -> None:
     problems = [task.training_problem(c.seed, *place) for place in places]
     rows = [{"prompt": task.messages(p.question), "question": p.question, "answer": p.answer} for p in problems]
 
-    def reward(completions: list, question: list[str], answer: list[str], **columns: Any) -> list[float]:
+    def reward(completions: list, completion_ids: list, question: list, answer: list, **_: Any) -> list[float]:
         attempts = [
             task.judge(Problem(q, a), completion[0]["content"])
             for q, a, completion in zip(question, answer, completions, strict=True)
         ]
-        turns.problems, turns.rewards = (
-            question,
-            [r.total for r in score(rewards, attempts, {}, lambda _: nullcontext())],
-        )
+        scores = score(rewards, attempts, {"completion_ids": completion_ids}, lambda _: nullcontext())
+        turns.problems, turns.rewards = question, [reward.total for reward in scores]
         return turns.rewards
 
     with TemporaryDirectory() as folder:

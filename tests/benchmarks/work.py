@@ -105,11 +105,11 @@ class Spec:
     @property
     def rewards(self) -> list[RewardFunction]:
         """Those of the task; for digits, a number that differs within a group, so that there is a gradient."""
-        if not self.size.prompt:
-            return parse_rewards((), self.task.default_rewards)
-        return [
-            RewardFunction("any", 1.0, lambda attempts, _: [sum(map(ord, a.completion)) % 8 / 8 for a in attempts])
-        ]
+        if self.size.prompt:
+            return [
+                RewardFunction("any", 1.0, lambda _, columns: [sum(c) % 8 / 8 for c in columns["completion_ids"]])
+            ]
+        return parse_rewards((), self.task.default_rewards)
 
     def language_model(self) -> LanguageModel:
         """The policy before training, in float32."""
