@@ -214,5 +214,6 @@ def _race(results: Result) -> str:
     whos = list(dict.fromkeys(run["who"] for run in results["race"]))
     of = {(run["who"], run["rate"], run["seed"]): reached(run) for run in results["race"]}
     rows = [[f"{rate:g}", str(seed), *(of[who, rate, seed] for who in whos)] for rate, seed in places]
-    best = (f"{who} {seconds:.1f} s ({rate:g})" for who in whos for rate, seconds in fastest(results["race"], who))
-    return table(["learning rate", "seed", *whos], rows) + f"\n\nThe best learning rate of each: {', '.join(best)}."
+    best = [f"{who} {seconds:.1f} s ({rate:g})" for who in whos for rate, seconds in fastest(results["race"], who)]
+    said = f"\n\nThe best learning rate of each: {', '.join(best)}." if best else ""
+    return table(["learning rate", "seed", *whos], rows) + said
