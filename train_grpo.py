@@ -9,7 +9,10 @@ run that was cut short. It departs from the published recipe in the direction of
 groups, and in keeping the best policy instead of the last; README.md says why.
 """
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from typing import Any
 
@@ -70,13 +73,21 @@ def main(ctx: click.Context, fresh: bool, **settings: Any) -> None:
         config = resolve(given)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    rank = int(os.environ.get("RANK", "0"))  # of the processes that torchrun starts, one a device
     try:
-        with claim_folder(config, fresh):
+        with claim_folder(config, fresh) if rank == 0 else in_silence():
             ctx.exit(train(config, launched))
     except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(f"process {rank}: {error}" if rank else str(error)) from None
     except KeyboardInterrupt:
         ctx.exit(130)
+
+
+@contextmanager
+def in_silence() -> Iterator[None]:
+    """Without what all processes of a run would say alike: the first one says it."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def train(config: TrainConfig, launched: float) -> int:
@@ -85,6 +96,7 @@ def train(config: TrainConfig, launched: float) -> int:
 
     task = choose_task(config)  # first: what is wrong with its data is said at once
 
+    from grpo import ranks
     from grpo.memory import is_out_of_memory
     from grpo.trainer import Trainer
     from tasks.skills import SKILLS
@@ -92,9 +104,15 @@ def train(config: TrainConfig, launched: float) -> int:
     try:
         return Trainer(config, task, SKILLS, launched).run()
     except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(f"{config.model} does not fit into memory; take a smaller one, or --device cpu") from None
+        if is_out_of_memory(error):
+            raise ValueError(
+                f"{config.model} does not fit into memory; take a smaller one, or --device cpu"
+            ) from None
+        if ranks.is_loss(error):
+            raise ValueError(f"another process of this run has ended; {ranks.WHAT_THEN}") from None
+        raise
+    finally:
+        ranks.leave()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ only. No random state either: problems and token noise are functions of seed and
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from grpo.config import TrainConfig
 from grpo.files import fsync
 from grpo.forgetting import are_answers
 from grpo.metrics import is_count, is_entry, is_evaluation, is_finding, is_list_of
+from grpo.sharding import like
 
 FOLDER = "checkpoints"
 KEPT = 2
@@ -202,11 +203,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took; hyperparameters stay those of the optimizer."""
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` took, for these parameters; hyperparameters stay those of the optimizer."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
+        value = value if name == "step" else like(value, parameters[int(index)])
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

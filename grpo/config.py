@@ -21,11 +21,22 @@ from tasks.prompts import STYLE_TOKENS, STYLES
 STARTER = Path(__file__).parent / "starter" / "model"
 CARD = "grpo.json"
 # a run's own; the rest is passed on with its model. A model's folder may come from anywhere: it can name no data file
-OWN = ("model", "device", "deterministic", "cuda_graphs", "seed", "data", "output_dir", "time_limit", "track")
+OWN = (
+    "model",
+    "device",
+    "deterministic",
+    "cuda_graphs",
+    "shard",
+    "seed",
+    "data",
+    "output_dir",
+    "time_limit",
+    "track",
+)
 # what a run may go on with another value of: it decides nothing about what is learned from a step
 MAY_CHANGE = (
     *("device", "deterministic", "cuda_graphs", "gradient_checkpointing", "micro_batch_size", "num_iterations"),
-    *("output_dir", "save_every", "show_every", "track", "time_limit", "patience", "target_accuracy"),
+    *("output_dir", "save_every", "shard", "show_every", "track", "time_limit", "patience", "target_accuracy"),
 )
 LARGEST_FLOAT32 = 3.4e38
 MOST_TOKENS = 10**6  # of a completion: no model has so many, and memory for all of them is taken at once
@@ -55,6 +66,7 @@ class TrainConfig:
     lora_targets: str = setting("all-linear", "Model", "layers with an adapter, as q_proj,v_proj")
     load_in_4bit: bool = setting(False, "Model", "hold the frozen weights in 4 bits, with LoRA (bitsandbytes)")
     gradient_checkpointing: bool = setting(False, "Model", "less memory: compute activations again when needed")
+    shard: bool = setting(False, "Model", "spread weights, gradients and optimizer over the processes of torchrun")
 
     task: str = setting("arithmetic", "Task", "what the problems are", None, TASKS)
     data: str = setting("", "Task", "JSON Lines file with the problems of jsonl, or of gsm8k instead of the Hub's")
@@ -120,6 +132,8 @@ class TrainConfig:
             raise ValueError(
                 "load_in_4bit needs lora_rank: weights in 4 bits cannot be trained, an adapter over them can"
             )
+        if self.shard and self.load_in_4bit:
+            raise ValueError("shard cannot be with load_in_4bit: weights in 4 bits cannot be spread")
         if self.max_new_tokens > MOST_TOKENS:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at most {MOST_TOKENS}")
         if self.warmup_steps >= self.num_iterations:

@@ -3,7 +3,7 @@
 The problems of a task share their system prompt, which is most of what there is to compute: it is run once for all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -22,12 +22,10 @@ def greedy(
     pad_id: int,
     limit: int,
     together: bool,
-    more: Callable[[bool], bool] | None = None,
 ) -> Completions:
     """The greedy completion of each prompt, at most `limit` at a time, those of like length together.
 
     With `together`, the tokens that all prompts of a pass begin with are run once; ask `can_begin_together` first.
-    `more` is that of `generate`, for each pass.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts = []
@@ -41,7 +39,6 @@ def greedy(
                 max_new_tokens=max_new_tokens,
                 end_ids=end_ids,
                 beginning=common_beginning(some) if together and len(some) > 1 else 0,
-                more=more,
             )
         )
     return concatenate(parts).pick(sorted(range(len(order)), key=order.__getitem__))

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo import ranks
 from grpo.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, see_that_it_fits
 from grpo.config import TrainConfig
 from grpo.logprobs import can_share
-from grpo.lora import has_adapter, quiet
+from grpo.lora import has_adapter, quiet, trainable
 from grpo.memory import PassLimit
 from grpo.metrics import Stopwatch
 from grpo.models import LanguageModel, frozen_copy
 from grpo.rollout import RolloutBatch, collect
+from grpo.sampling import can_repeat
 from grpo.schedule import adapted_beta
+from grpo.sharding import for_the_first, like, part, shard
 from grpo.update import Batch, inner_update, reference_logprobs, summary
 from tasks.base import Task
 from tasks.rewards import RewardFunction
@@ -32,12 +35,20 @@ class Learner:
     """A policy with its reference and its optimizer, and all that a step changes."""
 
     def __init__(
-        self, config: TrainConfig, task: Task, lm: LanguageModel, rewards: Sequence[RewardFunction] = ()
+        self,
+        config: TrainConfig,
+        task: Task,
+        lm: LanguageModel,
+        rewards: Sequence[RewardFunction] = (),
+        device: torch.device | None = None,
     ) -> None:
-        """Without `rewards`, those of the task are taken."""
+        """Without `rewards`, those of the task are taken. `device` is where a model that is to be sharded goes."""
         self.config, self.task, self.lm, self.rewards = config, task, lm, rewards
         adapted = has_adapter(lm.model)  # then the reference is the policy without it
         self.reference = frozen_copy(lm.model) if config.beta > 0 and not adapted else None
+        if config.shard:
+            for model in filter(None, (lm.model, self.reference)):
+                shard(model, device or lm.device)
         self.optimizer = torch.optim.AdamW(
             trainable(lm.model).values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
@@ -45,10 +56,12 @@ class Learner:
         self.skipped_in_a_row = 0  # updates
         prompts = config.micro_batch_size or config.batch_size
         g = max(config.at(step, config.beta).num_generations for step in (1, config.num_iterations))
-        self.sample_limit = PassLimit("sampling", config.batch_size * g, g)
-        self.update_limit = PassLimit("the update", min(prompts, config.batch_size) * g, g)
+        together = config.shard  # then no process can take smaller passes than the others
+        self.sample_limit = PassLimit("sampling", config.batch_size * g, g, together)
+        self.update_limit = PassLimit("the update", min(prompts, config.batch_size) * g, g, together)
         probes = [task.messages(problem.question) for problem in task.held_out("validation", 2)]
-        self.shared = can_share(lm.model, *lm.encode(probes))
+        prompts = lm.encode(probes)
+        self.shared, self.repeated = can_share(lm.model, *prompts), can_repeat(lm.model, *prompts)
 
     def step(self, step: int) -> tuple[RolloutBatch, dict[str, Any]]:
         """One rollout and `num_inner_updates` updates on it; returns the rollout and the step's metrics."""
@@ -57,9 +70,10 @@ class Learner:
         weights = self._some_weights()
         with clock("total"):
             rollout = self.sample_limit.fit(
-                collect, self.lm, self.task, c, step, clock, rewards=self.rewards, shared=self.shared
+                collect, self.lm, self.task, c, step, clock, rewards=self.rewards, shared=self.repeated
             )
-            batch, fit = Batch(rollout.learned_tokens(c), rollout.advantages), self.update_limit.fit
+            batch, fit = Batch.whole(rollout.learned_tokens(c), rollout.advantages), self.update_limit.fit
+            batch = batch.part(ranks.own(batch.num_completions))
             with clock("reference"), self._reference() as reference:
                 if reference is not None:
                     ref_logprobs = fit(reference_logprobs, reference, batch.tokens, c, shared=self.shared)
@@ -83,24 +97,27 @@ class Learner:
             "step": step,
             **rollout.summary(),
             **of_updates,
-            "sampler_gap": largest_gap(rollout.sample_logprobs, batch.old_logprobs, batch.tokens.completion_mask),
-            "weights_moved": float((weights != self._some_weights()).float().mean()),
+            "sampler_gap": sampler_gap(rollout, batch),
+            "weights_moved": self._moved(weights),
             **settings,
             **times,
         }
 
     def checkpoint(self, step: int, metrics: Mapping[str, Any], state: Mapping[str, Any]) -> Checkpoint:
-        """All that the steps after this one depend on, with what the run adds to it."""
+        """All that the steps after this one depend on, with what the run adds to it.
+
+        All processes have to ask for it, to put a sharded model together; only the first gets its tensors.
+        """
         limits = {"sample": self.sample_limit.rows, "update": self.update_limit.rows}
         own = {"beta": self.beta, "skipped_in_a_row": self.skipped_in_a_row, "limits": limits}
         refreshed = self.reference is not None and self.config.refresh_reference_every
         return Checkpoint(
             step,
-            trainable(self.lm.model),
-            optimizer_tensors(self.optimizer),
+            for_the_first(trainable(self.lm.model)),
+            for_the_first(optimizer_tensors(self.optimizer)),
             metrics,
             {**state, **own},
-            dict(self.reference.named_parameters()) if refreshed else None,
+            for_the_first(dict(self.reference.named_parameters())) if refreshed else None,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -109,15 +126,21 @@ class Learner:
         _copy(checkpoint.policy, trainable(self.lm.model))
         if checkpoint.reference is not None:
             _copy(checkpoint.reference, dict(self.reference.named_parameters()))
-        restore_optimizer(self.optimizer, checkpoint.optimizer)
+        restore_optimizer(self.optimizer, checkpoint.optimizer, list(trainable(self.lm.model).values()))
         state = checkpoint.state
         self.skipped_in_a_row, self.beta = state["skipped_in_a_row"], state.get("beta", self.beta)
         if state["config"]["micro_batch_size"] == self.config.micro_batch_size and "limits" in state:
             self.sample_limit.rows, self.update_limit.rows = state["limits"]["sample"], state["limits"]["update"]
 
+    def _moved(self, before: torch.Tensor) -> float:
+        """The share of the weights of `_some_weights` that are not what they were."""
+        moved = (before != self._some_weights()).float()
+        counts = ranks.total(torch.stack([moved.sum(), torch.ones_like(moved).sum()])).tolist()
+        return counts[0] / max(1.0, counts[1])
+
     def _some_weights(self) -> torch.Tensor:
         """A copy of some WATCHED of the trainable weights, spread evenly over them, always the same ones."""
-        parameters = trainable(self.lm.model).values()
+        parameters = list(map(part, trainable(self.lm.model).values()))
         stride = max(1, sum(p.numel() for p in parameters) // WATCHED) | 1  # odd, so that it meets every column
         return torch.cat([p.detach().flatten()[::stride] for p in parameters])
 
@@ -152,18 +175,17 @@ class Learner:
             group["lr"] = rate
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def sampler_gap(rollout: RolloutBatch, batch: Batch) -> float:
+    """How far a token's log-probability in the first update is from what the sampler had, at most, in nats.
 
-
-def largest_gap(sampled: torch.Tensor, scored: torch.Tensor, mask: torch.Tensor) -> float:
-    """The largest difference of two log-probabilities of a token, all (B, C), in nats; 0 where there is no token."""
-    gaps = torch.where(mask, (sampled - scored).abs(), 0.0)
-    return float(gaps.max()) if gaps.numel() else 0.0
+    `batch` has this process's rows of the rollout, scored; 0 where there is no token.
+    """
+    mask, scored = batch.tokens.completion_mask, batch.old_logprobs
+    sampled = rollout.sample_logprobs[ranks.own(batch.num_completions), : scored.shape[1]]
+    return float(ranks.largest(torch.where(mask, (sampled - scored).abs(), 0.0).amax()))
 
 
 @torch.no_grad()
 def _copy(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(like(tensors[name], parameter))

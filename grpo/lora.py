@@ -5,7 +5,7 @@ The reference is the policy with its adapter off, so no second model is held.
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from grpo import ranks
 from grpo.config import TrainConfig
+from grpo.sharding import for_the_first, whole
 
 ADAPTER = "adapter"  # the folder beside the merged weights
 
@@ -82,22 +84,28 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def merged(model: nn.Module) -> PreTrainedModel:
-    """A plain model with float32 weights and the adapter added in; `model` itself stays as it is, to the bit.
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    Adding in place and taking away again would round the base. The weights that were not adapted are shared.
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """A plain model with float32 weights, the adapter added in, and put together on the CPU where it was sharded.
+
+    `model` itself stays as it is, to the bit: adding in place and taking away again would round the base. The
+    weights that were not adapted are shared. Of several processes, all have to ask; only the first one's has weights.
     """
-    base = model.get_base_model()
+    base = model.get_base_model() if has_adapter(model) else model
     config = copy.deepcopy(base.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    weights = {
-        name.replace(".base_layer.", "."): _merged_weight(base, name, parameter)
+    weights = for_the_first(
+        (name.replace(".base_layer.", "."), _merged_weight(base, name, parameter))
         for name, parameter in base.named_parameters()
         if ".lora_" not in name
-    }
+    )
     plain.load_state_dict(weights, strict=False, assign=True)
     plain.tie_weights()
     for name, buffer in base.named_buffers():  # rotary frequencies and the like, which no file holds
@@ -105,13 +113,13 @@ def merged(model: nn.Module) -> PreTrainedModel:
         plain.get_submodule(layer).register_buffer(leaf, buffer, persistent=False)
     plain.generation_config = copy.deepcopy(base.generation_config)
     left = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
-    assert not left, left
+    assert not left or not ranks.is_first(), left
     return plain.eval()
 
 
-def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapter alone, as peft loads it, into the folder of the merged model."""
-    model.save_pretrained(folder / ADAPTER)
+def save_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the adapter alone, as peft loads it, into the folder of the merged model; `weights` are its own."""
+    model.save_pretrained(folder / ADAPTER, state_dict=dict(weights))
     (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
 
 
@@ -122,8 +130,8 @@ def _merged_weight(base: nn.Module, name: str, parameter: Tensor) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         weight = dequantize_4bit(parameter.data, parameter.quant_state)
-    weight = weight.float()
+    weight = whole(weight).float()
     layer, _, leaf = name.rpartition(".base_layer.")
     if leaf != "weight":
         return weight
-    return weight + base.get_submodule(layer).get_delta_weight("default").float()
+    return weight + whole(base.get_submodule(layer).get_delta_weight("default")).float()

@@ -47,8 +47,9 @@ def is_refusal(error: Exception) -> bool:
 class PassLimit:
     """How many rows one kind of work takes through the model at once; halved for good when memory runs out."""
 
-    def __init__(self, work: str, rows: int, group: int) -> None:
-        self.work, self.rows, self.group = work, rows, group
+    def __init__(self, work: str, rows: int, group: int, together: bool = False) -> None:
+        """`together`: several processes make every pass at the same time, so none can halve its own."""
+        self.work, self.rows, self.group, self.together = work, rows, group, together
 
     def fit(self, run: Callable[..., Result], *args: Any, **more: Any) -> Result:
         """`run(*args, **more, limit=rows)`, from its beginning with half as many rows while memory runs out.
@@ -66,6 +67,11 @@ class PassLimit:
             _free_unused()
 
     def _halve(self) -> None:
+        if self.together:
+            raise ValueError(
+                f"memory ran out in {self.work}, which all processes do together. The last checkpoint is good: the "
+                "same command goes on from it with a smaller --micro-batch-size, or with more processes"
+            )
         if self.rows == 1:
             raise ValueError(
                 f"memory ran out in {self.work}, with one completion at a time. The last checkpoint is good: "

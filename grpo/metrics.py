@@ -38,8 +38,9 @@ class Stopwatch:
 class Metrics:
     """The run's record: settings, environment, one entry a step, one an evaluation."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], environment: dict[str, Any]) -> None:
-        self.path = folder / FILE_NAME
+    def __init__(self, folder: Path | None, config: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Without a folder nothing is written: another process of the run does."""
+        self.path = folder / FILE_NAME if folder else None
         self.record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "config": config,
@@ -75,6 +76,8 @@ class Metrics:
 
     def write(self) -> None:
         """Replace the file by a whole new one."""
+        if self.path is None:
+            return
         temporary = self.path.with_name(f".{self.path.name}.new")
         try:
             with temporary.open("w", encoding="utf-8") as file:
@@ -119,6 +122,16 @@ def load_metrics(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or cut short ({error}); train again, or give another file") from None
     _check(record, path)
     return record
+
+
+def ended_with(folder: Path, step: int, metrics: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of the run in a folder, if it ended after `step` with these metrics; None if it is to go on."""
+    try:
+        written = load_metrics(folder)
+    except ValueError:
+        return None  # damaged or missing; the checkpoint has all of it but the ending
+    same = same_rows(written["steps"], metrics["steps"]) and same_rows(written["evals"][:-1], metrics["evals"])
+    return written if same and (written.get("finished") or {}).get("step") == step else None
 
 
 def _check(record: Any, path: Path) -> None:

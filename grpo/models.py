@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,14 +26,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from grpo import ranks
 from grpo.chats import end_of_turn_ids, fit_chat_template, prompt_ids
 from grpo.config import CARD, model_folder
 from grpo.console import printable
 from grpo.files import fsync, put_back, writing
 from grpo.formats import SENTENCEPIECE, write_for_others
 from grpo.greedy import greedy
-from grpo.lora import has_adapter, merged, save_adapter
-from grpo.sampling import Completions, left_pad
+from grpo.lora import has_adapter, merged, save_adapter, trainable
+from grpo.sampling import Completions, concatenate, left_pad
+from grpo.sharding import for_the_first, is_sharded
 from tasks.base import Message
 
 SAVED_MODEL = "saved_model"
@@ -80,9 +82,17 @@ class LanguageModel:
     def answer(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int = ROWS, together: bool = False
     ) -> Completions:
-        """The greedy completion of each prompt; `together`, what prompts begin with in common is run once."""
+        """The greedy completion of each prompt; `together`, what prompts begin with in common is run once.
+
+        Several processes share the prompts out, and all get all completions.
+        """
+        padded = ranks.padded(prompts)
+        mine = padded[ranks.own(len(padded))]
         with precision(self.device):
-            return greedy(self.model, prompts, max_new_tokens, self.end_ids, self.pad_id, limit, together)
+            found = greedy(self.model, mine, max_new_tokens, self.end_ids, self.pad_id, limit, together)
+        if ranks.count() == 1:
+            return found
+        return concatenate(ranks.gather(found.to("cpu"))).pick(range(len(prompts)))
 
 
 def choose_device(name: str) -> torch.device:
@@ -215,18 +225,35 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str) -> None:
-    """Write a model folder that transformers 4 and 5 load, with `grpo.json` and README.md; whole or not at all."""
+    """Write a model folder that transformers 4 and 5 load, with `grpo.json` and README.md; whole or not at all.
+
+    Of several processes, all have to call it, and the first one writes; then all go on.
+    """
+    adapted = has_adapter(lm.model)
+    adapter = for_the_first(trainable(lm.model)) if adapted else {}
+    plain = merged(lm.model) if adapted or is_sharded(lm.model) else lm.model
+    if ranks.is_first():
+        _write(folder, lm, plain, adapter, card, readme)
+    ranks.wait()
+
+
+def _write(
+    folder: Path,
+    lm: LanguageModel,
+    plain: PreTrainedModel,
+    adapter: Mapping[str, Tensor],
+    card: dict[str, Any],
+    readme: str,
+) -> None:
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     put_back(folder)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with writing(folder, Exception):  # safetensors and tokenizers raise kinds of their own
-            if has_adapter(lm.model):
-                merged(lm.model).save_pretrained(fresh)
-                save_adapter(lm.model, fresh)
-            else:
-                lm.model.save_pretrained(fresh)
+            plain.save_pretrained(fresh)
+            if adapter:
+                save_adapter(lm.model, adapter, fresh)
             lm.tokenizer.save_pretrained(fresh)
         with writing(folder):
             write_for_others(fresh, lm.tokenizer.name_or_path, lm.end_ids, lm.dropout)

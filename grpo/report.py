@@ -17,12 +17,16 @@ HUB_EXAMPLE = "python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"
 SHOWN = 4  # completions each time
 
 
-def introduce(config: TrainConfig, lm: LanguageModel, environment: Mapping[str, Any], shared: bool) -> None:
-    """Say which model is trained on what, and the settings that were resolved."""
+def introduce(
+    config: TrainConfig, lm: LanguageModel, environment: Mapping[str, Any], shared: Mapping[str, bool]
+) -> None:
+    """Say which model is trained on what, the settings that were resolved, and what a group's prompt is shared in."""
     millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
     where = environment["device"]
     if lm.device.type == "cpu":
         where = f"cpu, {environment['threads']} threads"
+    if environment["processes"] > 1:
+        where = f"{environment['processes']} processes, each {where}"
     if config.model == "starter":
         say(f"Training the bundled starter model ({millions:.1f}M parameters) on {where}.")
         say(f"To train a Hub model instead: {HUB_EXAMPLE}")
@@ -31,8 +35,8 @@ def introduce(config: TrainConfig, lm: LanguageModel, environment: Mapping[str, 
     for note in lm.notes:
         say(note)
     _say_settings(config)
-    if not shared:
-        say("This model's prompts cannot be shared by a group, so every prompt is run once for each completion.\n")
+    if alone := " and ".join(work for work, is_shared in shared.items() if not is_shared):
+        say(f"This model's prompts cannot be shared by a group: in {alone} each is run once a completion.\n")
 
 
 def _say_settings(config: TrainConfig) -> None:

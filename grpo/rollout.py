@@ -1,13 +1,15 @@
 """One step's data: sample completions, score them, keep everything that belongs together in one place."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from grpo import ranks
 from grpo.advantages import group_advantages
 from grpo.config import TrainConfig
 from grpo.logprobs import Tokens
@@ -90,10 +92,16 @@ class Draw:
     texts: Sequence[str]
     rewards: Sequence[Reward]
 
-    def teaches_nothing(self, group: int) -> bool:
-        """Whether the completions of a group are all right or all wrong."""
+    def tied(self) -> list[bool]:
+        """Whether each group teaches nothing: its completions are all right or all wrong."""
         g = len(self.rewards) // len(self.problems)
-        return len({reward.correct for reward in self.rewards[group * g : (group + 1) * g]}) == 1
+        groups = [self.rewards[i : i + g] for i in range(0, len(self.rewards), g)]
+        return [len({reward.correct for reward in group}) == 1 for group in groups]
+
+    def to(self, device: torch.device | str) -> "Draw":
+        """The same with its tensors there."""
+        ids, mask = self.prompt_ids.to(device), self.prompt_mask.to(device)
+        return replace(self, prompt_ids=ids, prompt_mask=mask, completions=self.completions.to(device))
 
 
 def collect(
@@ -112,18 +120,33 @@ def collect(
     Without `rewards`, those of the task are taken.
     """
     rewards = rewards or parse_rewards((), task.default_rewards)
-    draws = [_draw(lm, task, rewards, config, step, 0, range(config.batch_size), clock, shared, limit)]
-    chosen = list(range(config.batch_size))  # the group of each place, counted through all draws
-    for attempt in range(1, config.resample_tied + 1):
-        first = sum(len(draw.problems) for draw in draws[:-1])
-        tied = [place for place in range(len(chosen)) if chosen[place] >= first]
-        tied = [place for place in tied if draws[-1].teaches_nothing(chosen[place] - first)]
-        if not tied:
+    draw = partial(_draw, lm, task, rewards, config, step, clock=clock, shared=shared, limit=limit)
+    draws: list[Draw] = []
+    chosen = [0] * config.batch_size  # the group of each place, counted through all draws
+    places, resampled = list(range(config.batch_size)), 0
+    for attempt in range(config.resample_tied + 1):
+        known = sum(len(d.problems) for d in draws)
+        new = _shared_out(draw, attempt, places)
+        draws += new
+        tied = [tie for d in new for tie in d.tied()]
+        for number, place in enumerate(places):
+            chosen[place] = known + number
+        places = [place for number, place in enumerate(places) if tied[number]]
+        if not places or attempt == config.resample_tied:
             break
-        for number, place in enumerate(tied):
-            chosen[place] = first + len(draws[-1].problems) + number
-        draws.append(_draw(lm, task, rewards, config, step, attempt, tied, clock, shared, limit))
-    return _put_together(draws, chosen, config)
+        resampled += len(places)
+    return _put_together(draws, chosen, resampled, config)
+
+
+def _shared_out(
+    draw: Callable[[int, Sequence[int], int], "Draw"], attempt: int, places: Sequence[int]
+) -> list["Draw"]:
+    """What all processes draw for their parts of the places, in order; there may be groups too many at the end."""
+    padded = ranks.padded(places)
+    own = ranks.own(len(padded))
+    mine = draw(attempt, padded[own], own.start)
+    device = mine.prompt_ids.device
+    return [mine] if ranks.count() == 1 else [theirs.to(device) for theirs in ranks.gather(mine.to("cpu"))]
 
 
 def _draw(
@@ -134,16 +157,22 @@ def _draw(
     step: int,
     attempt: int,
     places: Sequence[int],
+    first: int,
+    *,
     clock: Stopwatch,
     shared: bool,
     limit: int | None,
 ) -> Draw:
-    """A problem with its group for each of some places of the batch; each attempt has others."""
+    """A problem with its group for each of some places of the batch; each attempt has others.
+
+    `first` counts the places of the attempt that come before, whose noise is theirs.
+    """
     numbers = [attempt * config.batch_size + place for place in places]
     problems = [task.training_problem(config.seed, step, number) for number in numbers]
     with clock("sample"), precision(lm.device):
         prompt_ids, prompt_mask = lm.encode([task.messages(p.question) for p in problems])
-        rows = len(problems) * config.num_generations
+        before, rows = first * config.num_generations, len(problems) * config.num_generations
+        noise = token_noise(config.seed, step, before + rows, config.max_new_tokens, attempt)[before:]
         completions = generate(
             lm.model,
             prompt_ids,
@@ -152,7 +181,7 @@ def _draw(
             max_new_tokens=config.max_new_tokens,
             end_ids=lm.end_ids,
             temperature=config.temperature,
-            noise=token_noise(config.seed, step, rows, config.max_new_tokens, attempt),
+            noise=noise,
             shared=shared,
             limit=limit,
             graphs=config.cuda_graphs,
@@ -167,7 +196,7 @@ def _draw(
     return Draw(problems, prompt_ids, prompt_mask, completions, texts, scored)
 
 
-def _put_together(draws: Sequence[Draw], chosen: Sequence[int], config: TrainConfig) -> RolloutBatch:
+def _put_together(draws: Sequence[Draw], chosen: Sequence[int], resampled: int, config: TrainConfig) -> RolloutBatch:
     """The rollout made of the chosen groups, which are counted through all draws."""
     g, width = config.num_generations, max(draw.prompt_ids.shape[1] for draw in draws)
     prompt_ids, prompt_mask = (
@@ -190,7 +219,7 @@ def _put_together(draws: Sequence[Draw], chosen: Sequence[int], config: TrainCon
         advantages=group_advantages(totals, g, config.scale_rewards),
         truncated=~completions.ended,
         sample_logprobs=completions.logprobs,
-        resampled=sum(len(draw.problems) for draw in draws[1:]),
+        resampled=resampled,
     )
 
 

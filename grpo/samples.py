@@ -17,12 +17,13 @@ GROUPS = 2  # of a step
 class Samples:
     """The file of a run: some groups every few steps, whole, and cut back to where a run goes on."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / SAMPLES
+    def __init__(self, folder: Path | None) -> None:
+        """Without a folder nothing is written: another process of the run does."""
+        self.path = folder / SAMPLES if folder else None
 
     def add(self, step: int, rollout: RolloutBatch) -> None:
         """Append the first groups of a step's rollout, if it is this step's turn."""
-        if step != 1 and step % EVERY:
+        if self.path is None or (step != 1 and step % EVERY):
             return
         per_group = len(rollout.completions) // len(rollout.problems)
         lines = []
@@ -43,7 +44,7 @@ class Samples:
 
     def cut(self, step: int) -> None:
         """Forget what was sampled after `step`, and lines that are not whole."""
-        if not self.path.exists():
+        if self.path is None or not self.path.exists():
             return
         with writing(self.path):
             kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _is_of(line, step)]

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
+from grpo import ranks
 from grpo.cache import Steps
 from grpo.graphs import StaticSteps, can_replay
-from grpo.memory import passes
+from grpo.memory import is_refusal, passes
+from grpo.sharding import is_sharded
 
 WEIGHTS = 2**50  # a distribution as integers that add up to about this
+SAME = 1e-3  # nats; a repeated cache gives the same to 1e-6 in float32 where a model's can be repeated at all
 CHECK_EVERY = 4  # tokens, where looking makes the host wait; a pass too many costs more than some looks
 LEAVE = 3 / 4  # rows that have ended leave once at most so many are left
 
@@ -37,6 +40,10 @@ class Completions:
         """(B, C) bool: through the first end token, inclusive. From lengths, never from token ids."""
         columns = torch.arange(self.ids.shape[1], device=self.ids.device)
         return columns < self.lengths.unsqueeze(-1)
+
+    def to(self, device: torch.device | str) -> "Completions":
+        """The same with its tensors there."""
+        return Completions(*(tensor.to(device) for tensor in (self.ids, self.lengths, self.ended, self.logprobs)))
 
     def pick(self, rows: Sequence[int]) -> "Completions":
         """Some rows, in that order, as wide as the longest of them."""
@@ -122,6 +129,26 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, beginning: int = 
 
 
 @torch.no_grad()
+def can_repeat(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
+    """Whether the cache of a prompt, repeated, goes on as it should: tried on some prompts (N, P), each twice."""
+    apart = _after_a_token(model, ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0), 1)
+    try:
+        repeated = _after_a_token(model, ids, mask, 2)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return False
+    return bool((repeated - apart).abs().max() < SAME)
+
+
+def _after_a_token(model: PreTrainedModel, ids: Tensor, mask: Tensor, repeats: int) -> Tensor:
+    """Log-probabilities (N · repeats, V) after the prompts and their likeliest token."""
+    cache, logits = prefill(model, ids, mask)
+    logits = Steps(model, cache, mask, repeats, 1)(logits.argmax(-1).repeat_interleave(repeats))
+    return logits.float().log_softmax(-1)
+
+
+@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     prompt_ids: Tensor,
@@ -145,13 +172,15 @@ def generate(
     prompt is run once and its cache repeated; without, once for every completion. At most `limit` rows at a time.
     All prompts begin with the same `beginning` tokens, which are run once (`prefill`). Greedy rows have no
     log-probabilities. Whether rows have ended is looked at after every `check_every` tokens; the completions are the
-    same for any. `more` is then asked whether to go on, given whether any row here runs still: on several devices
-    all of them do the same number of forward passes. With `graphs`, by CUDA graphs where the model can
+    same for any. `more` is then asked whether to go on, given whether any row here runs still: the processes that a
+    model is sharded over all do the same number of forward passes. With `graphs`, by CUDA graphs where the model can
     (`grpo.graphs`), but not on several devices, which talk to each other in a pass.
     """
     total, device = prompt_ids.shape[0] * num_generations, prompt_ids.device
     ends = torch.tensor(list(end_ids), device=device)
     check_every = check_every or (1 if device.type == "cpu" else CHECK_EVERY)
+    if more is None and is_sharded(model):
+        more = ranks.any_of_all
     if noise is not None:
         noise = noise.to(torch.float32 if device.type == "mps" else noise.dtype).to(device)
     parts = []

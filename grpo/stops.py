@@ -7,8 +7,12 @@ import threading
 import time
 from typing import Any
 
+import torch
+
+from grpo import ranks
 from grpo.config import parse_duration
 
+TOO_LATE = 1  # among signals of at least 2
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -40,17 +44,29 @@ class Stops:
         os.close(self._write)  # ends the thread
 
     def reason(self, needed: float) -> str | None:
-        """Why to stop now, or None; `needed` seconds are still to be spent on one more step and the end."""
-        if self.signal is not None:
-            return NAMES[self.signal]
-        if self._deadline is not None and time.monotonic() + needed > self._deadline:
-            return "the time limit"
-        return None
+        """Why to stop now, or None; `needed` seconds are still to be spent on one more step and the end.
+
+        All processes of a run ask together, here and of `interrupted`, and hear the same.
+        """
+        late = self._deadline is not None and time.monotonic() + needed > self._deadline
+        code = self._agreed(TOO_LATE if late else 0)
+        return NAMES.get(code, "the time limit") if code else None
+
+    def interrupted(self) -> bool:
+        """Whether there was a signal."""
+        return self._agreed(0) in NAMES
 
     @property
     def exit_status(self) -> int:
         """0, or 130 after Ctrl-C, or 143 after SIGTERM."""
         return 0 if self.signal is None else 128 + self.signal
+
+    def _agreed(self, code: int) -> int:
+        """The most urgent of what all processes say: a signal, or else their `code`."""
+        code = int(ranks.largest(torch.tensor(self.signal or code)))
+        if code in NAMES:
+            self.signal = signal.Signals(code)
+        return code
 
     def _wait(self) -> None:
         while byte := os.read(self._read, 1):

@@ -10,8 +10,14 @@ import numpy
 import torch
 import transformers
 
-from grpo import report
-from grpo.checkpoint import WAYS_ON, newest_checkpoint, refuse_another_run, see_that_it_is_ours, write_checkpoint
+from grpo import ranks, report
+from grpo.checkpoint import (
+    WAYS_ON,
+    newest_checkpoint,
+    refuse_another_run,
+    see_that_it_is_ours,
+    write_checkpoint,
+)
 from grpo.config import TrainConfig, model_folder, read_card
 from grpo.console import Progress, say
 from grpo.examiner import Examiner
@@ -21,11 +27,12 @@ from grpo.health import SHOW_EXAMPLES, new_findings
 from grpo.learner import Learner
 from grpo.lora import add_adapter, four_bits
 from grpo.memory import peak_memory
-from grpo.metrics import Metrics, environment, load_metrics, same_rows
+from grpo.metrics import Metrics, ended_with, environment
 from grpo.models import ROWS, SAVED_MODEL, LanguageModel, be_deterministic, choose_device, load, save
 from grpo.plots import draw_all
 from grpo.rollout import RolloutBatch
 from grpo.samples import Samples
+from grpo.sharding import shard
 from grpo.stops import Stops
 from grpo.track import Tracker
 from tasks.base import Task
@@ -46,23 +53,23 @@ class Trainer:
         self.files = {**task.files, **{reward.path: reward.sha256 for reward in self.rewards if reward.path}}
         self.folder = Path(config.output_dir)
         self.card = read_card(config.model)
-        device = choose_device(config.device)
         be_deterministic(config.deterministic)
-        self.lm = load(config.model, device, **(four_bits(device) if config.load_in_4bit else {}))
+        device = ranks.start(choose_device(config.device))
+        ranks.see_that_it_divides(config.batch_size, config.shard)
+        before = torch.device("cpu") if config.shard else device
+        self.lm = load(config.model, before, **(four_bits(device) if config.load_in_4bit else {}))
         if config.lora_rank:
             self.lm = replace(self.lm, model=add_adapter(self.lm.model, config))
-        self.learner = Learner(config, task, self.lm, self.rewards)
+        self.learner = Learner(config, task, self.lm, self.rewards, device)
         known = {name: skills[name] for name in self.card.get("skills", []) if name in skills}
         self.examiner = Examiner(config, task, known)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         versions["numpy"] = numpy.__version__
-        self.metrics = Metrics(
-            self.folder,
-            config.to_dict(),
-            environment(_device_name(device), torch.get_num_threads(), versions),
-        )
-        self.samples = Samples(self.folder)
-        self.tracker = Tracker(config.track)
+        where = environment(_device_name(device), torch.get_num_threads(), versions)
+        folder = self.folder if ranks.is_first() else None  # the others write nothing
+        self.metrics = Metrics(folder, config.to_dict(), {**where, "processes": ranks.count()})
+        self.samples = Samples(folder)
+        self.tracker = Tracker(config.track if ranks.is_first() else "none")
         self.saved_model = self.folder / SAVED_MODEL
         self.before: dict[str, Any] = {}  # the starting model on the test problems
         self.best: dict[str, Any] | None = None  # the evaluation of the best policy, with its step
@@ -74,11 +81,12 @@ class Trainer:
     def run(self) -> int:
         """Go on from the newest checkpoint, or begin; train; measure the best policy. Returns the exit status."""
         with Stops(self.config.time_limit, self.launched) as stops:
-            report.introduce(self.config, self.lm, self.metrics.record["environment"], self.learner.shared)
+            shared = {"the update": self.learner.shared, "sampling": self.learner.repeated}
+            report.introduce(self.config, self.lm, self.metrics.record["environment"], shared)
             ended = self._restore()
             if ended and self._why_done():
                 report.already_finished(self.folder, ended)
-                draw_all(ended, self.folder)
+                self._draw(ended)
                 return 0
             with self.tracker.tracking(self.folder, self.config.to_dict()):
                 self._go_on(stops)
@@ -93,12 +101,12 @@ class Trainer:
             self.metrics.write()
             raise
         self._checkpoint()
-        if stops.signal is None:
-            self._finish(reason)
-        else:
+        if stops.interrupted():
             report.interrupted(self.folder, self.done, reason)
+        else:
+            self._finish(reason)
         self.metrics.write()
-        draw_all(self.metrics.record, self.folder)
+        self._draw(self.metrics.record)
 
     def _train(self, stops: Stops) -> str:
         """Steps until there is a reason to stop, which is returned."""
@@ -153,11 +161,17 @@ class Trainer:
 
     def _finish(self, reason: str) -> None:
         """Measure the saved policy on the test problems, and say what the run reached."""
-        after = self._test(load(str(self.saved_model), self.lm.device), self.best["step"])
-        readme = report.model_card(self.config, self.best, self.before, after)
-        with writing(self.saved_model / "README.md"):
-            (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
-        ending = {"step": self.done, "reason": reason, "peak_memory": peak_memory(self.lm.device)}
+        device = self.lm.device
+        del self.learner, self.lm  # policy, reference and optimizer make room
+        best = load(str(self.saved_model), torch.device("cpu") if self.config.shard else device)
+        if self.config.shard:
+            shard(best.model, device)
+        after = self._test(best, self.best["step"])
+        if ranks.is_first():
+            readme = report.model_card(self.config, self.best, self.before, after)
+            with writing(self.saved_model / "README.md"):
+                (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
+        ending = {"step": self.done, "reason": reason, "peak_memory": peak_memory(device)}
         self.metrics.record["finished"] = ending
         self.metrics.write()
         report.conclude(self.folder, self.metrics.record, time.monotonic() - self.launched)
@@ -186,7 +200,9 @@ class Trainer:
             "start": self.examiner.start and self.examiner.start.to_dict(),
         }
         record = {name: self.metrics.record[name] for name in ("steps", "evals", "findings")}
-        write_checkpoint(self.folder, self.learner.checkpoint(self.done, record, state))
+        checkpoint = self.learner.checkpoint(self.done, record, state)
+        if ranks.is_first():
+            write_checkpoint(self.folder, checkpoint)
         self.metrics.add_time("save", time.perf_counter() - start)
 
     def _restore(self) -> dict[str, Any] | None:
@@ -194,7 +210,8 @@ class Trainer:
 
         Raises ValueError where there is a run but none of its checkpoints can be used, or its settings are others.
         """
-        checkpoint, problems = newest_checkpoint(self.folder)
+        with ranks.first_before_others():  # it sets damaged ones aside
+            checkpoint, problems = newest_checkpoint(self.folder)
         for problem in problems:
             say(f"Warning: {problem}")
         if checkpoint is None:
@@ -211,16 +228,15 @@ class Trainer:
         self.before, self.best = checkpoint.state["before"], checkpoint.state["best"]
         self.metrics.restore(checkpoint.metrics)
         self.samples.cut(self.done)
-        if self.best and self.best["step"] == self.done != read_card(str(self.saved_model)).get("step"):
+        behind = self.best and self.best["step"] == self.done != read_card(str(self.saved_model)).get("step")
+        if ranks.of_first(behind):
             self._save()  # a kill came between the checkpoint and this
         report.going_on(self.done, checkpoint.state["threads"], torch.get_num_threads())
-        try:
-            written = load_metrics(self.folder)
-        except ValueError:
-            return None  # damaged or missing; the checkpoint has all of it but the ending
-        same = same_rows(written["steps"], checkpoint.metrics["steps"])
-        same = same and same_rows(written["evals"][:-1], checkpoint.metrics["evals"])
-        return written if same and (written.get("finished") or {}).get("step") == self.done else None
+        return ranks.of_first(ended_with(self.folder, checkpoint.step, checkpoint.metrics))
+
+    def _draw(self, record: dict[str, Any]) -> None:
+        if ranks.is_first():
+            draw_all(record, self.folder)
 
     def _validate(self, step: int) -> None:
         """Measure on the validation problems; a new best policy goes to saved_model/."""

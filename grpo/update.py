@@ -1,7 +1,8 @@
 """One inner update: the loss of a rollout, its gradient, and the step of the optimizer, if all is finite."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from statistics import fmean
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo import ranks
 from grpo.config import TrainConfig
 from grpo.logprobs import Tokens, completion_logprobs
 from grpo.loss import grpo_loss
 from grpo.memory import passes
 from grpo.models import precision
+from grpo.sharding import sum_gradients, whole
 
 
 @dataclass(frozen=True)
@@ -22,15 +25,22 @@ class Batch:
 
     tokens: Tokens
     advantages: Tensor  # (B,)
+    num_completions: int  # of the whole step, on all devices
+    num_tokens: int  # of those, as far as they count
     ref_logprobs: Tensor | None = None  # (B, C), None without a reference
     old_logprobs: Tensor | None = None  # (B, C), None in the first inner update, which finds them
+
+    @classmethod
+    def whole(cls, tokens: Tokens, advantages: Tensor) -> "Batch":
+        """All rows of a step."""
+        return cls(tokens, advantages, advantages.shape[0], max(1, int(tokens.completion_mask.sum())))
 
     def part(self, rows: slice) -> "Batch":
         """Some rows, whole groups or a part of one, with as many columns as their tokens have."""
         tokens = self.tokens.part(rows)
         width = tokens.completion_ids.shape[1]
         ref, old = (x if x is None else x[rows, :width] for x in (self.ref_logprobs, self.old_logprobs))
-        return Batch(tokens, self.advantages[rows], ref, old)
+        return replace(self, tokens=tokens, advantages=self.advantages[rows], ref_logprobs=ref, old_logprobs=old)
 
 
 @dataclass(frozen=True)
@@ -73,15 +83,14 @@ def inner_update(
 
     Also returns the policy's log-probabilities before the update, (B, C): in the first inner update the policy is the
     one that sampled, so they are the old ones of the others. Denominators are those of the step: 1 × B and B × 1
-    give the same gradient.
+    give the same gradient, and so do any number of processes.
     """
-    num_completions, first = batch.advantages.shape[0], batch.old_logprobs is None
-    device, n = batch.advantages.device, max(1, int(batch.tokens.completion_mask.sum()))  # n tokens
+    device, first = batch.advantages.device, batch.old_logprobs is None
     sums = torch.zeros(4, device=device)  # loss; kl, entropy and clipped, summed over tokens
     ratio_min, ratio_max = torch.full((), torch.inf, device=device), torch.zeros((), device=device)
     all_logprobs = torch.zeros(batch.tokens.completion_ids.shape, device=device)
     optimizer.zero_grad(set_to_none=True)
-    for rows in passes(num_completions, batch.tokens.num_generations, limit):
+    for rows in passes(batch.advantages.shape[0], batch.tokens.num_generations, limit):
         micro = batch.part(rows)
         mask = micro.tokens.completion_mask
         with precision(device):
@@ -96,27 +105,30 @@ def inner_update(
             micro.advantages,
             mask,
             config,
-            num_completions=num_completions,
-            num_tokens=n,
+            num_completions=batch.num_completions,
+            num_tokens=batch.num_tokens,
         )
         result.loss.backward()
         of_tokens = (result.kl, entropy if first else torch.zeros_like(result.kl), result.clipped.float())
         sums += torch.stack([result.loss.detach(), *(torch.where(mask, x, 0.0).sum() for x in of_tokens)])
         ratio_min = torch.minimum(ratio_min, torch.where(mask, result.ratio, torch.inf).min())
         ratio_max = torch.maximum(ratio_max, torch.where(mask, result.ratio, 0.0).max())
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm)
-    loss, kl, entropy_sum, clipped = sums.tolist()
-    applied = bool(torch.isfinite(grad_norm)) and bool(torch.isfinite(sums[0]))
+    sum_gradients(policy.parameters())
+    sums, ratio_min, ratio_max = ranks.total(sums), ranks.smallest(ratio_min), ranks.largest(ratio_max)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm))
+    # one look at the device for all of them
+    loss, kl, entropy_sum, clipped, *others = torch.stack([*sums, grad_norm, ratio_min, ratio_max]).tolist()
+    applied, n = isfinite(loss) and isfinite(others[0]), batch.num_tokens
     if applied:
         optimizer.step()
     stats = UpdateStats(
         loss=loss,
-        grad_norm=float(grad_norm),
+        grad_norm=others[0],
         kl=kl / n,
         entropy=entropy_sum / n if first else None,
         clip_fraction=clipped / n,
-        ratio_min=float(ratio_min),
-        ratio_max=float(ratio_max),
+        ratio_min=others[1],
+        ratio_max=others[2],
         applied=applied,
     )
     return stats, all_logprobs

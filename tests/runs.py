@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import traceback
@@ -108,6 +109,18 @@ def _run(command, arguments, before, folder):
 def forked(command, arguments, before=lambda: None, folder=None):
     """Run a click command in a fork of this process, after `before()`; its status, standard output and error."""
     return Fork(command, arguments, before, folder).wait()
+
+
+def together(command, arguments, processes=2):
+    """The same in several forks, as torchrun starts them; a Fork for each, to `wait` for."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    return [
+        Fork(command, arguments, lambda rank=str(r): os.environ.update(place, RANK=rank, LOCAL_RANK=rank))
+        for r in range(processes)
+    ]
 
 
 def spawned(script, arguments, before=None, folder=None):

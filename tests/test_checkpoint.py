@@ -190,7 +190,7 @@ def test_the_optimizer_goes_on_as_if_nothing_had_been():
     train(model, optimizer, range(3, 6))
     other, restored = fresh()
     other.load_state_dict(weights)
-    restore_optimizer(restored, tensors)
+    restore_optimizer(restored, tensors, list(other.parameters()))
     train(other, restored, range(3, 6))
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)

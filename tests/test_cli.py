@@ -485,6 +485,7 @@ VALID = {
     "lora_targets": "q_proj,v_proj",
     "load_in_4bit": True,
     "gradient_checkpointing": True,
+    "shard": True,
     "max_operand": 3,
     "prompt_style": "think",
     "system_prompt": "Say it.",

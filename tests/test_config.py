@@ -54,6 +54,7 @@ def test_what_a_saved_model_hands_on_leaves_out_place_model_and_seed():
     passed = TrainConfig(seed=3, output_dir="here", num_generations=4).passed_on()
     assert set(FIELDS) - set(passed) == {"model", "device", "deterministic", "seed", "data", "track"} | {
         "cuda_graphs",
+        "shard",
         "output_dir",
         "time_limit",
     }

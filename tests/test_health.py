@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import train_grpo
 from grpo import illnesses, report, trainer
 from grpo.checkpoint import newest_checkpoint
 from grpo.health import CHECKS, findings, new_findings
-from grpo.learner import largest_gap
+from grpo.learner import sampler_gap
 from grpo.metrics import load_metrics
 from grpo.rollout import RolloutBatch
 from tests.runs import a_tiny_model, options
@@ -389,10 +390,17 @@ def test_the_spread_of_a_part_is_that_of_the_groups_where_it_differs():
     assert of(rollout, [1.0] * 6) is None
 
 
-def test_the_largest_gap_is_that_of_the_tokens_of_completions():
+def test_the_sampler_gap_is_the_largest_of_the_tokens_of_completions():
     sampled, scored = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -2.25, -9.0]])
-    assert largest_gap(sampled, scored, torch.tensor([[True, True, False]])) == 0.5
-    assert largest_gap(sampled, scored, torch.zeros(1, 3, dtype=torch.bool)) == 0.0
+
+    def gap(mask):
+        batch = SimpleNamespace(num_completions=1, old_logprobs=scored[:, :2], tokens=SimpleNamespace())
+        batch.tokens.completion_mask = torch.tensor([mask])
+        return sampler_gap(SimpleNamespace(sample_logprobs=sampled), batch)
+
+    assert gap([True, True]) == 0.5
+    assert gap([False, True]) == 0.25
+    assert gap([False, False]) == 0.0
 
 
 def test_the_noise_of_two_evaluations_is_no_difference():

@@ -16,6 +16,7 @@ LAYERS = [
     {"grpo", "grpo.starter"},
     {"grpo.schedule", "grpo.timing"},
     {"grpo.config", "grpo.metrics", "grpo.console"},
+    {"grpo.ranks", "grpo.sharding"},
     {"grpo.moment"},
     {"grpo.illnesses", "grpo.symptoms"},
     {"grpo.health"},
