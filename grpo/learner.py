@@ -17,7 +17,7 @@ from grpo.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, se
 from grpo.config import TrainConfig
 from grpo.logprobs import can_share
 from grpo.lora import has_adapter, quiet, trainable
-from grpo.memory import PassLimit
+from grpo.memory import PassLimit, keep_what_is_freed
 from grpo.metrics import Stopwatch
 from grpo.models import LanguageModel, frozen_copy
 from grpo.rollout import RolloutBatch, collect
@@ -44,6 +44,8 @@ class Learner:
     ) -> None:
         """Without `rewards`, those of the task are taken. `device` is where a model that is to be sharded goes."""
         self.config, self.task, self.lm, self.rewards = config, task, lm, rewards
+        if lm.device.type == "cpu":
+            keep_what_is_freed()
         adapted = has_adapter(lm.model)  # then the reference is the policy without it
         self.reference = frozen_copy(lm.model) if config.beta > 0 and not adapted else None
         if config.shard:

@@ -44,23 +44,23 @@ class RolloutBatch:
         totals = torch.tensor([reward.total for reward in self.rewards]).view(len(self.problems), -1)  # (N, G)
         right = torch.tensor([reward.correct for reward in self.rewards]).view_as(totals)
         tied = totals.amax(1) == totals.amin(1)
-        mask, parts = self.tokens.completion_mask, self.rewards[0].parts
-        lengths = mask.sum(-1).float()
+        parts = self.rewards[0].parts
+        lengths, truncated = self.tokens.completion_mask.sum(-1).cpu(), self.truncated.cpu()
         return {
             "reward_mean": float(totals.mean()),
             "reward_std": float(totals.std(1).mean()),
             **{f"reward/{name}": _mean([r.parts[name] for r in self.rewards]) for name in parts},
             **{f"reward_std/{name}": self._spread([r.parts[name] for r in self.rewards]) for name in parts},
             "accuracy": float(right.float().mean()),
-            "completion_length": float(lengths.mean()),
+            "completion_length": float(lengths.float().mean()),
             "empty_fraction": float((lengths <= 1).float().mean()),
             "repeated_endings_fraction": fmean(map(repeats_an_ending, self.completions)),
-            "truncated_fraction": float(self.truncated.float().mean()),
+            "truncated_fraction": float(truncated.float().mean()),
             "tied_groups_fraction": float(tied.float().mean()),
             "tied_all_right_fraction": float((tied & right.all(1)).float().mean()),
             "tied_all_wrong_fraction": float((tied & ~right.any(1)).float().mean()),
             "resampled_groups": self.resampled,
-            "tokens": int(mask.sum()) + int(self.tokens.prompt_mask.sum()),
+            "tokens": int(lengths.sum()) + int(self.tokens.prompt_mask.sum()),
         }
 
     def paid_and_wrong(self, count: int = 2) -> list[str]:

@@ -5,6 +5,7 @@ through a hook, in the backward one.
 """
 
 import json
+import sys
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_grpo
-from grpo import examiner, learner
+from grpo import examiner, learner, memory
 from grpo.checkpoint import newest_checkpoint
 from grpo.config import resolve
 from grpo.greedy import can_begin_together
 from grpo.learner import Learner
 from grpo.logprobs import can_share
-from grpo.memory import PassLimit, is_out_of_memory, passes
+from grpo.memory import PassLimit, is_out_of_memory, keep_what_is_freed, passes
 from grpo.models import load
 from grpo.sampling import left_pad
 from grpo.trainer import Trainer
@@ -219,3 +220,22 @@ def test_running_out_of_memory_is_never_taken_for_a_model_that_cannot_share(erro
     for tried in (lambda: can_share(lm.model, ids, mask), lambda: can_begin_together(lm.model, prompts, lm.pad_id)):
         with pytest.raises(RuntimeError, match="memory"):
             tried()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+def test_freed_memory_stays_for_the_next_tensor():
+    resource = pytest.importorskip("resource")
+    keep_what_is_freed()
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**22)  # 16 MiB: 4,096 pages, freed at once
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 400
+
+
+def test_another_c_library_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
+    keep_what_is_freed()
