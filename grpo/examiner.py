@@ -23,7 +23,7 @@ class Examiner:
     def __init__(self, config: TrainConfig, task: Task, skills: Mapping[str, Task]) -> None:
         """`skills` are the neighbouring skills that the starting model has."""
         self.config, self.task, self.skills = config, task, skills
-        self.limit = PassLimit("the evaluation", ROWS, 1)
+        self.limit = PassLimit("the evaluation", ROWS, 1, config.shard)
         self.start: StartingAnswers | None = None  # what drift is measured from, where it is known
         self._held: dict[tuple[str, str, int], list[Problem]] = {}
         self._prompts: dict[tuple[str, str], list[int]] = {}  # by task and question

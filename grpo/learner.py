@@ -71,9 +71,8 @@ class Learner:
         self._set_learning_rate(c.learning_rate)
         weights = self._some_weights()
         with clock("total"):
-            rollout = self.sample_limit.fit(
-                collect, self.lm, self.task, c, step, clock, rewards=self.rewards, shared=self.repeated
-            )
+            how = {"rewards": self.rewards, "shared": self.repeated, "limit": self.sample_limit}
+            rollout = collect(self.lm, self.task, c, step, clock, **how)
             batch, fit = Batch.whole(rollout.learned_tokens(c), rollout.advantages), self.update_limit.fit
             batch = batch.part(ranks.own(batch.num_completions))
             with clock("reference"), self._reference() as reference:

@@ -2,11 +2,13 @@
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
+from grpo import ranks
 from grpo.console import say
 
 Result = TypeVar("Result")
@@ -44,6 +46,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_refusal(error: Exception) -> bool:
     """Whether an error says that a model cannot take a shortcut, rather than that memory ran out on it."""
     return isinstance(error, REFUSALS) and not is_out_of_memory(error)
+
+
+@contextmanager
+def done_together(work: str) -> Iterator[None]:
+    """What several processes do at the same time: where memory runs out in it, one of them cannot do it again.
+
+    Raises ValueError then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.count() == 1 or not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"memory ran out in {work}. The last checkpoint is good: the same command goes on from it with --shard"
+        ) from None
 
 
 class PassLimit:

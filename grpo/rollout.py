@@ -13,6 +13,7 @@ from grpo import ranks
 from grpo.advantages import group_advantages
 from grpo.config import TrainConfig
 from grpo.logprobs import Tokens
+from grpo.memory import PassLimit
 from grpo.metrics import Stopwatch
 from grpo.models import LanguageModel, precision
 from grpo.sampling import Completions, concatenate, generate, token_noise
@@ -113,14 +114,16 @@ def collect(
     *,
     rewards: Sequence[RewardFunction] = (),
     shared: bool = True,
-    limit: int | None = None,
+    limit: PassLimit | None = None,
 ) -> RolloutBatch:
-    """The rollout of a step: a function of the policy, the seed and the step. At most `limit` rows at a time.
+    """The rollout of a step: a function of the policy, the seed and the step. `limit` says how many rows at a time.
 
     Without `rewards`, those of the task are taken.
     """
     rewards = rewards or parse_rewards((), task.default_rewards)
-    draw = partial(_draw, lm, task, rewards, config, step, clock=clock, shared=shared, limit=limit)
+    draw = partial(_draw, lm, task, rewards, config, step, clock=clock, shared=shared)
+    if limit is not None:  # around what one process does alone: it may do that again with fewer rows
+        draw = partial(limit.fit, draw)
     draws: list[Draw] = []
     chosen = [0] * config.batch_size  # the group of each place, counted through all draws
     places, resampled = list(range(config.batch_size)), 0
@@ -161,7 +164,7 @@ def _draw(
     *,
     clock: Stopwatch,
     shared: bool,
-    limit: int | None,
+    limit: int | None = None,
 ) -> Draw:
     """A problem with its group for each of some places of the batch; each attempt has others.
 

@@ -14,7 +14,7 @@ from grpo import ranks
 from grpo.config import TrainConfig
 from grpo.logprobs import Tokens, completion_logprobs
 from grpo.loss import grpo_loss
-from grpo.memory import passes
+from grpo.memory import done_together, passes
 from grpo.models import precision
 from grpo.sharding import sum_gradients, whole
 
@@ -113,14 +113,15 @@ def inner_update(
         sums += torch.stack([result.loss.detach(), *(torch.where(mask, x, 0.0).sum() for x in of_tokens)])
         ratio_min = torch.minimum(ratio_min, torch.where(mask, result.ratio, torch.inf).min())
         ratio_max = torch.maximum(ratio_max, torch.where(mask, result.ratio, 0.0).max())
-    sum_gradients(policy.parameters())
-    sums, ratio_min, ratio_max = ranks.total(sums), ranks.smallest(ratio_min), ranks.largest(ratio_max)
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm))
-    # one look at the device for all of them
-    loss, kl, entropy_sum, clipped, *others = torch.stack([*sums, grad_norm, ratio_min, ratio_max]).tolist()
-    applied, n = isfinite(loss) and isfinite(others[0]), batch.num_tokens
-    if applied:
-        optimizer.step()
+    with done_together("the optimizer's step"):
+        sum_gradients(policy.parameters())
+        sums, ratio_min, ratio_max = ranks.total(sums), ranks.smallest(ratio_min), ranks.largest(ratio_max)
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm))
+        # one look at the device for all of them
+        loss, kl, entropy_sum, clipped, *others = torch.stack([*sums, grad_norm, ratio_min, ratio_max]).tolist()
+        applied, n = isfinite(loss) and isfinite(others[0]), batch.num_tokens
+        if applied:
+            optimizer.step()
     stats = UpdateStats(
         loss=loss,
         grad_norm=others[0],

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,16 +112,18 @@ def forked(command, arguments, before=lambda: None, folder=None):
     return Fork(command, arguments, before, folder).wait()
 
 
-def together(command, arguments, processes=2):
+def together(command, arguments, processes=2, before=lambda rank: None):
     """The same in several forks, as torchrun starts them; a Fork for each, to `wait` for."""
+
+    def start(rank):
+        os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+        before(rank)
+
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    return [
-        Fork(command, arguments, lambda rank=str(r): os.environ.update(place, RANK=rank, LOCAL_RANK=rank))
-        for r in range(processes)
-    ]
+    return [Fork(command, arguments, partial(start, rank)) for rank in range(processes)]
 
 
 def spawned(script, arguments, before=None, folder=None):

@@ -1,5 +1,6 @@
 """Several processes against one: the same run, however shared out, stopped, or broken. On the CPU, with gloo."""
 
+import itertools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train_grpo
-from grpo import ranks, trainer
+from grpo import models, ranks, rollout, trainer, update
 from grpo.checkpoint import newest_checkpoint
 from grpo.metrics import load_metrics, without_times
 from grpo.sharding import for_the_first, is_sharded, like, part, sum_gradients, whole
@@ -125,6 +126,54 @@ def test_an_adapter_is_trained_and_merged_as_in_one_process(shard, model, alone,
         some, others = (load_file(run / "saved_model" / name) for run in (one, tmp_path / "run"))
         assert some.keys() == others.keys()
         assert max(float((some[k] - others[k]).abs().max()) for k in some) < SAME
+
+
+def fails_once(module, name, call):
+    """Have the second process run out of memory in this call of a function, counted from 1."""
+
+    def before(rank):
+        calls, work = itertools.count(1), getattr(module, name)
+
+        def out_of_memory_once(*args, **more):
+            if rank == 1 and next(calls) == call:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return work(*args, **more)
+
+        setattr(module, name, out_of_memory_once)
+
+    return before
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [(rollout, "generate", 4), (update, "grpo_loss", 3), (models, "greedy", 2)],
+    ids=["sampling", "an update", "an evaluation"],
+)
+def test_a_process_that_runs_out_of_memory_does_its_part_again(module, name, call, model, alone, tmp_path):
+    settings = {"resample_tied": 2, "scale_rewards": "batch", "mask_truncated": True}
+    forks = together(
+        train_grpo.main, arguments(model, tmp_path / "run", **settings), before=fails_once(module, name, call)
+    )
+    ends = [fork.wait() for fork in forks]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert largest_difference(alone(**settings), tmp_path / "run") < SAME
+    assert_same_run(alone(**settings), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "settings"),
+    [(update, "sum_gradients", {}), (update, "grpo_loss", {"shard": True}), (rollout, "generate", {"shard": True})],
+    ids=["adding up", "a sharded update", "sharded sampling"],
+)
+def test_what_all_do_together_is_not_done_again_by_one(module, name, settings, model, tmp_path):
+    forks = together(
+        train_grpo.main, arguments(model, tmp_path / "run", **settings), before=fails_once(module, name, 3)
+    )
+    (first, _, _), (second, _, said) = [fork.wait() for fork in forks]
+    assert (first, second) == (1, 1)
+    assert "process 1: memory ran out" in said
+    assert "Traceback" not in said
+    assert newest_checkpoint(tmp_path / "run")[0].step == 0
 
 
 def test_one_process_goes_on_with_what_two_have_begun_and_the_other_way_round(model, alone, tmp_path):
