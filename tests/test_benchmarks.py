@@ -1,5 +1,6 @@
 """The parts of `python -m tests.benchmarks` that are arithmetic or text; TRL is not needed."""
 
+import pytest
 import torch
 from transformers import AutoConfig
 
@@ -59,7 +60,7 @@ def test_a_summary_of_steps():
     assert result["seconds"] == [1.75, 2.5, 3.25]  # inclusive quartiles of 1, 2, 3, 4
     assert result["by_turn"] == [1.5, 3.5]
     assert result["phases"] == {"sampling": 2.0, "reward": 0.0, "scoring": 0.0, "update": 0.5}
-    assert result["tokens_per_second"] == 16.0  # 4 · 40 tokens in 10 s
+    assert result["tokens_per_second"] == pytest.approx((20 + 40 / 3) / 2)  # of 40, 20, 40 / 3 and 10
     assert result["completion_length"] == 7.5
     assert result["update_rate"] == 4e9
 

@@ -22,17 +22,16 @@ def summary(steps: Sequence[Result], turns: int) -> dict[str, Any]:
     """What is said of the steps of one program; the single steps stay with it, without their problems."""
     size = len(steps) // turns
     seconds = [step["seconds"] for step in steps]
-    tokens = sum(step["prompt_tokens"] + step["completion_tokens"] for step in steps)
     totals: dict[str, Any] = {
         "seconds": spread(seconds),
         "by_turn": [median(seconds[i : i + size]) for i in range(0, len(seconds), size)],
         "phases": {name: median(step["phases"].get(name, 0.0) for step in steps) for name in PHASES},
-        "tokens_per_second": tokens / sum(seconds),
+        "tokens_per_second": median((s["prompt_tokens"] + s["completion_tokens"]) / s["seconds"] for s in steps),
         "completion_length": sum(s["completion_tokens"] for s in steps) / sum(s["completions"] for s in steps),
         "steps": [{name: value for name, value in step.items() if name != "problems"} for step in steps],
     }
     if "update_flops" in steps[0]:
-        totals["update_rate"] = sum(s["update_flops"] for s in steps) / sum(s["update_seconds"] for s in steps)
+        totals["update_rate"] = median(s["update_flops"] / s["update_seconds"] for s in steps)
     return totals
 
 
