@@ -27,9 +27,7 @@ MORE = {"num_iterations": 20, "eval_every": 10, "save_every": 10, "batch_size": 
 VARIANTS = {
     "replicated": {},
     "sharded": {"shard": True},
-    "micro-batches": {"micro_batch_size": 1},
-    "sharded, micro-batches": {"shard": True, "micro_batch_size": 1},
-    "sharded, activations again": {"shard": True, "gradient_checkpointing": True},
+    "sharded, small passes": {"shard": True, "micro_batch_size": 1, "gradient_checkpointing": True},
 }
 
 
