@@ -102,7 +102,9 @@ def train(config: TrainConfig, launched: float) -> int:
     from tasks.skills import SKILLS
 
     try:
-        return Trainer(config, task, SKILLS, launched).run()
+        status = Trainer(config, task, SKILLS, launched).run()
+        ranks.leave()  # not after an error: the others may be waiting for something else
+        return status
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise ValueError(
@@ -111,8 +113,6 @@ def train(config: TrainConfig, launched: float) -> int:
         if ranks.is_loss(error):
             raise ValueError(f"another process of this run has ended; {ranks.WHAT_THEN}") from None
         raise
-    finally:
-        ranks.leave()
 
 
 if __name__ == "__main__":

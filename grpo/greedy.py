@@ -6,12 +6,11 @@ The problems of a task share their system prompt, which is most of what there is
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.memory import is_refusal
+from grpo.memory import gives
 from grpo.sampling import Completions, concatenate, generate, left_pad, prefill
-
-SAME = 1e-3  # nats; with and without a shared beginning they differ by 1e-6 in float32 where a model can share at all
 
 
 def greedy(
@@ -55,11 +54,9 @@ def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
 def can_begin_together(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> bool:
     """Whether a common beginning, run once, gives this model's log-probabilities: tried on some prompts."""
     ids, mask = left_pad(prompts, pad_id, model.device)
-    _, apart = prefill(model, ids, mask)
-    try:
-        _, shared = prefill(model, ids, mask, common_beginning(prompts))
-    except Exception as error:
-        if not is_refusal(error):
-            raise
-        return False
-    return bool((shared.float().log_softmax(-1) - apart.float().log_softmax(-1)).abs().max() < SAME)
+
+    def logprobs(beginning: int) -> Tensor:
+        _, logits = prefill(model, ids, mask, beginning)
+        return logits.float().log_softmax(-1)
+
+    return gives(lambda: logprobs(common_beginning(prompts)), logprobs(0))

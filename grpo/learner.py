@@ -73,7 +73,7 @@ class Learner:
         with clock("total"):
             how = {"rewards": self.rewards, "shared": self.repeated, "limit": self.sample_limit}
             rollout = collect(self.lm, self.task, c, step, clock, **how)
-            batch, fit = Batch.whole(rollout.learned_tokens(c), rollout.advantages), self.update_limit.fit
+            batch, fit = Batch.of_step(rollout.learned_tokens(c), rollout.advantages), self.update_limit.fit
             batch = batch.part(ranks.own(batch.num_completions))
             with clock("reference"), self._reference() as reference:
                 if reference is not None:

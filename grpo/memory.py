@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from grpo import ranks
 from grpo.console import say
@@ -14,6 +15,7 @@ from grpo.console import say
 Result = TypeVar("Result")
 # what a model raises whose cache cannot do what a shortcut asks of it
 REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError)
+SAME = 1e-3  # nats; in float32 a shortcut gives the same to 1e-6 where a model can take it at all
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")  # MPS, cuBLAS, the CPU
 
@@ -46,6 +48,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_refusal(error: Exception) -> bool:
     """Whether an error says that a model cannot take a shortcut, rather than that memory ran out on it."""
     return isinstance(error, REFUSALS) and not is_out_of_memory(error)
+
+
+def gives(shortcut: Callable[[], Tensor], expected: Tensor) -> bool:
+    """Whether a shortcut gives the expected log-probabilities of a model; where the model refuses it, it does not."""
+    try:
+        found = shortcut()
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return False
+    return bool((found - expected).abs().max() < SAME)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Batch:
     old_logprobs: Tensor | None = None  # (B, C), None in the first inner update, which finds them
 
     @classmethod
-    def whole(cls, tokens: Tokens, advantages: Tensor) -> "Batch":
+    def of_step(cls, tokens: Tokens, advantages: Tensor) -> "Batch":
         """All rows of a step."""
         return cls(tokens, advantages, advantages.shape[0], max(1, int(tokens.completion_mask.sum())))
 
@@ -70,6 +70,16 @@ def reference_logprobs(
     return logprobs
 
 
+@dataclass
+class Totals:
+    """What the passes of an inner update add up to."""
+
+    sums: Tensor  # (4,): loss; kl, entropy and clipped, summed over tokens
+    ratio_min: Tensor
+    ratio_max: Tensor
+    logprobs: Tensor  # (B, C) of the policy before the update
+
+
 def inner_update(
     policy: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
@@ -85,11 +95,31 @@ def inner_update(
     one that sampled, so they are the old ones of the others. Denominators are those of the step: 1 × B and B × 1
     give the same gradient, and so do any number of processes.
     """
-    device, first = batch.advantages.device, batch.old_logprobs is None
-    sums = torch.zeros(4, device=device)  # loss; kl, entropy and clipped, summed over tokens
-    ratio_min, ratio_max = torch.full((), torch.inf, device=device), torch.zeros((), device=device)
-    all_logprobs = torch.zeros(batch.tokens.completion_ids.shape, device=device)
     optimizer.zero_grad(set_to_none=True)
+    totals = _accumulate(policy, batch, config, shared, limit)
+    with done_together("the optimizer's step"):
+        sum_gradients(policy.parameters())
+        found = ranks.total(totals.sums), ranks.smallest(totals.ratio_min), ranks.largest(totals.ratio_max)
+        norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm))
+        # one look at the device for all of them
+        loss, kl, entropy, clipped, low, high, grad_norm = torch.cat([x.reshape(-1) for x in (*found, norm)]).tolist()
+        applied = isfinite(loss) and isfinite(grad_norm)
+        if applied:
+            optimizer.step()
+    n, first = batch.num_tokens, batch.old_logprobs is None
+    entropy_mean = entropy / n if first else None
+    return UpdateStats(loss, grad_norm, kl / n, entropy_mean, clipped / n, low, high, applied), totals.logprobs
+
+
+def _accumulate(policy: PreTrainedModel, batch: Batch, config: TrainConfig, shared: bool, limit: int) -> Totals:
+    """Forward and backward pass of each micro-batch; the gradients stay in the policy."""
+    device, first = batch.advantages.device, batch.old_logprobs is None
+    totals = Totals(
+        torch.zeros(4, device=device),
+        torch.full((), torch.inf, device=device),
+        torch.zeros((), device=device),
+        torch.zeros(batch.tokens.completion_ids.shape, device=device),
+    )
     for rows in passes(batch.advantages.shape[0], batch.tokens.num_generations, limit):
         micro = batch.part(rows)
         mask = micro.tokens.completion_mask
@@ -97,7 +127,7 @@ def inner_update(
             logprobs, entropy = completion_logprobs(
                 policy, micro.tokens, config.temperature, shared=shared, entropy=first
             )
-        all_logprobs[rows, : mask.shape[1]] = logprobs.detach()
+        totals.logprobs[rows, : mask.shape[1]] = logprobs.detach()
         result = grpo_loss(
             logprobs,
             logprobs.detach() if first else micro.old_logprobs,
@@ -110,29 +140,10 @@ def inner_update(
         )
         result.loss.backward()
         of_tokens = (result.kl, entropy if first else torch.zeros_like(result.kl), result.clipped.float())
-        sums += torch.stack([result.loss.detach(), *(torch.where(mask, x, 0.0).sum() for x in of_tokens)])
-        ratio_min = torch.minimum(ratio_min, torch.where(mask, result.ratio, torch.inf).min())
-        ratio_max = torch.maximum(ratio_max, torch.where(mask, result.ratio, 0.0).max())
-    with done_together("the optimizer's step"):
-        sum_gradients(policy.parameters())
-        sums, ratio_min, ratio_max = ranks.total(sums), ranks.smallest(ratio_min), ranks.largest(ratio_max)
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm))
-        # one look at the device for all of them
-        loss, kl, entropy_sum, clipped, *others = torch.stack([*sums, grad_norm, ratio_min, ratio_max]).tolist()
-        applied, n = isfinite(loss) and isfinite(others[0]), batch.num_tokens
-        if applied:
-            optimizer.step()
-    stats = UpdateStats(
-        loss=loss,
-        grad_norm=others[0],
-        kl=kl / n,
-        entropy=entropy_sum / n if first else None,
-        clip_fraction=clipped / n,
-        ratio_min=others[1],
-        ratio_max=others[2],
-        applied=applied,
-    )
-    return stats, all_logprobs
+        totals.sums += torch.stack([result.loss.detach(), *(torch.where(mask, x, 0.0).sum() for x in of_tokens)])
+        totals.ratio_min = torch.minimum(totals.ratio_min, torch.where(mask, result.ratio, torch.inf).min())
+        totals.ratio_max = torch.maximum(totals.ratio_max, torch.where(mask, result.ratio, 0.0).max())
+    return totals
 
 
 def summary(updates: Sequence[UpdateStats]) -> dict[str, Any]:

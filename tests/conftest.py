@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from grpo import trainer
 from grpo.logprobs import Tokens
 from tests import zoo
 
@@ -50,3 +51,11 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def no_plots():
+    """For speed, of runs that are looked at in other ways."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_all", lambda *_: [])
+        yield

@@ -40,7 +40,7 @@ def test_grpo_learns_to_look_at_the_prompt_and_to_stop():
         rewards = scores(drawn, PROMPTS)
         means.append(rewards.mean().item())
         advantages = group_advantages(rewards, CONFIG.num_generations)
-        batch = Batch.whole(Tokens(ids, mask, drawn.ids, drawn.mask), advantages)
+        batch = Batch.of_step(Tokens(ids, mask, drawn.ids, drawn.mask), advantages)
         for _ in range(CONFIG.num_inner_updates):
             _, logprobs = inner_update(model, optimizer, batch, CONFIG, shared=True, limit=32)
             batch = batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs)

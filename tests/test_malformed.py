@@ -16,7 +16,6 @@ import inference
 import plot_metrics
 import train_grpo
 from grpo import checkpoint as module
-from grpo import trainer
 from grpo.checkpoint import MANIFEST, PAYLOAD
 from grpo.config import CARD
 from grpo.metrics import FILE_NAME, without_times
@@ -27,18 +26,12 @@ NEWEST = "checkpoints/step-00000002"
 DEEP = "[" * 100_000
 HUGE = "1" * 10_000  # more digits than Python reads
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return a_tiny_model(tmp_path_factory.mktemp("malformed") / "model")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_plots():
-    """For speed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "draw_all", lambda *_: [])
-        yield
 
 
 @pytest.fixture(scope="module")

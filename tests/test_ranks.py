@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train_grpo
-from grpo import models, ranks, rollout, trainer, update
+from grpo import models, ranks, rollout, update
 from grpo.checkpoint import newest_checkpoint
 from grpo.metrics import load_metrics, without_times
 from grpo.sharding import for_the_first, is_sharded, like, part, sum_gradients, whole
@@ -30,12 +30,7 @@ VARIANTS = {
     "sharded, small passes": {"shard": True, "micro_batch_size": 1, "gradient_checkpointing": True},
 }
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_plots():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "draw_all", lambda *_: [])
-        yield
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")

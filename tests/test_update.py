@@ -17,7 +17,7 @@ ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0, 0.0, -1.0, 0.3, 0.7])
 def one_update(model, reference, config=CONFIG, advantages=ADVANTAGES, updates=1, learning_rate=0.0, limit=9):
     """Updates on a ragged rollout; returns the statistics of each. A rate of 0 leaves the gradient to look at."""
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    batch, all_stats = Batch.whole(ragged_tokens(), advantages), []
+    batch, all_stats = Batch.of_step(ragged_tokens(), advantages), []
     if reference is not None:
         ref_logprobs = reference_logprobs(reference, batch.tokens, config, shared=True, limit=limit)
         batch = replace(batch, ref_logprobs=ref_logprobs)

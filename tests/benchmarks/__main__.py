@@ -26,7 +26,7 @@ import transformers
 
 from grpo.config import resolve
 from tests.benchmarks import report, shared_prefix
-from tests.benchmarks.work import SHAPES, Size, Spec, shaped_model
+from tests.benchmarks.work import SHAPES, Size, Spec, random_model
 
 ROOT = Path(__file__).parents[2]
 SIZES = [
@@ -188,7 +188,7 @@ def main(
             pythons["TRL"] = trl_python(output_dir / "trl-venv")
         except (subprocess.CalledProcessError, OSError) as error:
             raise click.ClickException(f"TRL cannot be installed ({error}); --no-trl measures without it") from None
-    model = str(shaped_model(shape, output_dir / shape)) if shape else "starter"
+    model = str(random_model(output_dir / shape, SHAPES[shape])) if shape else "starter"
     turns, steps = (2, 2) if quick else (turns, steps)
     c = resolve({"model": "starter"})
     default = Size(c.batch_size, c.num_generations, 0, c.max_new_tokens)

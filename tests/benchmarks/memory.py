@@ -13,11 +13,11 @@ from pathlib import Path
 
 import click
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo.config import STARTER
 from grpo.models import load
+from tests.benchmarks.work import random_model
 
+SHAPE, VOCABULARY = (8, 896, 14, 2, 4864), 32_768
 ROOT = Path(__file__).parents[2]
 FEW = "--num-iterations 1 --batch-size 2 --num-generations 2 --max-new-tokens 4 --num-inner-updates 1 --eval-every 1"
 FEW += " --eval-problems 2 --max-operand 1"
@@ -29,17 +29,6 @@ WAYS = {
     "LoRA, --shard, 2 processes": ["--lora-rank", "8", "--shard"],
     "LoRA, 4-bit": ["--lora-rank", "8", "--load-in-4bit"],
 }
-
-
-def make_model(folder: Path) -> int:
-    """Write a model with random weights and the starter's tokenizer; returns its parameters."""
-    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 8, "vocab_size": 32_768}
-    sizes |= {"num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    tokens = {"bos_token_id": None, "eos_token_id": 299, "pad_token_id": 297}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **tokens, tie_word_embeddings=True))
-    model.save_pretrained(folder)
-    load(str(STARTER), torch.device("cpu")).tokenizer.save_pretrained(folder)
-    return model.num_parameters()
 
 
 def peak(model: str, options: list[str], folder: Path) -> int:
@@ -55,7 +44,8 @@ def main() -> None:
     """Print a line for each way."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        parameters = make_model(folder / "model")
+        model = load(str(random_model(folder / "model", SHAPE, VOCABULARY)), torch.device("cpu")).model
+        parameters = model.num_parameters()
         click.echo(f"{parameters / 1e6:.0f}M parameters, float32, on the CPU")
         for number, (way, options) in enumerate(WAYS.items()):
             without = peak("starter", options, folder / f"starter-{number}")

@@ -42,7 +42,7 @@ def measure(tokens: Tokens, config: TrainConfig, runs: int) -> dict[bool, list[f
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for run in range(2 + runs):
         for shared in (True, False):
-            batch, limit = Batch.whole(tokens, advantages), tokens.completion_ids.shape[0]
+            batch, limit = Batch.of_step(tokens, advantages), tokens.completion_ids.shape[0]
             start = time.perf_counter()
             for _ in range(config.num_inner_updates):
                 _, logprobs = inner_update(model, optimizer, batch, config, shared=shared, limit=limit)

@@ -117,10 +117,9 @@ class Spec:
         return replace(lm, end_ids=(NEVER,)) if self.size.prompt else lm
 
 
-def shaped_model(shape: str, folder: Path) -> Path:
-    """A Llama-shaped model with the dimensions of a Qwen2.5 and random weights, and the starter's tokenizer."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(STARTER)
-    layers, hidden, heads, keys, inner = SHAPES[shape]
+def random_model(folder: Path, shape: Sequence[int], vocabulary: int = VOCABULARY) -> Path:
+    """A Llama-shaped model of these dimensions (as in SHAPES) with random weights, and the starter's tokenizer."""
+    layers, hidden, heads, keys, inner = shape
     config = transformers.AutoConfig.from_pretrained(
         STARTER,
         num_hidden_layers=layers,
@@ -129,12 +128,12 @@ def shaped_model(shape: str, folder: Path) -> Path:
         num_key_value_heads=keys,
         head_dim=hidden // heads,
         intermediate_size=inner,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         max_position_embeddings=32768,
     )
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(STARTER).save_pretrained(folder)
     return folder
 
 
