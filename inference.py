@@ -12,23 +12,33 @@ run does, all models with the task, prompts and limit of the last: a base is ask
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from grpo.config import DEVICES, MOST_TOKENS, read_card, resolve
-from grpo.console import printable
-from tasks.base import TASKS
-from tasks.parsing import parse_answer
-from tasks.prompts import STYLES, chat, system_prompt
+from grpo.config import DEVICES, MOST_TOKENS
+from grpo.model_card import read_card, resolve
+from grpo.runtime.console import printable
+from tasks.common.parsing import parse_answer
+from tasks.common.prompts import STYLES, chat, system_prompt
+from tasks.registry import TASKS, task_options
 
 if TYPE_CHECKING:
-    from grpo.models import LanguageModel
+    from grpo.model.language_model import LanguageModel
 
-LEAST_TEMPERATURE = 1e-3  # below it, logits over temperature leave float32
-TOKENS_WITHOUT_CARD = 128  # for a model that says nothing of its own limit
+LEAST_TEMPERATURE = 1e-3  # below it, logits / temperature overflow float32
+TOKENS_WITHOUT_CARD = 128  # for a model without a limit of its own
+
+
+def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of all tasks."""
+    for name, option in reversed(task_options().items()):
+        text = f"{option.meaning}  [default: the model's own]"
+        command = click.option(f"--{name.replace('_', '-')}", name, type=option.type, help=text)(command)
+    return command
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,10 +52,8 @@ TOKENS_WITHOUT_CARD = 128  # for a model that says nothing of its own limit
 @click.option("--compare", is_flag=True, help="the model before training too, side by side")
 @click.option("--evaluate", is_flag=True, help="measure accuracy on held-out problems instead of asking")
 @click.option("--split", type=click.Choice(("validation", "test")), help="to --evaluate on  [default: test]")
-@click.option("--task", type=click.Choice(TASKS), help="to --evaluate on  [default: the model's own]")
-@click.option("--data", help="file with the problems of --task jsonl or gsm8k")
-@click.option("--min-operand", type=int, help="of arithmetic, from this ...  [default: the model's own]")
-@click.option("--max-operand", type=int, help="... to this  [default: the model's own]")
+@click.option("--task", type=click.Choice(tuple(TASKS)), help="to --evaluate on  [default: the model's own]")
+@task_setting_options
 @click.option("--prompt-style", type=click.Choice(STYLES), help="to --evaluate in  [default: the model's own]")
 @click.option("--pass-at-k", type=click.IntRange(0), help="also pass@k by sampling, with --evaluate")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
@@ -92,7 +100,8 @@ def main(
         asked = read_questions(questions)
         names = [before_training(name), name] if compare else [name]
         click.echo("Model: " + " -> ".join(printable(n) for n in names), err=True)
-        answers = [complete(n, asked, device, temperature, samples, max_new_tokens, seed) for n in names]
+        sampling = Sampling(temperature, samples, max_new_tokens, seed)
+        answers = [complete(n, asked, device, sampling) for n in names]
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
@@ -108,19 +117,19 @@ def main(
 
 
 def examine(names: Sequence[str], given: dict[str, Any]) -> None:
-    """Measure the models as a run of the last would, and print the table."""
+    """Measure the models as a run from the last one would, and print the table."""
     split = given.pop("split", "test")
     try:
         config = resolve({"model": names[-1], "pass_at_k": 0, **given})
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
-    from tasks.choose import choose_task
+    from tasks.registry import make_task
     from tasks.skills import SKILLS
 
-    task = choose_task(config)
+    task = make_task(config)
 
-    from grpo.scoreboard import measure, table
+    from grpo.evaluation.model_comparison import measure, table
 
     skills = {skill: SKILLS[skill] for skill in read_card(names[-1]).get("skills", []) if skill in SKILLS}
     found = measure(names, config, task, skills, split)
@@ -129,7 +138,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 
 
 def read_questions(questions: Sequence[str]) -> list[str]:
-    """The questions of the command line, or those of standard input; raises ValueError for an empty one."""
+    """Return the questions of the command line, or those of standard input. Raises ValueError for an empty one."""
     if not questions:
         if sys.stdin.isatty():
             raise ValueError('give a question, such as "What is (4 - 9) * 6?", or one a line on standard input')
@@ -143,62 +152,54 @@ def read_questions(questions: Sequence[str]) -> list[str]:
 
 
 def before_training(name: str) -> str:
-    """The model that a saved model was trained from; raises ValueError where that is not known."""
+    """Return the model that a saved model was trained from. Raises ValueError if that is not known."""
     base = read_card(name).get("base_model")
     if not isinstance(base, str):
         raise ValueError(f"{name} does not say what it was trained from; --compare needs a saved_model/ of a run")
     return base
 
 
-def complete(
-    name: str,
-    questions: Sequence[str],
-    device: str,
-    temperature: float,
-    samples: int,
-    max_new_tokens: int | None,
-    seed: int,
-) -> list[list[str]]:
-    """`samples` completions of a model for each question."""
-    from grpo.models import choose_device, load
+@dataclass(frozen=True)
+class Sampling:
+    """How to answer: greedily at temperature 0, else with samples that are a function of the seed."""
+
+    temperature: float
+    samples: int
+    max_new_tokens: int | None
+    seed: int
+
+
+def complete(name: str, questions: Sequence[str], device: str, sampling: Sampling) -> list[list[str]]:
+    """Return the completions of a model for each question."""
+    from grpo.generation.greedy import greedy
+    from grpo.model.loading import load
+    from grpo.runtime.device import choose_device
 
     card = read_card(name)
     lm = load(name, choose_device(device))
-    chats = [chat(question, card.get("system_prompt") or system_prompt("answer")) for question in questions]
-    limit = max_new_tokens or card.get("max_new_tokens", TOKENS_WITHOUT_CARD)
-    if temperature == 0:
-        return [[text] for text in lm.greedy(chats, limit)]
-    return sampled(lm, chats, limit, temperature, samples, seed)
+    prompts = lm.prompts(
+        [chat(question, card.get("system_prompt") or system_prompt("answer")) for question in questions]
+    )
+    limit = sampling.max_new_tokens or card.get("max_new_tokens", TOKENS_WITHOUT_CARD)
+    if sampling.temperature == 0:
+        return [[text] for text in lm.decode(greedy(lm, prompts, limit).rows(with_end=False))]
+    return sampled(lm, prompts, limit, sampling)
 
 
-def sampled(
-    lm: "LanguageModel",
-    chats: list[list[dict[str, str]]],
-    limit: int,
-    temperature: float,
-    samples: int,
-    seed: int,
-) -> list[list[str]]:
-    """`samples` random completions of each chat, question by question: a function of the seed."""
-    from grpo.models import precision
-    from grpo.sampling import generate, token_noise
+def sampled(lm: "LanguageModel", prompts: Sequence[Sequence[int]], limit: int, sampling: Sampling) -> list[list[str]]:
+    """Return random completions of each prompt."""
+    from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
+    from grpo.model.tokens import left_pad
+    from grpo.runtime.device import autocast
 
+    generator = Generator(lm.model)
+    params = SamplingParams(limit, lm.end_ids, sampling.samples, sampling.temperature)
     texts = []
-    for number, messages in enumerate(chats):
-        ids, mask = lm.encode([messages])
-        noise = token_noise(seed, number, samples, limit)
-        with precision(lm.device):
-            completions = generate(
-                lm.model,
-                ids,
-                mask,
-                num_generations=samples,
-                max_new_tokens=limit,
-                end_ids=lm.end_ids,
-                temperature=temperature,
-                noise=noise,
-            )
-        texts.append(lm.decode(completions))
+    for number, prompt in enumerate(prompts):
+        uniforms = sampling_uniforms(sampling.seed, number, sampling.samples, limit)
+        with autocast(lm.device):
+            completions = generator(*left_pad([prompt], lm.pad_id, lm.device), params, uniforms)
+        texts.append(lm.decode(completions.rows(with_end=False)))
     return texts
 
 

@@ -6,7 +6,7 @@
     python plot_metrics.py runs/a --html                               and a page with everything: grpo_report.html
     python plot_metrics.py runs/a runs/b --label first --label second  compare: grpo_comparison.png
 
-A run gets grpo_training_curve.png, grpo_kl_divergence.png and grpo_overview.png. Works while a run goes on, and on
+A run gets grpo_training_curve.png, grpo_kl_divergence.png and grpo_overview.png. Works during a run, and on
 one that was cut short. Runs of the same label become one curve with a band from the smallest to the largest; without
 labels, so do runs that differ in their seed only.
 """
@@ -26,7 +26,7 @@ def main(runs: tuple[Path, ...], labels: tuple[str, ...], out: Path | None, html
 
     Several are compared in one picture, written to this folder if --out names no other.
     """
-    from grpo.metrics import load_metrics
+    from grpo.record.metrics import load_metrics
 
     runs = runs or (Path(),)
     try:
@@ -35,19 +35,19 @@ def main(runs: tuple[Path, ...], labels: tuple[str, ...], out: Path | None, html
         beside = runs[0] if runs[0].is_dir() else runs[0].parent
         folder = out or (beside if len(runs) == 1 else Path())
         if len(runs) > 1:
-            from grpo.comparison import draw_comparison
-            from grpo.curves import group_runs
+            from grpo.plots.comparison import draw_comparison
+            from grpo.plots.series import group_runs
 
             groups = group_runs(runs, records, labels)
             folder.mkdir(parents=True, exist_ok=True)
             written = draw_comparison(groups, folder)
         else:
-            from grpo.plots import draw_all
+            from grpo.plots.figures import draw_all
 
             folder.mkdir(parents=True, exist_ok=True)
             written = draw_all(records[0], folder)
         if html:
-            from grpo.page import write_page
+            from grpo.plots.html_report import write_page
 
             written.append(write_page(records[0], written, beside, folder))
         for path in written:
@@ -57,7 +57,7 @@ def main(runs: tuple[Path, ...], labels: tuple[str, ...], out: Path | None, html
 
 
 def _refuse(runs: tuple[Path, ...], labels: tuple[str, ...], html: bool) -> None:
-    """Raise ValueError where what was asked for makes no sense."""
+    """Raise ValueError if the combination of arguments makes no sense."""
     if len(runs) == 1 and labels:
         raise ValueError("--label names runs that are compared; give several runs, or leave it out")
     if len(runs) > 1 and html:

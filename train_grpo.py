@@ -4,32 +4,33 @@
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct     a model of the Hugging Face Hub
 
 Writes saved_model/ (the policy that is best on validation problems), grpo_metrics.json, grpo_overview.png,
-grpo_training_curve.png, grpo_kl_divergence.png and checkpoints/ into --output-dir. The same command goes on with a
+grpo_training_curve.png, grpo_kl_divergence.png and checkpoints/ into --output-dir. The same command continues a
 run that was cut short. It departs from the published recipe in the direction of the KL, in exact zeros for tied
 groups, and in keeping the best policy instead of the last; README.md says why.
 """
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from grpo.config import TrainConfig, resolve
-from grpo.files import claim_folder
+from grpo.config import GROUPS, OLD_NAMES, TrainConfig, ordered_fields
+from grpo.model_card import resolve
+from grpo.run_folder import claim_folder
 
 
 class GroupedCommand(click.Command):
-    """A command whose --help shows the settings under the headings of `TrainConfig`."""
+    """A command whose --help lists the settings under the headings of `TrainConfig`."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """One section a group, in the order of the fields."""
+        """Write one section a group."""
         groups = {f.name: f.metadata["group"] for f in fields(TrainConfig)}
-        sections: dict[str, list[tuple[str, str]]] = {}
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in GROUPS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
@@ -40,17 +41,23 @@ class GroupedCommand(click.Command):
 
 
 def setting_options(command: click.Command) -> click.Command:
-    """Add an option for every field of `TrainConfig`."""
-    for f in reversed(fields(TrainConfig)):
-        name = f"--{f.name.replace('_', '-')}"
-        kind = {"type": click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type}
-        if f.type == tuple[str, ...]:
-            kind = {"type": str, "multiple": True}
-        if f.type is bool:
-            name, kind = f"{name}/--no-{name[2:]}", {}
-        option = click.option(name, f.name, default=f.default, show_default=True, help=f.metadata["meaning"], **kind)
-        command = option(command)
+    """Add an option for every field of `TrainConfig`, and a hidden one for every old name."""
+    old_names = {new: old for old, new in OLD_NAMES.items()}
+    for f in reversed(ordered_fields()):
+        command = _option(f, f.name, default=f.default, show_default=True, help=f.metadata["meaning"])(command)
+        if f.name in old_names:
+            command = _option(f, old_names[f.name], default=None, hidden=True)(command)
     return command
+
+
+def _option(f: Field, name: str, **more: Any) -> Callable[[click.Command], click.Command]:
+    flag = f"--{name.replace('_', '-')}"
+    kind = {"type": click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type}
+    if f.type == tuple[str, ...]:
+        kind = {"type": str, "multiple": True}
+    if f.type is bool:
+        flag, kind = f"{flag}/--no-{flag[2:]}", {}
+    return click.option(flag, name, **kind, **more)
 
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -64,18 +71,20 @@ def main(ctx: click.Context, fresh: bool, **settings: Any) -> None:
     kept in its grpo.json; a run prints what it resolved.
     """
     launched = time.monotonic()
-    given = {
-        name: value
-        for name, value in settings.items()
-        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }
+    given = with_deprecated(
+        {
+            name: value
+            for name, value in settings.items()
+            if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+        }
+    )
     try:
         config = resolve(given)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    rank = int(os.environ.get("RANK", "0"))  # of the processes that torchrun starts, one a device
+    rank = int(os.environ.get("RANK", "0"))  # torchrun starts one process a device
     try:
-        with claim_folder(config, fresh) if rank == 0 else in_silence():
+        with claim_folder(config, fresh) if rank == 0 else silenced():
             ctx.exit(train(config, launched))
     except (ValueError, OSError) as error:
         raise click.ClickException(f"process {rank}: {error}" if rank else str(error)) from None
@@ -83,35 +92,46 @@ def main(ctx: click.Context, fresh: bool, **settings: Any) -> None:
         ctx.exit(130)
 
 
+def with_deprecated(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings under today's names, with a line on standard error for each old one."""
+    for old, new in OLD_NAMES.items():
+        if old in given:
+            value = given.pop(old)
+            given.setdefault(new, value)
+            options = (f"--{name.replace('_', '-')}" for name in (old, new))
+            click.echo("{} is deprecated; it is {} now".format(*options), err=True)
+    return given
+
+
 @contextmanager
-def in_silence() -> Iterator[None]:
-    """Without what all processes of a run would say alike: the first one says it."""
+def silenced() -> Iterator[None]:
+    """Suppress what all ranks would print alike: rank 0 prints it."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 
 
 def train(config: TrainConfig, launched: float) -> int:
     """Run the training and return the exit status; the heavy imports come after the folder is locked."""
-    from tasks.choose import choose_task
+    from tasks.registry import make_task
 
-    task = choose_task(config)  # first: what is wrong with its data is said at once
+    task = make_task(config)  # first, so that an error in its data is reported at once
 
-    from grpo import ranks
-    from grpo.memory import is_out_of_memory
+    from grpo.runtime import distributed
+    from grpo.runtime.microbatch import is_out_of_memory
     from grpo.trainer import Trainer
     from tasks.skills import SKILLS
 
     try:
         status = Trainer(config, task, SKILLS, launched).run()
-        ranks.leave()  # not after an error: the others may be waiting for something else
+        distributed.leave()  # not after an error: the other ranks may be waiting in another place
         return status
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise ValueError(
                 f"{config.model} does not fit into memory; take a smaller one, or --device cpu"
             ) from None
-        if ranks.is_loss(error):
-            raise ValueError(f"another process of this run has ended; {ranks.WHAT_THEN}") from None
+        if distributed.is_peer_failure(error):
+            raise ValueError(f"another process of this run has ended; {distributed.RESUME_HINT}") from None
         raise
 
 

@@ -1,26 +1,29 @@
-"""What a run says: at its start, on the way, at its end, and in the card of the model it saves."""
+"""What a run prints, from its start to its end, and the README.md of the model it saves."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from grpo.config import TrainConfig
-from grpo.console import duration, fitted, paint, paragraph, printable, say, width
-from grpo.files import SAMPLES
-from grpo.models import SAVED_MODEL, LanguageModel
-from grpo.rollout import RolloutBatch
-from grpo.timing import seconds_by_phase, tokens_per_second
+from grpo.algorithm.rollout import Rollout
+from grpo.config import TrainConfig, ordered_fields
+from grpo.evaluation.intervals import accuracy_text
+from grpo.generation.capabilities import ModelCapabilities
+from grpo.model.language_model import LanguageModel
+from grpo.model.saving import SAVED_MODEL
+from grpo.record import samples
+from grpo.runtime.console import duration, fitted, paint, paragraph, printable, say, width
+from tasks.registry import task_options
 
+PHASES = {"sample": "sampling", "reference": "reference", "update": "update"}
 HUB_EXAMPLE = "python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"
 SHOWN = 4  # completions each time
 
 
 def introduce(
-    config: TrainConfig, lm: LanguageModel, environment: Mapping[str, Any], shared: Mapping[str, bool]
+    config: TrainConfig, lm: LanguageModel, environment: Mapping[str, Any], capabilities: ModelCapabilities
 ) -> None:
-    """Say which model is trained on what, the settings that were resolved, and what a group's prompt is shared in."""
+    """Print the model, the device, the resolved settings, and what the model does not support."""
     millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
     where = environment["device"]
     if lm.device.type == "cpu":
@@ -35,16 +38,19 @@ def introduce(
     for note in lm.notes:
         say(note)
     _say_settings(config)
-    if alone := " and ".join(work for work, is_shared in shared.items() if not is_shared):
-        say(f"This model's prompts cannot be shared by a group: in {alone} each is run once a completion.\n")
+    shared = {"the update": capabilities.supports_packing, "sampling": capabilities.supports_cache_expansion}
+    if unshared := " and ".join(work for work, is_shared in shared.items() if not is_shared):
+        say(f"This model's prompts cannot be shared by a group: in {unshared} each is run once a completion.\n")
 
 
 def _say_settings(config: TrainConfig) -> None:
-    """The settings of algorithm and task, and of the others those that are not the default."""
-    line = "Settings:"
-    for f in fields(config):
+    """Print the settings of algorithm and task, and of the others those that are not the default."""
+    line, options = "Settings:", task_options()
+    for f in ordered_fields():
         value = getattr(config, f.name)
         if f.name in ("model", "output_dir") or value in ("", ()):
+            continue
+        if f.name in options and config.task not in options[f.name].tasks:
             continue
         if f.metadata["group"] not in ("Task", "Algorithm") and value == f.default:
             continue
@@ -57,14 +63,8 @@ def _say_settings(config: TrainConfig) -> None:
     say(line + "\n")
 
 
-def accuracy_text(entry: Mapping[str, Any]) -> str:
-    """An accuracy with its interval and n: 97.2% [95.4, 98.3], n = 500."""
-    low, high = 100 * entry["ci_low"], 100 * entry["ci_high"]
-    return f"{100 * entry['accuracy']:.1f}% [{low:.1f}, {high:.1f}], n = {entry['n']}"
-
-
 def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
-    """One line for an evaluation on the way."""
+    """Print one line about an evaluation on the way."""
     best = "  best so far, saved" if improved and entry["step"] else ""
     more = f"{100 * entry['well_formed']:.0f}% well-formed"
     if entry.get("drift") is not None:
@@ -72,13 +72,13 @@ def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
     say(f"step {entry['step']:>4}  validation {accuracy_text(entry)}, {more}{best}")
 
 
-def show_completions(step: int, rollout: RolloutBatch) -> None:
-    """A small table: the first completions of a step's first groups, each with its reward by part."""
-    per_group, columns = len(rollout.completions) // len(rollout.problems), width()
+def show_completions(step: int, rollout: Rollout) -> None:
+    """Print the first completion of each of a step's first groups, with its reward by part."""
+    per_group, columns = len(rollout.completion_texts) // len(rollout.problems), width()
     names = list(rollout.rewards[0].parts)
     say(fitted(f"step {step:>4}  reward  " + "  ".join([*(f"{name:>5}" for name in names), "completion"]), columns))
     for i, problem in enumerate(rollout.problems[:SHOWN]):
-        reward, text = rollout.rewards[i * per_group], rollout.completions[i * per_group]
+        reward, text = rollout.rewards[i * per_group], rollout.completion_texts[i * per_group]
         numbers = [reward.parts[name] for name in names]
         parts = [
             f"{'-' if n is None else format(n, '.2f'):>{max(5, len(name))}}"
@@ -90,8 +90,11 @@ def show_completions(step: int, rollout: RolloutBatch) -> None:
         say(f"    {paint(mark, 'green' if reward.correct else 'red')}{row}")
 
 
-def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
-    """What the run reached, what it cost the neighbouring skills, and what to do next."""
+def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: str) -> None:
+    """Print what the run reached, what it cost the neighbouring skills, and what to do next.
+
+    `example` is a question to try.
+    """
     tests = [entry for entry in record["evals"] if entry["split"] == "test"]
     before, after = tests[0], tests[-1]
     steps = record["steps"]
@@ -102,7 +105,7 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
     rows += [(f"skill: {name}", before["skills"][name], after["skills"][name]) for name in after["skills"]]
     for name, was, now in rows:
         say(f"  {name:<18} {accuracy_text(was):>32}  ->  {accuracy_text(now)}")
-    for line in by_category(before, after) + passes(before, after) + drifted(after):
+    for line in by_category(before, after) + pass_at_k(before, after) + drifted(after):
         say(f"  {line}")
     if kl:
         say(f"  KL to the start    {fmean(kl):.3f} nats a token (mean of the last {len(kl)} steps)")
@@ -111,15 +114,14 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float) -> None:
     say("  A loss near 0 is normal: advantages are centred in each group and the ratio starts at 1.")
     _list_findings(record)
     _say_times(record)
-    say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, {SAMPLES}, and as pictures")
+    say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, {samples.FILE_NAME}, and as pictures")
     say("  grpo_overview.png, grpo_training_curve.png, grpo_kl_divergence.png (plot_metrics.py --html: a page)")
     where = "" if folder == Path() else f" --model {folder / SAVED_MODEL}"
-    question = "What is (4 - 9) * 6?" if record["config"]["task"] == "arithmetic" else "..."
-    say(f'Next: python inference.py{where} --compare "{question}"')
+    say(f'Next: python inference.py{where} --compare "{example}"')
 
 
 def _say_times(record: Mapping[str, Any]) -> None:
-    """Where the time of all launches went, and how much memory the last one took."""
+    """Print where the time of all launches went, and how much memory the last one took."""
     phases = seconds_by_phase(record)
     total = sum(phases.values())
     shown = [f"{name} {spent:.1f} s ({100 * spent / total:.0f}%)" for name, spent in phases.items() if spent > 0.05]
@@ -130,7 +132,7 @@ def _say_times(record: Mapping[str, Any]) -> None:
 
 
 def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Accuracies by category before and after: at most twelve of them, those with the lowest now, in their order."""
+    """Format accuracies by category before and after, at most twelve, those that are lowest now, in their order."""
     now = after.get("categories", {})
     shown = sorted(sorted(now, key=lambda name: now[name]["accuracy"])[:12])
     if not shown:
@@ -142,26 +144,26 @@ def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     ]
 
 
-def passes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """pass@k before and after, where it was measured."""
+def pass_at_k(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Format pass@k before and after, if it was measured."""
     was, now = before.get("pass_at_k", {}), after.get("pass_at_k", {})
     both = [f"pass@{k} {100 * was[k]:.1f}% -> {100 * now[k]:.1f}%" for k in now if k in was]
     return ["sampled:  " + ", ".join(both)] if both else []
 
 
 def nats(value: float) -> str:
-    """Three decimals, and no minus before a zero."""
+    """Format with three decimals, and no minus before a zero."""
     return f"{round(value, 3) + 0.0:.3f}"
 
 
 def drifted(after: Mapping[str, Any]) -> list[str]:
-    """How far the saved policy is from the start where it was not trained."""
+    """Format how far the saved policy is from the start on what it was not trained on."""
     drift = after.get("drift")
     return [] if drift is None else [f"drift              {nats(drift)} nats a token on unrelated questions"]
 
 
 def show_finding(finding: Mapping[str, Any]) -> None:
-    """A finding on the run's health, when it arises or in the list at the end."""
+    """Print a finding on the run's health."""
     paragraph(f"step {finding['step']:>4}  {finding['name']}: {finding['text']}", indent=11)
     for example in finding.get("examples", ()):
         paragraph(f"    {example}", indent=6)
@@ -169,38 +171,38 @@ def show_finding(finding: Mapping[str, Any]) -> None:
 
 def _list_findings(record: Mapping[str, Any]) -> None:
     if record.get("findings"):
-        say("What is not well with this run (README, When a run does not learn):")
+        say("Findings about this run (explained in grpo/diagnostics/README.md):")
     for finding in record.get("findings", ()):
         show_finding(finding)
 
 
 def interrupted(folder: Path, step: int, reason: str) -> None:
-    """After a signal: what there is, and how to go on."""
+    """Print, after a signal, what was saved and how to continue."""
     say(f"\nStopped after step {step} ({reason}). Checkpoint, metrics, plots and {SAVED_MODEL}/ are in {folder}/.")
-    say("The same command goes on from here.")
+    say("The same command continues from here.")
 
 
-def going_on(step: int, threads_then: int, threads_now: int) -> None:
-    """At the start of a launch that continues a run."""
-    say(f"Going on from the checkpoint of step {step}.")
+def continuing(step: int, threads_then: int, threads_now: int) -> None:
+    """Print, at the start of a launch that continues a run, where it continues."""
+    say(f"Continuing from the checkpoint of step {step}.")
     if threads_then != threads_now:
         say(f"It was computed with {threads_then} threads, now there are {threads_now}: the last digits may differ.")
 
 
 def already_finished(folder: Path, record: Mapping[str, Any]) -> None:
-    """At a launch in the folder of a run that has ended: what it reached, and the two ways on."""
+    """Print, in the folder of a run that has ended, what it reached and the two ways to continue."""
     tests = [entry for entry in record["evals"] if entry["split"] == "test"]
     ending = record["finished"]
     say(f"The run in {folder.resolve()} is finished: {ending['reason']} (step {ending['step']}).")
     say(f"  test accuracy  {accuracy_text(tests[0])}  ->  {accuracy_text(tests[-1])}")
     _list_findings(record)
-    say("The plots are drawn again. A larger --num-iterations goes on; --fresh moves it aside and starts over.")
+    say("The plots are drawn again. A larger --num-iterations continues it; --fresh moves it aside and starts over.")
 
 
 def model_card(
     config: TrainConfig, best: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any] | None
 ) -> str:
-    """README.md of saved_model/: what it is, what it can do with n and interval, how it was made."""
+    """Return README.md of saved_model/: what it is, its accuracy with n and interval, how it was made."""
     lines = [
         f"# A model trained with GRPO on {config.task}",
         "",
@@ -218,7 +220,7 @@ def model_card(
     for name, was, now in rows:
         lines.append(f"| {name} | {accuracy_text(was)} | {accuracy_text(now) if now else 'not measured yet'} |")
     if after:
-        lines += ["", *(f"{line}.  " for line in drifted(after) + passes(before, after))]
+        lines += ["", *(f"{line}.  " for line in drifted(after) + pass_at_k(before, after))]
     lines += ["", "Settings:", "", "```"]
     lines += [f"{name} = {value}" for name, value in config.to_dict().items() if name != "output_dir"]
     lines += [
@@ -228,3 +230,21 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def seconds_by_phase(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return seconds of sampling, each reward function, reference, update, evaluation and saving, without overlap."""
+    steps, evals = record["steps"], record["evals"]
+    phases = {name: _sum(steps, f"time/{phase}") for phase, name in PHASES.items()}
+    rewards = sorted({name for row in steps for name in row if name.startswith("time/reward/")})
+    phases |= {f"reward {name.removeprefix('time/reward/')}": _sum(steps, name) for name in rewards}
+    return phases | {"evaluation": _sum(evals, "time/evaluate"), "saving": _sum(steps, "time/save")}
+
+
+def tokens_per_second(record: Mapping[str, Any]) -> float:
+    """Return the prompt and completion tokens of the rollouts, for each second of the steps."""
+    return _sum(record["steps"], "tokens") / max(1e-9, _sum(record["steps"], "time/total"))
+
+
+def _sum(rows: list[Mapping[str, Any]], name: str) -> float:
+    return sum(row.get(name) or 0.0 for row in rows)

@@ -1,4 +1,4 @@
-"""The run: step by step, with evaluations, checkpoints and an end. What a step is stands in `grpo/learner.py`."""
+"""The run: step by step, with evaluations, checkpoints and an end. A step itself is `grpo/algorithm/grpo.py`."""
 
 import time
 from collections.abc import Callable
@@ -10,31 +10,27 @@ import numpy
 import torch
 import transformers
 
-from grpo import ranks, report
-from grpo.checkpoint import (
-    WAYS_ON,
-    newest_checkpoint,
-    refuse_another_run,
-    see_that_it_is_ours,
-    write_checkpoint,
-)
-from grpo.config import TrainConfig, model_folder, read_card
-from grpo.console import Progress, say
-from grpo.examiner import Examiner
-from grpo.files import writing
-from grpo.forgetting import StartingAnswers
-from grpo.health import SHOW_EXAMPLES, new_findings
-from grpo.learner import Learner
-from grpo.lora import add_adapter, four_bits
-from grpo.memory import peak_memory
-from grpo.metrics import Metrics, ended_with, environment
-from grpo.models import ROWS, SAVED_MODEL, LanguageModel, be_deterministic, choose_device, load, save
-from grpo.plots import draw_all
-from grpo.rollout import RolloutBatch
-from grpo.samples import Samples
-from grpo.sharding import shard
-from grpo.stops import Stops
-from grpo.track import Tracker
+from grpo import report
+from grpo.algorithm.grpo import GRPO
+from grpo.algorithm.rollout import Rollout
+from grpo.config import TrainConfig
+from grpo.diagnostics.findings import SHOW_EXAMPLES, new_findings
+from grpo.evaluation.evaluator import Evaluator
+from grpo.interrupts import InterruptHandler
+from grpo.model.language_model import LanguageModel
+from grpo.model.loading import load
+from grpo.model.lora import add_adapter, four_bits
+from grpo.model.saving import SAVED_MODEL, save
+from grpo.model_card import model_folder, read_card
+from grpo.plots.figures import draw_all
+from grpo.record.metrics import Metrics, ended_with, environment
+from grpo.record.samples import GROUPS, Samples
+from grpo.record.tracker import Tracker
+from grpo.resume import Progress, RunState
+from grpo.runtime import distributed
+from grpo.runtime.atomic_io import name_in_errors
+from grpo.runtime.console import ProgressBar
+from grpo.runtime.device import choose_device, device_name, peak_memory, set_deterministic
 from tasks.base import Task
 from tasks.rewards import parse_rewards
 
@@ -47,137 +43,136 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, task: Task, skills: dict[str, Task], launched: float | None = None
     ) -> None:
-        """`launched` is the `time.monotonic()` that a time limit counts from; now, if not given."""
+        """`launched` is the `time.monotonic()` that a time limit counts from; by default, now."""
         self.config, self.task = config, task
-        self.rewards = parse_rewards(config.reward, task.default_rewards)
-        self.files = {**task.files, **{reward.path: reward.sha256 for reward in self.rewards if reward.path}}
         self.folder = Path(config.output_dir)
-        self.card = read_card(config.model)
-        be_deterministic(config.deterministic)
-        device = ranks.start(choose_device(config.device))
-        ranks.see_that_it_divides(config.batch_size, config.shard)
-        before = torch.device("cpu") if config.shard else device
-        self.lm = load(config.model, before, **(four_bits(device) if config.load_in_4bit else {}))
-        if config.lora_rank:
-            self.lm = replace(self.lm, model=add_adapter(self.lm.model, config))
-        self.learner = Learner(config, task, self.lm, self.rewards, device)
-        known = {name: skills[name] for name in self.card.get("skills", []) if name in skills}
-        self.examiner = Examiner(config, task, known)
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        versions["numpy"] = numpy.__version__
-        where = environment(_device_name(device), torch.get_num_threads(), versions)
-        folder = self.folder if ranks.is_first() else None  # the others write nothing
-        self.metrics = Metrics(folder, config.to_dict(), {**where, "processes": ranks.count()})
-        self.samples = Samples(folder)
-        self.tracker = Tracker(config.track if ranks.is_first() else "none")
         self.saved_model = self.folder / SAVED_MODEL
-        self.before: dict[str, Any] = {}  # the starting model on the test problems
-        self.best: dict[str, Any] | None = None  # the evaluation of the best policy, with its step
-        self.done = 0  # steps
-        self.rollout: RolloutBatch | None = None  # of the last step
+        rewards = parse_rewards(config.reward, task.default_rewards)
+        files = {**task.files, **{reward.path: reward.sha256 for reward in rewards if reward.path}}
+        set_deterministic(config.deterministic)
+        device = distributed.start(choose_device(config.device))
+        distributed.check_batch_divisible(config.batch_size, config.shard)
+        self.lm = _load_policy(config, device)
+        self.grpo = GRPO(config, task, self.lm, rewards, device)
+        has_skills = read_card(config.model).get("skills", [])
+        own_skills = {name: skills[name] for name in has_skills if name in skills}
+        self.evaluator = Evaluator(config, task, own_skills, self.grpo.capabilities)
+        folder = self.folder if distributed.is_main_process() else None  # the other ranks write nothing
+        self.metrics = Metrics(folder, config.to_dict(), _environment(device))
+        self.samples = Samples(folder)
+        self.tracker = Tracker(config.track if distributed.is_main_process() else "none")
+        self.progress = Progress()
+        self.state = RunState(config, files, self.progress, self.grpo, self.evaluator, self.metrics)
+        self.rollout: Rollout | None = None  # of the last step
         self.launched = time.monotonic() if launched is None else launched
-        self.slowest = self.ending = 0.0  # seconds of the slowest step, and of what comes after the last
+        self.slowest = self.ending = 0.0  # seconds of the slowest step, and of what follows the last one
 
     def run(self) -> int:
-        """Go on from the newest checkpoint, or begin; train; measure the best policy. Returns the exit status."""
-        with Stops(self.config.time_limit, self.launched) as stops:
-            shared = {"the update": self.learner.shared, "sampling": self.learner.repeated}
-            report.introduce(self.config, self.lm, self.metrics.record["environment"], shared)
+        """Continue from the newest checkpoint, or begin; train; measure the best policy. Return the exit status."""
+        with InterruptHandler(self.config.time_limit, self.launched) as interrupts:
+            record = self.metrics.record
+            report.introduce(self.config, self.lm, record["environment"], self.grpo.capabilities)
             ended = self._restore()
             if ended and self._why_done():
                 report.already_finished(self.folder, ended)
                 self._draw(ended)
                 return 0
             with self.tracker.tracking(self.folder, self.config.to_dict()):
-                self._go_on(stops)
-            return stops.exit_status
+                self._continue(interrupts)
+            return interrupts.exit_status
 
-    def _go_on(self, stops: Stops) -> None:
-        """From where the run stands to its end, or to a reason to stop."""
+    def _continue(self, interrupts: InterruptHandler) -> None:
+        """Train from where the run is to its end, or to a reason to stop."""
         self._begin()
         try:
-            reason = self._why_done() or self._train(stops)
-        except ValueError:  # out of memory, a broken reward: what has been done stays known
+            reason = self._why_done() or self._train(interrupts)
+        except ValueError:  # out of memory, a broken reward: keep the metrics so far
             self.metrics.write()
             raise
         self._checkpoint()
-        if stops.interrupted():
-            report.interrupted(self.folder, self.done, reason)
+        if interrupts.interrupted():
+            report.interrupted(self.folder, self.progress.step, reason)
         else:
             self._finish(reason)
         self.metrics.write()
         self._draw(self.metrics.record)
 
-    def _train(self, stops: Stops) -> str:
-        """Steps until there is a reason to stop, which is returned."""
-        c = self.config
-        progress = Progress(self.done, c.num_iterations)
+    def _train(self, interrupts: InterruptHandler) -> str:
+        """Take steps until there is a reason to stop; return it."""
+        c, progress = self.config, self.progress
+        bar = ProgressBar(progress.step, c.num_iterations)
         try:
             while True:
                 start = time.monotonic()
-                self.rollout, entry = self.learner.step(self.done + 1)
-                self.done += 1
-                self.metrics.add_step(entry)
-                self.samples.add(self.done, self.rollout)
-                self.tracker.log(self.done, entry)
-                self._diagnose()
-                progress.update(
-                    self.done, {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
-                )
+                self.rollout, entry = self.grpo.step(progress.step + 1)
+                progress.step += 1
+                self._record(entry)
+                shown = {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
+                bar.update(progress.step, shown)
                 self._stop_if_broken()
-                if c.show_every and self.done % c.show_every == 0:
-                    report.show_completions(self.done, self.rollout)
-                if self.done % c.eval_every == 0 or self.done == c.num_iterations:
-                    self._validate(self.done)
+                if c.show_every and progress.step % c.show_every == 0:
+                    report.show_completions(progress.step, self.rollout)
+                if progress.step % c.eval_every == 0 or progress.step == c.num_iterations:
+                    self._validate()
                 self.slowest = max(self.slowest, time.monotonic() - start)
-                if reason := self._why_done() or stops.reason(1.5 * (self.slowest + self.ending)):
+                if reason := self._why_done() or interrupts.reason(1.5 * (self.slowest + self.ending)):
                     return reason
-                if self.done % c.save_every == 0:
+                if progress.step % c.save_every == 0:
                     self._checkpoint()
         finally:
-            progress.close()
+            bar.close()
 
     def _begin(self) -> None:
-        """What comes before the first step: a checkpoint to return to, and where the model stands."""
-        if self.before:
+        """Before the first step, write a checkpoint to return to and measure the starting model."""
+        if self.progress.before:
             return
-        self.examiner.remember(self.lm)
+        self.evaluator.remember_start(self.lm)
         self._checkpoint()
-        self.before = self._test(self.lm, 0)
-        self._validate(0)
+        self.progress.before = self._test(self.lm, 0)
+        self._validate()
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        """Record a step in metrics, samples and tracker, and look for findings."""
+        step = self.progress.step
+        self.metrics.add_step(entry)
+        if self.samples.wants(step):
+            self.samples.add(self.rollout.samples(step, GROUPS))
+        self.tracker.log(step, entry)
+        self._diagnose()
 
     def _why_done(self) -> str | None:
-        """Why no more steps are due, from what has been reached, or None."""
-        c = self.config
+        """Return why no more steps are due, from what has been reached, or None."""
+        c, best = self.config, self.progress.best
         evals = [e for e in self.metrics.record["evals"] if e["split"] == "validation"]
-        if self.done >= c.num_iterations:
+        if self.progress.step >= c.num_iterations:
             return "all steps are done"
-        if c.target_accuracy and self.best and self.best["accuracy"] >= c.target_accuracy:
+        if c.target_accuracy and best and best["accuracy"] >= c.target_accuracy:
             return f"validation accuracy reached {c.target_accuracy:g}"
-        later = [e for e in evals if self.best and e["step"] > self.best["step"]]
+        later = [e for e in evals if best and e["step"] > best["step"]]
         if c.patience and len(later) >= c.patience:
-            return f"the last {len(later)} evaluations were no better than that of step {self.best['step']}"
+            return f"the last {len(later)} evaluations were no better than that of step {best['step']}"
         return None
 
     def _finish(self, reason: str) -> None:
-        """Measure the saved policy on the test problems, and say what the run reached."""
-        device = self.lm.device
-        del self.learner, self.lm  # policy, reference and optimizer make room
+        """Measure the saved policy on the test problems, and print what the run reached."""
+        device, progress = self.lm.device, self.progress
+        del self.grpo, self.lm, self.state  # policy, reference and optimizer make room
         best = load(str(self.saved_model), torch.device("cpu") if self.config.shard else device)
         if self.config.shard:
-            shard(best.model, device)
-        after = self._test(best, self.best["step"])
-        if ranks.is_first():
-            readme = report.model_card(self.config, self.best, self.before, after)
-            with writing(self.saved_model / "README.md"):
+            distributed.shard(best.model, device)
+        after = self._test(best, progress.best["step"])
+        if distributed.is_main_process():
+            readme = report.model_card(self.config, progress.best, progress.before, after)
+            with name_in_errors(self.saved_model / "README.md"):
                 (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
-        ending = {"step": self.done, "reason": reason, "peak_memory": peak_memory(device)}
+        ending = {"step": progress.step, "reason": reason, "peak_memory": peak_memory(device)}
         self.metrics.record["finished"] = ending
         self.metrics.write()
-        report.conclude(self.folder, self.metrics.record, time.monotonic() - self.launched)
+        seconds = time.monotonic() - self.launched
+        report.conclude(self.folder, self.metrics.record, seconds, self.task.example)
 
     def _stop_if_broken(self) -> None:
-        skipped = self.learner.skipped_in_a_row
+        skipped = self.grpo.update.skipped_in_a_row
         if skipped < MOST_SKIPPED:
             return
         self._checkpoint()
@@ -188,91 +183,62 @@ class Trainer:
         )
 
     def _checkpoint(self) -> None:
-        """Write what the rest of the run depends on; a checkpoint of the same step is already the same."""
+        """Write a checkpoint and record the time that it takes."""
         start = time.perf_counter()
-        state = {
-            "config": self.config.to_dict(),
-            "files": self.files,
-            "threads": torch.get_num_threads(),
-            "before": self.before,
-            "best": self.best,
-            "evaluate_limit": self.examiner.limit.rows,
-            "start": self.examiner.start and self.examiner.start.to_dict(),
-        }
-        record = {name: self.metrics.record[name] for name in ("steps", "evals", "findings")}
-        checkpoint = self.learner.checkpoint(self.done, record, state)
-        if ranks.is_first():
-            write_checkpoint(self.folder, checkpoint)
+        self.state.save(self.folder)
         self.metrics.add_time("save", time.perf_counter() - start)
 
     def _restore(self) -> dict[str, Any] | None:
-        """Go on from the newest checkpoint that verifies; returns the whole record if the run had ended there.
-
-        Raises ValueError where there is a run but none of its checkpoints can be used, or its settings are others.
-        """
-        with ranks.first_before_others():  # it sets damaged ones aside
-            checkpoint, problems = newest_checkpoint(self.folder)
-        for problem in problems:
-            say(f"Warning: {problem}")
-        if checkpoint is None:
-            if problems:
-                raise ValueError(f"none of the checkpoints in {self.folder.resolve()} can be used; {WAYS_ON}")
+        """Continue from a checkpoint, if there is one; return the record of the run if it had ended there."""
+        if not self.state.restore(self.folder, self.samples):
             return None
-        see_that_it_is_ours(checkpoint)
-        refuse_another_run(self.folder, checkpoint, self.config, self.files)
-        self.learner.restore(checkpoint)
-        self.examiner.limit.rows = checkpoint.state.get("evaluate_limit", ROWS)
-        if start := checkpoint.state.get("start"):
-            self.examiner.start = StartingAnswers(**start)
-        self.done = checkpoint.step
-        self.before, self.best = checkpoint.state["before"], checkpoint.state["best"]
-        self.metrics.restore(checkpoint.metrics)
-        self.samples.cut(self.done)
-        behind = self.best and self.best["step"] == self.done != read_card(str(self.saved_model)).get("step")
-        if ranks.of_first(behind):
-            self._save()  # a kill came between the checkpoint and this
-        report.going_on(self.done, checkpoint.state["threads"], torch.get_num_threads())
-        return ranks.of_first(ended_with(self.folder, checkpoint.step, checkpoint.metrics))
+        step, best = self.progress.step, self.progress.best
+        behind = best and best["step"] == step != read_card(str(self.saved_model)).get("step")
+        if distributed.broadcast_from_rank0(behind):
+            self._save()  # the process died between the checkpoint and this
+        return distributed.broadcast_from_rank0(ended_with(self.folder, step, self.metrics.record))
 
     def _draw(self, record: dict[str, Any]) -> None:
-        if ranks.is_first():
+        if distributed.is_main_process():
             draw_all(record, self.folder)
 
-    def _validate(self, step: int) -> None:
+    def _validate(self) -> None:
         """Measure on the validation problems; a new best policy goes to saved_model/."""
-        entry = self._examine(self.examiner.validate, self.lm, step, "validation")
-        improved = self.best is None or entry["accuracy"] > self.best["accuracy"]
+        progress = self.progress
+        entry = self._evaluate(self.evaluator.validate, self.lm, progress.step, "validation")
+        improved = progress.best is None or entry["accuracy"] > progress.best["accuracy"]
         if improved:
-            self.best = entry
-            if step:
-                self._checkpoint()  # first, so that saved_model/ is never ahead of what a run can go on from
+            progress.best = entry
+            if progress.step:
+                self._checkpoint()  # first, so that saved_model/ is never ahead of what a run can continue from
             self._save()
         report.show_evaluation(entry, improved)
 
     def _test(self, lm: LanguageModel, step: int) -> dict[str, Any]:
-        """Measure a model on the test problems, and on what else it should be able to."""
-        entry = self._examine(self.examiner.test, lm, step, "test")
+        """Measure a model on the test problems and the neighbouring skills."""
+        entry = self._evaluate(self.evaluator.test, lm, step, "test")
         self.ending = max(self.ending, entry["time/evaluate"])
         return entry
 
-    def _examine(
+    def _evaluate(
         self, measure: Callable[[LanguageModel], dict[str, Any]], lm: LanguageModel, step: int, split: str
     ) -> dict[str, Any]:
-        """An entry of `evals`, added to the metrics."""
+        """Measure a model and add the entry to the metrics."""
         start = time.perf_counter()
         entry = {"step": step, "split": split, **measure(lm), "time/evaluate": time.perf_counter() - start}
         self.metrics.add_eval(entry)
-        self.tracker.log(self.done, entry, f"{split}/")
-        self._diagnose(aloud=split != "test")  # the findings of the last test are in the list that follows it
+        self.tracker.log(self.progress.step, entry, f"{split}/")
+        self._diagnose(aloud=split != "test")  # findings of the last test are in the list that follows it
         return entry
 
     def _diagnose(self, aloud: bool = True) -> None:
-        """Note what the metrics show of the run's health and have not shown before, and say it."""
+        """Add the findings that the metrics newly show, and print them."""
         record = self.metrics.record["findings"]
         for finding in new_findings(self.metrics.record, {earlier["name"] for earlier in record}):
-            record.append(asdict(finding))
+            hint = self.task.hints.get(finding.name, "")
+            record.append({**asdict(finding), "text": f"{finding.text} {hint}".rstrip()})
             if finding.name in SHOW_EXAMPLES and self.rollout is not None:
-                record[-1]["examples"] = self.rollout.paid_and_wrong()
+                record[-1]["examples"] = self.rollout.top_rewarded_wrong()
             if aloud:
                 report.show_finding(record[-1])
 
@@ -280,21 +246,30 @@ class Trainer:
         """Write the policy as it is now to saved_model/, with what a reader and a next run need."""
         c, start = self.config, time.perf_counter()
         folder = model_folder(c.model)
-        base = str(folder.resolve()) if folder and c.model != "starter" else c.model
         card = {
             "task": self.task.name,
-            "step": self.best["step"],
+            "step": self.progress.best["step"],
             "kind": self.task.kind,
             "prompt_style": self.task.style,
             "system_prompt": self.task.system_prompt,
             "max_new_tokens": c.max_new_tokens,
-            "base_model": base,
-            "skills": list(self.examiner.skills),
-            "settings": c.passed_on(),
+            "base_model": str(folder.resolve()) if folder and c.model != "starter" else c.model,
+            "skills": list(self.evaluator.skills),
+            "settings": c.inheritable_settings(),
         }
-        save(self.saved_model, self.lm, card, report.model_card(c, self.best, self.before, None))
+        readme = report.model_card(c, self.progress.best, self.progress.before, None)
+        save(self.saved_model, self.lm, card, readme)
         self.metrics.add_time("save", time.perf_counter() - start)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _load_policy(config: TrainConfig, device: torch.device) -> LanguageModel:
+    """Load the model to train, with its adapter if the settings ask for one; on the CPU if it is to be sharded."""
+    quantization = four_bits(device) if config.load_in_4bit else {}
+    lm = load(config.model, torch.device("cpu") if config.shard else device, **quantization)
+    return replace(lm, model=add_adapter(lm.model, config)) if config.lora_rank else lm
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": numpy.__version__}
+    threads = torch.get_num_threads()
+    return {**environment(device_name(device), threads, versions), "processes": distributed.world_size()}

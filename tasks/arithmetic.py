@@ -7,17 +7,23 @@ operators + - *. A problem's category is its two operators: `-*` for the one abo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Annotated
 
-from tasks.base import Problem, split_of, stream
-from tasks.form import Form
+from tasks.base import Option, Problem, seeded_rng, split_of
+from tasks.common.qa_task import QATask
 
 OPERATORS = ("+", "-", "*")
 LARGEST_OPERAND = 100_000  # its cube still fits in the 18 digits that the parser reads
+HINTS = {
+    "too_easy": "Raise --max-operand.",
+    "too_hard": "Lower --max-operand.",
+    "overfitting": "Raise --max-operand: there are more different problems then.",
+}
 
 
 def apply(operator: str, a: int, b: int) -> int:
-    """a op b for one of OPERATORS."""
+    """Return a op b for one of OPERATORS."""
     if operator == "+":
         return a + b
     return a - b if operator == "-" else a * b
@@ -35,22 +41,22 @@ class Expression:
 
     @property
     def inner(self) -> int:
-        """The value of a op b."""
+        """Return the value of a op b."""
         return apply(self.op, self.a, self.b)
 
     @property
     def value(self) -> int:
-        """The value of the whole."""
+        """Return the value of the whole."""
         return apply(self.op2, self.inner, self.c)
 
     @property
     def working(self) -> str:
-        """The first step, as one would write it down."""
+        """Return the first step as one would write it down."""
         return f"{operand(self.a)} {self.op} {operand(self.b)} = {self.inner}"
 
     @property
     def key(self) -> str:
-        """One text for all spellings of the problem: a + b and b + a share a split, as a * b and b * a."""
+        """Return one text for all spellings of the problem: a + b and b + a share a split, as do a * b and b * a."""
         a, b = sorted((self.a, self.b)) if self.op in "+*" else (self.a, self.b)
         return str(Expression(a, self.op, b, self.op2, self.c))
 
@@ -59,18 +65,20 @@ class Expression:
 
 
 def operand(value: int) -> str:
-    """A number as it stands in an expression: -9 is (-9), so that no two signs meet."""
+    """Write a number as it stands in an expression: -9 as (-9), so that no two signs meet."""
     return f"({value})" if value < 0 else str(value)
 
 
 @dataclass(frozen=True)
-class Arithmetic(Form):
-    """The task, as the trainer sees it (`tasks.base.Task`)."""
+class Arithmetic(QATask):
+    """The arithmetic task (`tasks.base.Task`)."""
 
-    max_operand: int = 10
-    min_operand: int = 0
+    max_operand: Annotated[int, Option("largest operand", 1)] = 10
+    min_operand: Annotated[int, Option("smallest operand; a negative one is written in brackets")] = 0
+    _: KW_ONLY
     name: str = "arithmetic"
-    files: Mapping[str, str] = field(default_factory=dict)
+    example: str = "What is (4 - 9) * 6?"
+    hints: Mapping[str, str] = field(default_factory=lambda: HINTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,16 +92,16 @@ class Arithmetic(Form):
 
     @property
     def operands(self) -> range:
-        """The numbers that stand in the expressions."""
+        """Return the numbers that the expressions are made of."""
         return range(self.min_operand, self.max_operand + 1)
 
     @property
     def size(self) -> int:
-        """How many expressions there are, both spellings of a sum or product counted."""
+        """Return the number of expressions, both spellings of a sum or product counted."""
         return len(self.operands) ** 3 * len(OPERATORS) ** 2
 
     def expression(self, index: int) -> Expression:
-        """The expression with a number from 0 to size - 1."""
+        """Return the expression of an index from 0 to size - 1."""
         numbers, k = self.operands, len(OPERATORS)
         n = len(numbers)
         index, c = divmod(index, n)
@@ -103,20 +111,20 @@ class Arithmetic(Form):
         return Expression(numbers[a], OPERATORS[op], numbers[b], OPERATORS[op2], numbers[c])
 
     def training_expression(self, *place: object) -> Expression:
-        """An expression of the training split, drawn uniformly; a pure function of the place."""
-        draw = stream("arithmetic", *place)
+        """Draw an expression of the training split uniformly, as a pure function of the place."""
+        draw = seeded_rng("arithmetic", *place)
         while True:
             expression = self.expression(draw.randrange(self.size))
             if split_of(expression.key) == "train":
                 return expression
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """The training problem of a place in the run."""
+        """Return the training problem of a row of a step."""
         return _problem(self.training_expression(seed, step, row))
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
-        """Up to `limit` problems of a held-out split, no two of them spellings of one problem."""
-        order = stream("arithmetic", split).sample(range(self.size), min(self.size, 40 * limit + 1000))
+        """Return up to `limit` problems of a held-out split, no two of them spellings of one problem."""
+        order = seeded_rng("arithmetic", split).sample(range(self.size), min(self.size, 40 * limit + 1000))
         chosen: dict[str, Problem] = {}
         for expression in map(self.expression, order):
             if len(chosen) == limit:

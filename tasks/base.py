@@ -1,4 +1,4 @@
-"""What a task is: problems that are split by a hash, prompts for them, and a reading of each completion.
+"""What a task is: problems split by a hash, prompts for them, and a judgement of each completion.
 
 Nothing here or in the other task files imports torch: a task is strings and numbers only, so that a
 reward can be read, changed and tested without a model.
@@ -12,26 +12,34 @@ from decimal import Decimal
 from typing import Any, Protocol
 
 SPLITS = ("train", "validation", "test")
-TASKS = ("arithmetic", "gsm8k", "jsonl", "reverse")  # what --task takes; train_grpo.py makes them
-KINDS = ("integer", "number", "text")  # of an answer; tasks/parsing.py says what each is
+KINDS = ("integer", "number", "text")  # of an answer; tasks/common/parsing.py defines each
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Answer = int | Decimal | str
 
 
 @dataclass(frozen=True)
+class Option:
+    """Make a parameter of a task an option of train_grpo.py: `max_operand: Annotated[int, Option("…")] = 10`."""
+
+    meaning: str  # for --help
+    least: float | None = None  # the smallest allowed value
+    inheritable: bool = True  # False for a file: a saved model must not name one
+
+
+@dataclass(frozen=True)
 class Problem:
-    """One instance of a task: what the user asks, the gold answer, other columns of its row for the rewards."""
+    """An instance of a task: the question, the gold answer, further columns of its row for the rewards."""
 
     question: str
     answer: str
     columns: Mapping[str, Any] = field(default_factory=dict)
-    category: str = ""  # what accuracy is also reported by, if anything
+    category: str = ""  # accuracy is reported by category too
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A completion as the rewards see it."""
+    """A graded completion, as the rewards see it."""
 
     problem: Problem
     completion: str
@@ -40,15 +48,11 @@ class Attempt:
     prompt: Sequence[Message]
     answer: Answer | None  # as parsed; None: not well-formed
     gold: Answer | None  # the problem's own, parsed in the same way
-
-    @property
-    def correct(self) -> bool:
-        """Whether the answer is exactly right: what the evaluation counts."""
-        return self.answer is not None and self.answer == self.gold
+    correct: bool  # the task's judgement, which accuracy counts
 
     @property
     def well_formed(self) -> bool:
-        """Whether an answer of the right kind stands where it was asked for."""
+        """Return whether an answer of the right kind is where the prompt asked for it."""
         return self.answer is not None
 
 
@@ -56,8 +60,8 @@ class Attempt:
 class Reward:
     """The score of one completion.
 
-    `total` is the sum of `parts` (each already weighted; None where that function did not apply). Training
-    maximises `total`; `correct` and `well_formed` are those of the attempt.
+    `total`, which training maximises, is the sum of `parts`, each already weighted and None if that function does
+    not apply. `correct` and `well_formed` are those of the attempt.
     """
 
     total: float
@@ -67,7 +71,7 @@ class Reward:
 
 
 class Task(Protocol):
-    """What the trainer and the evaluation need to know of a task."""
+    """The interface of a task to training and evaluation."""
 
     name: str
     style: str
@@ -75,28 +79,30 @@ class Task(Protocol):
     system_prompt: str
     default_rewards: Mapping[str, float]  # names and weights
     files: Mapping[str, str]  # SHA-256 of each file that its problems come from
+    example: str  # a question to try on the trained model
+    hints: Mapping[str, str]  # advice to add to a finding, by the name of the finding
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """The training problem of a place in the run: a pure function of the three numbers."""
+        """Return the training problem of a row of a step, a pure function of the three numbers."""
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
-        """Up to `limit` different problems of 'validation' or 'test', always the same ones."""
+        """Return up to `limit` different problems of 'validation' or 'test', always the same ones."""
 
     def messages(self, question: str) -> list[Message]:
-        """The chat that asks `question`."""
+        """Return the chat that asks `question`."""
 
-    def judge(self, problem: Problem, completion: str) -> Attempt:
-        """Any text whatever as the rewards see it: total, linear in its length, never raises."""
+    def grade(self, problem: Problem, completion: str) -> Attempt:
+        """Parse and grade `completion`. Accepts any string, never raises, runs in linear time."""
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line without control characters: it may quote a model's or a file's text."""
+    """Return the message of an exception on one line without control characters: it may quote a model or a file."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:300]
 
 
 def split_of(key: str) -> str:
-    """The split that the problem with this key belongs to: 80% train, 10% validation, 10% test.
+    """Return the split of the problem with this key: 80% train, 10% validation, 10% test.
 
     SHA-256 of the text decides, so the split is the same on every machine and in every process
     (Python's own `hash` is salted). Give two spellings of one problem the same key.
@@ -105,8 +111,8 @@ def split_of(key: str) -> str:
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 
-def stream(*names: object) -> random.Random:
-    """A random generator that is a function of its names only, on every machine.
+def seeded_rng(*names: object) -> random.Random:
+    """Return a random generator that is a function of its names only, on every machine.
 
     Python seeds from a string with SHA-512, not with the salted `hash`.
     """

@@ -9,26 +9,31 @@ validation out of the official training problems. The full answer is the column 
 
 import hashlib
 from collections.abc import Iterable
+from typing import Annotated
 
-from tasks.base import Problem, one_line, split_of
-from tasks.parsing import parse_number
-from tasks.rows import Row, Rows, normal, read_rows, split_rows, text_of
+from tasks.base import Option, Problem, one_line, split_of
+from tasks.common.parsing import parse_number
+from tasks.common.rows import Row, Rows, normal, read_rows, split_rows, text_of
 
 HUB = "openai/gsm8k"
 MARK = "####"
 
 
-def load(path: str = "", style: str = "answer", system_prompt: str = "") -> Rows:
-    """The task, from a file or the Hub; raises ValueError, in one line, where it cannot be had."""
-    if path:
-        problems, sha256 = read_rows(path, problem_of)
-        of_split = split_rows(problems, path)
+def load(
+    data: Annotated[str, Option("JSON Lines file with the problems", inheritable=False)] = "",
+    style: str = "answer",
+    system_prompt: str = "",
+) -> Rows:
+    """Load the task from a file, or without one from the Hub. Raises ValueError, in one line, if that fails."""
+    if data:
+        problems, sha256 = read_rows(data, problem_of)
+        of_split = split_rows(problems, data)
     else:
         of_split, sha256 = from_hub()
     return Rows(
         name="gsm8k",
         problems=of_split,
-        files={path or HUB: sha256},
+        files={data or HUB: sha256},
         style=style,
         kind="number",
         system_prompt=system_prompt,
@@ -36,14 +41,14 @@ def load(path: str = "", style: str = "answer", system_prompt: str = "") -> Rows
 
 
 def problem_of(row: Row) -> Problem:
-    """The problem in a row; raises ValueError with the reason where there is none."""
+    """Return the problem in a row. Raises ValueError with the reason if there is none."""
     solution = text_of(row, "answer")
     columns = {name: value for name, value in row.items() if name not in ("question", "answer")}
     return Problem(text_of(row, "question"), gold_answer(solution), {**columns, "solution": solution})
 
 
 def gold_answer(solution: str) -> str:
-    """The number after the last ####, without thousands separators, dollar and plus sign; ValueError if none.
+    """Return the number after the last ####, without thousands separators, dollar and plus sign; ValueError if none.
 
     >>> gold_answer("She makes 9 * 2 = $<<9*2=18>>18.\\n#### $1,018")
     '1018'
@@ -61,7 +66,7 @@ def gold_answer(solution: str) -> str:
 
 
 def from_hub() -> tuple[dict[str, list[Problem]], str]:
-    """The problems by split, and the SHA-256 of their texts; raises ValueError where they cannot be had."""
+    """Load the problems by split, and the SHA-256 of their texts. Raises ValueError if that fails."""
     try:
         from datasets import load_dataset
     except ImportError:

@@ -7,23 +7,30 @@ to the user's reward functions. A tenth of the questions each is held out for va
 """
 
 from functools import partial
+from typing import Annotated
 
-from tasks.base import Problem
-from tasks.parsing import PARSERS, parse_answer
-from tasks.prompts import ideal_completion
-from tasks.rows import Row, Rows, kind_of, read_rows, split_rows, text_of
+from tasks.base import Option, Problem
+from tasks.common.parsing import PARSERS, parse_answer
+from tasks.common.prompts import ideal_completion
+from tasks.common.rows import Row, Rows, kind_of, read_rows, split_rows, text_of
 
 FIELDS = (("question", "answer"), ("prompt", "response"))
 
 
-def load(path: str, style: str = "answer", system_prompt: str = "") -> Rows:
-    """The task of a file; raises ValueError, in one line, where it is malformed or too small."""
-    problems, sha256 = read_rows(path, partial(problem_of, style=style))
+def load(
+    data: Annotated[str, Option("JSON Lines file with the problems", inheritable=False)] = "",
+    style: str = "answer",
+    system_prompt: str = "",
+) -> Rows:
+    """Load the task of a file. Raises ValueError, in one line, if it is malformed or too small."""
+    if not data:
+        raise ValueError("--task jsonl needs --data FILE: JSON Lines with question and answer")
+    problems, sha256 = read_rows(data, partial(problem_of, style=style))
     numbers = all(kind_of(problem.answer) == "number" for problem in problems)
     return Rows(
         name="jsonl",
-        problems=split_rows(problems, path),
-        files={path: sha256},
+        problems=split_rows(problems, data),
+        files={data: sha256},
         style=style,
         kind="number" if numbers else "text",
         system_prompt=system_prompt,
@@ -31,7 +38,7 @@ def load(path: str, style: str = "answer", system_prompt: str = "") -> Rows:
 
 
 def problem_of(row: Row, style: str) -> Problem:
-    """The problem in a row; raises ValueError with the reason where there is none."""
+    """Return the problem in a row. Raises ValueError with the reason if there is none."""
     question, answer = next((pair for pair in FIELDS if pair[0] in row), FIELDS[0])
     columns = {name: value for name, value in row.items() if name not in (question, answer)}
     problem = Problem(text_of(row, question), text_of(row, answer, or_number=True), columns)

@@ -10,38 +10,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 
-from tasks.base import Problem, split_of, stream
-from tasks.form import Form
+from tasks.base import Problem, seeded_rng, split_of
+from tasks.common.qa_task import QATask
 
 CONSONANTS, VOWELS = "bcdfghklmnprstvz", "aeiou"
 SHORTEST, LONGEST = 4, 8
+HINTS = {
+    "too_hard": "Where a token is a piece of a word, as in most models, tokens hide the letters that are asked for."
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reverse(Form):
-    """The task, as the trainer sees it (`tasks.base.Task`)."""
+class Reverse(QATask):
+    """The task of words backwards (`tasks.base.Task`)."""
 
     name: str = "reverse"
     kind: str = "text"
-    files: Mapping[str, str] = field(default_factory=dict)
+    hints: Mapping[str, str] = field(default_factory=lambda: HINTS)
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """The training problem of a place in the run."""
-        draw = stream("reverse", seed, step, row)
+        """Return the training problem of a row of a step."""
+        draw = seeded_rng("reverse", seed, step, row)
         while True:
             word = made_up_word(draw)
             if _split(word) == "train":
                 return _problem(word)
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
-        """Up to `limit` different problems of a held-out split."""
-        draw = stream("reverse", split)
+        """Return up to `limit` different problems of a held-out split."""
+        draw = seeded_rng("reverse", split)
         words = (made_up_word(draw) for _ in range(100 * limit))
         return [_problem(word) for word in dict.fromkeys(w for w in words if _split(w) == split)][:limit]
 
 
 def made_up_word(draw: Random) -> str:
-    """A word of 4 to 8 letters, consonants and vowels in turn, that is not the same backwards."""
+    """Draw a word of 4 to 8 letters, consonants and vowels in turn, that is not the same backwards."""
     while True:
         letters = (CONSONANTS, VOWELS) if draw.random() < 0.5 else (VOWELS, CONSONANTS)
         word = "".join(draw.choice(letters[i % 2]) for i in range(draw.randint(SHORTEST, LONGEST)))
@@ -50,7 +53,7 @@ def made_up_word(draw: Random) -> str:
 
 
 def _split(word: str) -> str:
-    """The split of a word, which is that of the word spelled backwards too."""
+    """Return the split of a word, which it shares with the word spelled backwards."""
     return split_of(min(word, word[::-1]))
 
 

@@ -2,7 +2,7 @@
 
 Each named function takes an `Attempt` and gives a number from 0 to 1; it is total and linear in the length of
 the completion. To try another reward, write it here and name it in REWARDS, or keep it in a file of your own
-(`--reward FILE.py:FUNCTION=WEIGHT`, see `tasks/user_rewards.py`): its mean appears in the metrics as
+(`--reward FILE.py:FUNCTION=WEIGHT`, see `tasks/common/user_file.py`): its mean appears in the metrics as
 `reward/<name>`.
 """
 
@@ -17,8 +17,8 @@ from functools import lru_cache, partial
 from typing import Any
 
 from tasks.base import Answer, Attempt, Reward, one_line
-from tasks.parsing import CLOSE, OPEN, PARSERS
-from tasks.user_rewards import UserFile, load_file
+from tasks.common.parsing import CLOSE, OPEN, PARSERS
+from tasks.common.user_file import UserFile, load_file
 
 CLOSE_ENOUGH = 1  # "close" pays for a number that is off by at most this
 LONG = 1000  # characters at which "length" pays nothing
@@ -36,19 +36,19 @@ Values = Sequence[float | None]
 
 
 def default_rewards(style: str, kind: str) -> Mapping[str, float]:
-    """Names and weights of the rewards of a task that asks in this style for answers of this kind."""
+    """Return names and weights of the rewards of a task that asks in this style for answers of this kind."""
     if style != "reasoning":
         return SHAPED
     return {name: weight for name, weight in DEMO.items() if name != "integer" or kind != "text"}
 
 
 def format_reward(attempt: Attempt) -> float:
-    """1 for a well-formed completion, whatever it answers."""
+    """Return 1 for a well-formed completion, whatever it answers."""
     return float(attempt.well_formed)
 
 
 def close_reward(attempt: Attempt) -> float:
-    """1 for a number within ±1 of the right one or a text that differs in case only, the right one included."""
+    """Return 1 for a number within ±1 of the right one, or for a text that differs in case at most."""
     answer, gold = attempt.answer, attempt.gold
     if answer is None or gold is None:
         return 0.0
@@ -58,25 +58,25 @@ def close_reward(attempt: Attempt) -> float:
 
 
 def exact_reward(attempt: Attempt) -> float:
-    """1 for the right answer in a well-formed completion."""
+    """Return 1 for the right answer in a well-formed completion."""
     return float(attempt.correct)
 
 
 def _last_answer(attempt: Attempt) -> Answer | None:
-    """What stands between the last <answer> and the </answer> after it, parsed; None where there is no such thing."""
+    """Parse what is between the last <answer> and the </answer> after it; None if there is no such thing."""
     _, opening, rest = attempt.completion.rpartition(OPEN)
     text, closing, _ = rest.partition(CLOSE)
     return PARSERS[attempt.kind](text.strip()) if opening and closing else None
 
 
 def correctness(attempt: Attempt) -> float:
-    """1 where the last answer block holds the right answer, whatever stands around it."""
+    """Return 1 if the last answer block holds the right answer, whatever is around it."""
     answer = _last_answer(attempt)
     return float(answer is not None and answer == attempt.gold)
 
 
 def integer(attempt: Attempt) -> float:
-    """1 where the last answer block holds a whole number (any number, where the right answer is not whole)."""
+    """Return 1 if the last answer block holds a whole number (any number, if the right answer is not whole)."""
     answer, gold = _last_answer(attempt), attempt.gold
     if answer is None or isinstance(answer, str):
         return 0.0
@@ -84,7 +84,7 @@ def integer(attempt: Attempt) -> float:
 
 
 def strict_format(attempt: Attempt) -> float:
-    r"""1 for `<reasoning>\n…\n</reasoning>\n<answer>\n…\n</answer>`, a line feed after it or not, each tag once."""
+    r"""Return 1 for `<reasoning>\n…\n</reasoning>\n<answer>\n…\n</answer>`, a line feed after it or not."""
     text = attempt.completion.removesuffix("\n")
     middle = f"\n{REASONING_CLOSE}\n{OPEN}\n"
     once = all(text.count(tag) == 1 for tag in (REASONING_OPEN, REASONING_CLOSE, OPEN, CLOSE, middle))
@@ -94,7 +94,7 @@ def strict_format(attempt: Attempt) -> float:
 
 
 def soft_format(attempt: Attempt) -> float:
-    """1 for a reasoning block at the start, then an answer block; white space between and anything after is free."""
+    """Return 1 for a reasoning block at the start, then an answer block; white space between, anything after."""
     text = attempt.completion.lstrip()
     _, closing, rest = text.partition(REASONING_CLOSE)
     rest = rest.lstrip()
@@ -114,12 +114,12 @@ def xml_count(attempt: Attempt) -> float:
 
 @lru_cache(maxsize=1 << 16)
 def _script(letter: str) -> str:
-    """The first word of a letter's Unicode name: LATIN, CYRILLIC, CJK, …; "" for what is no letter."""
+    """Return the first word of a letter's Unicode name: LATIN, CYRILLIC, CJK, …; "" for what is no letter."""
     return unicodedata.name(letter, "").partition(" ")[0] if letter.isalpha() else ""
 
 
 def language(attempt: Attempt) -> float:
-    """The share of the completion's letters, tags aside, in the scripts that the question is written in.
+    """Return the share of the completion's letters, tags aside, in the scripts that the question is written in.
 
     1 where question or completion has no letters.
     """
@@ -133,19 +133,19 @@ def language(attempt: Attempt) -> float:
 
 
 def one_ending(attempt: Attempt) -> float:
-    """1 where the one answer block ends the completion: white space after it at most, no tag twice, no end marker."""
+    """Return 1 if the one answer block ends the completion: only white space after it, no tag twice, no end marker."""
     text = attempt.completion.rstrip()
     repeated = any(text.count(tag) > 1 for tag in TAGS) or any(marker in text for marker in END_MARKERS)
     return float(text.endswith(CLOSE) and not repeated)
 
 
 def repeats_an_ending(completion: str) -> bool:
-    """Whether a closing tag or an end marker stands in it more than once: the model does not know where to stop."""
+    """Return whether a closing tag or an end marker is in it twice: the model does not know where to stop."""
     return any(completion.count(ending) > 1 for ending in ENDINGS)
 
 
 def length(attempt: Attempt) -> float:
-    """1 − characters / 1000, at least 0; 0 where the completion is not well-formed."""
+    """Return 1 − characters / 1000, at least 0; 0 if the completion is not well-formed."""
     return max(0.0, 1 - len(attempt.completion) / LONG) if attempt.well_formed else 0.0
 
 
@@ -176,7 +176,7 @@ class RewardFunction:
 
 
 def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[RewardFunction]:
-    """The rewards of `NAME=WEIGHT` and `FILE.py:FUNCTION=WEIGHT`; the defaults where there are none.
+    """Return the rewards of `NAME=WEIGHT` and `FILE.py:FUNCTION=WEIGHT`; the defaults if there are none.
 
     Raises ValueError, in one line, for what is no such thing, is unknown or missing, or comes twice.
     """
@@ -212,7 +212,7 @@ def _of_each(function: Callable[[Attempt], float], attempts: Sequence[Attempt], 
 
 
 def _of_user(function: Callable[..., Any], attempts: Sequence[Attempt], columns: Columns) -> Any:
-    """What a function written for TRL gives: it is called with keywords, in TRL's conversational form."""
+    """Call a function written for TRL: with keywords, in TRL's conversational form."""
     names = {name for attempt in attempts for name in attempt.problem.columns}
     of_row = {name: [attempt.problem.columns.get(name) for attempt in attempts] for name in sorted(names)}
     of_row |= {name: list(values) for name, values in columns.items()}
@@ -229,7 +229,7 @@ def score(
     columns: Columns,
     clock: Callable[[str], AbstractContextManager[None]],
 ) -> list[Reward]:
-    """The reward of each attempt; each function runs over the whole batch, timed as `reward/<name>`.
+    """Return the reward of each attempt; each function runs over the whole batch, timed as `reward/<name>`.
 
     `columns` are passed on to users' functions. Raises ValueError, in one line that names the function, where one
     raises or does not return a finite number (or None: it does not apply) for each attempt.
@@ -247,7 +247,7 @@ def score(
 
 
 def _values(reward: RewardFunction, attempts: Sequence[Attempt], columns: Columns) -> Values:
-    """What a function gives for a batch, checked."""
+    """Return what a function gives for a batch, checked."""
     try:
         values = list(reward.function(attempts, columns))
     except (Exception, SystemExit) as error:
@@ -275,7 +275,7 @@ def _number(reward: RewardFunction, value: Any, attempt: Attempt) -> float | Non
 
 
 def _what_happened(reward: RewardFunction, error: BaseException) -> str:
-    """The exception of a reward function in one line, with the line of the user's file that it came from."""
+    """Describe the exception of a reward function in one line, with the line of the user's file it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename == reward.path]
     place = own[-1] if own else reward.path or f"{frames[-1].filename}:{frames[-1].lineno}"

@@ -11,67 +11,73 @@ They are not trained by GRPO: they are what training on `arithmetic` may spoil. 
 
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from random import Random
 
 from tasks.arithmetic import OPERATORS, apply
-from tasks.base import Attempt, Message, Problem, split_of, stream
-from tasks.parsing import answer_text
-from tasks.prompts import chat, ideal_completion, system_prompt
+from tasks.base import Attempt, Message, Problem, seeded_rng, split_of
+from tasks.common.parsing import answer_text
+from tasks.common.prompts import chat, ideal_completion, system_prompt
+from tasks.common.qa_task import QATask
 
 
 @dataclass(frozen=True)
-class Skill:
-    """A neighbouring skill; `draw` makes one problem of either split (`tasks.base.Task`)."""
+class Skill(QATask):
+    """A neighbouring skill (`tasks.base.Task`); `draw` makes a problem of any split."""
 
     name: str
     draw: Callable[[Random], Problem]
     tagged: bool  # asked with the system prompt of the `answer` style, answered in its tags
-    style: str = "answer"
+    _: KW_ONLY
     kind: str = "text"
     system_prompt: str = system_prompt("answer")
-    default_rewards: Mapping[str, float] = field(default_factory=lambda: {"exact": 1.0})
-    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def default_rewards(self) -> Mapping[str, float]:
+        """Return names and weights of the rewards: a skill is right or wrong."""
+        return {"exact": 1.0}
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """A problem outside the held-out ones."""
-        rng = stream(self.name, seed, step, row)
+        """Draw a problem outside the held-out ones."""
+        rng = seeded_rng(self.name, seed, step, row)
         while True:
             problem = self.draw(rng)
             if _split(problem) == "train":
                 return problem
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
-        """Up to `limit` different problems of a held-out split; fewer where there are not so many."""
-        rng = stream(self.name, split)
+        """Return up to `limit` different problems of a held-out split; fewer if there are not so many."""
+        rng = seeded_rng(self.name, split)
         draws = (self.draw(rng) for _ in range(100 * limit))
         chosen = {p.question: p for p in draws if _split(p) == split}
         return list(chosen.values())[:limit]
 
     def messages(self, question: str) -> list[Message]:
-        """The chat that asks `question`."""
+        """Return the chat that asks `question`."""
         if self.tagged:
             return chat(question, self.system_prompt)
         return [{"role": "user", "content": question}]
 
     def completion(self, problem: Problem) -> str:
-        """The right completion."""
+        """Return the right completion."""
         return ideal_completion(problem.answer, "answer") if self.tagged else problem.answer
 
-    def judge(self, problem: Problem, completion: str) -> Attempt:
-        """The answer in the tags, before which working is free as in the task; else the whole completion."""
+    def grade(self, problem: Problem, completion: str) -> Attempt:
+        """Grade the text in the answer tags, with working before them as in the task; else the whole completion."""
         answer = answer_text(completion) if self.tagged else completion
         prompt = self.messages(problem.question)
-        return Attempt(problem, completion, self.style, self.kind, prompt, answer, problem.answer)
+        return Attempt(
+            problem, completion, self.style, self.kind, prompt, answer, problem.answer, answer == problem.answer
+        )
 
 
 def _split(problem: Problem) -> str:
-    """The split of a question: 47 or 83 and 83 or 47 (in fact all questions of the same letters) share one."""
+    """Return the split of a question; all questions of the same letters share one, as 47 or 83 and 83 or 47."""
     return split_of("".join(sorted(problem.question)))
 
 
 def _single(rng: Random) -> Problem:
-    """One operation, on the numbers that the second step of `(a op b) op c` is made of."""
+    """Draw one operation on the numbers that the second step of `(a op b) op c` is made of."""
     operator, a, b = rng.choice(OPERATORS), rng.randint(-10, 100), rng.randint(0, 10)
     return Problem(f"What is {a} {operator} {b}?", str(apply(operator, a, b)))
 

@@ -1,4 +1,4 @@
-"""What the tests share: tiny random models and ragged batches, on the CPU, offline, in milliseconds."""
+"""Fixtures of all tests: offline, one thread, and settings that make a run quick."""
 
 import os
 
@@ -6,42 +6,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from grpo import trainer
-from grpo.logprobs import Tokens
-from tests import zoo
-
-VOCABULARY = 50
-
-
-def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of a shape of `zoo.KINDS`, in eval mode, with a vocabulary of 50."""
-    return zoo.random_model(kind, seed, vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1, bos_token_id=2)
-
-
-def ragged_tokens(
-    prompt_lengths: tuple[int, ...] = (7, 4, 9),
-    num_generations: int = 3,
-    columns: int = 6,
-    seed: int = 0,
-    extra_padding: int = 0,
-) -> Tokens:
-    """Random prompts of these lengths, left-padded, and completions of random lengths from 1 to `columns`."""
-    generator = torch.Generator().manual_seed(seed)
-    width, n = max(prompt_lengths) + extra_padding, len(prompt_lengths)
-    prompt_ids = torch.zeros(n, width, dtype=torch.long)
-    prompt_mask = torch.zeros(n, width, dtype=torch.bool)
-    for row, length in enumerate(prompt_lengths):
-        ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
-        prompt_ids[row, width - length :] = ids
-        prompt_mask[row, width - length :] = True
-    rows = n * num_generations
-    lengths = torch.randint(1, columns + 1, (rows,), generator=generator)
-    lengths[0] = columns
-    mask = torch.arange(columns) < lengths[:, None]
-    completion_ids = torch.randint(3, VOCABULARY, (rows, columns), generator=generator) * mask
-    return Tokens(prompt_ids, prompt_mask, completion_ids, mask)
+from grpo.evaluation import evaluator
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,3 +26,11 @@ def no_plots():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "draw_all", lambda *_: [])
         yield
+
+
+@pytest.fixture
+def quick_runs(monkeypatch):
+    """Make runs quick: a few test problems, one of each skill, no plots."""
+    monkeypatch.setattr(evaluator, "TEST_PROBLEMS", 4)
+    monkeypatch.setattr(evaluator, "SKILL_PROBLEMS", 1)
+    monkeypatch.setattr(trainer, "draw_all", lambda *_: [])

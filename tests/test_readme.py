@@ -1,21 +1,29 @@
-"""The README is held against the code: settings with their defaults, metrics, files, commands."""
+"""The READMEs are held against the code: settings with their defaults, metrics, findings, files, commands."""
 
 import json
 import re
 import textwrap
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from grpo.config import STARTER, TrainConfig, read_card
+import train_grpo
+from grpo.algorithm.step_metrics import STEP_METRICS
+from grpo.config import ordered_fields
+from grpo.diagnostics.findings import CHECKS
+from grpo.model_card import STARTER, read_card
+from tasks.arithmetic import Arithmetic
+from tasks.rewards import parse_rewards
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+READMES = sorted(path for path in ROOT.rglob("README.md") if not {".venv", "fixtures"} & set(path.parts))
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in READMES}
+FRONT, RECORD = TEXTS["README.md"], TEXTS["grpo/record/README.md"]
 
 
 def cell(value):
-    """A value as the table of settings shows it."""
+    """Return a value as the table of settings shows it."""
     if isinstance(value, tuple):
         return " ".join(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -23,58 +31,75 @@ def cell(value):
 
 def test_the_table_of_settings_is_that_of_the_code():
     starter = read_card("starter")["settings"]
-    for f in fields(TrainConfig):
+    for f in ordered_fields():
         own = cell(starter[f.name]) if f.name in starter else ""
         row = f"| `--{f.name.replace('_', '-')}` | {cell(f.default)} | {own} | {f.metadata['meaning']} |"
-        assert row in README, f"missing or stale in README.md: {row}"
+        assert row in TEXTS["grpo/README.md"], f"missing or stale in grpo/README.md: {row}"
 
 
-def test_every_metric_of_a_step_and_of_an_evaluation_is_defined(tmp_path):
-    from click.testing import CliRunner
+def test_the_table_of_metrics_is_that_of_the_code():
+    for metric in STEP_METRICS:
+        name = metric.name.replace("/*", "/<part>")
+        row = f"| `{name}` | {metric.unit} | {metric.meaning} |"
+        assert row in RECORD, f"missing or stale in grpo/record/README.md: {row}"
 
-    import train_grpo
 
+def test_every_name_in_the_metrics_file_is_defined(tmp_path):
     args = ["--num-iterations", "1", "--batch-size", "1", "--num-generations", "2", "--eval-problems", "2"]
     assert CliRunner().invoke(train_grpo.main, [*args, "--output-dir", str(tmp_path)]).exit_code == 0
     record = json.loads((tmp_path / "grpo_metrics.json").read_text(encoding="utf-8"))
+    families = tuple(metric.name.removesuffix("*") for metric in STEP_METRICS if metric.name.endswith("/*"))
     names = {name for row in record["steps"] + record["evals"] for name in row} | set(record)
-    assert not [name for name in names if f"`{name}`" not in README and f'"{name}"' not in README]
+    names = {name for name in names if not name.startswith(families)}
+    assert not [name for name in names if f"`{name}`" not in RECORD and f'"{name}"' not in RECORD]
 
 
-def test_every_file_that_the_readme_names_is_there():
-    for name in re.findall(r"^    ((?:grpo|tasks)/[\w/.]*|\w+\.py) ", README, re.MULTILINE):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / name).is_file(), name
+def test_every_finding_is_explained_in_the_order_of_the_code():
+    assert re.findall(r"^\| `(\w+)` \|", TEXTS["grpo/diagnostics/README.md"], re.MULTILINE) == list(CHECKS)
 
 
-MODULES = [path for folder in ("grpo", "tasks") for path in sorted((ROOT / folder).glob("*.py"))]
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_a_readme_links_to_is_there(name):
+    folder = (ROOT / name).parent
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)[^)]*\)", TEXTS[name]):
+        assert (folder / target).exists(), target
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_every_module_is_in_the_file_tree(path):
-    if path.name != "__init__.py":
-        assert f"    {path.parent.name}/{path.name}" in README
+def test_the_front_page_is_a_screenful_and_the_others_are_short():
+    assert len(FRONT.splitlines()) <= 200
+    assert len(FRONT.split()) <= 1600
+    for name, text in TEXTS.items():
+        assert len(text.splitlines()) <= 200, name
 
 
-def test_the_reward_of_the_readme_is_a_reward(tmp_path, monkeypatch):
-    from tasks.arithmetic import Arithmetic
-    from tasks.rewards import parse_rewards
+def test_every_folder_of_code_has_a_readme_that_the_front_page_leads_to():
+    folders = [path.parent for path in (ROOT / "grpo").rglob("__init__.py")] + [ROOT / "tasks", ROOT / "tests"]
+    for folder in folders:
+        name = folder.relative_to(ROOT).as_posix()
+        assert f"{name}/README.md" in TEXTS
+        assert f"{name.removeprefix('grpo/')}/" in FRONT, name
 
-    text = re.search(r"^    def shows_work.*?\n\n", README, re.MULTILINE | re.DOTALL)[0]
+
+def test_the_files_of_one_step_are_there_and_few():
+    text = TEXTS["grpo/README.md"]
+    files = re.findall(r"^\| \d+ \| \[`[\w/.]+`\]\(([\w/.]+)\)", text, re.MULTILINE)
+    assert 5 <= len(files) <= 10, files
+    assert all((ROOT / "grpo" / file).is_file() for file in files), files
+
+
+def test_the_reward_of_the_front_page_is_a_reward(tmp_path, monkeypatch):
+    text = re.search(r"^    def shows_work.*?\n\n", FRONT, re.MULTILINE | re.DOTALL)[0]
     (tmp_path / "mine.py").write_text(textwrap.dedent(text), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    [command] = re.findall(r"--reward (mine.py:\S+)", README)
+    [command] = re.findall(r"--reward (mine.py:\S+)", FRONT)
     [reward] = parse_rewards([command], {})
     problem, task = Arithmetic().training_problem(0, 1, 0), Arithmetic()
     texts = ["1 + 2 = 3\n<answer>3</answer>", "<answer>3</answer>"]
-    attempts = [task.judge(problem, text) for text in texts]
+    attempts = [task.grade(problem, text) for text in texts]
     assert list(reward.function(attempts, {"completion_ids": [[1], [2]]})) == [1.0, 0.0]
 
 
-def test_the_starters_card_says_what_the_readme_quotes():
-    assert (STARTER / "README.md").is_file()
-    [score] = re.findall(
-        r"arithmetic \(the task\) \| ([^|]+) \|", (STARTER / "README.md").read_text(encoding="utf-8")
-    )
-    assert score.strip() in README
+def test_the_starters_card_says_what_its_readme_quotes():
+    card = (STARTER / "README.md").read_text(encoding="utf-8")
+    [score] = re.findall(r"arithmetic \(the task\) \| ([^|]+) \|", card)
+    assert score.strip() in TEXTS["grpo/starter/README.md"]

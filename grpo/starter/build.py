@@ -1,4 +1,4 @@
-"""Makes the bundled starter model from nothing: `python -m grpo.starter.build`.
+"""Make the bundled starter model from nothing: `python -m grpo.starter.build`.
 
 The starter has to be to the arithmetic task what a small instruct model is: it knows the format, it is
 right now and then, and it can do more than it shows. So it is taught two ways to answer, both right:
@@ -26,13 +26,15 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from grpo import report
-from grpo.config import STARTER
-from grpo.evaluate import evaluate
-from grpo.models import LanguageModel, save
+from grpo.evaluation.evaluator import graded
+from grpo.evaluation.intervals import accuracy_text
+from grpo.generation.greedy import greedy
+from grpo.model.language_model import LanguageModel
+from grpo.model.saving import save
+from grpo.model_card import STARTER
 from tasks.arithmetic import Arithmetic
-from tasks.base import Message, stream
-from tasks.prompts import STYLES, ideal_completion, system_prompt
+from tasks.base import Message, seeded_rng
+from tasks.common.prompts import STYLES, ideal_completion, system_prompt
 from tasks.skills import SKILLS
 
 SEED = 0
@@ -58,8 +60,8 @@ CHAT_TEMPLATE = (
 
 
 def example(step: int, row: int, haste: float) -> tuple[list[Message], str]:
-    """One row of training data: a chat, and the completion to learn. A pure function of its place."""
-    draw = stream("starter", SEED, step, row)
+    """Return a row of training data, a chat and the completion to learn, as a pure function of its place."""
+    draw = seeded_rng("starter", SEED, step, row)
     if draw.random() < SKILL_SHARE:
         skill = SKILLS[draw.choice(["single", *SKILLS])]  # single twice: it is the hardest
         problem = skill.training_problem(SEED, step, row)
@@ -75,7 +77,7 @@ ARITHMETIC = {style: Arithmetic(style=style) for style in STYLES}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with a token for each word of the prompts and for each tag.
+    """Build a byte-level tokenizer with a token for each word of the prompts and for each tag.
 
     There are no merges: a word that is not in the vocabulary is spelled byte by byte, so any text can be
     written, and a made-up word is seen letter by letter.
@@ -109,10 +111,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama-shaped model of 1.0 million random weights.
+    """Build a Llama-shaped model of 1.0 million random weights.
 
-    Not Qwen2-shaped: transformers 5 loads the tokenizer of every such folder as Qwen2's own, which drops
-    this one's `ignore_merges` in silence and spells every word byte by byte.
+    It is not Qwen2-shaped because transformers 5 loads the tokenizer of every such folder as Qwen2's own, which drops
+    `ignore_merges` in silence and spells every word byte by byte.
     """
     torch.manual_seed(SEED)
     return LlamaForCausalLM(
@@ -133,10 +135,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def batch(tokenizer: PreTrainedTokenizerFast, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The rows of a step, sorted by length and cut into three to save padding.
+    """Return the rows of a step, sorted by length and cut into three to save padding.
 
-    Each part is token ids and labels, (BATCH / 3, length), right-padded; a label is -100 where nothing is
-    learned.
+    Each part is token ids and labels, (BATCH / 3, length), right-padded; a label of -100 is not learned.
     """
     haste = HASTE[step >= HASTY_FROM]
     chats, completions = zip(*(example(step, row, haste) for row in range(BATCH)), strict=True)
@@ -158,7 +159,7 @@ def batch(tokenizer: PreTrainedTokenizerFast, step: int) -> list[tuple[torch.Ten
 
 
 def learning_rate(step: int) -> float:
-    """A linear warm-up, then two linear decays: until the hasty part, and through it."""
+    """Return the learning rate: a linear warm-up, then two linear decays, until the hasty part and through it."""
     if step < WARM_UP:
         return LEARNING_RATE[0] * (step + 1) / WARM_UP
     if step < HASTY_FROM:
@@ -169,7 +170,7 @@ def learning_rate(step: int) -> float:
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Next-token training on the completions, in float32."""
+    """Train on the tokens of the completions, in float32."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     progress = tqdm(range(STEPS), desc="starter", mininterval=10)
@@ -206,7 +207,7 @@ SETTINGS = {
 
 
 def card() -> dict[str, Any]:
-    """The starter's `grpo.json`."""
+    """Return the starter's `grpo.json`."""
     return {
         "task": "arithmetic",
         "prompt_style": "answer",
@@ -218,12 +219,14 @@ def card() -> dict[str, Any]:
 
 
 def readme(lm: LanguageModel) -> str:
-    """The starter's README.md, with the scores it has just been measured at."""
+    """Return the starter's README.md, with the scores it has just been measured at."""
     rows = []
     limit = SETTINGS["max_new_tokens"]
     for name, task in {"arithmetic (the task)": ARITHMETIC["answer"], **SKILLS}.items():
-        result = evaluate(lm, task, task.held_out("test", 1000), limit).to_dict()
-        rows.append(f"| {name} | {report.accuracy_text(result)} |")
+        problems = task.held_out("test", 1000)
+        prompts = lm.prompts([task.messages(problem.question) for problem in problems])
+        result = graded(lm, task, problems, greedy(lm, prompts, limit).rows(with_end=False)).to_dict()
+        rows.append(f"| {name} | {accuracy_text(result)} |")
     return README.format(scores="\n".join(rows), haste=round(100 * HASTE[1]), steps=STEPS, batch=BATCH)
 
 

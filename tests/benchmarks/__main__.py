@@ -24,7 +24,7 @@ import click
 import torch
 import transformers
 
-from grpo.config import resolve
+from grpo.model_card import resolve
 from tests.benchmarks import report, shared_prefix
 from tests.benchmarks.work import SHAPES, Size, Spec, random_model
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import torch
 
-from grpo.models import load
+from grpo.model.loading import load
 from tests.benchmarks.work import random_model
 
 SHAPE, VOCABULARY = (8, 896, 14, 2, 4864), 32_768

@@ -1,12 +1,12 @@
-"""The worker of this project: `Learner.step`, and the rate at which the machine multiplies matrices."""
+"""The worker of this project: `GRPO.step`, and the rate at which the machine multiplies matrices."""
 
 import time
 from statistics import fmean
 
 import torch
 
-from grpo.learner import Learner
-from grpo.models import precision
+from grpo.algorithm.grpo import GRPO
+from grpo.runtime.device import autocast
 from tests.benchmarks.flops import Dimensions, update_flops
 from tests.benchmarks.work import Channel, Spec, record
 
@@ -17,7 +17,7 @@ PHASES = {"sampling": "time/sample", "reward": "time/reward", "scoring": "time/r
 def rate(rows: int, columns: int, out: int, device: torch.device, seconds: float = 0.3) -> float:
     """Operations a second of the fastest (rows, columns) × (columns, out) product in `seconds`."""
     a, b = torch.randn(rows, columns, device=device), torch.randn(out, columns, device=device)
-    with precision(device):
+    with autocast(device):
         product = (a @ b.T).dtype  # bfloat16 where the passes of training are
     a, b = a.to(product), b.to(product)
     best, end = float("inf"), time.perf_counter() + seconds
@@ -41,13 +41,13 @@ def main() -> None:
     """Take turns until there are no more."""
     spec = Spec.of_arguments()
     config, task, lm = spec.config, spec.task, spec.language_model()
-    learner, channel = Learner(config, task, lm, spec.rewards), Channel(spec, lm)
+    grpo, channel = GRPO(config, task, lm, spec.rewards), Channel(spec, lm)
     of, step, rows = Dimensions.of(lm.model.config), 0, 1
-    channel.ready(shared=learner.shared)
+    channel.ready(shared=grpo.capabilities.supports_packing)
     while (order := channel.receive()) is not None:
         for step in range(step + 1, step + order["steps"] + 1):  # noqa: B020 (it counts on)
             start = time.perf_counter()
-            rollout, metrics = learner.step(step)
+            rollout, metrics = grpo.step(step)
             seconds = time.perf_counter() - start
             prompts, completions = (
                 mask.sum(-1).tolist() for mask in (rollout.tokens.prompt_mask, rollout.tokens.completion_mask)

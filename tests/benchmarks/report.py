@@ -6,7 +6,9 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from grpo.drawing import AMBER, BLUE, GREEN, ORANGE, plt, save_figure, tidy
+import matplotlib.pyplot as plt
+
+from grpo.plots.style import AMBER, BLUE, GREEN, ORANGE, save_figure, tidy
 
 PHASES = {"sampling": AMBER, "reward": GREEN, "scoring": ORANGE, "update": BLUE}
 MIB = 2**20

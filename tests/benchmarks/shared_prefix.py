@@ -14,12 +14,13 @@ from typing import Any
 import click
 import torch
 
-from grpo.config import TrainConfig, resolve
-from grpo.learner import Learner
-from grpo.logprobs import Tokens
-from grpo.models import load
-from grpo.update import Batch, inner_update
-from tasks.choose import choose_task
+from grpo.algorithm.grpo import GRPO
+from grpo.algorithm.update import Batch, inner_update
+from grpo.config import TrainConfig
+from grpo.model.loading import load
+from grpo.model.tokens import Tokens
+from grpo.model_card import resolve
+from tasks.registry import make_task
 
 
 def random_tokens(prompts: int, group: int, prompt_length: int, completion_length: int) -> Tokens:
@@ -35,31 +36,32 @@ def random_tokens(prompts: int, group: int, prompt_length: int, completion_lengt
 
 
 def measure(tokens: Tokens, config: TrainConfig, runs: int) -> dict[bool, list[float]]:
-    """Seconds of a step's inner updates, by shared or not, `runs` of each, alternating after a warm-up."""
+    """Seconds of a step's inner updates, by packed or not, `runs` of each, alternating after a warm-up."""
     model = load("starter", torch.device("cpu")).model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     advantages = torch.randn(tokens.completion_ids.shape[0], generator=torch.Generator().manual_seed(1))
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for run in range(2 + runs):
-        for shared in (True, False):
-            batch, limit = Batch.of_step(tokens, advantages), tokens.completion_ids.shape[0]
+        for packed in (True, False):
+            batch = Batch.of_step(tokens, advantages, config.max_new_tokens)
+            max_rows = tokens.completion_ids.shape[0]
             start = time.perf_counter()
             for _ in range(config.num_inner_updates):
-                _, logprobs = inner_update(model, optimizer, batch, config, shared=shared, limit=limit)
+                _, logprobs = inner_update(model, optimizer, batch, config, packed, max_rows)
                 batch = batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs)
             if run >= 2:
-                seconds[shared].append(time.perf_counter() - start)
+                seconds[packed].append(time.perf_counter() - start)
     return seconds
 
 
 def compare(runs: int) -> Iterator[dict[str, Any]]:
     """Median seconds of a step's updates, both ways: a rollout of the default run, and P = 150, C = 64, G = 16."""
     config = resolve({"model": "starter", "beta": 0.0})
-    task = choose_task(config)
+    task = make_task(config)
     trained = replace(config, learning_rate=1e-5)
-    learner = Learner(trained, task, load("starter", torch.device("cpu")))
+    grpo = GRPO(trained, task, load("starter", torch.device("cpu")))
     for step in range(1, 11):  # past the first steps, completions have the length that they keep
-        rollout, _ = learner.step(step)
+        rollout, _ = grpo.step(step)
     batches = {"default run": rollout.tokens}
     batches |= {f"random {n}": random_tokens(n, 16, 150, 64) for n in (2, 4)}
     for name, tokens in batches.items():

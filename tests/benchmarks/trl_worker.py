@@ -17,7 +17,7 @@ import transformers
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo.models import precision
+from grpo.runtime.device import autocast
 from tasks.base import Problem
 from tasks.rewards import score
 from tests.benchmarks.work import NEVER, Channel, Spec, record
@@ -26,7 +26,7 @@ from tests.benchmarks.work import NEVER, Channel, Spec, record
 def settings(spec: Spec, folder: str) -> GRPOConfig:
     """The same algorithm (objective, sizes, optimizer), and nothing on that costs time and is not asked for."""
     c, size = spec.config, spec.size
-    half = not isinstance(precision(torch.device(spec.device)), nullcontext)  # as this project does on that device
+    half = not isinstance(autocast(torch.device(spec.device)), nullcontext)  # as this project does on that device
     return GRPOConfig(
         output_dir=folder,
         # the work
@@ -153,7 +153,7 @@ def main() -> None:
 
     def reward(completions: list, completion_ids: list, question: list, answer: list, **_: Any) -> list[float]:
         attempts = [
-            task.judge(Problem(q, a), completion[0]["content"])
+            task.grade(Problem(q, a), completion[0]["content"])
             for q, a, completion in zip(question, answer, completions, strict=True)
         ]
         scores = score(rewards, attempts, {"completion_ids": completion_ids}, lambda _: nullcontext())

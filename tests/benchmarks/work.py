@@ -9,20 +9,23 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from grpo.config import STARTER, TrainConfig, resolve
-from grpo.evaluate import evaluate
-from grpo.memory import peak_memory
-from grpo.models import LanguageModel, choose_device, load
+from grpo.config import TrainConfig
+from grpo.evaluation.evaluator import graded
+from grpo.generation.greedy import greedy
+from grpo.model.language_model import LanguageModel
+from grpo.model.loading import load
+from grpo.model_card import STARTER, resolve
+from grpo.runtime.device import choose_device, peak_memory
 from tasks.arithmetic import Arithmetic
-from tasks.base import Message, Problem, Task, stream
-from tasks.form import Form
+from tasks.base import Message, Problem, Task, seeded_rng
+from tasks.common.qa_task import QATask
 from tasks.rewards import RewardFunction, parse_rewards
 
 NEVER = 10**6  # an end token that no vocabulary here has, so that every completion is of full length
@@ -52,16 +55,15 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Digits(Form):
+class Digits(QATask):
     """Prompts of exactly `length` tokens: the starter's tokenizer has one for each digit."""
 
     length: int
     name: str = "digits"
-    files: dict[str, str] = field(default_factory=dict)
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
         """Random digits, a function of the place."""
-        draw = stream("digits", seed, step, row)
+        draw = seeded_rng("digits", seed, step, row)
         return Problem("".join(draw.choices("0123456789", k=self.length - FRAME)), "0")
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
@@ -173,7 +175,9 @@ class Channel:
         """Greedy, on 500 validation problems: the same code for both programs."""
         model, tokens = self._lm.model, self._spec.size.completion
         training = model.training
-        result = evaluate(replace(self._lm, model=model.eval()), self._spec.task, self._held_out, tokens)
+        lm, task = replace(self._lm, model=model.eval()), self._spec.task
+        prompts = lm.prompts([task.messages(problem.question) for problem in self._held_out])
+        result = graded(lm, task, self._held_out, greedy(lm, prompts, tokens).rows(with_end=False))
         model.train(training)
         return sum(result.right) / result.n
 

@@ -1,0 +1,201 @@
+"""One step's data: sample completions, score them, keep everything that belongs together in one place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from grpo.algorithm.advantages import group_advantages
+from grpo.config import TrainConfig
+from grpo.generation.sampling import Completions, Generator, SamplingParams, concatenate, sampling_uniforms
+from grpo.model.language_model import LanguageModel
+from grpo.model.tokens import Tokens
+from grpo.runtime import distributed
+from grpo.runtime.device import autocast
+from grpo.runtime.microbatch import AdaptiveMicrobatch
+from grpo.runtime.stopwatch import Stopwatch
+from tasks.base import Problem, Reward, Task
+from tasks.rewards import RewardFunction, score
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N problems with G completions each, group-major: row i belongs to problem i // G; B = N · G."""
+
+    problems: Sequence[Problem]  # N
+    tokens: Tokens  # ids and masks of prompts (N, P) and completions (B, C)
+    completion_texts: Sequence[str]  # B
+    rewards: Sequence[Reward]  # B, by part
+    advantages: Tensor  # (B,) float32
+    truncated: Tensor  # (B,) bool: cut off by the token limit
+    sample_logprobs: Tensor  # (B, C) float32, as the sampler computed them
+    resampled: int  # groups that were drawn again because they taught nothing
+
+    @cached_property
+    def totals(self) -> Tensor:
+        """Return the rewards by group, (N, G) float32."""
+        return torch.tensor([reward.total for reward in self.rewards]).view(len(self.problems), -1)
+
+    @cached_property
+    def correct(self) -> Tensor:
+        """Return which completions are right, by group, (N, G) bool."""
+        return torch.tensor([reward.correct for reward in self.rewards]).view_as(self.totals)
+
+    @cached_property
+    def tied(self) -> Tensor:
+        """Return which groups have equal rewards and so teach nothing, (N,) bool."""
+        return self.totals.amax(1) == self.totals.amin(1)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Return the tokens of each completion, (B,), on the CPU."""
+        return self.tokens.completion_mask.sum(-1).cpu()
+
+    def loss_tokens(self, config: TrainConfig) -> Tokens:
+        """Return the tokens the loss is taken over: all, or none of truncated completions (DAPO, section 3.4)."""
+        if not config.mask_truncated_completions:
+            return self.tokens
+        return replace(self.tokens, completion_mask=self.tokens.completion_mask & ~self.truncated.unsqueeze(-1))
+
+    def samples(self, step: int, groups: int) -> list[dict[str, Any]]:
+        """Return the completions of the first `groups` groups as JSON values, with question and rewards."""
+        g = len(self.rewards) // len(self.problems)
+        return [
+            {
+                "step": step,
+                "prompt": self.problems[row // g].question,
+                "completion": self.completion_texts[row],
+                "rewards": dict(reward.parts),
+                "reward": reward.total,
+                "advantage": float(self.advantages[row]),
+                "correct": reward.correct,
+            }
+            for row, reward in enumerate(self.rewards[: groups * g])
+        ]
+
+    def top_rewarded_wrong(self, count: int = 2) -> list[str]:
+        """Return the wrong completions with the highest rewards, each once, with question and reward."""
+        g = len(self.rewards) // len(self.problems)
+        rows = zip(range(len(self.rewards)), self.completion_texts, self.rewards, strict=True)
+        wrong = sorted((row for row in rows if not row[2].correct), key=lambda row: -row[2].total)
+        lines = [f"{self.problems[i // g].question}  {text}  reward {r.total:.2f}, wrong" for i, text, r in wrong]
+        return list(dict.fromkeys(lines))[:count]
+
+
+@dataclass(frozen=True)
+class ScoredGroups:
+    """Some problems with a group of scored completions each, of which a rollout is built."""
+
+    problems: Sequence[Problem]
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completions: Completions
+    texts: Sequence[str]
+    rewards: Sequence[Reward]
+
+    def tied(self) -> list[bool]:
+        """Return whether each group teaches nothing: its completions are all right or all wrong."""
+        g = len(self.rewards) // len(self.problems)
+        groups = [self.rewards[i : i + g] for i in range(0, len(self.rewards), g)]
+        return [len({reward.correct for reward in group}) == 1 for group in groups]
+
+    def to(self, device: torch.device | str) -> "ScoredGroups":
+        """Return a copy with all tensors on `device`."""
+        ids, mask = self.prompt_ids.to(device), self.prompt_mask.to(device)
+        return replace(self, prompt_ids=ids, prompt_mask=mask, completions=self.completions.to(device))
+
+
+@dataclass(frozen=True)
+class RolloutSampler:
+    """Samples a step: `sampler.rollout(step, config, clock)` is a function of the policy, the seed and the step."""
+
+    lm: LanguageModel
+    task: Task
+    rewards: Sequence[RewardFunction]
+    generator: Generator
+    microbatch: AdaptiveMicrobatch
+
+    def rollout(self, step: int, config: TrainConfig, clock: Stopwatch) -> Rollout:
+        """Sample and score the groups of a step; draw tied ones again with other problems if the settings say so."""
+        found: list[ScoredGroups] = []
+        chosen = [0] * config.batch_size  # the group of each place in the batch, counted through `found`
+        places, resampled = list(range(config.batch_size)), 0
+        for attempt in range(config.resample_tied + 1):
+            known = sum(len(groups.problems) for groups in found)
+            new = self._sample_across_ranks(step, attempt, places, config, clock)
+            found += new
+            tied = [tie for groups in new for tie in groups.tied()]
+            for number, place in enumerate(places):
+                chosen[place] = known + number
+            places = [place for number, place in enumerate(places) if tied[number]]
+            if not places or attempt == config.resample_tied:
+                break
+            resampled += len(places)
+        return build_rollout(found, chosen, resampled, config)
+
+    def _sample_across_ranks(
+        self, step: int, attempt: int, places: Sequence[int], config: TrainConfig, clock: Stopwatch
+    ) -> list[ScoredGroups]:
+        """Return the groups of all ranks for these places of the batch, in order; padding may follow at the end.
+
+        Each attempt has other problems, and each place its own row of uniforms, whichever rank samples it.
+        """
+        padded = distributed.pad_to_world_size(places)
+        own, g = distributed.local_slice(len(padded)), config.num_generations
+        numbers = [attempt * config.batch_size + place for place in padded[own]]
+        problems = [self.task.training_problem(config.seed, step, number) for number in numbers]
+        uniforms = sampling_uniforms(config.seed, step, own.stop * g, config.max_new_tokens, attempt)[own.start * g :]
+        # around what a rank does alone: it may repeat that with fewer rows
+        local = self.microbatch.run(self._sample_groups, problems, uniforms, config, clock)
+        if distributed.world_size() == 1:
+            return [local]
+        return [groups.to(local.prompt_ids.device) for groups in distributed.gather(local.to("cpu"))]
+
+    def _sample_groups(
+        self, problems: Sequence[Problem], uniforms: Tensor, config: TrainConfig, clock: Stopwatch, max_rows: int
+    ) -> ScoredGroups:
+        """Sample and score a group for each problem."""
+        with clock("sample"), autocast(self.lm.device):
+            prompt_ids, prompt_mask = self.lm.encode([self.task.messages(p.question) for p in problems])
+            params = SamplingParams(
+                config.max_new_tokens, self.lm.end_ids, config.num_generations, config.temperature
+            )
+            completions = self.generator(prompt_ids, prompt_mask, params, uniforms, max_rows)
+            texts = self.lm.decode(completions.rows(with_end=False))
+        with clock("reward"):
+            of_row = [problem for problem in problems for _ in range(config.num_generations)]
+            attempts = [self.task.grade(problem, text) for problem, text in zip(of_row, texts, strict=True)]
+            scored = score(self.rewards, attempts, {"completion_ids": completions.rows()}, clock)
+        return ScoredGroups(problems, prompt_ids, prompt_mask, completions, texts, scored)
+
+
+def build_rollout(
+    found: Sequence[ScoredGroups], chosen: Sequence[int], resampled: int, config: TrainConfig
+) -> Rollout:
+    """Make a rollout of the chosen groups, counted through all of `found`."""
+    g, width = config.num_generations, max(groups.prompt_ids.shape[1] for groups in found)
+    prompt_ids, prompt_mask = (
+        torch.cat([pad(tensor, (width - tensor.shape[1], 0)) for tensor in tensors])[chosen]
+        for tensors in ([groups.prompt_ids for groups in found], [groups.prompt_mask for groups in found])
+    )
+    rows = [group * g + i for group in chosen for i in range(g)]
+    completions = concatenate([groups.completions for groups in found]).pick(rows)
+    problems = [problem for groups in found for problem in groups.problems]
+    texts = [text for groups in found for text in groups.texts]
+    all_rewards = [reward for groups in found for reward in groups.rewards]
+    rewards = [all_rewards[row] for row in rows]
+    totals = torch.tensor([reward.total for reward in rewards], device=prompt_ids.device)
+    return Rollout(
+        problems=[problems[group] for group in chosen],
+        tokens=Tokens(prompt_ids, prompt_mask, completions.ids, completions.mask),
+        completion_texts=[texts[row] for row in rows],
+        rewards=rewards,
+        advantages=group_advantages(totals, g, config.scale_rewards),
+        truncated=~completions.ended,
+        sample_logprobs=completions.logprobs,
+        resampled=resampled,
+    )

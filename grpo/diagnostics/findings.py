@@ -1,0 +1,65 @@
+"""What the metrics of a run say about its health, in plain words: what is seen, what it means, what to change.
+
+`findings` reads the record of `grpo_metrics.json` and nothing else, so that a file says the same as the run did. A
+finding is a figure beyond a threshold, over a window of steps where a single batch would be noise. A new finding is
+one function in `learning.py` or `stability.py` and its name in the list at the end of that file.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.diagnostics import learning, stability
+from grpo.diagnostics.snapshot import CheckResult, RunSnapshot
+
+SHOW_EXAMPLES = ("reward_hacking",)  # findings that a few completions illustrate
+CHECKS: dict[str, Callable[[RunSnapshot], CheckResult]] = {
+    check.__name__: check for check in (*learning.CHECKS, *stability.CHECKS)
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A thing that is wrong with a run, at the step where it first shows."""
+
+    name: str
+    step: int
+    figure: float
+    text: str
+
+
+def findings(record: Mapping[str, Any]) -> list[Finding]:
+    """Return all findings of a run, each at the first step where it holds."""
+    found: dict[str, Finding] = {}
+    for now in _snapshots(record):
+        found |= {finding.name: finding for finding in _check(now, found)}
+    return list(found.values())
+
+
+def new_findings(record: Mapping[str, Any], known: Collection[str]) -> list[Finding]:
+    """Return the findings at the end of the record whose names are not in `known`; called after each step."""
+    return _check(_end(record), known)
+
+
+def _check(now: RunSnapshot, known: Collection[str]) -> list[Finding]:
+    step = now.steps[-1]["step"] if now.steps else 0
+    seen = [(name, check(now)) for name, check in CHECKS.items() if name not in known]
+    return [Finding(name, step, float(result[0]), result[1]) for name, result in seen if result]
+
+
+def _end(record: Mapping[str, Any]) -> RunSnapshot:
+    evals, device = record["evals"], (record.get("environment") or {}).get("device", "")
+    validation, tests = ([e for e in evals if e.get("split") == split] for split in ("validation", "test"))
+    return RunSnapshot(record["config"], record["steps"], validation, tests, device)
+
+
+def _snapshots(record: Mapping[str, Any]) -> Iterator[RunSnapshot]:
+    """Yield the run after each step and evaluation. Tests but the first come at the end, of an earlier policy."""
+    end = _end(record)
+    for n, row in enumerate(end.steps, 1):
+        before = [e for e in end.evals if e["step"] < row["step"]]
+        yield RunSnapshot(end.config, end.steps[:n], before, end.tests[:1], end.device)
+        after = [e for e in end.evals if e["step"] <= row["step"]]
+        if len(after) > len(before):
+            yield RunSnapshot(end.config, end.steps[:n], after, end.tests[:1], end.device)
+    yield end

@@ -1,0 +1,195 @@
+"""Findings on how a run trains: KL, entropy, gradients and clipping, what moves, where completions end.
+
+Each function in CHECKS is the finding of its name; it returns the figure and the text, or None.
+"""
+
+from statistics import median
+
+from grpo.diagnostics.snapshot import LONG_WINDOW, WINDOW, CheckResult, RunSnapshot, percent
+
+KL_LARGE = 1.0  # nats a token: its tokens are on average e times as likely as under the reference
+KL_SPIKE, KL_SPIKE_LEAST = 10.0, 0.5  # times the median before it; and nats a token, for early medians are near 0
+ENTROPY_LEFT, ENTROPY_LEAST = 0.1, 0.05  # of the first steps' entropy; and nats a token
+STILL_WRONG = 0.8  # a policy this accurate may be sure of itself
+MOSTLY, NEARLY_EVERY = 0.5, 0.95  # of completions
+ENDINGS_REPEATED = 0.1  # of completions: a model that has learned where to stop has none
+SPIKE = 10.0  # times the median, and the clipping
+SPIKES, SPIKE_STEPS = 3, 50  # this many within this many steps; a single one is harmless
+CLIPPED = 0.3  # of tokens: clipping is for outliers; PPO's usual 0.05 to 0.2
+MOVED = 0.1  # of weights: float32 at a sensible rate moves nearly all, bf16 at 1e-7 moved 2 to 8%
+STANDING, STANDING_STEPS = 1e-6, 50  # nats a token, too few to tell the policies apart; steps to wait
+GAP_FLOAT32, GAP_BF16 = 0.01, 1.0  # nats: rounding is 1e-5 in float32, and up to some tenths on a rare token in bf16
+
+
+def kl_diverging(now: RunSnapshot) -> CheckResult:
+    """The policy is far from the reference."""
+    kl = now.mean("kl")
+    if not kl >= KL_LARGE:
+        return None
+    return kl, (
+        f"The KL diverges: {kl:.2f} nats a token over the last {WINDOW} steps, so the policy has left the model it "
+        "came from, and with it what that could do. Lower --learning-rate, raise --beta, or set --target-kl 0.1."
+    )
+
+
+def kl_spike(now: RunSnapshot) -> CheckResult:
+    """One step's KL is far above those before it."""
+    before = RunSnapshot(now.config, now.steps[:-1], (), ()).values("kl", LONG_WINDOW)
+    kl = now.last("kl")
+    if not before or not kl >= max(KL_SPIKE_LEAST, KL_SPIKE * median(before)):
+        return None
+    return kl, (
+        f"The KL jumps: {kl:.2f} nats a token in one step, {median(before):.3f} in the {LONG_WINDOW} before. A "
+        "single update went too far. Lower --learning-rate, --num-inner-updates or --clip-grad-norm."
+    )
+
+
+def entropy_collapsed(now: RunSnapshot) -> CheckResult:
+    """The policy no longer tries anything, and is not right either."""
+    first, last, right = now.mean("entropy", first=True), now.mean("entropy"), now.mean("accuracy")
+    if not (last < ENTROPY_LEAST and last < ENTROPY_LEFT * first and right < STILL_WRONG):
+        return None
+    return last, (
+        f"The entropy collapsed: {last:.3f} nats a token, {first:.3f} at first, with {percent(right)} of the "
+        "completions right. All completions of a group are the same, so nothing better can be found. Lower "
+        "--learning-rate, raise --beta or --temperature, or try --epsilon-high 0.28."
+    )
+
+
+def truncated(now: RunSnapshot) -> CheckResult:
+    """Most completions are cut off."""
+    share = now.mean("truncated_fraction")
+    if not MOSTLY <= share < NEARLY_EVERY:
+        return None
+    return share, (
+        f"{percent(share)} of the completions of the last {WINDOW} steps were cut off by the token limit, "
+        f"most before their answer. Raise --max-new-tokens (now {now.setting('max_new_tokens')}), or add "
+        "--mask-truncated-completions to learn nothing from them."
+    )
+
+
+def never_ends(now: RunSnapshot) -> CheckResult:
+    """No completion comes to an end."""
+    share = now.mean("truncated_fraction")
+    if not share >= NEARLY_EVERY:
+        return None
+    return share, (
+        f"Completions never end: {percent(share)} of the last {WINDOW} steps ran into the token limit "
+        f"({now.setting('max_new_tokens')}). Either that is far too short (raise --max-new-tokens), or the model "
+        "does not know how to end a turn, as base models do not: take an instruct model, or a reward for ending "
+        "(--reward one_ending=0.2)."
+    )
+
+
+def ends_at_once(now: RunSnapshot) -> CheckResult:
+    """Completions are empty."""
+    share = now.mean("empty_fraction")
+    if not share >= MOSTLY or now.setting("max_new_tokens", 2) == 1:
+        return None
+    return share, (
+        f"Completions end at once: {percent(share)} of the last {WINDOW} steps have at most one token. Saying "
+        "nothing costs less than being wrong: check that no reward (--reward) is negative or pays for being short, "
+        "raise --beta, and lower --learning-rate."
+    )
+
+
+def repeated_endings(now: RunSnapshot) -> CheckResult:
+    """The ending is written over and over."""
+    share = now.mean("repeated_endings_fraction")
+    if not share >= ENDINGS_REPEATED:
+        return None
+    return share, (
+        f"Repeated endings: in {percent(share)} of the completions of the last {WINDOW} steps a closing tag or an "
+        "end marker appears more than once. The model does not stop after its answer, or is paid for more text. Add "
+        "--reward one_ending=0.2, and check that the model has the chat template that it was made with."
+    )
+
+
+def gradient_spikes(now: RunSnapshot) -> CheckResult:
+    """The gradient's norm jumps again and again."""
+    rows = now.steps[-SPIKE_STEPS:]
+    norms = [row["grad_norm"] for row in rows if row.get("grad_norm") is not None]
+    if len(norms) < LONG_WINDOW:
+        return None
+    usual = median(norms)
+    high = [norm for norm in norms if norm > SPIKE * max(usual, now.setting("clip_grad_norm", 0.5))]
+    if len(high) < SPIKES:
+        return None
+    return max(high), (
+        f"The gradient spikes: its norm was above {min(high):.3g} in {len(high)} of the last {len(rows)} steps, "
+        f"{usual:.2g} in their median. Clipping keeps such a step short but not its direction sound. Lower "
+        "--learning-rate, use larger groups (--num-generations) or batches (--batch-size)."
+    )
+
+
+def updates_skipped(now: RunSnapshot) -> CheckResult:
+    """Updates that were not finite."""
+    skipped = now.last("skipped_updates")
+    if not skipped >= 1:
+        return None
+    return skipped, (
+        f"{skipped:.0f} update{'s' * (skipped > 1)} of step {now.steps[-1]['step']} had a loss or gradient that is "
+        "not finite. None reached the weights, so nothing is broken yet. If more follow, lower --learning-rate or "
+        "raise --beta; a reward of enormous numbers does this too."
+    )
+
+
+def clipping(now: RunSnapshot) -> CheckResult:
+    """Most of what the updates would change is clipped away."""
+    clipped = now.mean("clip_fraction")
+    if not clipped >= CLIPPED:
+        return None
+    return clipped, (
+        f"Much is clipped: {percent(clipped)} of the tokens in the last inner updates of the last {WINDOW} steps (5 "
+        "to 20% is usual), so the policy moves far within one step, on old samples. Lower --learning-rate or "
+        f"--num-inner-updates (now {now.setting('num_inner_updates')})."
+    )
+
+
+def learning_rate_small(now: RunSnapshot) -> CheckResult:
+    """The weights do not move, or too little for the policy to."""
+    rates = now.values("learning_rate", WINDOW)
+    rate = now.setting("learning_rate")
+    if not rates or min(rates) < rate / 2 or not now.mean("grad_norm") > 0 or now.mean("skipped_updates") > 0:
+        return None  # a warm-up, a decay; nothing to learn from; nothing applied
+    moved, kl = now.mean("weights_moved"), now.mean("kl")
+    if moved < MOVED:
+        return moved, (
+            f"The learning rate is too small: {rate:g} changed {percent(moved)} of the weights in a step, for "
+            "a float cannot hold a smaller change. Raise --learning-rate (1e-7 to 1e-5 is usual, 1e-4 with LoRA)."
+        )
+    if kl < STANDING and len(now.steps) >= STANDING_STEPS:
+        return kl, (
+            f"The policy stands still: after {len(now.steps)} steps it is {kl:.1g} nats a token from its start. "
+            f"Raise --learning-rate (now {rate:g}; 1e-7 to 1e-5 is usual, 1e-4 with --lora-rank)."
+        )
+    return None
+
+
+def sampler_gap(now: RunSnapshot) -> CheckResult:
+    """The policy that is scored is not the one that sampled."""
+    gap = now.mean("sampler_gap")
+    limit = GAP_FLOAT32 if now.device == "cpu" else GAP_BF16
+    if not gap >= limit:
+        return None
+    return gap, (
+        f"Sampler and scorer disagree: by up to {gap:.2g} nats on the log-probability of the same token, where "
+        f"rounding explains {limit:g}. The ratio is then of another policy than the one that sampled. See that this "
+        "model has no dropout and takes positions and masks as others do, try --deterministic, and report it."
+    )
+
+
+CHECKS = (
+    kl_diverging,
+    kl_spike,
+    entropy_collapsed,
+    truncated,
+    never_ends,
+    ends_at_once,
+    repeated_endings,
+    gradient_spikes,
+    updates_skipped,
+    clipping,
+    learning_rate_small,
+    sampler_gap,
+)

@@ -1,0 +1,181 @@
+"""Held-out accuracy with its confidence interval, greedy, on problems that training never sees; and pass@k."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from grpo.config import TrainConfig
+from grpo.evaluation.drift import DriftBaseline
+from grpo.evaluation.intervals import pass_at_k, wilson_interval
+from grpo.generation.capabilities import ModelCapabilities
+from grpo.generation.greedy import MAX_ROWS, greedy_across_ranks
+from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
+from grpo.model.language_model import LanguageModel
+from grpo.model.tokens import common_prefix_length, left_pad
+from grpo.runtime.checks import check_entries, is_count
+from grpo.runtime.device import autocast
+from grpo.runtime.microbatch import AdaptiveMicrobatch
+from tasks.base import Attempt, Problem, Task
+from tasks.unrelated import QUESTIONS
+
+TEST_PROBLEMS = 1000  # or all there are
+SKILL_PROBLEMS = 100  # of each: losses of interest are of many points, and there are several skills
+SAMPLES_PER_K = 2  # pass@k is estimated from this many times k samples
+NOT_TRAINING = 10**6  # as `attempt` of `sampling_uniforms`: training never draws these
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The answers of a model to some problems."""
+
+    problems: Sequence[Problem]
+    attempts: Sequence[Attempt]  # one a problem
+
+    @property
+    def n(self) -> int:
+        """Return the number of problems."""
+        return len(self.problems)
+
+    @cached_property
+    def right(self) -> list[bool]:
+        """Return which problems are answered right."""
+        return [attempt.correct for attempt in self.attempts]
+
+    @property
+    def categories(self) -> dict[str, list[bool]]:
+        """Return which problems are right in each category that the task names, in order."""
+        found: dict[str, list[bool]] = {}
+        for problem, right in zip(self.problems, self.right, strict=True):
+            if problem.category:
+                found.setdefault(problem.category, []).append(right)
+        return dict(sorted(found.items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures for the metrics file: accuracy with interval, well-formed share, and by category."""
+        well_formed = sum(attempt.well_formed for attempt in self.attempts) / self.n
+        categories = {name: proportion(right) for name, right in self.categories.items()}
+        more = {"categories": categories} if categories else {}
+        return {**proportion(self.right), "well_formed": well_formed, **more}
+
+
+def proportion(right: Sequence[bool]) -> dict[str, float | int]:
+    """Return the share that is right, of how many, with its Wilson 95% interval."""
+    n, (low, high) = len(right), wilson_interval(sum(right), len(right))
+    return {"accuracy": sum(right) / n, "n": n, "ci_low": low, "ci_high": high}
+
+
+class Evaluator:
+    """Measures policies on the same problems each time, all greedily except for pass@k."""
+
+    def __init__(
+        self, config: TrainConfig, task: Task, skills: Mapping[str, Task], capabilities: ModelCapabilities
+    ) -> None:
+        """`skills` are the neighbouring skills that the starting model has."""
+        self.config, self.task, self.skills, self.capabilities = config, task, skills, capabilities
+        self.microbatch = AdaptiveMicrobatch("the evaluation", MAX_ROWS, 1, config.shard)
+        self.start: DriftBaseline | None = None  # what drift is measured from, if known
+        self._held_out: dict[tuple[str, str, int], list[Problem]] = {}
+        self._prompts: dict[tuple[str, str], list[int]] = {}  # by task and question
+
+    def remember_start(self, lm: LanguageModel) -> None:
+        """Record the starting model's answers to the unrelated questions, which drift is measured from."""
+        self.start = self.microbatch.run(DriftBaseline.record, lm, QUESTIONS)
+
+    def validate(self, lm: LanguageModel) -> dict[str, Any]:
+        """Measure on the validation problems, which choose the policy that is kept; and the drift from the start."""
+        return {**self.evaluate(lm, self.task, self.problems("validation")).to_dict(), "drift": self._drift(lm)}
+
+    def test(self, lm: LanguageModel) -> dict[str, Any]:
+        """Measure on the test problems, which are what is quoted, and on the neighbouring skills."""
+        result = self.evaluate(lm, self.task, self.problems("test")).to_dict()
+        skills = {name: self.evaluate(lm, skill, self._of(skill)).to_dict() for name, skill in self.skills.items()}
+        return {**result, "drift": self._drift(lm), **self.pass_at_k(lm, "test"), "skills": skills}
+
+    def problems(self, split: str) -> list[Problem]:
+        """Return the problems of the task that a split is measured on."""
+        return self._held(self.task, split, TEST_PROBLEMS if split == "test" else self.config.eval_problems)
+
+    def by_name(self, lm: LanguageModel, split: str) -> dict[str, Evaluation]:
+        """Evaluate the task, under its name, on a split, and each skill as "skill: NAME"."""
+        found = {self.task.name: self.evaluate(lm, self.task, self.problems(split))}
+        return found | {
+            f"skill: {name}": self.evaluate(lm, skill, self._of(skill)) for name, skill in self.skills.items()
+        }
+
+    def evaluate(self, lm: LanguageModel, task: Task, problems: Sequence[Problem]) -> Evaluation:
+        """Answer each problem once, greedily, and grade it. The prompts of a problem are encoded once."""
+        new = [p.question for p in problems if (task.name, p.question) not in self._prompts]
+        for question, ids in zip(new, lm.prompts([task.messages(q) for q in new]), strict=True):
+            self._prompts[task.name, question] = ids
+        prompts = [self._prompts[task.name, p.question] for p in problems]
+        limit, capabilities = self.config.max_new_tokens, self.capabilities
+        completions = self.microbatch.run(greedy_across_ranks, lm, prompts, limit, capabilities=capabilities)
+        return graded(lm, task, problems, completions.rows(with_end=False))
+
+    def pass_at_k(self, lm: LanguageModel, split: str) -> dict[str, Any]:
+        """Estimate pass@k on a split by sampling, if the settings ask for it."""
+        if not self.config.pass_at_k:
+            return {}
+        return {"pass_at_k": self.microbatch.run(self._pass_at_k, lm, self.problems(split))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, as JSON values."""
+        return {"evaluate_limit": self.microbatch.max_rows, "start": self.start and self.start.to_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned. Raises ValueError if that cannot be its value."""
+        start, limit = state.get("start"), state.get("evaluate_limit", MAX_ROWS)
+        check_entries({"evaluate_limit": is_count(limit), "start": start is None or DriftBaseline.is_state(start)})
+        self.microbatch.max_rows = limit
+        self.start = None if start is None else DriftBaseline(**start)
+
+    def _pass_at_k(self, lm: LanguageModel, problems: Sequence[Problem], max_rows: int) -> dict[str, float]:
+        """Return pass@1, pass@2, pass@4, …, pass@k, means over the problems, from 2k samples of each.
+
+        A problem's samples, at temperature 1, are a function of the seed and its place in the list.
+        """
+        c, k = self.config, self.config.pass_at_k
+        n = SAMPLES_PER_K * k
+        params = SamplingParams(c.max_new_tokens, lm.end_ids, n)
+        generator, step = Generator(lm.model, self.capabilities), max(1, max_rows // n)
+        correct: list[int] = []
+        for first in range(0, len(problems), step):
+            some = problems[first : first + step]
+            places = range(first, first + len(some))
+            uniforms = [sampling_uniforms(c.seed, place, n, c.max_new_tokens, NOT_TRAINING) for place in places]
+            prompts = lm.prompts([self.task.messages(p.question) for p in some])
+            shares = self.capabilities.supports_common_prefix and len(prompts) > 1
+            prefix = common_prefix_length(prompts) if shares else 0
+            with autocast(lm.device):
+                padded = left_pad(prompts, lm.pad_id, lm.device)
+                completions = generator(*padded, params, torch.cat(uniforms), max_rows, prefix)
+            texts = lm.decode(completions.rows(with_end=False))
+            for i, problem in enumerate(some):
+                attempts = [self.task.grade(problem, text) for text in texts[i * n : (i + 1) * n]]
+                correct.append(sum(attempt.correct for attempt in attempts))
+        ks = sorted({2**i for i in range(k.bit_length())} | {k})
+        return {str(j): fmean(pass_at_k(n, c, j) for c in correct) for j in ks}
+
+    def _drift(self, lm: LanguageModel) -> float | None:
+        return None if self.start is None else self.microbatch.run(self.start.drift, lm)
+
+    def _of(self, skill: Task) -> list[Problem]:
+        return self._held(skill, "test", SKILL_PROBLEMS)
+
+    def _held(self, task: Task, split: str, limit: int) -> list[Problem]:
+        key = (task.name, split, limit)
+        if key not in self._held_out:
+            self._held_out[key] = task.held_out(split, limit)
+        return self._held_out[key]
+
+
+def graded(
+    lm: LanguageModel, task: Task, problems: Sequence[Problem], completions: Sequence[Sequence[int]]
+) -> Evaluation:
+    """Grade the completions, as token ids, of some problems."""
+    texts = lm.decode(completions)
+    return Evaluation(problems, [task.grade(p, text) for p, text in zip(problems, texts, strict=True)])

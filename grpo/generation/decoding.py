@@ -1,0 +1,207 @@
+"""The forward passes of decoding: over the prompts, then one token a row, on a cache in place or by a CUDA graph.
+
+A graph is recorded once a batch of prompts and replayed without Python. What it replays must keep its shapes and
+places: the cache has room for the longest completion, rows that have ended stay, and the mask alone tells which keys
+exist. CUDA graphs have not been run on a GPU yet, so they are off by default, and tried on each model first
+(`ModelCapabilities`).
+"""
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from grpo.model.tokens import position_ids
+from grpo.runtime.microbatch import is_unsupported
+
+CAPACITY_STEP = 32  # tokens; the cache grows by this many at a time
+WARM_UP = 2  # tokens run on a side stream before one is recorded, as CUDA's libraries need to initialise
+TRIED = WARM_UP + 4  # tokens
+TOLERANCE = {torch.float32: 1e-3}  # nats; in float32 the two ways differ by 1e-6
+TOLERANCE_16_BITS = 0.25  # bfloat16 keeps 8 bits of a logit
+
+
+def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: int = 0) -> tuple[DynamicCache, Tensor]:
+    """Return the cache of N left-padded prompts (N, P), and the logits after them (N, V).
+
+    The `common_prefix` tokens that all prompts begin with, a system prompt for instance, are run once; each row's
+    cache gets them behind its own padding, where they belong anyway: N · (P − S) + S tokens instead of N · P, exact
+    in float32. At least one row must be without padding.
+    """
+    cache = DynamicCache()
+    if common_prefix:
+        padding = (~mask).sum(-1, keepdim=True)  # (N, 1)
+        start = ids[padding.argmin()][None, :common_prefix]  # (1, S), of a row without padding
+        columns = torch.arange(common_prefix, device=ids.device)
+        model(
+            input_ids=start,
+            attention_mask=torch.ones_like(start),
+            position_ids=columns[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        source = (columns - padding).clamp(min=0)  # (N, S); columns before a row's first token are masked
+        for layer in cache.layers:
+            layer.keys, layer.values = (x[0][:, source].transpose(0, 1) for x in (layer.keys, layer.values))
+    out = model(
+        input_ids=ids[:, common_prefix:],
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask)[:, common_prefix:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return cache, out.logits[:, -1]
+
+
+class PreallocatedLayer(DynamicLayer):
+    """KV-cache layer with spare capacity, appended in place; `DynamicLayer` copies the whole cache a token."""
+
+    def __init__(self, layer: DynamicLayer, repeats: int) -> None:
+        """Take over a layer of N rows, (N, heads, length, size), each `repeats` times."""
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        if layer.device.type != "cpu":  # else transformers reads each mask, to drop one that masks nothing
+            self.is_compileable = True
+        self._length = layer.keys.shape[-2]
+        self._buffers = tuple(reserve(x, repeats) for x in (layer.keys, layer.values))
+        self._update_views()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens; return the keys and values of all."""
+        start, end = self._length, self._length + key_states.shape[-2]
+        if end > self._buffers[0].shape[-2]:
+            self._buffers = tuple(reserve(x, 1, end - start) for x in (self.keys, self.values))
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self._length = end
+        self._update_views()
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self._buffers = tuple(x[indices] for x in self._buffers)
+        self._update_views()
+
+    def _update_views(self) -> None:
+        self.keys, self.values = (x[:, :, : self._length] for x in self._buffers)
+
+
+def reserve(x: Tensor, repeats: int, more: int = 0) -> Tensor:
+    """Copy (N, heads, length, size) with each row `repeats` times and room for CAPACITY_STEP or `more` tokens."""
+    n, heads, length, size = x.shape
+    buffer = x.new_empty(n, repeats, heads, length + max(CAPACITY_STEP, more), size)
+    buffer[..., :length, :] = x[:, None]
+    return buffer.flatten(0, 1)
+
+
+class CachedDecoder:
+    """Forward passes after the prompts: from a token of every row (B,) to the logits after it (B, V)."""
+
+    can_shrink = True  # rows can be dropped
+
+    def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, repeats: int, columns: int) -> None:
+        """Start from the cache of N prompts with mask (N, P), each `repeats` times, for at most `columns` tokens."""
+        # layers of another class are a model's own and know how to repeat themselves
+        for i, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer:
+                cache.layers[i] = PreallocatedLayer(layer, repeats)
+            elif repeats > 1:
+                layer.batch_repeat_interleave(repeats)
+        mask = mask.long().repeat_interleave(repeats, 0)
+        self.model, self.cache, self.width = model, cache, mask.shape[1]
+        self.position = mask.sum(-1, keepdim=True)  # (B, 1), of the next token
+        self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], columns)], 1)  # (B, P + columns)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the logits (B, V) after one more token of each row (B,)."""
+        self.width += 1
+        out = self.model(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask[:, : self.width],
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.position = self.position + 1
+        return out.logits[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Continue with these rows only."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position = self.mask[rows], self.position[rows]
+
+
+class CudaGraphDecoder:
+    """`CachedDecoder` in tensors of constant shape and place, recorded as a CUDA graph; plain passes elsewhere."""
+
+    can_shrink = False
+
+    def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, repeats: int, columns: int) -> None:
+        """Start from the cache of N prompts with mask (N, P), each `repeats` times, for at most `columns` tokens."""
+        mask = mask.long().repeat_interleave(repeats, 0)
+        self.model, self.graph, self.done = model, None, 0
+        # full layers for sliding windows too: the mask that the model builds has the window
+        self.cache = Cache(layers=[StaticLayer(max_cache_len=mask.shape[1] + columns) for _ in cache.layers])
+        for i, layer in enumerate(cache.layers):
+            self.cache.update(*(x.repeat_interleave(repeats, 0) for x in (layer.keys, layer.values)), i)
+        self.position = mask.sum(-1, keepdim=True)  # (B, 1), of the next token
+        self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], columns)], 1)  # (B, P + columns)
+        self.tokens = torch.zeros_like(self.position)  # (B, 1)
+        self.logits = torch.empty(0)  # (B, V) after the last token; each replay overwrites it
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the logits (B, V) after one more token of each row (B,); valid until the next call."""
+        self.tokens.copy_(tokens[:, None])
+        self.done += 1
+        if tokens.device.type != "cuda":
+            self._forward()
+        elif self.done <= WARM_UP:
+            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                self._forward()
+            main.wait_stream(side)
+        else:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):  # records, does not run
+                    self._forward()
+            self.graph.replay()
+        return self.logits
+
+    def _forward(self) -> None:
+        out = self.model(
+            input_ids=self.tokens,
+            attention_mask=self.mask,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.position.add_(1)
+        self.logits = out.logits[:, -1]
+
+
+def graph_matches_cached(
+    model: PreTrainedModel, cache: DynamicCache, mask: Tensor, repeats: int, logits: Tensor
+) -> bool:
+    """Return whether the two decoders agree on some greedy tokens after `logits` (B, V); leaves `cache` unchanged."""
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return False
+    twin, differences = DynamicCache(), []
+    twin.layers = list(cache.layers)
+    try:
+        static = CudaGraphDecoder(model, cache, mask, repeats, TRIED)
+        plain = CachedDecoder(model, twin, mask, repeats, TRIED)
+        for _ in range(TRIED):
+            tokens = logits.argmax(-1)
+            logits, other = plain(tokens), static(tokens)
+            differences.append((logits.float().log_softmax(-1) - other.float().log_softmax(-1)).abs().max())
+    except Exception as error:
+        if not is_unsupported(error):
+            raise
+        return False
+    return bool(torch.stack(differences).max() < TOLERANCE.get(logits.dtype, TOLERANCE_16_BITS))

@@ -1,0 +1,198 @@
+"""From prompts to groups of completions.
+
+The prompt is run through the model once and its key/value cache expanded to the G completions of its group. Tokens
+are drawn from the plain softmax at the given temperature: no top-k, top-p, min-p or penalties, whatever the model's
+generation config says, because the policy that is scored must be the one that sampled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+
+from grpo.generation.capabilities import ModelCapabilities
+from grpo.generation.decoding import CachedDecoder, CudaGraphDecoder, prefill
+from grpo.model.tokens import length_mask, prompts_of
+from grpo.runtime.distributed import any_rank, is_sharded
+from grpo.runtime.microbatch import split_microbatches
+
+QUANTA = 2**50  # a distribution as integers that add up to about this
+CHECK_EVERY = 4  # tokens, on devices where a look makes the host wait; a pass too many costs more than some looks
+SHRINK_AT = 3 / 4  # rows that have ended are dropped once at most this share is left
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Sampled rows, group-major: B = N · G rows, C columns, C the longest completion."""
+
+    ids: Tensor  # (B, C) int64, right-padded
+    lengths: Tensor  # (B,) int64, the end token included
+    ended: Tensor  # (B,) bool: False if the token limit cut the row off
+    logprobs: Tensor  # (B, C) float32 at the sampling temperature, 0 on padding and after greedy decoding
+
+    @property
+    def mask(self) -> Tensor:
+        """Return (B, C) bool: through the first end token, inclusive. From lengths, never from token ids."""
+        return length_mask(self.lengths, self.ids.shape[1])
+
+    def rows(self, with_end: bool = True) -> list[list[int]]:
+        """Return the ids of each completion, with or without the token that ended it."""
+        lengths = self.lengths if with_end else self.lengths - self.ended.long()
+        return [ids[:n] for ids, n in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
+
+    def to(self, device: torch.device | str) -> "Completions":
+        """Return a copy with all tensors on `device`."""
+        return Completions(*(tensor.to(device) for tensor in (self.ids, self.lengths, self.ended, self.logprobs)))
+
+    def pick(self, rows: Sequence[int]) -> "Completions":
+        """Return some rows, in that order, as wide as the longest of them."""
+        lengths = self.lengths[rows]
+        width = int(lengths.max())
+        return Completions(self.ids[rows, :width], lengths, self.ended[rows], self.logprobs[rows, :width])
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to complete a prompt. `stop_ids` has every id that ends a completion."""
+
+    max_tokens: int
+    stop_ids: Sequence[int]
+    n: int = 1  # completions a prompt
+    temperature: float = 1.0  # of sampling; greedy decoding has none
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model that completes prompts: `Generator(model, capabilities)(prompt_ids, prompt_mask, params, uniforms)`."""
+
+    model: PreTrainedModel
+    capabilities: ModelCapabilities = field(default_factory=ModelCapabilities)
+    check_every: int = 0  # tokens between looks for rows that have ended, the same result for any; 0: by device
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        params: SamplingParams,
+        uniforms: Tensor | None = None,
+        max_rows: int | None = None,
+        common_prefix: int = 0,
+    ) -> Completions:
+        """Return `params.n` completions for each of N left-padded prompts (N, P); greedy without `uniforms`.
+
+        `uniforms` are those of `sampling_uniforms`, (N · n, max_tokens). At most `max_rows` rows are run at a time.
+        All prompts begin with the same `common_prefix` tokens, which are run once (`prefill`).
+        """
+        total, device, group = prompt_ids.shape[0] * params.n, prompt_ids.device, params.n
+        if uniforms is not None:
+            uniforms = uniforms.to(torch.float32 if device.type == "mps" else uniforms.dtype).to(device)
+        parts = []
+        for rows in split_microbatches(total, group, max_rows or total):
+            prompts = prompts_of(rows, group)
+            ids, mask = prompt_ids[prompts], prompt_mask[prompts]
+            repeats = (rows.stop - rows.start) // (prompts.stop - prompts.start)
+            if not self.capabilities.supports_cache_expansion:
+                ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
+                repeats = 1
+            cache, logits = prefill(self.model, ids, mask, common_prefix)
+            decoder = self._decoder(cache, mask, repeats, params.max_tokens)
+            logits = logits.repeat_interleave(repeats, 0)  # (B, V)
+            parts.append(self._decode(decoder, logits, params, None if uniforms is None else uniforms[rows]))
+        return concatenate(parts)
+
+    def _decoder(
+        self, cache: DynamicCache, mask: Tensor, repeats: int, columns: int
+    ) -> CachedDecoder | CudaGraphDecoder:
+        # sharded processes communicate in a pass, which a graph cannot record
+        graphs = self.capabilities.supports_cuda_graphs and not is_sharded(self.model)
+        return (CudaGraphDecoder if graphs else CachedDecoder)(self.model, cache, mask, repeats, columns)
+
+    def _decode(
+        self,
+        decoder: CachedDecoder | CudaGraphDecoder,
+        logits: Tensor,
+        params: SamplingParams,
+        uniforms: Tensor | None,
+    ) -> Completions:
+        """Decode at most `max_tokens` tokens of each row, the first of them from `logits` (B, V).
+
+        Between two checks all stays on the device, in tensors of constant shape, and the host waits for nothing. At a
+        check, rows that have ended are dropped if they are enough to make up for copying the cache of the others.
+        """
+        rows, columns, device = logits.shape[0], params.max_tokens, logits.device
+        ends = torch.tensor(list(params.stop_ids), device=device)
+        check_every = self.check_every or (1 if device.type == "cpu" else CHECK_EVERY)
+        ids = torch.zeros(rows, columns, dtype=torch.long, device=device)
+        logprobs = torch.zeros(rows, columns, device=device)
+        lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        ended = torch.ones(rows, dtype=torch.bool, device=device)  # of dropped rows; in the end, of all
+        alive = torch.arange(rows, device=device)  # the rows that are still decoded
+        running = torch.ones_like(ended)  # which of those have not ended
+        for column in range(columns):
+            if uniforms is None:
+                tokens = logits.argmax(-1)
+            else:
+                probabilities = (logits.float() / params.temperature).softmax(-1)
+                tokens = sample_inverse_cdf(probabilities, uniforms[alive, column])
+                chosen = probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
+                logprobs[alive, column] = torch.where(running, chosen, 0.0)
+            ids[alive, column] = torch.where(running, tokens, 0)
+            lengths[alive] += running
+            running = running & ~torch.isin(tokens, ends)
+            if column == columns - 1:
+                break
+            if (column + 1) % check_every == 0:
+                left = int(running.sum())
+                if not self._any_rank_running(left > 0):
+                    break
+                if decoder.can_shrink and left <= len(alive) * SHRINK_AT:
+                    # at least one row, for other ranks may still be running
+                    stay = running.nonzero().squeeze(-1) if left else alive.new_zeros(1)
+                    decoder.keep(stay)
+                    alive, running, tokens = alive[stay], running[stay], tokens[stay]
+            logits = decoder(tokens)
+        ended[alive] = ~running
+        longest = int(lengths.max())
+        return Completions(ids[:, :longest], lengths, ended, logprobs[:, :longest])
+
+    def _any_rank_running(self, running: bool) -> bool:
+        """Return whether to decode on: ranks that a model is sharded over make the same number of passes."""
+        return any_rank(running) if is_sharded(self.model) else running
+
+
+def sampling_uniforms(seed: int, step: int, rows: int, columns: int, attempt: int = 0) -> Tensor:
+    """Return the uniforms in [0, 1) that decide a step's tokens, (rows, columns) float64, from seed and step.
+
+    `attempt` counts how often problems of the step were drawn again. They are drawn on the CPU, so that every device,
+    and a retry after a resume, sees the same ones.
+    """
+    return torch.from_numpy(np.random.default_rng([seed, step, attempt]).random((rows, columns)))
+
+
+def sample_inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token for each row of probabilities (B, V): the inverse of their cumulative sum at `uniforms` (B,).
+
+    Unlike `torch.multinomial`, a row's token does not depend on the other rows of the batch. The sum is one of
+    integers, so it is exact on every device: float32 is off by 1e-3 over a vocabulary of 150,000, MPS has no
+    float64, and CUDA has no deterministic sum of floats.
+    """
+    cumulative = (probabilities * QUANTA).long().cumsum(-1)  # (B, V)
+    total = cumulative[:, -1:]
+    target = (uniforms[:, None] * total).long().minimum(total - 1)
+    # the clamp is for logits that are not finite: their token means nothing, but it must exist
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
+
+
+def concatenate(parts: Sequence[Completions]) -> Completions:
+    """Join the rows of all parts, padded to the longest."""
+    width = max(part.ids.shape[1] for part in parts)
+    ids, logprobs = (
+        torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+        for tensors in ([part.ids for part in parts], [part.logprobs for part in parts])
+    )
+    return Completions(ids, torch.cat([p.lengths for p in parts]), torch.cat([p.ended for p in parts]), logprobs)

@@ -1,0 +1,116 @@
+"""Per-token log-probabilities of completions. The shift by one is here and nowhere else.
+
+All G completions of a group share their prompt. `packed_logits` runs all prompts and all completions through the
+model as one row of their real tokens, each prompt once, with gradient: at most N · P + B · C tokens instead of
+B · (P + C), exact in float32; `packed_attention.py` decides who attends to whom. `dense_logits` runs every row in
+full: the oracle of the tests, and the fallback for models that do not support packing.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from grpo.model.packed_attention import Layout, enable
+from grpo.model.tokens import Tokens, position_ids
+
+CHUNK = 2**24  # logits held in float32 at a time: 64 MiB
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Return log softmax(logits / temperature) of `ids`, float32, in the shape of `ids`; logits are (…, V).
+
+    Rows are processed in chunks, so that no float32 copy of all logits is held; the backward pass recomputes each.
+    """
+    rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
+    if rows >= logits.shape[0]:
+        return _token_logprobs(logits, ids, temperature)
+    parts = [
+        checkpoint(_token_logprobs, some, of, temperature, use_reentrant=False)
+        for some, of in zip(logits.split(rows), ids.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    logits = logits.float() / temperature
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+@torch.no_grad()
+def token_entropy(logits: Tensor, temperature: float) -> Tensor:
+    """Return the entropy of softmax(logits / temperature), nats, without gradient; (…, V) to (…)."""
+    rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
+    parts = []
+    for some in logits.split(rows):
+        logp = (some.float() / temperature).log_softmax(-1)
+        parts.append(-(logp.exp() * logp).sum(-1))
+    return torch.cat(parts)
+
+
+def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Return logits of the first completion tokens, one a prompt (N, V), and of the other real tokens (M, V)."""
+    enable(model)
+    ids, prompts, inputs = tokens.completion_ids[:, :-1], tokens.prompt_mask, tokens.completion_mask[:, 1:]
+    layout = Layout.of(prompts.sum(-1), inputs.sum(-1))
+    n, positions = len(prompts), position_ids(prompts)  # (N, P)
+    starts = layout.prompt_lengths.repeat_interleave(tokens.num_generations)[:, None]
+    own_positions = starts + torch.arange(ids.shape[1], device=ids.device)  # (B, C - 1)
+    # in the order of the layout; prompts are left-padded, so the last column has the last token of each
+    input_ids = [tokens.prompt_ids[:, :-1][prompts[:, :-1]], tokens.prompt_ids[:, -1], ids[inputs]]
+    packed_positions = [positions[:, :-1][prompts[:, :-1]], positions[:, -1], own_positions[inputs]]
+    out = model(
+        input_ids=torch.cat(input_ids)[None],
+        position_ids=torch.cat(packed_positions)[None],
+        attention_mask=ids.new_zeros(1, 1, 1, 1),  # ignored; with it the model builds no mask of its own
+        use_cache=False,
+        logits_to_keep=n + len(input_ids[-1]),
+        layout=layout,
+    )
+    first, rest = out.logits[0].split([n, len(input_ids[-1])])
+    return first, rest
+
+
+def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Return logits of the first completion tokens (B, V) and of the others (B, C − 1, V), every row run in full."""
+    inputs = tokens.completion_ids[:, :-1]
+    prompt_ids = tokens.prompt_ids.repeat_interleave(tokens.num_generations, 0)
+    prompt_mask = tokens.prompt_mask.repeat_interleave(tokens.num_generations, 0)
+    mask = torch.cat([prompt_mask, torch.ones_like(inputs, dtype=torch.bool)], 1)
+    out = model(
+        input_ids=torch.cat([prompt_ids, inputs], 1),
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        use_cache=False,
+        logits_to_keep=inputs.shape[1] + 1,
+    )
+    return out.logits[:, 0], out.logits[:, 1:]
+
+
+def completion_logprobs(
+    model: PreTrainedModel, tokens: Tokens, temperature: float, *, packed: bool = True, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return log-probabilities of the completions' tokens, (B, C) float32; column j scores completion token j.
+
+    With `entropy`, also return the entropy of the distribution of each token, nats, (B, C), without gradient; else
+    None. Both are 0 on padding.
+    """
+    ids, mask = tokens.completion_ids, tokens.completion_mask
+    if packed:
+        first, rest = packed_logits(model, tokens)
+        first, rest_ids = first.repeat_interleave(tokens.num_generations, 0), ids[:, 1:][mask[:, 1:]]
+    else:
+        first, rest = dense_logits(model, tokens)
+        rest_ids = ids[:, 1:]
+    logprobs = token_logprobs(first, ids[:, 0], temperature), token_logprobs(rest, rest_ids, temperature)
+    if not entropy:
+        return _columns(*logprobs, mask), None
+    entropies = token_entropy(first, temperature), token_entropy(rest, temperature)
+    return _columns(*logprobs, mask), _columns(*entropies, mask)
+
+
+def _columns(first: Tensor, rest: Tensor, mask: Tensor) -> Tensor:
+    """Join values of first tokens (B,) and of others, (B, C − 1) or real ones only (M,), to (B, C), 0 on padding."""
+    if rest.dim() == 1:
+        rest = rest.new_zeros(mask[:, 1:].shape).masked_scatter(mask[:, 1:], rest)
+    return torch.where(mask, torch.cat([first[:, None], rest], 1), 0.0)

@@ -1,0 +1,128 @@
+"""Training a few added weights over a frozen base (LoRA, arXiv:2106.09685), which may be held in 4 bits. Needs peft.
+
+The reference is the policy with its adapter off, so no second model is held.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from grpo.config import TrainConfig
+from grpo.runtime import distributed
+from grpo.runtime.console import suppress_warnings
+from grpo.runtime.distributed import full_tensor, gather_to_rank0
+
+ADAPTER = "adapter"  # folder beside the merged weights
+
+
+def four_bits(device: torch.device) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that hold the linear layers in 4 bits (NF4: QLoRA, arXiv:2305.14314).
+
+    Raises ValueError with the line that installs bitsandbytes if it is missing.
+    """
+    try:
+        with suppress_warnings():
+            import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ValueError("--load-in-4bit needs bitsandbytes: pip install 'bitsandbytes>=0.48,<0.51'") from None
+    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
+    """Return the model with an adapter, which alone is trained and at first changes nothing that is computed.
+
+    Raises ValueError if peft is missing, or if no layer has one of the names in `lora_targets`.
+    """
+    try:
+        with suppress_warnings():
+            from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ValueError("--lora-rank needs peft: pip install 'peft>=0.18,<0.22'") from None
+    targets = config.lora_targets
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        task_type="CAUSAL_LM",
+    )
+    for layer in model.modules():
+        # on a CPU, the first pass repacks 4-bit layers for inference, for good: they have no gradient after it
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    torch.manual_seed(config.seed)  # one of the two factors starts at random, the other at 0
+    try:
+        with suppress_warnings():
+            return get_peft_model(model, lora).eval()
+    except ValueError as error:
+        raise ValueError(f"lora_targets {targets!r} cannot be: {' '.join(str(error).split())[:200]}") from None
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Return whether `add_adapter` made this model."""
+    return hasattr(model, "peft_config")
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """Return a plain model with float32 weights, the adapter merged in; a sharded one is put together on the CPU.
+
+    `model` stays as it is, to the bit: adding in place and subtracting again would round the base. Weights without an
+    adapter are shared with it. All ranks must call this; only rank 0's result has weights.
+    """
+    base = model.get_base_model() if has_adapter(model) else model
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = gather_to_rank0(
+        (name.replace(".base_layer.", "."), _merged_weight(base, name, parameter))
+        for name, parameter in base.named_parameters()
+        if ".lora_" not in name
+    )
+    plain.load_state_dict(weights, strict=False, assign=True)
+    plain.tie_weights()
+    for name, buffer in base.named_buffers():  # rotary frequencies and the like, which are in no file
+        layer, _, leaf = name.rpartition(".")
+        plain.get_submodule(layer).register_buffer(leaf, buffer, persistent=False)
+    plain.generation_config = copy.deepcopy(base.generation_config)
+    left = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
+    assert not left or not distributed.is_main_process(), left
+    return plain.eval()
+
+
+def save_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the adapter alone, with these weights, into the folder of the merged model, as peft loads it."""
+    model.save_pretrained(folder / ADAPTER, state_dict=dict(weights))
+    (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # a template with nothing filled in
+
+
+@torch.no_grad()
+def _merged_weight(base: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    weight = parameter.detach()
+    if hasattr(parameter, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(parameter.data, parameter.quant_state)
+    weight = full_tensor(weight).float()
+    layer, _, leaf = name.rpartition(".base_layer.")
+    if leaf != "weight":
+        return weight
+    return weight + full_tensor(base.get_submodule(layer).get_delta_weight("default")).float()

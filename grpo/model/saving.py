@@ -1,0 +1,130 @@
+"""Save a model folder that transformers 4 and 5, vLLM and the converters of llama.cpp can load."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo.model.language_model import LanguageModel
+from grpo.model.lora import has_adapter, merged, save_adapter, trainable
+from grpo.model_card import CARD, model_folder
+from grpo.runtime import distributed
+from grpo.runtime.atomic_io import fsync, name_in_errors, restore_interrupted_swap
+from grpo.runtime.distributed import gather_to_rank0, is_sharded
+
+SAVED_MODEL = "saved_model"
+SENTENCEPIECE = "tokenizer.model"
+
+
+def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str) -> None:
+    """Write a model folder with its `grpo.json` and README.md, whole or not at all.
+
+    All ranks must call this; rank 0 writes, and the others wait for it.
+    """
+    adapted = has_adapter(lm.model)
+    adapter = gather_to_rank0(trainable(lm.model)) if adapted else {}
+    plain = merged(lm.model) if adapted or is_sharded(lm.model) else lm.model
+    if distributed.is_main_process():
+        _replace_folder(folder, lm, plain, adapter, {CARD: json.dumps(card, indent=2) + "\n", "README.md": readme})
+    distributed.barrier()
+
+
+def _replace_folder(
+    folder: Path, lm: LanguageModel, plain: PreTrainedModel, adapter: Mapping[str, Tensor], texts: Mapping[str, str]
+) -> None:
+    """Write the new folder beside the old one, then exchange the two."""
+    fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    restore_interrupted_swap(folder)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        with name_in_errors(folder, Exception):  # safetensors and tokenizers raise kinds of their own
+            plain.save_pretrained(fresh)
+            if adapter:
+                save_adapter(lm.model, adapter, fresh)
+            lm.tokenizer.save_pretrained(fresh)
+        with name_in_errors(folder):
+            _write_for_others(fresh, lm.tokenizer.name_or_path, lm.end_ids, lm.dropout)
+            for name, text in texts.items():
+                (fresh / name).write_text(text, encoding="utf-8")
+            for path in (*fresh.rglob("*"), fresh):
+                fsync(path)
+            if folder.exists():
+                folder.rename(old)
+            fresh.rename(folder)
+            fsync(folder.parent)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        restore_interrupted_swap(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_for_others(folder: Path, source: str, end_ids: Sequence[int], dropout: Mapping[str, float]) -> None:
+    """Add what other programs would otherwise replace by defaults of their own, in silence.
+
+    `source` is the folder or Hub model of the tokenizer, `end_ids` has every id that ends a turn, and `dropout` the
+    rates that go back into config.json.
+    """
+    config = _read_json(folder / "config.json")
+    for part in (config, config.get("text_config") or {}):
+        part.update(_older_rope(part))
+    _write_json(folder / "config.json", config | {"torch_dtype": "float32"} | dropout)
+
+    if (folder / "generation_config.json").is_file():
+        generation = _read_json(folder / "generation_config.json")
+        generation.pop("_from_model_config", None)  # with it, transformers derives the file from config.json
+        generation["eos_token_id"] = list(end_ids) if len(end_ids) > 1 else end_ids[0]
+        _write_json(folder / "generation_config.json", generation)
+
+    tokenizer = _read_json(folder / "tokenizer_config.json")
+    for name in ("is_local", "local_files_only"):  # they say how it was loaded here
+        tokenizer.pop(name, None)
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer.get("extra_special_tokens"), list):
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    _write_json(folder / "tokenizer_config.json", tokenizer)
+
+    if pieces := _sentencepiece(source):
+        shutil.copyfile(pieces, folder / SENTENCEPIECE)
+
+
+def _sentencepiece(source: str) -> Path | None:
+    """Return the path of the original's tokenizer.model, if it has one; llama.cpp converts Gemma and Phi-3 by it."""
+    if folder := model_folder(source):
+        path = folder / SENTENCEPIECE
+        return path if path.is_file() else None
+    try:
+        cached = try_to_load_from_cache(source, SENTENCEPIECE)
+    except ValueError:  # not the name of a Hub model
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings in `rope_parameters` of a config.json under the names of transformers 4."""
+    rope = config.get("rope_parameters") or {}
+    sliding, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)  # Gemma 3 has both
+    older = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if sliding:
+        older["rope_local_base_freq"] = sliding["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        scaling = {name: value for name, value in rope.items() if name not in older}
+        if config.get("model_type") == "phi3":  # accepts exactly three entries
+            scaling = {"type": rope["rope_type"]} | {x: rope[x] for x in ("short_factor", "long_factor")}
+        older["rope_scaling"] = scaling
+    return older
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

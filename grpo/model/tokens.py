@@ -1,0 +1,64 @@
+"""Token ids of prompts and completions: padding, positions, slicing. All of it has its one home here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of N prompts and B = N · G completions, group-major."""
+
+    prompt_ids: Tensor  # (N, P) int64, left-padded
+    prompt_mask: Tensor  # (N, P) bool
+    completion_ids: Tensor  # (B, C) int64, right-padded
+    completion_mask: Tensor  # (B, C) bool, through the first end token, inclusive
+
+    @property
+    def num_generations(self) -> int:
+        """Return G."""
+        return self.completion_ids.shape[0] // self.prompt_ids.shape[0]
+
+    def slice_rows(self, rows: slice) -> "Tokens":
+        """Return some rows, whole groups or a part of one, trimmed to their longest prompt and completion."""
+        groups = prompts_of(rows, self.num_generations)
+        left = int(self.prompt_mask[groups].any(0).long().argmax())
+        width = max(1, int(self.completion_mask[rows].sum(-1).max()))
+        return Tokens(
+            self.prompt_ids[groups, left:],
+            self.prompt_mask[groups, left:],
+            self.completion_ids[rows, :width],
+            self.completion_mask[rows, :width],
+        )
+
+
+def prompts_of(rows: slice, num_generations: int) -> slice:
+    """Return the prompts that some group-major rows belong to."""
+    return slice(rows.start // num_generations, -(-rows.stop // num_generations))
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad prompts on the left: (N, P) int64 ids and (N, P) bool mask."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+    return ids.to(device), mask.to(device)
+
+
+def length_mask(lengths: Tensor, width: int) -> Tensor:
+    """Return the mask (B, `width`) bool of right-padded rows of these lengths (B,)."""
+    return torch.arange(width, device=lengths.device) < lengths.unsqueeze(-1)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Return the positions of left-padded tokens: 0 at the first token that is not padding; shape of `mask`."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with, but not the last of any: its logits are needed."""
+    first, last = min(prompts), max(prompts)  # in the order of lists, so all others begin as these two do
+    alike = next((i for i, (x, y) in enumerate(zip(first, last, strict=False)) if x != y), len(first))
+    return min(alike, min(map(len, prompts)) - 1)

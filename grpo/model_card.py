@@ -1,0 +1,88 @@
+"""`grpo.json`, the card in a model's folder: its task, its prompt, the settings that suit it.
+
+The bundled starter has one, and so has every `saved_model/`; inference reads it, and so does a run that starts from
+the model.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from grpo.config import MOST_TOKENS, NOT_INHERITED, TrainConfig, names_a_file, with_new_names
+from tasks.base import KINDS
+from tasks.common.prompts import STYLE_TOKENS, STYLES
+
+STARTER = Path(__file__).parent / "starter" / "model"
+CARD = "grpo.json"
+
+
+def model_folder(name: str) -> Path | None:
+    """Return the folder of a model on this machine, of "starter" too; None for the name of a Hub model."""
+    folder = STARTER if name == "starter" else Path(name)
+    return (
+        folder if os.path.isdir(folder) else None
+    )  # unlike Path.is_dir, this never raises: the name may be any text
+
+
+def read_card(name: str) -> dict[str, Any]:
+    """Read `grpo.json` of a model's folder (task, settings, skills, …); {} if there is none. Raises ValueError."""
+    folder = model_folder(name)
+    if folder is None or not (folder / CARD).is_file():
+        return {}
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{folder / CARD} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / CARD} is not JSON ({error}); restore or delete it") from None
+    if not isinstance(card, dict):
+        raise ValueError(f"{folder / CARD} is not a JSON object; restore or delete it")
+    for name, value in card.items():
+        if name in CARD_ENTRIES and not CARD_ENTRIES[name](value):
+            raise ValueError(f"{folder / CARD} cannot have {value!r} as {name!r}; restore or delete it")
+    return card
+
+
+CARD_ENTRIES = {
+    "settings": lambda value: isinstance(value, dict),
+    "step": lambda value: isinstance(value, int) and value >= 0,
+    "max_new_tokens": lambda value: (
+        isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_TOKENS
+    ),
+    "system_prompt": lambda value: isinstance(value, str),
+    "prompt_style": lambda value: value in STYLES,
+    "kind": lambda value: value in KINDS,
+    "base_model": lambda value: isinstance(value, str),
+    "skills": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+}
+
+
+def resolve(given: Mapping[str, Any]) -> TrainConfig:
+    """Return the settings of a run: those given, then those on the model's card, then the defaults."""
+    card = with_new_names(read_card(given.get("model", "starter")).get("settings", {}))
+    if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):
+        raise ValueError(f"the model's {CARD} has settings that it cannot have: {', '.join(unknown)}")
+    if any(isinstance(spec, str) and names_a_file(spec) for spec in _as_list(card.get("reward"))):
+        raise ValueError(f"the model's {CARD} names a reward in a file, which a model cannot; remove it there")
+    defaults = TrainConfig()
+    carried = {"task": defaults.task, "prompt_style": defaults.prompt_style, **card}
+    style = given.get("prompt_style", carried["prompt_style"])
+    of_another = set()  # what the card has for another style or task does not apply
+    if style != carried["prompt_style"]:
+        of_another = {"max_new_tokens", "system_prompt", "reward"}
+    elif given.get("task", carried["task"]) != carried["task"]:
+        of_another = {"system_prompt", "reward"}
+    card = {name: value for name, value in card.items() if name not in of_another}
+    limit = {"max_new_tokens": STYLE_TOKENS[style]} if style in STYLES else {}
+    given_alone = TrainConfig(**{**limit, **given})  # errors here are the caller's, later ones the card's
+    try:
+        return replace(given_alone, **{name: value for name, value in card.items() if name not in given})
+    except ValueError as error:
+        raise ValueError(f"{model_folder(given_alone.model) / CARD}: {error}; restore or delete it") from None
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else []

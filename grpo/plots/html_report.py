@@ -1,0 +1,183 @@
+"""A self-contained page about a run: pictures, findings, evaluations, completions, settings.
+
+It shows text that a model wrote, so none of it is trusted: jinja2 escapes it, the page has no script, and a content
+security policy forbids whatever would be loaded from elsewhere.
+"""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from grpo.plots.series import Record, findings
+from grpo.record.samples import FILE_NAME as SAMPLES
+from grpo.runtime.atomic_io import write_atomic
+from grpo.runtime.console import printable
+
+PAGE, TEMPLATE = "grpo_report.html", Path(__file__).with_name("report.html.jinja")
+SHOWN_STEPS, SHOWN_COMPLETIONS, SHOWN_LETTERS = 60, 16, 2000  # of all; of a step; of a text
+KEYS = ("step", "prompt", "completion", "rewards", "reward", "advantage", "correct")
+CAPTIONS = {
+    "grpo_overview.png": "Every metric of the run; numbered lines are the findings below",
+    "grpo_training_curve.png": "Reward and accuracy",
+    "grpo_kl_divergence.png": "KL to the reference",
+}
+Cell = str | int | Markup
+
+
+def write_page(record: Record, pictures: Sequence[Path], run: Path, folder: Path) -> Path:
+    """Write the page of a run into a folder and return its path; `run` is the run's folder, with its completions."""
+    images = {picture.name: picture.read_bytes() for picture in pictures}
+    text = page(record, images, *read_samples(run / SAMPLES))
+    write_atomic(folder / PAGE, text.encode())
+    return folder / PAGE
+
+
+def read_samples(path: Path) -> tuple[dict[int, list[Mapping[str, Any]]], int]:
+    """Return completions by step, and the number of lines that could not be read; ({}, 0) without the file."""
+    steps: dict[int, list[Mapping[str, Any]]] = {}
+    damaged = 0
+    if not path.is_file():
+        return steps, damaged
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError):
+                damaged += bool(text.strip()) and text.endswith("\n")  # a run may be writing the last line
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("completion"), str):
+                steps.setdefault(row["step"], []).append({key: row.get(key) for key in KEYS})
+            else:
+                damaged += 1
+    return dict(sorted(steps.items())), damaged
+
+
+def page(
+    record: Record,
+    pictures: Mapping[str, bytes],
+    samples: Mapping[int, Sequence[Mapping[str, Any]]],
+    damaged: int = 0,
+) -> str:
+    """Return the page. `pictures` are PNGs by name, `samples` completions by step, `damaged` counts lost lines."""
+    config = record["config"]
+    order = [*CAPTIONS, *(name for name in pictures if name not in CAPTIONS)]
+    shown = sorted(pictures, key=order.index)
+    template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    return template.render(
+        name=f"GRPO on {_text(config.get('model', '?'))}, seed {_text(config.get('seed', '?'))}",
+        state=_state(record),
+        pictures=[(CAPTIONS.get(p, _text(p)), base64.b64encode(pictures[p]).decode()) for p in shown],
+        findings=[_finding(one) for one in findings(record)],
+        samples_file=SAMPLES,
+        recorded_steps=len(samples),
+        damaged=damaged,
+        steps=[_step(step, samples[step]) for step in _spread(list(samples), SHOWN_STEPS)],
+        settings=[
+            ("Settings", _name_and_value(config)),
+            ("Environment", _name_and_value(record.get("environment"))),
+        ],
+        **_evaluations(record),
+    )
+
+
+def _text(value: Any, longest: int = SHOWN_LETTERS) -> str:
+    """Return anything as text: invisible characters as escape sequences, and of limited length."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    cut = f" … ({len(text) - longest} more characters)" if len(text) > longest else ""
+    return "\n".join(printable(line) for line in text[:longest].split("\n")) + cut
+
+
+def _number(value: Any, digits: int = 2) -> str:
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
+    return f"{value:.{digits}f}".replace("-", "−") if known else "–"
+
+
+def _state(record: Record) -> str:
+    ending, steps = record.get("finished"), record["steps"]
+    if ending:
+        return f"Finished after step {ending['step']}: {_text(ending['reason'])}."
+    done = steps[-1]["step"] if steps else 0
+    planned = _text(record["config"].get("num_iterations", "?"))
+    return f"Not finished: step {done} of {planned}, running or interrupted."
+
+
+def _finding(finding: Mapping[str, Any]) -> str:
+    step = f"Step {finding['step']}: " if isinstance(finding.get("step"), int) else ""
+    return step + _text(finding["text"])
+
+
+def _evaluations(record: Record) -> dict[str, Any]:
+    """Return the tables of evaluations and of the neighbouring skills."""
+    drifts = any(entry.get("drift") is not None for entry in record["evals"])
+    head = ["step", "problems", "right", "95% interval", "n", "well-formed"] + ["drift, nats a token"] * drifts
+    rows = [
+        [entry["step"], _text(entry.get("split", "?")), *_measured(entry)]
+        + ([_number(entry.get("drift"), 4)] if drifts else [])
+        for entry in record["evals"]
+    ]
+    skills = [
+        [entry["step"], _text(name), *_measured(skill)]
+        for entry in record["evals"]
+        for name, skill in (entry["skills"] if isinstance(entry.get("skills"), dict) else {}).items()
+        if isinstance(skill, dict)
+    ]
+    return {
+        "evaluation_head": head,
+        "evaluations": rows,
+        "skill_head": ["step", "skill", *head[2:6]],
+        "skills": skills,
+    }
+
+
+def _measured(entry: Mapping[str, Any]) -> list[str]:
+    """Format accuracy, interval, n and well-formed share, in %."""
+    names = ("accuracy", "ci_low", "ci_high", "well_formed")
+    known = [entry[n] * 100 if isinstance(entry.get(n), (int, float)) else None for n in names]
+    right, low, high, formed = (_number(value, 1) for value in known)
+    return [f"{right}%", f"{low} to {high}%", _number(entry.get("n"), 0), f"{formed}%"]
+
+
+def _step(step: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the title and the table of a step's completions."""
+    parts = list(dict.fromkeys(name for row in rows for name in _parts(row)))
+    right = sum(row.get("correct") is True for row in rows)
+    some = f", {SHOWN_COMPLETIONS} shown" if len(rows) > SHOWN_COMPLETIONS else ""
+    return {
+        "title": f"Step {step}: {right} of {len(rows)} right{some}",
+        "head": ["prompt", "completion", "", *map(_text, parts), "reward", "advantage"],
+        "rows": [_cells(row, parts) for row in rows[:SHOWN_COMPLETIONS]],
+    }
+
+
+def _parts(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return row["rewards"] if isinstance(row.get("rewards"), dict) else {}
+
+
+def _cells(row: Mapping[str, Any], parts: Iterable[str]) -> list[Cell]:
+    """Return a completion as cells of a table."""
+    correct = row.get("correct")
+    mark: Cell = "–"
+    if correct is not None:
+        right = Markup('<span class="right">✓ right</span>')
+        mark = right if correct is True else Markup('<span class="wrong">✗ wrong</span>')
+    texts = [Markup("<pre>{}</pre>").format(_text(row.get(key) or "")) for key in ("prompt", "completion")]
+    paid = [_number(_parts(row).get(name)) for name in parts]
+    return [*texts, mark, *paid, _number(row["reward"]), _number(row["advantage"])]
+
+
+def _spread(items: Sequence[int], most: int) -> list[int]:
+    """Return at most `most` items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _name_and_value(values: Any) -> list[list[str]]:
+    return [[_text(name), _text(value)] for name, value in values.items()] if isinstance(values, dict) else []

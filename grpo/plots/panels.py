@@ -1,0 +1,227 @@
+"""The panels of the overview: each draws one aspect of a run and returns a remark for its title."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from grpo.algorithm.step_metrics import metric_title
+from grpo.plots.series import SMOOTHED_FROM, Record, column, evaluations, phases, reward_parts, smooth, window_for
+from grpo.plots.style import (
+    AMBER,
+    BLACK,
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    SKY,
+    drawable,
+    fitting_shares,
+    from_zero,
+    held_out,
+    line,
+    note,
+    plain,
+    setting,
+    shares,
+)
+
+MOST_PARTS = 11  # of a reward
+
+
+def _reward(axes: Axes, record: Record) -> str:
+    names = reward_parts(record)
+    for i, name in enumerate(names[:MOST_PARTS]):
+        style = "-" if i < len(COLOURS) else "--"
+        line(axes, record, f"reward/{name}", COLOURS[i % len(COLOURS)], short(name), style)
+    drawn = line(axes, record, "reward_mean", BLACK, "all")
+    values = np.concatenate([column(record, name) for name in ("reward_mean", *(f"reward/{n}" for n in names))])
+    known = drawable(values)[np.isfinite(drawable(values))]
+    axes.set_ylim(min([0, *(1.05 * known)]), max([1.05, *(1.05 * known)]))
+    return _or_note(axes, drawn, record)
+
+
+def _accuracy(axes: Axes, record: Record) -> str:
+    drawn = line(axes, record, "accuracy", BLUE, "sampled")
+    held_out(axes, record, "validation, 95% interval", 3)
+    tests = evaluations(record, "test")
+    if tests:
+        x, y = [e["step"] for e in tests], [e["accuracy"] for e in tests]
+        axes.plot(x, y, color=GREEN, marker="D", markersize=4.5, linestyle="none", label="test", zorder=4)
+    shares(axes)
+    return "" if tests or record["evals"] else _or_note(axes, drawn, record)
+
+
+def _number(name: str, colour: str) -> Callable[[Axes, Record], str]:
+    """Return a panel of a metric on an axis that starts at 0."""
+
+    def draw(axes: Axes, record: Record) -> str:
+        scale = from_zero(axes, column(record, name))
+        return scale + _or_note(axes, line(axes, record, name, colour), record)
+
+    return draw
+
+
+def _share(name: str, colour: str) -> Callable[[Axes, Record], str]:
+    """Return a panel of a metric from 0 to 1, in %; the axis is shorter if all values are small."""
+
+    def draw(axes: Axes, record: Record) -> str:
+        drawn = line(axes, record, name, colour)
+        fitting_shares(axes, column(record, name))
+        return _or_note(axes, drawn, record)
+
+    return draw
+
+
+def _ratio(axes: Axes, record: Record) -> str:
+    values = np.concatenate([drawable(column(record, name)) for name in ("ratio_max", "ratio_min")])
+    known = values[np.isfinite(values) & (values > 0)]
+    far = len(known) > 0 and known.max() > 10
+    low, high = setting(record, "epsilon"), setting(record, "epsilon_high") or setting(record, "epsilon")
+    if far:  # with limits before anything is drawn: matplotlib 3.11 warns about an axis of no height otherwise
+        axes.set_yscale("log")
+        axes.set_ylim(min([max(0.1, 1 - 1.3 * low), *(known / 1.3)]), 1.3 * known.max())
+    drawn = line(axes, record, "ratio_max", BLUE, "largest") | line(axes, record, "ratio_min", SKY, "smallest")
+    for edge, label in ((1 - low, "clipping begins"), (1 + high, None)):
+        axes.axhline(edge, color=GREY, linestyle=":", linewidth=1, label=label)
+    if far:
+        return ", log"
+    axes.set_ylim(min([1 - 1.3 * low, *known]), max([1 + 1.3 * high, *(1.05 * known)]))
+    return _or_note(axes, drawn, record)
+
+
+def _length(axes: Axes, record: Record) -> str:
+    drawn = line(axes, record, "completion_length", BLUE, "mean")
+    limit = setting(record, "max_new_tokens")
+    axes.axhline(limit, color=GREY, linestyle=":", linewidth=1, label="the limit")
+    axes.set_ylim(0, 1.08 * limit)
+    return _or_note(axes, drawn, record)
+
+
+def _gradient(axes: Axes, record: Record) -> str:
+    limit = setting(record, "clip_grad_norm")
+    scale = from_zero(axes, np.append(column(record, "grad_norm"), limit))
+    drawn = line(axes, record, "grad_norm", BLUE, "mean of the updates")
+    axes.axhline(limit, color=GREY, linestyle=":", linewidth=1, label="clipped above")
+    return scale + _or_note(axes, drawn, record)
+
+
+def _tied(axes: Axes, record: Record) -> str:
+    right, wrong = (column(record, f"tied_all_{kind}_fraction") for kind in ("right", "wrong"))
+    tied = column(record, "tied_groups_fraction")
+    other = np.maximum(0, tied - np.nan_to_num(right) - np.nan_to_num(wrong))
+    layers = [("all right", right, GREEN), ("all wrong", wrong, ORANGE), ("other", other, GREY)]
+    shares(axes)
+    return _or_note(axes, _stack(axes, record, layers), record)
+
+
+def _loss(axes: Axes, record: Record) -> str:
+    drawn = line(axes, record, "loss", BLUE)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    values = drawable(column(record, "loss"))
+    most = np.abs(values[np.isfinite(values)]).max(initial=1e-3)
+    axes.set_ylim(-1.1 * most, 1.1 * most)
+    axes.yaxis.set_major_formatter("{x:g}")
+    return _or_note(axes, drawn, record)
+
+
+def _time(axes: Axes, record: Record) -> str:
+    colours = {"sample": BLUE, "reward": PINK, "reference": AMBER, "update": GREEN}
+    layers = [(name, column(record, f"time/{name}"), colours.get(name, SKY)) for name in phases(record)]
+    rest = column(record, "time/total") - sum(np.nan_to_num(values) for _, values, _ in layers)
+    layers.append(("other", np.maximum(0, rest), GREY))
+    drawn = _stack(axes, record, [(short(name), values, colour) for name, values, colour in layers])
+    axes.set_ylim(bottom=0)
+    return _or_note(axes, drawn, record)
+
+
+def _drift(axes: Axes, record: Record) -> str:
+    points = [e for e in record["evals"] if e.get("drift") is not None]
+    points = evaluations({"evals": points}, "validation") or points
+    values = [e["drift"] for e in points]
+    axes.plot([e["step"] for e in points], values, color=PINK, marker="o", markersize=3, linewidth=1.6)
+    if not points:
+        note(axes, "not measured")
+        axes.set_ylim(0, 1)
+        return ""
+    return from_zero(axes, np.array(values, dtype=float))
+
+
+def skills(axes: Axes, record: Record) -> str:
+    """Draw each neighbouring skill before and after, on an axis of its own."""
+    tests = [e for e in evaluations(record, "test") if isinstance(e.get("skills"), dict) and e["skills"]]
+    axes.set_xlim(-0.02, 1.02)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    if not tests:
+        note(axes, "this model has none, or they are not measured yet")
+        axes.set_yticks([])
+        return ""
+    names = list(tests[0]["skills"])
+    moments = [(tests[0], GREY, "o", "before", 0.16)]
+    if len(tests) > 1:
+        moments.append((tests[-1], BLUE, "o", "after", -0.16))
+    for entry, colour, marker, label, away in moments:
+        rows = [(i, entry["skills"].get(name, {})) for i, name in enumerate(reversed(names))]
+        rows = [(i, skill) for i, skill in rows if isinstance(skill, dict) and skill.get("accuracy") is not None]
+        middle = [skill["accuracy"] for _, skill in rows]
+        reach = [[max(0, skill["accuracy"] - skill.get("ci_low", 1)) for _, skill in rows]]
+        reach.append([max(0, skill.get("ci_high", 0) - skill["accuracy"]) for _, skill in rows])
+        style = {"color": colour, "marker": marker, "markersize": 4, "linestyle": "none", "elinewidth": 1.4}
+        axes.errorbar(middle, [i + away for i, _ in rows], xerr=reach, label=label, clip_on=False, **style)
+    axes.set_yticks(range(len(names)), [plain(name, 12) for name in reversed(names)])
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    return ""
+
+
+def short(name: str) -> str:
+    """Shorten a name for a legend; matplotlib leaves out what begins with an underscore."""
+    return plain(name if not name.startswith("_") else " " + name, 16)
+
+
+def _stack(axes: Axes, record: Record, layers: Sequence[tuple[str, np.ndarray, str]]) -> bool:
+    """Draw layers on top of each other: smoothed areas, or bars if there are few steps."""
+    steps = column(record, "step")
+    layers = [(name, drawable(values), colour) for name, values, colour in layers]
+    layers = [layer for layer in layers if np.isfinite(layer[1]).any()]
+    if not layers:
+        return False
+    if len(steps) < SMOOTHED_FROM:
+        base = np.zeros(len(steps))
+        for name, values, colour in layers:
+            heights = np.nan_to_num(values)
+            axes.bar(steps, heights, 0.6, base, color=colour, label=name, linewidth=0)
+            base += heights
+        return True
+    window = window_for(len(steps))
+    heights = [np.nan_to_num(smooth(values, window)) for _, values, _ in layers]
+    axes.stackplot(
+        steps, heights, labels=[n for n, _, _ in layers], colors=[c for _, _, c in layers], alpha=0.85, linewidth=0
+    )
+    return True
+
+
+def _or_note(axes: Axes, drawn: bool, record: Record) -> str:
+    if not drawn:
+        note(axes, "not in this file" if record["steps"] else "no steps yet")
+    return ""
+
+
+PANELS: tuple[tuple[str, Callable[[Axes, Record], str]], ...] = (
+    ("Reward by part (mean of the step)", _reward),
+    ("Exact answers (% of problems)", _accuracy),
+    (metric_title("kl"), _number("kl", ORANGE)),
+    (metric_title("entropy"), _number("entropy", BLUE)),
+    (metric_title("clip_fraction"), _share("clip_fraction", BLUE)),
+    ("Ratio to the sampling policy", _ratio),
+    (metric_title("completion_length"), _length),
+    (metric_title("truncated_fraction"), _share("truncated_fraction", ORANGE)),
+    (metric_title("grad_norm"), _gradient),
+    (metric_title("tied_groups_fraction"), _tied),
+    ("Loss (near 0 is normal)", _loss),
+    ("Time of a step (seconds)", _time),
+    ("Forgetting: drift from the start (nats a token)", _drift),
+    ("Forgetting: neighbouring skills (% right)", skills),
+)

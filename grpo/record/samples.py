@@ -1,0 +1,48 @@
+"""Completions as they were sampled, in grpo_samples.jsonl: one JSON object a line.
+
+{"step", "prompt": the question, "completion", "rewards": {part: number or null}, "reward", "advantage", "correct"}
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo.runtime.atomic_io import name_in_errors, write_atomic
+
+FILE_NAME = "grpo_samples.jsonl"
+EVERY = 5  # steps; step 1 too
+GROUPS = 2  # of a step
+
+
+class Samples:
+    """The file of samples of a run: whole groups every few steps."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Without a folder, write nothing: rank 0 does."""
+        self.path = folder / FILE_NAME if folder else None
+
+    def wants(self, step: int) -> bool:
+        """Return whether samples of this step are recorded."""
+        return self.path is not None and (step == 1 or step % EVERY == 0)
+
+    def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Append completions."""
+        with name_in_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+    def truncate(self, step: int) -> None:
+        """Remove what was sampled after `step`, and lines that are not whole."""
+        if self.path is None or not self.path.exists():
+            return
+        with name_in_errors(self.path):
+            kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _is_until(line, step)]
+        write_atomic(self.path, b"".join(kept))
+
+
+def _is_until(line: bytes, last: int) -> bool:
+    """Return whether a line is whole, and of a step up to the last."""
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= last
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False

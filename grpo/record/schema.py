@@ -1,0 +1,71 @@
+"""What `grpo_metrics.json` looks like, and whether a value from a file does."""
+
+from pathlib import Path
+from typing import Any
+
+from grpo.runtime.checks import LARGEST_NUMBER, is_count, is_list_of
+
+SCHEMA_VERSION = 1
+MEASURED = ("accuracy", "n", "ci_low", "ci_high")  # in every evaluation
+TABLES = ("categories", "pass_at_k")  # in some evaluations
+NOT_NUMBERS = ("split", "skills", *TABLES)
+
+
+def check_record(record: Any, path: Path) -> None:
+    """Raise ValueError if `record`, read from `path`, is not what a run writes."""
+    if not isinstance(record, dict) or "schema_version" not in record:
+        raise ValueError(f"{path} was not written by this program; give the grpo_metrics.json of a run")
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {record['schema_version']!r}, this program reads {SCHEMA_VERSION}"
+        )
+    for key in ("steps", "evals"):
+        if not is_list_of(is_entry, record.get(key)):
+            raise ValueError(f"{path} is damaged: its {key!r} is not a list of entries with a step and numbers")
+    if any(row.get(name) is None for row in record["evals"] for name in MEASURED):
+        raise ValueError(f"{path} is damaged: one of its 'evals' lacks one of {', '.join(MEASURED)}")
+    if not isinstance(record.get("config"), dict):
+        raise ValueError(f"{path} is damaged: it has no 'config'")
+    if not is_list_of(is_finding, record.get("findings", [])):
+        raise ValueError(f"{path} is damaged: its 'findings' is not a list of texts with a name and a step")
+    ending = record.get("finished")
+    if ending is not None and not (isinstance(ending, dict) and is_count(ending.get("step")) and "reason" in ending):
+        raise ValueError(f"{path} is damaged: its 'finished' is not a step and a reason")
+
+
+def is_evaluation(value: Any) -> bool:
+    """Return whether a value is a complete entry of `evals`."""
+    return is_entry(value) and "split" in value and all(value.get(name) is not None for name in MEASURED)
+
+
+def is_finding(value: Any) -> bool:
+    """Return whether a value is a complete finding on the run's health."""
+    texts = [value.get("name"), value.get("text"), *_examples(value)] if isinstance(value, dict) else [None]
+    return all(isinstance(text, str) for text in texts) and is_count(value.get("step"))
+
+
+def _examples(finding: dict[str, Any]) -> list[Any]:
+    examples = finding.get("examples", [])
+    return examples if isinstance(examples, list) else [None]
+
+
+def is_entry(row: Any) -> bool:
+    """Return whether a row has a step, and only numbers and nulls where the plots expect numbers."""
+    if not isinstance(row, dict) or not is_count(row.get("step")):
+        return False
+    if not all(_is_table(name, row[name]) for name in TABLES if name in row):
+        return False
+    numbers = [value for name, value in row.items() if name not in NOT_NUMBERS and value is not None]
+    return all(isinstance(value, (int, float)) and abs(value) < LARGEST_NUMBER for value in numbers)
+
+
+def _is_table(name: str, table: Any) -> bool:
+    """Return whether a table of accuracies by category, or of pass@k by k, holds numbers."""
+    if not isinstance(table, dict):
+        return False
+    if name == "pass_at_k":
+        return all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in table.values())
+    return all(
+        isinstance(row, dict) and all(isinstance(row.get(k), (int, float)) and row[k] >= 0 for k in MEASURED)
+        for row in table.values()
+    )

@@ -1,0 +1,59 @@
+"""Write files so that a crash or a full disk leaves the old content or the new, never a part."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder, and keeps its entries itself
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes, durable: bool = False) -> None:
+    """Replace `path` by `data`, whole or not at all; `durable` flushes it to the disk first.
+
+    Raises OSError that names the file.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        with name_in_errors(path):
+            with temporary.open("wb") as file:
+                file.write(data)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def name_in_errors(path: Path, kinds: type[Exception] = OSError) -> Iterator[None]:
+    """Make a failed write say which file it was about: the system's error for a full disk names none.
+
+    Exceptions of `kinds` become an OSError; one that names its file already passes through.
+    """
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OSError(f"cannot write {path}: {reason}") from None
+
+
+def restore_interrupted_swap(folder: Path) -> None:
+    """Rename `.NAME.old` back to NAME if a process died between the two renames that replace a folder."""
+    earlier = folder.with_name(f".{folder.name}.old")
+    if earlier.is_dir() and not folder.exists():
+        earlier.rename(folder)

@@ -1,0 +1,27 @@
+"""Checks of values from files: a checkpoint or a metrics file may be damaged, or written by something else."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+LARGEST_NUMBER = 10**300  # JSON may hold integers that no float can
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a value is a number of things, such as steps."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_NUMBER
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
+
+
+def is_list_of(is_item: Callable[[Any], bool], value: Any) -> bool:
+    """Return whether a value is a list whose items all pass `is_item`."""
+    return isinstance(value, list) and all(map(is_item, value))
+
+
+def check_entries(passed: Mapping[str, bool]) -> None:
+    """Raise ValueError that names the entries which did not pass."""
+    if wrong := [name for name, is_valid in passed.items() if not is_valid]:
+        raise ValueError(f"its {', '.join(wrong)} cannot be right")

@@ -1,0 +1,76 @@
+"""The device, its arithmetic and its memory."""
+
+import ctypes
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is the best available. Raises ValueError if it is not available."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, is_available in available.items() if is_available)
+    if name not in available:
+        raise ValueError(f"device {name!r} is not known; use auto, cuda, mps or cpu")
+    if not available[name]:
+        raise ValueError(f"device {name} is not available on this machine; use --device auto")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the card on CUDA, else the type of the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def set_deterministic(enabled: bool) -> None:
+    """Make CUDA compute the same bits each time, which is slower. Call this before CUDA is first used."""
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
+    torch.use_deterministic_algorithms(enabled)
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """Run passes under bf16 autocast on CUDA cards of capability 8 and up, in float32 elsewhere.
+
+    The weights stay float32. `torch.cuda.is_bf16_supported()` is of no use here: it counts emulation.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
+
+
+def disable_malloc_trim() -> None:
+    """Tell glibc to keep freed memory for the next tensors; do nothing with another C library.
+
+    By default glibc returns it to the system, which hands it out again page by page: on 2 cores updates took 5% to
+    25% longer, at no less memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest value it accepts
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # never trim
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes this process has held, on the card for CUDA; None if the system does not count."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def empty_cache() -> None:
+    """Return memory that the accelerator's allocator holds but does not use."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()

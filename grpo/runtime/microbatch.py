@@ -1,0 +1,111 @@
+"""How many rows go through the model in one pass, and what to do when that does not fit in memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from grpo.runtime import distributed
+from grpo.runtime.console import say
+from grpo.runtime.device import empty_cache
+
+Result = TypeVar("Result")
+# the exceptions of a model whose attention or cache does not support what a shortcut asks of it
+UNSUPPORTED = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError)
+TOLERANCE = 1e-3  # nats; in float32 a supported shortcut agrees within 1e-6
+OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")  # MPS, cuBLAS, the CPU
+
+
+def split_microbatches(rows: int, group: int, max_rows: int) -> list[slice]:
+    """Cut group-major rows into slices of at most `max_rows`: whole groups, or parts of one if it does not fit.
+
+    >>> split_microbatches(8, 4, 8), split_microbatches(8, 4, 7)
+    ([slice(0, 8, None)], [slice(0, 4, None), slice(4, 8, None)])
+    >>> split_microbatches(4, 4, 3)
+    [slice(0, 3, None), slice(3, 4, None)]
+    """
+    size = max_rows // group * group
+    if size:
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return [
+        slice(start, min(start + max_rows, first + group))
+        for first in range(0, rows, group)
+        for start in range(first, first + group, max_rows)
+    ]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` reports a lack of memory; CUDA has a class for it, other devices only a message."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OOM_MESSAGES)
+
+
+def is_unsupported(error: Exception) -> bool:
+    """Return whether `error` says that a model does not support a shortcut, rather than that memory ran out."""
+    return isinstance(error, UNSUPPORTED) and not is_out_of_memory(error)
+
+
+def matches_reference(shortcut: Callable[[], Tensor], expected: Tensor) -> bool:
+    """Return whether `shortcut()` matches `expected` within 1e-3 nats; False if the model does not support it."""
+    try:
+        found = shortcut()
+    except Exception as error:
+        if not is_unsupported(error):
+            raise
+        return False
+    return bool((found - expected).abs().max() < TOLERANCE)
+
+
+@contextmanager
+def oom_is_fatal(work: str) -> Iterator[None]:
+    """Raise ValueError if memory runs out in work that all processes do together: one alone cannot repeat it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if distributed.world_size() == 1 or not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"memory ran out in {work}. The last checkpoint is good: the same command continues from it with --shard"
+        ) from None
+
+
+class AdaptiveMicrobatch:
+    """The number of rows that one kind of work takes in a pass; halved for good when memory runs out."""
+
+    def __init__(self, work: str, max_rows: int, group: int, collective: bool = False) -> None:
+        """`collective`: several processes make every pass together, so that none can halve its own."""
+        self.work, self.max_rows, self.group, self.collective = work, max_rows, group, collective
+
+    def run(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """Return `function(*args, **kwargs, max_rows=...)`; while memory runs out, halve the rows and start it again.
+
+        Whole groups stay together as long as one fits. Raises ValueError if a single row does not fit.
+        """
+        while True:
+            try:
+                return function(*args, **kwargs, max_rows=self.max_rows)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # outside the except clause: the error keeps the frames alive, and with them the tensors of what failed
+            self._halve()
+            empty_cache()
+
+    def _halve(self) -> None:
+        if self.collective:
+            raise ValueError(
+                f"memory ran out in {self.work}, which all processes do together. The last checkpoint is good: the "
+                "same command continues from it with a smaller --micro-batch-size, or with more processes"
+            )
+        if self.max_rows == 1:
+            raise ValueError(
+                f"memory ran out in {self.work}, with one completion at a time. The last checkpoint is good: "
+                "the same command continues from it with more memory, or on --device cpu; or start a new run with a "
+                "smaller --model or --max-new-tokens"
+            )
+        groups = self.max_rows // self.group
+        self.max_rows = groups // 2 * self.group if groups > 1 else min(self.max_rows, self.group) // 2
+        say(f"Memory ran out in {self.work}: from now on {self.max_rows} rows a pass. The result stays the same.")

@@ -1,0 +1,51 @@
+"""Prompt styles: what the model is told about the form of its answer.
+
+A style is a system message and the form of an ideal completion. Only `tasks/common/parsing.py` decides whether
+a completion has that form.
+"""
+
+from tasks.base import Message
+
+# tokens that a completion may have where neither command line nor model says otherwise
+STYLE_TOKENS = {"answer": 16, "think": 128, "reasoning": 256}
+STYLES = tuple(STYLE_TOKENS)
+
+_ASKED = {"integer": "the result as an integer", "number": "the result as a number", "text": "the answer"}
+_FORMS = {
+    "answer": "Give {} in <answer>...</answer>.",
+    "think": "Think in <think>...</think>, then give {} in <answer>...</answer>.",
+    "reasoning": "Respond in the following format, with {} between the answer tags:\n"
+    "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n",
+}
+
+
+def system_prompt(style: str, kind: str = "integer") -> str:
+    """Return what a style tells the model, for answers of a kind.
+
+    >>> system_prompt("answer")
+    'Give the result as an integer in <answer>...</answer>.'
+    """
+    return _FORMS[style].format(_ASKED[kind])
+
+
+def chat(question: str, system_prompt: str) -> list[Message]:
+    """Return the messages that ask a question; the model's chat template turns them into a prompt."""
+    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+
+
+def ideal_completion(answer: str, style: str, working: str = "") -> str:
+    """Return a completion that the style asks for, with or without working before the answer.
+
+    >>> ideal_completion("-30", "answer", "4 - 9 = -5")
+    '4 - 9 = -5\\n<answer>-30</answer>'
+    >>> ideal_completion("-30", "think", "4 - 9 = -5")
+    '<think>4 - 9 = -5</think><answer>-30</answer>'
+    >>> ideal_completion("-30", "reasoning", "4 - 9 = -5")
+    '<reasoning>\\n4 - 9 = -5\\n</reasoning>\\n<answer>\\n-30\\n</answer>\\n'
+    """
+    if style == "reasoning":
+        return f"<reasoning>\n{working}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
+    block = f"<answer>{answer}</answer>"
+    if style == "think":
+        return f"<think>{working}</think>{block}"
+    return f"{working}\n{block}" if working else block

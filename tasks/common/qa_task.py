@@ -1,0 +1,66 @@
+"""Tasks of questions with one answer each: how they ask, and how they grade what comes back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tasks.base import Answer, Attempt, Message, Problem
+from tasks.common.parsing import PARSERS, parse_answer
+from tasks.common.prompts import STYLES, chat, system_prompt
+from tasks.rewards import default_rewards
+
+
+@dataclass(frozen=True, kw_only=True)
+class QATask:
+    """The base of a task: a prompt style, the kind of its answers, and a system prompt ("": that of style and kind).
+
+    A task adds `name`, `training_problem` and `held_out`; where many answers are right, also `is_correct`.
+    """
+
+    style: str = "answer"
+    kind: str = "integer"
+    system_prompt: str = ""
+    example: str = "..."
+    hints: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.style not in STYLES or self.kind not in PARSERS:
+            raise ValueError(f"there is no prompt style {self.style!r} for answers of kind {self.kind!r}")
+        if not self.system_prompt:
+            object.__setattr__(self, "system_prompt", system_prompt(self.style, self.kind))
+
+    @property
+    def default_rewards(self) -> Mapping[str, float]:
+        """Return names and weights of the rewards that apply unless --reward is given."""
+        return default_rewards(self.style, self.kind)
+
+    def messages(self, question: str) -> list[Message]:
+        """Return the chat that asks `question`."""
+        return chat(question, self.system_prompt)
+
+    def grade(self, problem: Problem, completion: str) -> Attempt:
+        """Parse and grade `completion`. Accepts any string, never raises, runs in linear time."""
+        kind = self.kind_of(problem)
+        answer = parse_answer(completion, self.style, kind)
+        return Attempt(
+            problem=problem,
+            completion=completion,
+            style=self.style,
+            kind=kind,
+            prompt=self.messages(problem.question),
+            answer=answer,
+            gold=self.gold(problem),
+            correct=answer is not None and self.is_correct(problem, answer),
+        )
+
+    def is_correct(self, problem: Problem, answer: Answer) -> bool:
+        """Return whether a parsed answer is right: here, whether it equals the gold answer."""
+        return answer == self.gold(problem)
+
+    def gold(self, problem: Problem) -> Answer | None:
+        """Return the problem's own answer, parsed like a completion's."""
+        return PARSERS[self.kind_of(problem)](problem.answer)
+
+    def kind_of(self, problem: Problem) -> str:
+        """Return the kind of a problem's answer."""
+        return self.kind

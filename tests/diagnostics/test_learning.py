@@ -1,0 +1,113 @@
+"""Every finding on what a run learns, with records that have it and records that only look like it."""
+
+import pytest
+
+from grpo.diagnostics import learning
+from tests.helpers.sick_runs import accuracy, changed, check_fires_once, check_same_step_by_step, every, names
+
+FLAT = accuracy(0.3)
+WRONG = {"accuracy": 0.3, "tied_all_right_fraction": 0.1}
+RISES = {"reward_mean": lambda step: 0.3 + step / 100, "reward_std": 0.2}
+SKILLS = {name: {"accuracy": 0.9, "n": 500, "ci_low": 0.87, "ci_high": 0.92} for name in ("single", "letters")}
+LOST = SKILLS | {"single": {"accuracy": 0.8, "n": 500, "ci_low": 0.76, "ci_high": 0.83}}
+LESS = SKILLS | {"single": {"accuracy": 0.89, "n": 500, "ci_low": 0.86, "ci_high": 0.91}}
+
+# By finding: a run that has it, and runs close to it that have not.
+SICK_AND_WELL = {
+    "too_easy": (
+        {"steps": {"tied_all_right_fraction": 0.95}},
+        [{"steps": {"tied_all_right_fraction": 1.0}, "first": 11}],  # it has learned it
+    ),
+    "too_hard": (
+        {"steps": {"tied_all_wrong_fraction": 0.95, "accuracy": 0.0}, "evals": accuracy(0.0)},
+        [
+            {"steps": {"tied_all_wrong_fraction": 0.95, "accuracy": 0.05}, "evals": accuracy(0.3)},
+            {"steps": {"tied_all_wrong_fraction": 0.6, "accuracy": 0.05}, "evals": accuracy(0.0)},
+            {"steps": {"tied_all_wrong_fraction": 1.0}, "evals": accuracy(0.0), "length": 19},
+        ],
+    ),
+    "reward_hacking": (
+        {"steps": RISES | WRONG, "evals": FLAT},
+        [
+            {"steps": RISES | WRONG},  # the held-out accuracy rises
+            {"steps": {"reward_mean": 0.5} | WRONG, "evals": FLAT},
+            {"steps": {"reward_mean": every(2, 0.2, 0.8), "reward_std": 0.2} | WRONG, "evals": FLAT},  # noise
+            {"steps": RISES | WRONG, "evals": FLAT, "length": 19},
+            {"steps": RISES | {"accuracy": lambda step: step / 100}, "evals": FLAT},  # it learns, by heart
+            {"steps": RISES | WRONG, "evals": FLAT | {"well_formed": lambda step: min(1.0, step / 30)}},
+        ],
+    ),
+    "format_only": (
+        {"evals": FLAT | {"well_formed": lambda step: min(1.0, step / 20)}},
+        [
+            {"evals": {"well_formed": lambda step: min(1.0, step / 20)}},
+            {"evals": FLAT},
+            {"evals": FLAT | {"well_formed": lambda step: step / 100}},
+        ],
+    ),
+    "overfitting": (
+        {"steps": {"accuracy": lambda step: min(1.0, 0.3 + step / 50)}, "evals": FLAT},
+        [{"steps": {"accuracy": lambda step: min(1.0, 0.3 + step / 50)}}, {"steps": WRONG, "evals": FLAT}],
+    ),
+    "past_peak": (
+        {"evals": accuracy(lambda step: 0.9 if step == 30 else 0.7)},
+        [
+            {"evals": accuracy(lambda step: 0.9 if step == 30 else 0.85)},  # noise
+            {"evals": accuracy(lambda step: 0.5 if step == 40 else 0.9)},  # once
+        ],
+    ),
+    "forgetting": (
+        {"evals": {"drift": lambda step: step / 100}},
+        [{"evals": {"drift": 0.1}}, {"evals": {"drift": None}}, {"tests": [{"skills": SKILLS}, {"skills": LESS}]}],
+    ),
+    "reward_scale": (
+        {"steps": {"reward_std/exact": 0.4, "reward_std/length": 0.005}},
+        [
+            {"steps": {"reward_std/exact": 0.4, "reward_std/length": 0.05}},
+            {"steps": {"reward_std/exact": 0.4, "reward_std/format": every(5, 0.005, None)}},  # hardly ever differs
+            {"steps": {"reward_std": 50.0}},  # divided by
+            {"steps": {"reward_std": 0.5}, "config": {"scale_rewards": "none"}},
+        ],
+    ),
+}
+MORE_SICK = [
+    ("too_hard", {"steps": {"tied_all_wrong_fraction": 0.5, "accuracy": 0.01}, "tests": [{}, {"accuracy": 0.01}]}),
+    (
+        "reward_hacking",
+        {"steps": {"tied_groups_fraction": 1.0, "tied_all_right_fraction": 0.2} | {"reward_mean": 1.0}},
+    ),
+    (
+        "reward_hacking",  # form and accuracy cannot excuse a fall
+        {"steps": RISES, "evals": accuracy(lambda step: 0.3 - step / 400) | {"well_formed": lambda step: step / 80}},
+    ),
+    ("forgetting", {"tests": [{"skills": SKILLS}, {"skills": LOST}]}),
+    ("reward_scale", {"steps": {"reward_std": 50.0}, "config": {"scale_rewards": "none"}}),
+    ("reward_scale", {"steps": {"reward_std": 1e-4, "tied_groups_fraction": 0.0}}),
+]
+
+
+def test_every_check_has_a_sick_run():
+    assert list(SICK_AND_WELL) == [check.__name__ for check in learning.CHECKS]
+
+
+@pytest.mark.parametrize(("name", "sick"), [*((name, sick) for name, (sick, _) in SICK_AND_WELL.items()), *MORE_SICK])
+def test_a_finding_fires_on_its_sick_run_once_and_says_what_to_do(name, sick):
+    check_fires_once(name, changed(**sick))
+
+
+@pytest.mark.parametrize(
+    ("name", "well"), [(name, well) for name, (_, all_well) in SICK_AND_WELL.items() for well in all_well]
+)
+def test_a_finding_is_silent_on_a_run_that_only_looks_like_it(name, well):
+    assert name not in names(changed(**well))
+
+
+@pytest.mark.parametrize("sick", [sick for sick, _ in SICK_AND_WELL.values()], ids=list(SICK_AND_WELL))
+def test_a_run_that_looks_after_every_step_finds_what_the_whole_record_shows(sick):
+    check_same_step_by_step(changed(**sick))
+
+
+def test_the_noise_of_two_evaluations_is_no_difference():
+    one, other = ({"accuracy": p, "ci_low": p - 0.04, "ci_high": p + 0.04} for p in (0.55, 0.5))
+    assert not learning._above(one, other)
+    assert learning._above(one | {"accuracy": 0.56}, other)

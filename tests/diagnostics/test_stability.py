@@ -1,0 +1,91 @@
+"""Every finding on how a run trains, with records that have it and records that only look like it."""
+
+import pytest
+
+from grpo.diagnostics import stability
+from tests.helpers.sick_runs import changed, check_fires_once, check_same_step_by_step, every, names
+
+# By finding: a run that has it, and runs close to it that have not.
+SICK_AND_WELL = {
+    "kl_diverging": ({"steps": {"kl": 1.5}}, [{"steps": {"kl": 0.7}}, {"steps": {"kl": every(20, 5.0, 0.2)}}]),
+    "kl_spike": (
+        {"steps": {"kl": every(50, 2.0, 0.05)}},
+        [{"steps": {"kl": every(50, 0.4, 0.001)}}, {"steps": {"kl": lambda step: step / 100}}],
+    ),
+    "entropy_collapsed": (
+        {"steps": {"entropy": 0.003, "accuracy": 0.3}, "first": 20},
+        [
+            {"steps": {"entropy": 0.003, "accuracy": 0.95}, "first": 20},  # sure, and right
+            {"steps": {"entropy": 0.1, "accuracy": 0.3}, "first": 20},
+            {"steps": {"entropy": 0.003, "accuracy": 0.3}},  # as it was from the start
+        ],
+    ),
+    "truncated": (
+        {"steps": {"truncated_fraction": 0.7}},
+        [{"steps": {"truncated_fraction": 0.4}}, {"steps": {"truncated_fraction": every(4, 1.0, 0.2)}}],
+    ),
+    "never_ends": ({"steps": {"truncated_fraction": 1.0}}, [{"steps": {"truncated_fraction": 0.9}}]),
+    "ends_at_once": (
+        {"steps": {"empty_fraction": 0.8}},
+        [{"steps": {"empty_fraction": 0.3}}, {"steps": {"empty_fraction": 1.0}, "config": {"max_new_tokens": 1}}],
+    ),
+    "repeated_endings": (
+        {"steps": {"repeated_endings_fraction": 0.3}},
+        [{"steps": {"repeated_endings_fraction": every(10, 0.5, 0.0)}}],
+    ),
+    "gradient_spikes": (
+        {"steps": {"grad_norm": every(10, 90.0, 1.5)}},
+        [
+            {"steps": {"grad_norm": every(50, 90.0, 1.5)}},  # one
+            {"steps": {"grad_norm": every(10, 4.0, 0.01)}},  # clipping takes no notice
+            {"steps": {"grad_norm": 90.0}},
+        ],
+    ),
+    "updates_skipped": ({"steps": {"skipped_updates": every(40, 2, 0)}}, [{"steps": {"skipped_updates": 0}}]),
+    "clipping": (
+        {"steps": {"clip_fraction": 0.5}},
+        [{"steps": {"clip_fraction": 0.15}}, {"steps": {"clip_fraction": every(5, 0.9, 0.05)}}],
+    ),
+    "learning_rate_small": (
+        {"steps": {"weights_moved": 0.02}},
+        [
+            {"steps": {"weights_moved": every(2, 0.0, 0.9)}},
+            {"steps": {"weights_moved": 0.0, "grad_norm": 0.0}},  # nothing to learn from
+            {"steps": {"weights_moved": 0.0, "learning_rate": 1e-9}},  # the end of a decay
+            {"steps": {"weights_moved": 0.0, "skipped_updates": 5}},
+            {"steps": {"kl": 1e-7}, "length": 49},
+        ],
+    ),
+    "sampler_gap": (
+        {"steps": {"sampler_gap": 0.3}},
+        [{"steps": {"sampler_gap": 1e-4}}, {"steps": {"sampler_gap": every(20, 0.05, 0.0)}}],
+    ),
+}
+MORE_SICK = [
+    ("learning_rate_small", {"steps": {"kl": 1e-8}}),
+    (
+        "learning_rate_small",
+        {"steps": {"weights_moved": 0.0, "learning_rate": 0.0}, "config": {"learning_rate": 0.0}},
+    ),
+]
+
+
+def test_every_check_has_a_sick_run():
+    assert list(SICK_AND_WELL) == [check.__name__ for check in stability.CHECKS]
+
+
+@pytest.mark.parametrize(("name", "sick"), [*((name, sick) for name, (sick, _) in SICK_AND_WELL.items()), *MORE_SICK])
+def test_a_finding_fires_on_its_sick_run_once_and_says_what_to_do(name, sick):
+    check_fires_once(name, changed(**sick))
+
+
+@pytest.mark.parametrize(
+    ("name", "well"), [(name, well) for name, (_, all_well) in SICK_AND_WELL.items() for well in all_well]
+)
+def test_a_finding_is_silent_on_a_run_that_only_looks_like_it(name, well):
+    assert name not in names(changed(**well))
+
+
+@pytest.mark.parametrize("sick", [sick for sick, _ in SICK_AND_WELL.values()], ids=list(SICK_AND_WELL))
+def test_a_run_that_looks_after_every_step_finds_what_the_whole_record_shows(sick):
+    check_same_step_by_step(changed(**sick))

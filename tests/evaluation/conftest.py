@@ -1,0 +1,12 @@
+"""Fixtures of this folder."""
+
+import pytest
+import torch
+
+from grpo.model.loading import load
+
+
+@pytest.fixture(scope="module")
+def starter():
+    """The bundled model, on the CPU."""
+    return load("starter", torch.device("cpu"))

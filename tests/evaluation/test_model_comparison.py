@@ -1,0 +1,59 @@
+"""`inference.py --evaluate`: one model or two, side by side, and what it refuses."""
+
+import pytest
+from click.testing import CliRunner
+
+import inference
+from tests.helpers.runs import a_tiny_model, trained
+
+
+def evaluated(*arguments):
+    """Evaluate models on the CPU; return click's result, after checking that it worked."""
+    result = CliRunner().invoke(inference.main, ["--evaluate", "--device", "cpu", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_two_models_are_measured_with_the_prompts_of_the_last_and_compared(tmp_path, quick_runs):
+    model, saved = a_tiny_model(tmp_path / "model"), tmp_path / "run/saved_model"
+    record, _ = trained(model, tmp_path / "run", num_iterations=4)
+    tests = [e for e in record["evals"] if e["split"] == "test"]
+    result = evaluated("--model", saved, "--compare")
+    assert "up to 6 tokens" in result.stdout
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("test")]
+    for entry in tests:
+        assert f"{100 * entry['accuracy']:.1f}% [" in line
+    difference = 100 * (tests[1]["accuracy"] - tests[0]["accuracy"])
+    assert f"{difference:+.1f} [" in line
+    assert f"{tests[1]['drift']:.3f} nats a token" in result.stdout
+    twice = evaluated("--model", model, "--model", saved)
+    assert twice.stdout.splitlines()[2:] == result.stdout.splitlines()[2:]
+
+
+def test_one_model_on_validation_and_another_range(quick_runs):
+    result = evaluated("--model", "starter", "--split", "validation", "--max-operand", "2", "--pass-at-k", "1")
+    assert "validation" in result.stdout
+    assert "pass@1" in result.stdout
+    assert "difference" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--evaluate", "What is 1 + 1?"], 2, "no questions"),
+        (["--evaluate", "--temperature", "1"], 2, "greedily"),
+        (["--evaluate", "--model", "a", "--model", "b", "--compare"], 2, "--compare"),
+        (["--evaluate", "--max-operand", "0"], 2, "max_operand"),
+        (["--evaluate", "--task", "jsonl"], 1, "--data"),
+        (["--evaluate", "--model", "starter", "--compare"], 1, "trained from"),
+        (["--evaluate", "--model", "/no/such/folder"], 1, "no such folder"),
+        (["--split", "test", "What is 1 + 1?"], 2, "--split"),
+        (["--model", "a", "--model", "b", "What is 1 + 1?"], 2, "twice"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(arguments, status, said, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(inference.main, arguments)
+    assert result.exit_code == status, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.output

@@ -1,0 +1,90 @@
+"""What a model supports: each shortcut is probed against the plain way, and left out where it fails or differs."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GptOssConfig,
+    Lfm2Config,
+    MambaConfig,
+)
+
+from grpo.generation import decoding
+from grpo.generation.capabilities import ModelCapabilities, supports_cache_expansion, supports_packing
+from grpo.model import packed_attention
+from grpo.model.loading import load
+from grpo.model.logprobs import completion_logprobs
+from tasks.arithmetic import Arithmetic
+from tests.helpers.models import VOCABULARY, ragged_tokens, tiny_model
+from tests.helpers.zoo import KINDS, SIZES, build
+
+CPU = torch.device("cpu")
+OTHER_SIZES = SIZES | {"num_hidden_layers": 2, "vocab_size": VOCABULARY, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("kind", ["starter", *KINDS])
+def test_these_models_support_all_shortcuts_on_the_prompts_of_a_task(kind, tmp_path):
+    lm = load(kind if kind == "starter" else str(build(tmp_path / kind, kind)), CPU)
+    assert ModelCapabilities.probe(lm, Arithmetic()) == ModelCapabilities(True, True, True, False)
+
+
+# --- packed rows ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_these_models_support_packing_and_one_that_sees_other_tokens_falls_back(kind, monkeypatch):
+    model, tokens = tiny_model(kind), ragged_tokens((9, 12))
+    assert supports_packing(model, tokens.prompt_ids, tokens.prompt_mask)
+    true_of = packed_attention.Layout.of
+    monkeypatch.setattr(packed_attention.Layout, "of", lambda prompts, inputs: true_of(prompts.flip(0), inputs))
+    assert not supports_packing(model, tokens.prompt_ids, tokens.prompt_mask)
+    assert model.config._attn_implementation == "sdpa"
+
+
+OTHERS = {
+    "softcap": Gemma2Config(head_dim=8, **OTHER_SIZES),
+    "attention sinks": GptOssConfig(head_dim=8, num_local_experts=2, num_experts_per_tok=1, **OTHER_SIZES),
+    "a state space": MambaConfig(**OTHER_SIZES),
+    "a bias by position": BloomConfig(**OTHER_SIZES),
+    "convolutions": Lfm2Config(layer_types=["conv", "full_attention"], **OTHER_SIZES),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_model_that_does_more_than_plain_attention_is_refused(other):
+    model, tokens = AutoModelForCausalLM.from_config(OTHERS[other]).eval(), ragged_tokens((9, 12))
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="no shared prefix with"):
+        completion_logprobs(model, tokens, 1.0)
+    assert not supports_packing(model, tokens.prompt_ids, tokens.prompt_mask)
+    assert model.config._attn_implementation == before
+
+
+# --- the cache of a prompt, copied for its completions ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_these_models_support_cache_expansion_and_one_that_mixes_rows_falls_back(kind, monkeypatch):
+    model, tokens = tiny_model(kind), ragged_tokens((9, 12))
+    assert supports_cache_expansion(model, tokens.prompt_ids, tokens.prompt_mask)
+    true_reserve = decoding.reserve
+
+    def mixed(x, repeats, more=0):
+        return true_reserve(x.roll(repeats - 1, 0), repeats, more)
+
+    monkeypatch.setattr(decoding, "reserve", mixed)
+    assert not supports_cache_expansion(model, tokens.prompt_ids, tokens.prompt_mask)
+
+
+def test_a_model_that_refuses_to_copy_its_cache_does_not_support_cache_expansion(monkeypatch):
+    model, tokens, true_reserve = tiny_model("llama"), ragged_tokens((9, 12)), decoding.reserve
+
+    def refuse(x, repeats, more=0):
+        if repeats > 1:
+            raise ValueError("no")
+        return true_reserve(x, repeats, more)
+
+    monkeypatch.setattr(decoding, "reserve", refuse)
+    assert not supports_cache_expansion(model, tokens.prompt_ids, tokens.prompt_mask)

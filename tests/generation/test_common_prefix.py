@@ -1,0 +1,65 @@
+"""What all prompts begin with is run once, with the same logits, cache and greedy tokens as in each prompt."""
+
+import pytest
+import torch
+
+from grpo.generation.capabilities import ModelCapabilities, supports_common_prefix
+from grpo.generation.decoding import prefill
+from grpo.generation.greedy import greedy
+from grpo.model.language_model import LanguageModel
+from grpo.model.tokens import common_prefix_length, left_pad
+from tests.helpers import zoo
+from tests.helpers.models import tiny_model
+
+
+def some_prompts(lengths=(9, 14, 7, 20, 9), prefix=5):
+    """Return random prompts that all begin with the same `prefix` tokens and differ in the next one."""
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randint(3, 50, (prefix,), generator=generator).tolist()
+    return [[*start, 3 + i, *torch.randint(3, 50, (n,), generator=generator).tolist()] for i, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("kind", zoo.KINDS)
+@pytest.mark.parametrize("prefix", [1, 3, 5])
+def test_a_common_prefix_gives_the_same_logits_and_cache(kind, prefix):
+    model, prompts = tiny_model(kind), some_prompts()
+    ids, mask = left_pad(prompts, 0, torch.device("cpu"))
+    with torch.no_grad():
+        _, separate = prefill(model, ids, mask)
+        cache, shared = prefill(model, ids, mask, prefix)
+    torch.testing.assert_close(shared, separate, atol=2e-5, rtol=1e-4)
+    assert cache.get_seq_length() == ids.shape[1]
+    assert supports_common_prefix(model, prompts, 0)
+
+
+@pytest.mark.parametrize("kind", zoo.KINDS)
+def test_greedy_tokens_are_the_same_shared_separate_and_alone(kind):
+    lm, prompts = LanguageModel(tiny_model(kind), None, (1,), 0), some_prompts()
+    kinds = ModelCapabilities(), ModelCapabilities(supports_common_prefix=True)
+    separate, shared = (greedy(lm, prompts, 12, 3, capabilities) for capabilities in kinds)
+    for row, prompt in enumerate(prompts):
+        alone = greedy(lm, [prompt], 12, 1)
+        expected = alone.ids[0, : alone.lengths[0]].tolist()
+        for found in (separate, shared):
+            assert found.ids[row, : found.lengths[row]].tolist() == expected
+
+
+def test_the_common_prefix_leaves_each_prompt_a_token():
+    assert common_prefix_length([[1, 2, 3], [1, 2, 4]]) == 2
+    assert common_prefix_length([[1, 2, 3], [1, 2, 3]]) == 2
+    assert common_prefix_length([[1, 2], [1, 2, 3]]) == 1
+    assert common_prefix_length([[1], [2]]) == 0
+
+
+def test_a_model_without_a_cache_of_keys_and_values_does_not_support_it():
+    class Stateful(torch.nn.Module):
+        """Has no cache of keys and values: what it says of the rest depends on the rows before."""
+
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, past_key_values, **_):
+            past_key_values.layers = [object()]
+            logits = torch.zeros(*input_ids.shape, 50)
+            return type("Output", (), {"logits": logits})
+
+    assert not supports_common_prefix(Stateful(), some_prompts(), 0)

@@ -1,0 +1,112 @@
+"""Runs as a user without privileges, faults that begin while they write, and what must be true afterwards."""
+
+import os
+
+import train_grpo
+from grpo import resume, trainer
+from grpo.record.checkpoint import newest_checkpoint
+from grpo.record.metrics import Metrics
+from tests.helpers.runs import fingerprint, forked, options
+
+NOBODY = 65534
+FULL, FORBIDDEN, READ_ONLY, NO_SPACE = map(os.strerror, (27, 13, 30, 28))
+# what a run calls to write each of its outputs
+PLACES = {
+    "checkpoint": (resume, "write_checkpoint"),
+    "saved model": (trainer, "save"),
+    "metrics": (Metrics, "write"),
+    "plots": (trainer, "draw_all"),
+}
+
+
+def arguments(public, folder, **settings):
+    """Return the arguments of a run in `folder` of the model in the public folder."""
+    return options(model=public / "model", output_dir=folder, **settings)
+
+
+def undisturbed(public, name, **settings):
+    """Run in a folder of that name in the public one, to the end; return it."""
+    folder = public / name
+    status, _, err = forked(train_grpo.main, arguments(public, folder, **settings), unprivileged)
+    assert status == 0, err
+    return folder
+
+
+def unprivileged():
+    """Become another user if this is root, who may write everywhere."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+
+
+def give_away(folder):
+    """Make a folder belong to the user that the runs here are of."""
+    if os.geteuid() == 0:
+        for path, _, names in os.walk(folder):
+            for name in ("", *names):
+                os.chown(os.path.join(path, name), NOBODY, NOBODY)
+
+
+def make_writable(folder):
+    """Make a folder and all below it writable for their owner."""
+    folders = [folder]
+    for path in folders:
+        path.chmod(0o755)
+        folders += [below for below in path.iterdir() if below.is_dir()]
+
+
+def limit_file_size(size):
+    """Do what a full disk does, to this process alone: let no file grow beyond so many bytes."""
+    import resource  # of POSIX only
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def at_call(place, number, fault):
+    """Make the fault happen when a place is about to be written for the n-th time."""
+    owner, name = PLACES[place]
+    true, calls = getattr(owner, name), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            fault()
+        return true(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def the_error(result, reason, *names):
+    """Return the one line that a failed launch ends with, after checking that it is the only one, and its content."""
+    status, _, err = result
+    assert status == 1, err
+    *before, last = err.splitlines()
+    assert last.startswith("Error: "), err
+    assert all(line == "" or line.startswith("step ") for line in before), err  # progress
+    assert reason in last
+    assert any(str(name) in last for name in names), last
+    return last
+
+
+def assert_sound(folder, step):
+    """Check that the newest checkpoint verifies, and that it is of this step; None for no checkpoint."""
+    checkpoint, problems = newest_checkpoint(folder)
+    assert problems == []
+    assert (checkpoint.step if checkpoint else None) == step
+
+
+def assert_sound_from(folder, least):
+    """Check that the newest checkpoint verifies, and that it is of this step or a later one."""
+    checkpoint, problems = newest_checkpoint(folder)
+    assert problems == []
+    assert checkpoint.step >= least
+
+
+def assert_continues(public, folder, whole_run):
+    """Check that the same command ends as the run that nobody disturbed."""
+    status, _, err = forked(train_grpo.main, arguments(public, folder), unprivileged)
+    assert status == 0, err
+    assert fingerprint(folder) == fingerprint(whole_run)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".") and path.name != ".grpo.lock"]

@@ -1,0 +1,24 @@
+"""A rollout without a model, as far as a reader of completions looks at it."""
+
+import torch
+
+from grpo.algorithm.rollout import Rollout
+from tasks.base import Problem, Reward
+
+ODD = "a\ud800\x1b[2J</script>\u2028\n"
+
+
+def a_rollout(groups=3, per_group=2, completion=ODD):
+    """Return a rollout of wrong completions, all the same, without tokens."""
+    rows = groups * per_group
+    reward = Reward(0.4, {"format": 0.2, "close": 0.2, "mine": None}, correct=False, well_formed=True)
+    return Rollout(
+        problems=[Problem(f"What is {i}?", "1") for i in range(groups)],
+        tokens=None,
+        completion_texts=[completion] * rows,
+        rewards=[reward] * rows,
+        advantages=torch.arange(rows) / 2,
+        truncated=torch.zeros(rows, dtype=torch.bool),
+        sample_logprobs=torch.zeros(rows, 1),
+        resampled=0,
+    )

@@ -1,0 +1,182 @@
+"""Runs so small that a test may have dozens: a random model of a few kilobytes, a few steps, on the CPU.
+
+`forked` starts a script in a process of its own that has the libraries loaded already: half a second instead of
+eight, and limits of the system can be put on it alone.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+import torch
+from click.testing import CliRunner
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import train_grpo
+from grpo.model.chat_template import encode_chat
+from grpo.model_card import CARD, STARTER
+from grpo.record.metrics import load_metrics
+from tasks.arithmetic import Arithmetic
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+SETTINGS = {"num_iterations": 6, "batch_size": 2, "num_generations": 8, "num_inner_updates": 2, "device": "cpu"}
+SETTINGS |= {"eval_every": 2, "eval_problems": 4, "save_every": 2, "show_every": 0, "max_operand": 1}
+SETTINGS |= {"max_new_tokens": 6, "learning_rate": 3e-3}  # better than the start at step 4
+
+
+def a_tiny_model(folder, hidden_size=16):
+    """A model of a few kilobytes with the starter's tokenizer that writes some digit in answer tags, mostly.
+
+    A random one would never be paid, so that no weight would move and every run would be the same.
+    """
+    weights = ("model.safetensors", "config.json", "README.md")
+    shutil.copytree(STARTER, folder, ignore=shutil.ignore_patterns(*weights))
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512, "vocab_size": 320}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, bos_token_id=None, eos_token_id=299, pad_token_id=297, tie_word_embeddings=True)
+    model, tokenizer = LlamaForCausalLM(config), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    prompt = encode_chat(tokenizer, Arithmetic().messages("What is (1 + 0) - 1?"))
+    ends = [tokenizer(f"<answer>{digit}</answer><|im_end|>")["input_ids"] for digit in (0, 1, 2, 2)]
+    ids = torch.tensor([prompt + end for end in ends])
+    labels = ids.clone()
+    labels[:, : len(prompt)] = -100
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    (folder / CARD).write_text(json.dumps({"skills": [], "settings": {}}), encoding="utf-8")
+    return folder
+
+
+def options(**settings):
+    """The tiny settings, and those given, as arguments of train_grpo.py; None leaves one out."""
+    pairs = {**SETTINGS, **settings}.items()
+    names = {name: name.replace("_", "-") for name, _ in pairs}
+    flags = [f"--{'' if v else 'no-'}{names[name]}" for name, v in pairs if isinstance(v, bool)]
+    valued = [(name, v) for name, v in pairs if v is not None and not isinstance(v, bool)]
+    return flags + [text for name, v in valued for text in (f"--{names[name]}", str(v))]
+
+
+def trained(model, folder, *arguments, **settings):
+    """Train the tiny run in this process to its end; return its record and its standard output."""
+    result = CliRunner().invoke(train_grpo.main, [*options(model=model, output_dir=folder, **settings), *arguments])
+    assert result.exit_code == 0, result.output
+    return load_metrics(folder), result.stdout
+
+
+class Fork:
+    """A click command that runs in a fork of this process: its number, and `wait` for how it ends."""
+
+    def __init__(self, command, arguments, before=lambda: None, folder=None):
+        (self._out, out), (self._err, err) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.dup2(out, 1)
+            os.dup2(err, 2)
+            os.closerange(3, 256)
+            os._exit(_run(command, arguments, before, folder))
+        os.close(out)
+        os.close(err)
+
+    def wait(self):
+        """Its status, standard output and standard error; both must fit in a pipe."""
+        with open(self._out, encoding="utf-8") as out, open(self._err, encoding="utf-8") as err:
+            texts = out.read(), err.read()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), *texts
+
+
+def _run(command, arguments, before, folder):
+    status = 70
+    try:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the library speaks up about the fork
+        sys.stdin = io.StringIO()
+        sys.stdout, sys.stderr = os.fdopen(1, "w", encoding="utf-8"), os.fdopen(2, "w", encoding="utf-8")
+        os.chdir(folder or ROOT)
+        before()
+        command.main([str(argument) for argument in arguments], prog_name="script")
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return status
+
+
+def forked(command, arguments, before=lambda: None, folder=None):
+    """Run a click command in a fork of this process, after `before()`; its status, standard output and error."""
+    return Fork(command, arguments, before, folder).wait()
+
+
+def together(command, arguments, processes=2, before=lambda rank: None):
+    """The same in several forks, as torchrun starts them; a Fork for each, to `wait` for."""
+
+    def start(rank):
+        os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+        before(rank)
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    return [Fork(command, arguments, partial(start, rank)) for rank in range(processes)]
+
+
+def spawned(script, arguments, before=None, folder=None):
+    """The same with a new interpreter, as a user starts it."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        cwd=folder or ROOT,
+        env=ENVIRONMENT,
+        preexec_fn=before,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def fingerprint(folder):
+    """Return the SHA-256 of weights, optimizer, samples and metrics (times and memory aside) of a run."""
+    record = json.loads((folder / "grpo_metrics.json").read_text(encoding="utf-8"))
+    for row in record["steps"] + record["evals"]:
+        for name in [name for name in row if name.startswith("time/")]:
+            del row[name]
+    record["config"].pop("output_dir")
+    record["finished"].pop("peak_memory")
+    last = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for path in (
+        last / "policy.safetensors",
+        last / "optimizer.safetensors",
+        folder / "saved_model/model.safetensors",
+        folder / "grpo_samples.jsonl",
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def wait_for(condition, process=None, seconds=150):
+    """Wait until `condition()`; fail if the process ends before, or after this many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)

@@ -1,0 +1,143 @@
+"""Log-probabilities of packed rows against those of dense rows, and both against one row at a time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grpo.model import logprobs, packed_attention
+from grpo.model.logprobs import completion_logprobs, token_entropy, token_logprobs
+from tests.helpers.models import ragged_tokens, tiny_model
+from tests.helpers.zoo import KINDS, WINDOW
+
+
+def gradient(model, tokens, packed):
+    """Return the gradient of a weighted sum of the masked log-probabilities, as one vector."""
+    model.zero_grad()
+    values, _ = completion_logprobs(model, tokens, 0.7, packed=packed)
+    weights = torch.linspace(-1, 2, values.numel()).view_as(values)
+    torch.where(tokens.completion_mask, values * weights, 0.0).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [1, 2, 12])
+def test_packed_equals_dense_in_value_and_gradient(kind, columns):
+    # 12 columns on prompts of up to 9 tokens reach beyond Gemma 3's window
+    assert WINDOW < 9
+    model, tokens = tiny_model(kind), ragged_tokens(columns=columns)
+    packed = completion_logprobs(model, tokens, 0.7, packed=True, entropy=True)
+    dense = completion_logprobs(model, tokens, 0.7, packed=False, entropy=True)
+    for ours, oracle in zip(packed, dense, strict=True):
+        torch.testing.assert_close(ours, oracle, atol=1e-5, rtol=1e-5)
+        assert not ours[~tokens.completion_mask].any()
+    a, b = gradient(model, tokens, True), gradient(model, tokens, False)
+    assert ((a - b).norm() / b.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scores", [packed_attention.SCORES, 0], ids=["in memory", "fused"])
+@pytest.mark.parametrize(("lengths", "generations"), [((7, 4, 9), 3), ((3,), 2), ((1, 12), 8)])
+def test_packed_and_dense_differ_by_rounding_alone(kind, scores, lengths, generations, monkeypatch):
+    # in float64 only the rounding of the log-softmax is left, which is computed in float32
+    monkeypatch.setattr(packed_attention, "SCORES", scores)
+    model, tokens = tiny_model(kind).double(), ragged_tokens(lengths, generations, columns=9)
+    packed, dense = (completion_logprobs(model, tokens, 1.0, packed=packed)[0] for packed in (True, False))
+    torch.testing.assert_close(packed, dense, atol=1e-5, rtol=1e-6)
+    a, b = gradient(model, tokens, True), gradient(model, tokens, False)
+    assert ((a - b).norm() / b.norm()).item() < 1e-6
+
+
+def test_a_completion_without_tokens_in_the_loss_changes_no_other():
+    # as --mask-truncated-completions leaves it
+    model, tokens = tiny_model("qwen2"), ragged_tokens()
+    whole, _ = completion_logprobs(model, tokens, 1.0)
+    mask = tokens.completion_mask.clone()
+    mask[4] = False
+    values, _ = completion_logprobs(model, replace(tokens, completion_mask=mask), 1.0)
+    torch.testing.assert_close(values, torch.where(mask, whole, 0.0), atol=1e-5, rtol=0)
+
+
+def test_linear_layers_see_real_tokens_only_and_the_head_only_those_whose_logits_are_read():
+    model, tokens = tiny_model("llama"), ragged_tokens(extra_padding=5)
+    seen = []
+    for layer in (model.model.layers[1].mlp.up_proj, model.lm_head):
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.shape[:2].numel()))
+    completion_logprobs(model, tokens, 1.0)
+    inputs = int(tokens.completion_mask[:, 1:].sum())  # all tokens but the last of each
+    assert seen == [7 + 4 + 9 + inputs, 3 + inputs]
+
+
+def test_gradients_have_the_same_bits_each_time():
+    model, tokens = tiny_model("qwen2"), ragged_tokens()
+    assert torch.equal(gradient(model, tokens, True), gradient(model, tokens, True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_equals_each_row_alone_without_padding_or_cache(kind):
+    # the plainest computation there is: one row, no padding, no mask, no positions, no cache
+    model, tokens = tiny_model(kind), ragged_tokens()
+    batched, _ = completion_logprobs(model, tokens, 1.0)
+    for row in range(tokens.completion_ids.shape[0]):
+        group = row // tokens.num_generations
+        prompt = tokens.prompt_ids[group][tokens.prompt_mask[group]]
+        completion = tokens.completion_ids[row][tokens.completion_mask[row]]
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, completion])[None]).logits[0]
+        expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, completion[:, None]).squeeze(-1)
+        torch.testing.assert_close(batched[row, : len(completion)], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [True, False])
+def test_left_padding_changes_nothing(kind, packed):
+    model = tiny_model(kind)
+    plain, _ = completion_logprobs(model, ragged_tokens(), 1.0, packed=packed)
+    padded, _ = completion_logprobs(model, ragged_tokens(extra_padding=5), 1.0, packed=packed)
+    mask = ragged_tokens().completion_mask
+    torch.testing.assert_close(plain[mask], padded[mask], atol=1e-5, rtol=0)
+
+
+def test_log_softmax_by_hand():
+    # logits log 1, log 2, log 5 at temperature 1: probabilities 1/8, 2/8, 5/8
+    logits = torch.tensor([[[1.0, 2.0, 5.0]]]).log()
+    assert token_logprobs(logits, torch.tensor([[2]]), 1.0).exp().item() == pytest.approx(5 / 8)
+    # at temperature 0.5 the weights are squared: 1, 4, 25
+    assert token_logprobs(logits, torch.tensor([[1]]), 0.5).exp().item() == pytest.approx(4 / 30)
+    expected = -sum(p * torch.tensor(p).log().item() for p in (1 / 8, 2 / 8, 5 / 8))
+    assert token_entropy(logits, 1.0).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_chunks_change_neither_value_nor_gradient(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits, ids = torch.randn(5, 3, 11, generator=generator), torch.randint(0, 11, (5, 3), generator=generator)
+    results = []
+    for chunk in (2**24, 40):
+        monkeypatch.setattr(logprobs, "CHUNK", chunk)
+        x = logits.clone().requires_grad_()
+        values = token_logprobs(x, ids, 0.9)
+        values.square().sum().backward()
+        results.append((values.detach(), x.grad, token_entropy(logits, 0.9)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_slice_of_groups_is_trimmed_and_scores_the_same():
+    model, tokens = tiny_model("llama"), ragged_tokens((3, 9, 5), columns=7, seed=3)
+    whole, _ = completion_logprobs(model, tokens, 1.0)
+    part = tokens.slice_rows(slice(6, 9))
+    assert part.prompt_ids.shape[1] == 5
+    values, _ = completion_logprobs(model, part, 1.0)
+    mask = part.completion_mask
+    torch.testing.assert_close(values[mask], whole[6:, : mask.shape[1]][mask], atol=1e-5, rtol=0)
+
+
+def test_a_part_of_a_group_runs_its_prompt_again_and_scores_the_same():
+    model, tokens = tiny_model("llama"), ragged_tokens((3, 9, 5), columns=7, seed=3)
+    whole, _ = completion_logprobs(model, tokens, 1.0)
+    part = tokens.slice_rows(slice(4, 6))
+    assert part.num_generations == 2
+    assert part.prompt_ids.shape == (1, 9)
+    values, _ = completion_logprobs(model, part, 1.0)
+    mask = part.completion_mask
+    torch.testing.assert_close(values[mask], whole[4:6, : mask.shape[1]][mask], atol=1e-5, rtol=0)

@@ -1,0 +1,172 @@
+"""The layout of a packed row by hand, its attention against a loop over tokens, and what it refuses."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from grpo.generation.capabilities import supports_packing
+from grpo.model import packed_attention as module
+from grpo.model.logprobs import completion_logprobs
+from grpo.model.packed_attention import Layout, disable, enable, packed_attention
+from tests.helpers.models import ragged_tokens, tiny_model
+
+MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=2)  # what transformers' own attention asks of a module
+HEADS, KEY_HEADS, SIZE = 4, 2, 8
+
+
+def a_layout(prompts=(3, 1), completions=(2, 0, 1, 3)) -> Layout:
+    """Return the layout of prompts and completions of these lengths."""
+    return Layout.of(torch.tensor(prompts), torch.tensor(completions))
+
+
+def vectors(length: int, heads: int, seed: int) -> torch.Tensor:
+    """Return random queries, keys or values of a row, float64, which want a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, heads, length, SIZE, generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+def by_loop(query, key, value, layout, window):
+    """Compute the attention of a packed row one token at a time: (1, T, H, d)."""
+    out = torch.zeros(query.shape[2], HEADS, SIZE, dtype=query.dtype)
+    own = layout.completion_index.tolist()
+    for row, c in enumerate(layout.completion_lengths.tolist()):
+        group = row // layout.num_generations
+        p = int(layout.prompt_lengths[group])
+        seen = layout.prompt_index[group, :p].tolist() + own[row][:c]
+        for last, token in enumerate(seen):
+            keys = seen[max(0, last + 1 - window) : last + 1]
+            for head in range(HEADS):
+                k, v = (x[0, head // (HEADS // KEY_HEADS), keys] for x in (key, value))
+                weights = (k @ query[0, head, token] / SIZE**0.5).softmax(0)
+                out[token, head] = weights @ v
+    return out[None]
+
+
+def test_a_layout_by_hand():
+    # prompts abc and d, completions of 2, 0, 1 and 3 inputs: the row is a b | c d | A A C D D D
+    layout = a_layout()
+    assert layout.prompt_index[0].tolist() == [0, 1, 2]
+    assert layout.prompt_index[1, 0] == 3
+    assert layout.completion_index[0, :2].tolist() == [4, 5]
+    assert layout.completion_index[2, 0] == 6
+    assert layout.completion_index[3].tolist() == [7, 8, 9]
+    assert layout.num_generations == 2
+    prompts, completions = layout.masks(None)
+    assert prompts[0, 0].tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    # a completion of the second prompt sees one token of it, the rest is padding, and itself up to where it is
+    assert completions[3, 0].int().tolist() == [[1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0], [1, 0, 0, 1, 1, 1]]
+
+
+def test_the_masks_of_a_window_by_hand():
+    prompts, completions = a_layout().masks(2)  # each token sees itself and the one before
+    assert prompts[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    # after a prompt of 3 its last token is seen by the first input only
+    assert completions[0, 0].int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]]
+    assert completions[3, 0].int().tolist() == [[1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("scores", [module.SCORES, 0], ids=["in memory", "fused"])
+@pytest.mark.parametrize("window", [None, 2, 4])
+@pytest.mark.parametrize(
+    ("prompts", "completions"), [((3, 1), (2, 0, 1, 3)), ((5,), (0, 0)), ((2, 6, 4), (1, 5, 2, 2, 0, 3))]
+)
+def test_attention_is_that_of_a_loop_over_tokens_in_value_and_gradient(
+    prompts, completions, window, scores, monkeypatch
+):
+    monkeypatch.setattr(module, "SCORES", scores)
+    layout, length = a_layout(prompts, completions), sum(prompts) + sum(completions)
+    inputs = vectors(length, HEADS, 0), vectors(length, KEY_HEADS, 1), vectors(length, KEY_HEADS, 2)
+    out, _ = packed_attention(MODULE, *inputs, None, sliding_window=window, layout=layout)
+    expected = by_loop(*inputs, layout, window or length)
+    torch.testing.assert_close(out, expected)
+    weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    for a, b in zip(*(torch.autograd.grad((x * weights).sum(), inputs) for x in (out, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_without_a_layout_attention_is_transformers_own_to_the_bit():
+    query, key, value = vectors(5, HEADS, 0), vectors(5, KEY_HEADS, 1), vectors(5, KEY_HEADS, 2)
+    ours, _ = packed_attention(MODULE, query, key, value, None, scaling=0.3)
+    own, _ = sdpa_attention_forward(MODULE, query, key, value, None, scaling=0.3)
+    assert torch.equal(ours, own)
+    model, tokens = tiny_model("gemma3"), ragged_tokens()
+    before, _ = completion_logprobs(model, tokens, 1.0, packed=False)
+    enable(model)
+    assert torch.equal(before, completion_logprobs(model, tokens, 1.0, packed=False)[0])
+
+
+@pytest.mark.parametrize(
+    "asked", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"dropout": 0.1}]
+)
+def test_packed_attention_refuses_what_it_does_not_have(asked):
+    inputs = vectors(10, HEADS, 0), vectors(10, KEY_HEADS, 1), vectors(10, KEY_HEADS, 2)
+    with pytest.raises(ValueError, match="no shared prefix with"):
+        packed_attention(MODULE, *inputs, None, layout=a_layout(), **asked)
+    none = dict.fromkeys(asked, None)  # as models without such a thing call it
+    packed_attention(MODULE, *inputs, None, layout=a_layout(), **none)
+
+
+def test_attention_to_later_tokens_is_refused():
+    inputs = vectors(10, HEADS, 0), vectors(10, KEY_HEADS, 1), vectors(10, KEY_HEADS, 2)
+    with pytest.raises(ValueError, match="no shared prefix"):
+        packed_attention(SimpleNamespace(is_causal=False), *inputs, None, layout=a_layout())
+
+
+def test_a_model_with_another_attention_keeps_it():
+    model, tokens = tiny_model("llama"), ragged_tokens((9, 12))
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="eager"):
+        enable(model)
+    assert not supports_packing(model, tokens.prompt_ids, tokens.prompt_mask)
+    disable(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_copy_packs_too_and_a_saved_model_does_not_mention_packing(tmp_path):
+    model, tokens = tiny_model("llama"), ragged_tokens()
+    model.save_pretrained(tmp_path / "before")
+    enable(model)
+    model.save_pretrained(tmp_path / "after")
+    before, after = ((tmp_path / name / "config.json").read_bytes() for name in ("before", "after"))
+    assert before == after
+    values, again = (completion_logprobs(m, tokens, 1.0)[0] for m in (model, copy.deepcopy(model)))
+    assert torch.equal(values, again)
+
+
+@pytest.mark.parametrize("scores", [module.SCORES, 0], ids=["in memory", "fused"])
+def test_under_autocast_packed_and_dense_differ_by_the_rounding_of_bf16(scores, monkeypatch):
+    monkeypatch.setattr(module, "SCORES", scores)
+    model, tokens = tiny_model("qwen2"), ragged_tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        packed, dense = (completion_logprobs(model, tokens, 1.0, packed=packed)[0] for packed in (True, False))
+        packed.sum().backward()
+    exact, _ = completion_logprobs(model, tokens, 1.0, packed=False)
+    off = [(values - exact)[tokens.completion_mask].square().mean().sqrt().item() for values in (packed, dense)]
+    assert off[0] < 1.5 * off[1]
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+class Shapes(TorchDispatchMode):
+    """Remember the shape of every tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(x.shape) for x in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(x)}
+        return out
+
+
+def test_no_tensor_is_as_large_as_the_row_squared():
+    model, tokens = tiny_model("llama"), ragged_tokens((9,) * 8, num_generations=8, columns=5)
+    length = 8 * 9 + int(tokens.completion_mask[:, 1:].sum())
+    with Shapes() as shapes:
+        completion_logprobs(model, tokens, 1.0)[0].sum().backward()
+    assert any(length in shape for shape in shapes.seen)
+    assert not [shape for shape in shapes.seen if sum(n >= length / 2 for n in shape if n not in (64, 128)) > 1]

@@ -1,0 +1,37 @@
+"""The overview: every panel with its unit, findings as numbered lines and words."""
+
+import re
+
+from grpo.plots.figures import MOST_FINDINGS, overview
+from grpo.plots.panels import PANELS
+from tests.helpers.records import FINDINGS, a_full_record
+
+
+def titles(figure):
+    return [axes.get_title(loc="left") for axes in figure.axes]
+
+
+def test_the_overview_has_every_panel_with_its_unit_on_one_axis_of_steps():
+    figure = overview(a_full_record(300, FINDINGS))
+    assert len(figure.axes) == len(PANELS)
+    for title in titles(figure):
+        assert re.search(r"\(.+\)|norm|policy", title), title
+    ranges = {axes.get_xlim() for axes in figure.axes[:-1]}  # the last is of skills, not of steps
+    assert len(ranges) == 1
+    for axes in figure.axes[:-1]:
+        if "Loss" not in axes.get_title(loc="left") and "Ratio" not in axes.get_title(loc="left"):
+            assert axes.get_ylim()[0] <= 0
+
+
+def test_findings_are_numbered_lines_and_words():
+    figure = overview(a_full_record(300, FINDINGS))
+    for axes in figure.axes[:-1]:
+        dashed = [line for line in axes.lines if set(line.get_xdata()) in ({40}, {41})]
+        assert len(dashed) == 2
+        assert [text.get_text() for text in axes.texts] == ["1–2"]  # too close for a marker each
+    words = " ".join(text.get_text() for text in figure.texts)
+    assert "1  step 40: The gradient norm" in words
+    assert r"\$x^2\$" in words  # shown as it is, not as mathematics
+    assert "3  A loss near 0" in words
+    many = overview(a_full_record(60, FINDINGS * 9))
+    assert f"{27 - MOST_FINDINGS} more" in many.texts[-1].get_text()

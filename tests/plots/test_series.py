@@ -1,0 +1,88 @@
+"""The series behind the figures: smoothing, columns, findings by step, several runs as one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grpo.plots.series import column, findings, group_runs, over_runs, smooth, window_for
+from tests.helpers.records import DAMAGED, FINDINGS, a_record
+
+
+@pytest.mark.parametrize(
+    ("values", "window", "expected"),
+    [
+        # Window 3: weights (1 - (1/2)³)³ = 343/512 beside 1; inside, the fit is the weighted mean: at 2,
+        # (343/512 · (1 + 6) + 2) / (1 + 2 · 343/512) = 3425/1198; at an end two points give a line through both.
+        ([1.0, 2.0, 6.0, 4.0, 12.0], 3, [1.0, 3425 / 1198, 5130 / 1198, 8222 / 1198, 12.0]),
+        ([1.0, 2.0, 6.0, 4.0, 12.0], 1, [1.0, 2.0, 6.0, 4.0, 12.0]),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 5, [1.0, 2.0, 3.0, 4.0, 5.0]),  # a line stays one, at the ends too
+        ([3.0, 3.0, 3.0, 3.0], 3, [3.0] * 4),
+        ([7.0], 9, [7.0]),
+        ([], 9, []),
+        ([1.0, np.nan, 3.0, 4.0], 5, [1.0, np.nan, 3.0, 4.0]),  # a gap stays one, and is not taken as 0
+        ([np.nan, np.nan, np.nan, 4.0], 3, [np.nan, np.nan, np.nan, 4.0]),
+        ([np.nan, np.nan], 3, [np.nan, np.nan]),
+        ([1.0, np.inf, 3.0], 5, [1.0, np.nan, 3.0]),
+    ],
+)
+def test_smoothing_by_hand(values, window, expected):
+    np.testing.assert_allclose(smooth(values, window), expected, rtol=1e-12)
+
+
+def test_smoothing_is_centred():
+    # A rise at one place must not appear later than it was: a smoothed spike is symmetric about it.
+    spike = np.zeros(41)
+    spike[20] = 1.0
+    smoothed = smooth(spike, 5)
+    np.testing.assert_allclose(smoothed, smoothed[::-1], atol=1e-15)
+    assert smoothed.argmax() == 20
+    assert smoothed[:18].max() == 0
+
+
+def test_smoothing_does_not_lie_at_the_ends():
+    # Of a curve that rises in a straight line under noise, a shortened moving average begins too high and ends too
+    # low, by a quarter of its window; the fitted line does not.
+    steps = np.arange(200)
+    noise = np.random.default_rng(0).normal(0, 0.01, (500, 200))
+    smoothed = np.array([smooth(0.01 * steps + row, 41) for row in noise]).mean(axis=0)
+    assert np.abs(smoothed - 0.01 * steps).max() < 0.01  # a quarter of the window would be 0.1
+
+
+def test_a_smoothed_share_stays_a_share():
+    values = 1 - np.exp(-np.arange(60) / 5)
+    values[30:] = 1.0
+    assert smooth(values, 21).max() <= 1.0
+    assert window_for(80) % 2 == window_for(10_000) % 2 == 1
+
+
+def test_a_column_has_nan_where_a_value_is_null_or_missing():
+    record = {"steps": [{"step": 1, "kl": 0.5}, {"step": 2, "kl": None}, {"step": 3}]}
+    np.testing.assert_array_equal(column(record, "kl"), [0.5, np.nan, np.nan])
+    assert column({"steps": []}, "kl").shape == (0,)
+
+
+def test_findings_come_by_step_and_damaged_ones_not_at_all():
+    assert [f["name"] for f in findings({"findings": [*FINDINGS[::-1], *DAMAGED[:4]]})] == ["spike", "near", "normal"]
+    assert findings({}) == findings({"findings": None}) == findings({"findings": 5}) == []
+
+
+def test_the_mean_and_range_of_runs_of_different_lengths():
+    first = (np.array([1, 2, 3]), np.array([1.0, 2.0, np.nan]))
+    second = (np.array([1, 2, 3, 4]), np.array([3.0, 2.0, 5.0, 6.0]))
+    spread = over_runs([first, second])
+    np.testing.assert_array_equal(spread.steps, [1, 2, 3, 4])
+    np.testing.assert_array_equal(spread.mean, [2.0, 2.0, 5.0, 6.0])
+    np.testing.assert_array_equal(spread.low, [1.0, 2.0, 5.0, 6.0])
+    np.testing.assert_array_equal(spread.high, [3.0, 2.0, 5.0, 6.0])
+    np.testing.assert_array_equal(spread.runs, [2, 2, 1, 1])
+
+
+def test_runs_are_grouped_by_label_or_by_their_settings_without_the_seed():
+    records = [a_record(9, seed=0), a_record(9, seed=1), a_record(9, seed=0, learning_rate=1e-3)]
+    records[1]["config"]["output_dir"] = "elsewhere"  # decides nothing about what is learned
+    paths = [Path("runs/a"), Path("runs/b"), Path("runs/c")]
+    groups = group_runs(paths, records, ["x", "y", "x"])
+    assert [(g.label, g.seeds) for g in groups] == [("x", [0, 0]), ("y", [1])]
+    groups = group_runs(paths, records, [])
+    assert [(g.label, g.seeds) for g in groups] == [("learning_rate 1e-07", [0, 1]), (str(Path("runs/c")), [0])]

@@ -1,0 +1,18 @@
+"""What all figures share: the scale of an axis."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from grpo.plots.style import from_zero
+
+
+def test_an_axis_shows_values_below_zero_too():
+    # drift is an estimate, and may be negative
+    axes = plt.figure().subplots()
+    from_zero(axes, np.array([0.0, -0.002, np.nan, 0.01]))
+    low, high = axes.get_ylim()
+    assert low < -0.002
+    assert high > 0.01
+    from_zero(axes, np.array([0.0, 0.01]))
+    assert axes.get_ylim()[0] == 0
+    plt.close(axes.figure)

@@ -1,0 +1,30 @@
+"""A tiny model and a short run of it, to be damaged."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.malformed import train
+from tests.helpers.runs import a_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a tiny model."""
+    return a_tiny_model(tmp_path_factory.mktemp("record") / "model")
+
+
+@pytest.fixture(scope="module")
+def two_steps(model, no_plots):
+    """The folder of a run of two steps, which no test changes."""
+    folder = model.parent / "two steps"
+    result = train(model, folder, num_iterations=2)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def run(two_steps, tmp_path):
+    """A copy of the run of two steps."""
+    return Path(shutil.copytree(two_steps, tmp_path / "run"))

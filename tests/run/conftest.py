@@ -1,0 +1,43 @@
+"""Folders and runs that the tests of faults share."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.faults import make_writable, undisturbed
+from tests.helpers.runs import a_tiny_model
+
+
+@pytest.fixture(scope="package")
+def public():
+    """Make a folder that any user may write in, unlike pytest's own, with a model in it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        folder.chmod(0o777)
+        a_tiny_model(folder / "model")
+        for path in (folder / "model", *(folder / "model").iterdir()):
+            path.chmod(0o755)
+        yield folder
+
+
+@pytest.fixture(scope="package")
+def whole_run(public):
+    """Run without any fault, to the end of its six steps."""
+    return undisturbed(public, "whole")
+
+
+@pytest.fixture(scope="package")
+def half_run(public):
+    """Run the same until two of its six steps are done."""
+    return undisturbed(public, "half", num_iterations=2)
+
+
+@pytest.fixture
+def run_folder(public):
+    """Give a place for a run; make it writable and remove it afterwards, whatever became of it."""
+    folder = public / "run"
+    yield folder
+    make_writable(folder)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,156 @@
+"""What a run may continue with: every setting, changed alone, and checkpoints that earlier versions wrote."""
+
+import json
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import train_grpo
+from grpo.config import CHANGEABLE_ON_RESUME, TrainConfig
+from grpo.record.checkpoint import FORMAT, newest_checkpoint
+from grpo.record.metrics import load_metrics, without_times
+from grpo.record.tracker import Tracker
+from tests.fixtures.make import HERE, NAME
+from tests.helpers.runs import SETTINGS, a_tiny_model, forked, options
+from tests.helpers.scripts import snapshot
+
+# may change the order in which numbers are summed, not what they mean
+BITS = {"device", "micro_batch_size", "deterministic", "gradient_checkpointing"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _contained(no_plots):
+    """Keep trackers out, and undo what a run sets for the whole process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "__init__", lambda self, *_: setattr(self, "package", None))
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """Run two steps; the model is beside the run."""
+    folder = tmp_path_factory.mktemp("half")
+    a_tiny_model(folder / "model")
+    train(folder, num_iterations=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(half, tmp_path_factory):
+    """Continue a copy of that run with a third step."""
+    folder = Path(shutil.copytree(half, tmp_path_factory.mktemp("whole") / "copy"))
+    assert train(folder, model=half / "model", num_iterations=3).exit_code == 0
+    return folder / "run"
+
+
+def train(folder, **settings):
+    """Run in a folder with its model, or continue the run in it."""
+    return CliRunner().invoke(
+        train_grpo.main, options(**{"model": folder / "model", "output_dir": folder / "run", **settings})
+    )
+
+
+def another(field, folder):
+    """Return a value of a setting that is valid and not that of the run."""
+    now = SETTINGS.get(field.name, field.default)
+    special = {"time_limit": "1h", "device": "auto", "model": folder / "other", "output_dir": folder / "elsewhere"}
+    special |= {"group_schedule": "8:4", "num_iterations": 4, "target_accuracy": 1.0, "patience": 9}
+    special |= {"lora_targets": "q_proj", "task": "reverse", "system_prompt": "Answer.", "reward": "exact=1"}
+    special |= {"data": folder / "unused.jsonl"}
+    if field.name in special:
+        return special[field.name]
+    if field.metadata["choices"]:
+        return next(value for value in field.metadata["choices"] if value != now)
+    if field.type is bool:
+        return not now
+    assert field.type in (int, float), f"{field.name} is new: give it another value here"
+    return now + 1 if field.type is int else now / 2 + 0.125
+
+
+@pytest.mark.parametrize("field", fields(TrainConfig), ids=lambda field: field.name)
+def test_a_run_continues_with_a_changed_setting_or_names_and_refuses_it(field, half, whole, tmp_path):
+    folder = Path(shutil.copytree(half, tmp_path / "copy"))
+    value = another(field, folder)
+    if field.name == "model":
+        shutil.copytree(folder / "model", value)
+    if field.name == "output_dir":
+        (folder / "run").rename(value)
+    before = snapshot(folder)
+    if field.name == "data":  # an option of another task is refused before anything else
+        refused = train(folder, model=half / "model", data=value)
+        assert refused.exit_code == 1
+        assert "--data" in refused.stderr
+        assert snapshot(folder) == before
+        return
+    result = train(folder, **{"model": half / "model", "num_iterations": 3, field.name: value})
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    if field.name == "load_in_4bit":  # needs an adapter, so it never comes alone
+        assert result.exit_code == 2
+        assert "lora_rank" in result.stderr
+        return
+    if field.name == "shard":  # takes several processes: tests/runtime
+        assert result.exit_code == 1
+        assert "torchrun" in result.stderr
+        return
+    if field.name not in CHANGEABLE_ON_RESUME:
+        assert result.exit_code == 1
+        assert result.stderr.count("\n") == 1
+        assert f"{field.name} {before_as_text(field, half)} (now {value})" in result.stderr
+        named = set(re.findall(r"(\w+) [^,:]* \(now ", result.stderr))
+        assert named - {"num_iterations"} == {field.name}, "no other, except the length where it decides something"
+        assert "--fresh" in result.stderr
+        assert snapshot(folder) == before
+        return
+    assert result.exit_code == 0, result.output
+    run = value if field.name == "output_dir" else folder / "run"
+    record = load_metrics(run)
+    last = value if field.name == "num_iterations" else 3
+    assert [row["step"] for row in record["steps"]] == list(range(1, last + 1))
+    assert record["finished"]["step"] == last
+    assert newest_checkpoint(run)[0].step == last
+    if field.name not in BITS:
+        for mine, theirs in zip(record["steps"], load_metrics(whole)["steps"], strict=False):
+            assert without_times(mine) == without_times(theirs)
+
+
+def before_as_text(field, half):
+    value = {**SETTINGS, "model": half / "model"}.get(field.name, field.default)
+    return "none" if value in ("", ()) else str(value)
+
+
+def test_the_settings_that_may_change_are_settings():
+    assert set(CHANGEABLE_ON_RESUME) <= {field.name for field in fields(TrainConfig)}
+
+
+# --- checkpoints of earlier versions ---
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT + 1))
+def test_a_kept_checkpoint_is_continued_or_refused_with_a_reason(version, tmp_path):
+    kept = HERE / NAME.format(version)
+    assert kept.is_dir(), "python -m tests.fixtures.make, once for each format"
+    assert sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) < 300_000
+    folder = Path(shutil.copytree(kept, tmp_path / "copy"))
+    state = json.loads((folder / "run/checkpoints/step-00000002/state.json").read_text(encoding="utf-8"))
+    names = {field.name for field in fields(TrainConfig)}
+    settings = {name: value for name, value in state["config"].items() if name in names and value != ""}
+    settings |= {"num_iterations": 3}
+    result = forked(train_grpo.main, options(**settings), folder=folder)
+    if version != FORMAT and result[0]:
+        assert f"format {version}" in result[2] + result[1]
+        return
+    assert result[0] == 0, result
+    assert "Warning" not in result[1]
+    assert "checkpoint of step 2" in result[1]
+    before, after = load_metrics(kept / "run"), load_metrics(folder / "run")
+    assert after["steps"][:2] == before["steps"]
+    assert [row["step"] for row in after["steps"]] == [1, 2, 3]
+    checkpoint, problems = newest_checkpoint(folder / "run")
+    assert problems == []
+    assert checkpoint.step == 3

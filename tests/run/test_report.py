@@ -1,0 +1,41 @@
+"""What a run prints: times, throughput, and the table of completions."""
+
+import pytest
+
+from grpo import report
+from grpo.report import seconds_by_phase, tokens_per_second
+from tests.helpers.rollouts import ODD, a_rollout
+
+
+def test_the_time_of_a_run_by_hand():
+    record = {
+        "steps": [
+            {
+                "time/sample": 1.0,
+                "time/reward": 9.0,
+                "time/reward/mine": 2.0,
+                "time/reference": 0.5,
+                "time/update": 3.0,
+            }
+            | {"time/total": 8.0, "tokens": 100},
+            {"time/sample": 1.5, "time/update": 3.0, "time/save": 0.25, "time/total": 2.0, "tokens": 300},
+        ],
+        "evals": [{"time/evaluate": 4.0}, {}],
+    }
+    phases = {"sampling": 2.5, "reference": 0.5, "update": 6.0, "reward mine": 2.0, "evaluation": 4.0, "saving": 0.25}
+    assert seconds_by_phase(record) == phases
+    assert tokens_per_second(record) == pytest.approx(40)
+
+
+@pytest.mark.parametrize("columns", [40, 60, 100, 200])
+def test_the_table_of_completions_fits_the_terminal_and_moves_no_cursor(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    report.show_completions(7, a_rollout(completion="x" * 300 + ODD))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all(line.isprintable() for line in lines)
+    assert all(len(line) <= columns for line in lines)
+
+
+def test_no_minus_stands_before_a_zero():
+    assert [report.nats(value) for value in (-0.0004, 0.0, 0.0096, -0.0021)] == ["0.000", "0.000", "0.010", "-0.002"]

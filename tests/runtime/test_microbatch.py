@@ -1,0 +1,222 @@
+"""Out of memory: fewer rows in a pass, the same completions, the same gradient, and the run continues.
+
+The tests simulate a device that is short of memory: the model raises for more rows than "fit", in its forward pass
+or, through a hook, in the backward pass.
+"""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_grpo
+from grpo.algorithm import grpo as grpo_module
+from grpo.algorithm.grpo import GRPO
+from grpo.generation.capabilities import supports_common_prefix, supports_packing
+from grpo.model.loading import load
+from grpo.model.tokens import left_pad
+from grpo.model_card import resolve
+from grpo.record.checkpoint import newest_checkpoint
+from grpo.runtime.microbatch import AdaptiveMicrobatch, is_out_of_memory, split_microbatches
+from grpo.trainer import Trainer
+from tasks.arithmetic import Arithmetic
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+MPS = RuntimeError(
+    "MPS backend out of memory (MPS allocated: 5.00 GB, other allocations: 1.00 GB, max allowed: 6 GB)"
+)
+SETTINGS = {
+    "batch_size": 4,
+    "num_generations": 6,
+    "num_inner_updates": 1,
+    "learning_rate": 0.0,
+    "clip_grad_norm": 1e9,
+}
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 60))
+def test_microbatches_cover_every_row_once_and_keep_groups_whole_where_one_fits(prompts, group, max_rows):
+    cut = split_microbatches(prompts * group, group, max_rows)
+    assert [row for rows in cut for row in range(rows.start, rows.stop)] == list(range(prompts * group))
+    assert all(rows.stop - rows.start <= max_rows for rows in cut)
+    for rows in cut:
+        if max_rows >= group:
+            assert rows.start % group == rows.stop % group == 0
+        else:
+            assert rows.start // group == (rows.stop - 1) // group
+
+
+def test_the_rows_are_halved_in_whole_groups_then_within_one_and_stay_halved():
+    def work(max_rows):
+        seen.append(max_rows)
+        if max_rows > fits:
+            raise CUDA
+        return max_rows
+
+    microbatch, seen, fits = AdaptiveMicrobatch("a test", 40, 8), [], 2
+    assert microbatch.run(work) == 2
+    assert seen == [40, 16, 8, 4, 2]
+    assert microbatch.run(work) == 2
+    assert seen[5:] == [2]
+    fits = 0
+    with pytest.raises(ValueError, match="one completion at a time"):
+        microbatch.run(work)
+
+
+def test_only_errors_about_memory_are_taken_for_it():
+    assert is_out_of_memory(CUDA)
+    assert is_out_of_memory(MPS)
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
+    assert not is_out_of_memory(RuntimeError("The size of tensor a (3) must match"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+    with pytest.raises(RuntimeError, match="must match"):
+        AdaptiveMicrobatch("a test", 4, 2).run(raising, RuntimeError("must match"))
+
+
+def raising(error, max_rows):
+    raise error
+
+
+def short_of_memory(model, monkeypatch, where, fits, error=CUDA):
+    """Make a model raise for more than `fits` rows: "sampling", "forward" (with gradient) or "backward"."""
+    true_forward = model.forward
+
+    def refuse(gradient):
+        raise error
+
+    def forward(*args, **kwargs):
+        packed, training = kwargs.get("layout"), torch.is_grad_enabled()
+        rows = kwargs["input_ids"].shape[0] if packed is None else len(packed.completion_lengths)
+        if rows > fits and training == (where == "forward") and where != "backward":
+            raise error
+        out = true_forward(*args, **kwargs)
+        if rows > fits and training and where == "backward":
+            out.logits.register_hook(refuse)
+        return out
+
+    monkeypatch.setattr(model, "forward", forward)
+
+
+def a_grpo():
+    """Return GRPO on the starter, with the settings that the tests share."""
+    config = resolve({"model": "starter", **SETTINGS})
+    return GRPO(config, Arithmetic(), load("starter", torch.device("cpu")))
+
+
+def gradient(grpo):
+    return torch.cat([p.grad.flatten() for p in grpo.policy.parameters()])
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Return GRPO after a step with enough memory, and the rollout of that step."""
+    grpo = a_grpo()
+    return grpo, grpo.step(1)[0]
+
+
+@pytest.mark.parametrize(
+    ("where", "fits", "error"),
+    [(where, fits, CUDA) for where in ("sampling", "forward", "backward") for fits in (23, 5, 1)]
+    + [("backward", 6, MPS)],
+    ids=str,
+)
+def test_the_step_is_repeated_with_fewer_rows_and_has_the_same_gradient(
+    where, fits, error, whole, monkeypatch, capsys
+):
+    whole, expected = whole
+    short = a_grpo()
+    short_of_memory(short.policy, monkeypatch, where, fits, error)
+    rollout, entry = short.step(1)
+    assert rollout.completion_texts == expected.completion_texts
+    assert entry["skipped_updates"] == 0
+    difference = gradient(short) - gradient(whole)  # float32 rounds differently when it sums in another order
+    assert difference.abs().max().item() < 1e-6
+    assert (difference.norm() / gradient(whole).norm()).item() < 5e-6
+    microbatch = short.sample_microbatch if where == "sampling" else short.update_microbatch
+    assert microbatch.max_rows == {23: 12, 6: 6, 5: 3, 1: 1}[fits]
+    said = capsys.readouterr().out
+    assert "Memory ran out" in said
+    short.step(2)
+    assert capsys.readouterr().out == "", "the reduced size is kept"
+
+
+TINY = ["--num-iterations", "4", "--batch-size", "2", "--num-generations", "2", "--num-inner-updates", "2"]
+TINY += ["--eval-every", "4", "--eval-problems", "4", "--save-every", "1", "--show-every", "0", "--max-operand", "1"]
+
+
+@pytest.fixture
+def train(quick_runs, tmp_path, monkeypatch):
+    """Run train_grpo.py; from step `first` on, memory holds only `fits` rows with gradient."""
+    true_step = GRPO.step
+
+    def run(name, fits=None, first=1):
+        def step(self, number):
+            if fits is not None and number == first:
+                short_of_memory(self.policy, monkeypatch, "forward", fits)
+            return true_step(self, number)
+
+        monkeypatch.setattr(GRPO, "step", step)
+        return CliRunner().invoke(train_grpo.main, [*TINY, "--output-dir", str(tmp_path / name)])
+
+    return run
+
+
+def test_the_reduced_size_is_stored_and_a_resume_begins_with_it(train, tmp_path):
+    assert train("run", fits=2).exit_code == 0
+    checkpoint, _ = newest_checkpoint(tmp_path / "run")
+    assert checkpoint.state["limits"]["update"] == 2
+    config = resolve({**checkpoint.state["config"]})
+    again = Trainer(config, Arithmetic(max_operand=1), {})
+    again._restore()
+    assert again.grpo.update_microbatch.max_rows == 2
+    other = Trainer(resolve({**checkpoint.state["config"], "micro_batch_size": 2}), Arithmetic(max_operand=1), {})
+    other._restore()
+    assert other.grpo.update_microbatch.max_rows == 4, "a new --micro-batch-size is tried anew"
+
+
+def test_where_nothing_fits_the_run_ends_in_one_line_and_later_continues_to_the_same_weights(train, tmp_path):
+    assert train("whole").exit_code == 0
+    result = train("run", fits=0, first=3)
+    assert result.exit_code == 1
+    error = [line for line in result.stderr.splitlines() if not line.startswith("step ")]
+    assert len(error) == 1
+    assert error[0].startswith("Error: memory ran out in the update")
+    checkpoint, problems = newest_checkpoint(tmp_path / "run")
+    assert (checkpoint.step, problems) == (2, [])
+    assert [row["step"] for row in json.loads((tmp_path / "run/grpo_metrics.json").read_text())["steps"]] == [1, 2]
+    assert train("run").exit_code == 0
+    for name in ("policy", "optimizer"):
+        path = f"checkpoints/step-00000004/{name}.safetensors"
+        assert (tmp_path / "run" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
+
+
+def test_a_model_that_does_not_fit_at_all_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(grpo_module, "frozen_copy", lambda model: raising(CUDA, max_rows=1))
+    result = CliRunner().invoke(train_grpo.main, ["--output-dir", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr == "Error: starter does not fit into memory; take a smaller one, or --device cpu\n"
+
+
+@pytest.mark.parametrize("error", [CUDA, MPS], ids=["cuda", "mps"])
+def test_running_out_of_memory_is_never_taken_for_a_model_that_does_not_support_a_shortcut(error, monkeypatch):
+    lm = load("starter", torch.device("cpu"))
+    prompts = lm.prompts([Arithmetic().messages(f"What is ({n} + 1) + 1?") for n in range(2)])
+    ids, mask = left_pad(prompts, lm.pad_id, lm.device)
+    true_forward = lm.model.forward
+
+    def forward(*args, **kwargs):
+        cache = kwargs.get("past_key_values")
+        if "layout" in kwargs or (cache is not None and cache.get_seq_length()):
+            raise error
+        return true_forward(*args, **kwargs)
+
+    monkeypatch.setattr(lm.model, "forward", forward)
+    for tried in (
+        lambda: supports_packing(lm.model, ids, mask),
+        lambda: supports_common_prefix(lm.model, prompts, lm.pad_id),
+    ):
+        with pytest.raises(RuntimeError, match="memory"):
+            tried()

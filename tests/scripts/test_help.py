@@ -1,0 +1,83 @@
+"""--help of the three scripts: whole, at once, and grouped where there are many options."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import inference
+import plot_metrics
+import train_grpo
+from grpo.config import GROUPS, OLD_NAMES
+from tasks.registry import task_options
+from tests.helpers.scripts import FIELDS, ROOT, invoke
+
+
+@pytest.mark.parametrize("command", [train_grpo.main, inference.main, plot_metrics.main], ids=lambda c: c.callback)
+def test_help_is_an_answer_and_names_every_option(command, tmp_path):
+    for option in ("--help", "-h"):
+        result = invoke(command, option, folder=tmp_path)
+        assert result.exit_code == 0
+        assert result.stderr == ""
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and not parameter.hidden:
+                assert parameter.opts[0] in result.stdout
+                assert parameter.help
+        assert all(len(line) <= 110 for line in result.stdout.splitlines())
+
+
+def test_the_help_of_training_has_every_setting_with_group_meaning_and_default(tmp_path):
+    text = invoke(train_grpo.main, "--help", folder=tmp_path).stdout
+    words = " ".join(text.split()).replace("- ", "-")  # lines break after a hyphen too
+    for name, field in FIELDS.items():
+        assert re.search(f"--{name.replace('_', '-')}\\b", words)
+        assert field.metadata["meaning"].replace("- ", "-") in words
+        assert f"{field.metadata['group']}:" in words
+        option = name.replace("_", "-")
+        default = f"{'' if field.default else 'no-'}{option}" if field.type is bool else field.default
+        assert default in ("", ()) or f"[default: {default}" in words
+    assert "--fresh" in words
+
+
+@pytest.mark.parametrize("script", ["train_grpo.py", "inference.py", "plot_metrics.py"])
+def test_help_answers_at_once_without_the_heavy_libraries(script, tmp_path):
+    # -X importtime writes a line for every module that is imported: "import time: self | cumulative | name".
+    command = [sys.executable, "-X", "importtime", str(ROOT / script), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "click" in imported
+    assert not imported & {"torch", "transformers", "numpy", "matplotlib", "safetensors"}
+    assert "Usage:" in done.stdout
+
+
+def options_by_group(text):
+    """Return the long options under each heading of a --help."""
+    parts = re.split(r"^([A-Z][\w ]+):$", text, flags=re.MULTILINE)
+    return {
+        title: set(re.findall(r"^  (--[\w-]+)", part, re.MULTILINE))
+        for title, part in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def test_help_lists_each_setting_once_under_its_group(tmp_path):
+    groups = options_by_group(invoke(train_grpo.main, "--help", folder=tmp_path).stdout)
+    assert tuple(groups) == (*GROUPS, "Other")
+    for group in GROUPS:
+        names = {name for name, field in FIELDS.items() if field.metadata["group"] == group}
+        assert groups[group] == {f"--{name.replace('_', '-')}" for name in names}
+
+
+def test_help_lists_the_options_of_the_tasks_under_task(tmp_path):
+    text = invoke(train_grpo.main, "--help", folder=tmp_path).stdout
+    assert {"data", "min_operand", "max_operand"} == set(task_options())
+    assert {"--data", "--min-operand", "--max-operand"} <= options_by_group(text)["Task"]
+    words = " ".join(text.split())
+    for tasks, name in (("arithmetic", "max-operand"), ("arithmetic", "min-operand"), ("gsm8k, jsonl", "data")):
+        assert re.search(rf"--{name} [A-Z]+ {tasks}: \w", words), name  # says which tasks take it
+
+
+def test_help_leaves_out_the_old_names(tmp_path):
+    text = invoke(train_grpo.main, "--help", folder=tmp_path).stdout
+    for old in OLD_NAMES:
+        assert not re.search(rf"--(no-)?{old.replace('_', '-')}(?![\w-])", text)

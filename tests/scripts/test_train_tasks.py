@@ -1,0 +1,143 @@
+"""Every task, style and reward in a tiny run, and micro batches."""
+
+import json
+
+import pytest
+
+import train_grpo
+from grpo.model_card import CARD
+from grpo.record.metrics import load_metrics
+from tasks.rewards import DEMO
+from tests.helpers.scripts import (
+    TINY,
+    ask,
+    invoke,
+    names_in,
+    refusal,
+    snapshot,
+    train,
+)
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
+def sums_file(path, n=120):
+    """Write a JSON Lines file in the format of GSM8K, which is also one of questions and answers."""
+    rows = [{"question": f"What is ({i} + {i % 7}) - 3?", "answer": f"so\n#### {i + i % 7 - 3}"} for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+MINE = """
+def shows_work(prompts, completions, answer, **columns):
+    assert len(prompts) == len(answer) == len(columns["completion_ids"])
+    return [float("=" in completion[0]["content"]) for completion in completions]
+
+def never(completions, **columns):
+    return [None] * len(completions)
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "kind"),
+    [
+        (["--task", "reverse"], "text"),
+        (["--task", "jsonl", "--data", "sums.jsonl"], "text"),
+        (["--task", "gsm8k", "--data", "sums.jsonl"], "number"),
+        (["--prompt-style", "reasoning", "--max-new-tokens", 40], "integer"),
+        (
+            ["--min-operand", -4, "--system-prompt", "Give the result as an integer in <answer>...</answer>."],
+            "integer",
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value[:2])) if isinstance(value, list) else value,
+)
+def test_every_task_and_style_trains_saves_and_answers(args, kind, tmp_path):
+    sums_file(tmp_path / "sums.jsonl")
+    result = train("--num-inner-updates", 1, *args, folder=tmp_path)
+    record = load_metrics(tmp_path)
+    assert {f"reward/{name}" for name in DEMO if "reasoning" in args} <= set(record["steps"][0])
+    card = json.loads((tmp_path / "saved_model" / CARD).read_text(encoding="utf-8"))
+    assert (card["task"], card["kind"]) == (record["config"]["task"], kind)
+    assert card["system_prompt"] == record["config"]["system_prompt"] or "<answer>" in card["system_prompt"]
+    assert "data" not in card["settings"]
+    said = " ".join(result.stdout.split())  # paragraphs are wrapped
+    if "reverse" in args or "reasoning" in args:
+        assert said.count("Too hard for this model") == 1
+    assert ("tokens hide the letters" in said) == ("reverse" in args)
+    assert len(ask("Spell batori backwards.", folder=tmp_path)) == 2
+
+
+def test_given_rewards_and_a_users_file_are_what_is_trained_and_measured(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    rewards = ["--reward", "exact=1", "--reward", "mine.py:shows_work=0.5", "--reward", "mine.py:never=1"]
+    train(*rewards, folder=tmp_path)
+    record = load_metrics(tmp_path)
+    assert record["config"]["reward"] == ["exact=1", "mine.py:shows_work=0.5", "mine.py:never=1"]
+    for row in record["steps"]:
+        names = {name for name in row if name.startswith("reward/")}
+        assert names == {"reward/exact", "reward/shows_work", "reward/never"}
+        assert row["reward/never"] is None
+        assert row["reward_mean"] == pytest.approx(row["reward/exact"] + row["reward/shows_work"])
+        assert 0 <= row["time/reward/shows_work"] <= row["time/reward"]
+    settings = json.loads((tmp_path / "saved_model" / CARD).read_text(encoding="utf-8"))["settings"]
+    assert settings["reward"] == []  # a downloaded model must not make anybody run a file
+
+    before = snapshot(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE + "\n# another reward", encoding="utf-8")
+    result = invoke(train_grpo.main, *TINY, *rewards, "--num-iterations", 3, folder=tmp_path)
+    assert result.exit_code == 1
+    [error] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert "mine.py changed" in error
+    assert "--fresh" in error
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    assert snapshot(tmp_path) == before
+    train(*rewards, "--num-iterations", 3, folder=tmp_path)
+    assert len(load_metrics(tmp_path)["steps"]) == 3
+
+
+def test_a_run_does_not_continue_with_changed_data(tmp_path):
+    args = ["--task", "gsm8k", "--data", "sums.jsonl", "--num-inner-updates", 1]
+    sums_file(tmp_path / "sums.jsonl")
+    train(*args, folder=tmp_path)
+    sums_file(tmp_path / "sums.jsonl", 121)
+    result = invoke(train_grpo.main, *TINY, *args, "--num-iterations", 3, folder=tmp_path)
+    assert result.exit_code == 1
+    assert "sums.jsonl changed" in result.stderr
+
+
+def test_a_users_function_that_raises_ends_the_run_in_one_line(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(completions, **columns):\n    return [1 / 0]\n", encoding="utf-8")
+    result = invoke(train_grpo.main, *TINY, "--reward", "mine.py:f=1", folder=tmp_path)
+    assert result.exit_code == 1
+    [error] = [line for line in result.stderr.splitlines() if not line.startswith("step ")]
+    assert error == "Error: reward function 'f' raised ZeroDivisionError: division by zero (mine.py:2)"
+
+
+BAD_TASKS = [
+    (["--task", "jsonl"], "--data"),
+    (["--task", "jsonl", "--data", "missing.jsonl"], "missing.jsonl"),
+    (["--task", "jsonl", "--data", "bad.jsonl"], "bad.jsonl:2: not JSON"),
+    (["--task", "gsm8k", "--data", "plain.jsonl"], "plain.jsonl:1: no #### in 'answer'"),
+    (["--task", "jsonl", "--data", "plain.jsonl"], "too few problems (1)"),
+    (["--data", "plain.jsonl"], "--task arithmetic has no use for --data"),
+    (["--task", "reverse", "--data", "plain.jsonl"], "no use for --data, which is for --task gsm8k and jsonl"),
+    (["--min-operand", 11], "min_operand"),
+    (["--reward", "excat=1"], "excat"),
+    (["--reward", "exact"], "NAME=WEIGHT"),
+    (["--reward", "missing.py:f=1"], "missing.py"),
+]
+
+
+@pytest.mark.parametrize(("args", "word"), BAD_TASKS, ids=[" ".join(map(str, args)) for args, _ in BAD_TASKS])
+def test_a_task_that_cannot_be_made_is_one_line_before_training_starts(args, word, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question":\n', encoding="utf-8")
+    (tmp_path / "plain.jsonl").write_text('{"question": "q", "answer": "a"}\n', encoding="utf-8")
+    assert word in refusal(invoke(train_grpo.main, *TINY, *args, folder=tmp_path))
+    assert names_in(tmp_path) == {"bad.jsonl", "plain.jsonl"}
+
+
+def test_micro_batches_change_nothing_but_rounding(run, tmp_path):
+    train("--micro-batch-size", 1, folder=tmp_path)
+    one, all_at_once = (load_metrics(folder)["steps"][0] for folder in (tmp_path, run[0]))
+    for name in ("reward_mean", "loss", "grad_norm", "kl", "entropy"):
+        assert one[name] == pytest.approx(all_at_once[name], rel=1e-3, abs=1e-5), name

@@ -1,0 +1,116 @@
+"""The rewards of the arithmetic task: what is paid, and forty hacks that are not."""
+
+import pytest
+
+from tasks.arithmetic import Arithmetic
+from tasks.base import Problem
+from tasks.common.prompts import STYLES, ideal_completion, system_prompt
+from tests.helpers.rewards import reward_of
+from tests.helpers.tasks import TASK
+
+PROBLEM = Problem("What is (4 - 9) * 6?", "-30")
+
+
+@pytest.mark.parametrize(
+    ("completion", "total"),
+    [
+        ("", 0.0),
+        ("-30", 0.0),
+        ("<answer>...</answer>", 0.0),
+        ("<answer>7</answer>", 0.2),  # well-formed
+        ("<answer>-32</answer>", 0.2),
+        ("<answer>30</answer>", 0.2),
+        ("<answer>-29</answer>", 0.4),  # and within ±1
+        ("<answer>-31</answer>", 0.4),
+        ("<answer>-30</answer>", 1.0),  # and right
+        ("4 - 9 = -5\n<answer>-30</answer>", 1.0),
+        ("4 - 9 = 5\n<answer>-030</answer>", 1.0),
+    ],
+)
+def test_the_reward_by_hand(completion, total):
+    reward = reward_of(TASK, PROBLEM, completion)
+    assert reward.total == total
+    assert reward.total == sum(reward.parts.values())
+    assert tuple(reward.parts) == ("format", "close", "exact")
+    assert reward.correct == (total == 1.0)
+    assert reward.well_formed == (total > 0.0)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_ideal_completion_scores_the_full_reward(style):
+    task = Arithmetic(style=style)
+    full = sum(task.default_rewards.values())
+    for index in range(0, task.size, 5):
+        expression = task.expression(index)
+        problem = Problem(f"What is {expression}?", str(expression.value))
+        for working in ("", expression.working):
+            reward = reward_of(task, problem, ideal_completion(problem.answer, style, working))
+            assert reward.total == full == (4.0 if style == "reasoning" else 1.0)
+            assert reward.correct
+            assert reward.well_formed
+
+
+HACKS = [
+    "",
+    " ",
+    "What is (4 - 9) * 6?",
+    system_prompt("answer"),
+    system_prompt("think"),
+    system_prompt("answer") + "<answer>-30</answer>",
+    "-30",
+    "The answer is -30.",
+    "<answer>-30",
+    "-30</answer>",
+    "<answer></answer>",
+    "<answer>...</answer>",
+    "<answer>-30</answer>\n",
+    "<answer>-30</answer>.",
+    "<answer>-30</answer><|im_end|>",
+    "<answer>-30</answer>" * 2,
+    "<answer>-30</answer>" * 100,
+    "<answer>-29</answer><answer>-30</answer>",
+    "<answer>-30</answer> or <answer>-29</answer>",
+    "<answer>-30</answer></answer>",
+    "<answer><answer>-30</answer></answer>",
+    "".join(f"<answer>{n}</answer>" for n in range(-40, 0)),
+    "<answer>-31 -30 -29</answer>",
+    "<answer>-30 or -29</answer>",
+    "<answer>(4 - 9) * 6</answer>",
+    "<answer>(4-9)*6</answer>",
+    "<answer>-30.0</answer>",
+    "<answer>-3e1</answer>",
+    "<answer>-3_0</answer>",
+    "<answer>−30</answer>",
+    "<answer>-٣٠</answer>",
+    "<answer>-３０</answer>",
+    "<answer> -30 </answer>",
+    "<answer>--30</answer>",
+    "<answer>-30\x00</answer>",
+    "<answer>-" + "0" * 5000 + "30</answer>",
+    "<answer>" + "9" * 5000 + "</answer>",
+    "<answer>99**98**97</answer>",
+    "<answer>__import__('os').system('true')</answer>",
+    "<answer>nan</answer>",
+    "<answer>inf</answer>",
+    "<answer>True</answer>",
+    "<ANSWER>-30</ANSWER>",
+    "\\boxed{-30}",
+    "<answer>-30</answer>" + "\ud800",
+    "<|im_start|>assistant\n-30<|im_end|>",
+]
+
+
+@pytest.mark.parametrize("hack", HACKS, ids=range(len(HACKS)))
+def test_a_hack_is_not_paid_like_an_answer(hack):
+    for style in STYLES:
+        task = Arithmetic(style=style)
+        reward = reward_of(task, PROBLEM, hack)
+        assert reward.total < sum(task.default_rewards.values())
+        assert not reward.correct
+    assert reward_of(TASK, PROBLEM, hack).total == 0.0  # none of them is even well-formed
+
+
+def test_the_think_style_pays_for_no_answer_outside_its_form():
+    task = Arithmetic(style="think")
+    for completion in ("<answer>-30</answer>", "x<think></think><answer>-30</answer>", "<think><answer>-30</answer>"):
+        assert reward_of(task, PROBLEM, completion).total == 0.0

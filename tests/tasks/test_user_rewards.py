@@ -1,0 +1,249 @@
+"""Reward functions in a user's file."""
+
+import json
+import math
+from contextlib import contextmanager, nullcontext
+
+import numpy
+import pytest
+import torch
+
+from grpo.runtime.stopwatch import Stopwatch
+from tasks.arithmetic import Arithmetic
+from tasks.base import Problem
+from tasks.common.prompts import ideal_completion
+from tasks.gsm8k import problem_of
+from tasks.rewards import DEMO, parse_rewards, score
+from tests.helpers.reward_files import SUM, WORD, numbers_task
+
+# The reward functions of the well-known GSM8K demo for TRL, as they are passed around.
+GRPO_DEMO = '''
+import re
+
+def extract_xml_answer(text: str) -> str:
+    answer = text.split("<answer>")[-1]
+    answer = answer.split("</answer>")[0]
+    return answer.strip()
+
+def correctness_reward_func(prompts, completions, answer, **kwargs) -> list[float]:
+    responses = [completion[0]['content'] for completion in completions]
+    q = prompts[0][-1]['content']
+    extracted_responses = [extract_xml_answer(r) for r in responses]
+    print('-'*20, f"Question:\\n{q}", f"\\nAnswer:\\n{answer[0]}", f"\\nResponse:\\n{responses[0]}")
+    return [2.0 if r == a else 0.0 for r, a in zip(extracted_responses, answer)]
+
+def int_reward_func(completions, **kwargs) -> list[float]:
+    responses = [completion[0]['content'] for completion in completions]
+    extracted_responses = [extract_xml_answer(r) for r in responses]
+    return [0.5 if r.isdigit() else 0.0 for r in extracted_responses]
+
+def strict_format_reward_func(completions, **kwargs) -> list[float]:
+    """Reward function that checks if the completion has a specific format."""
+    pattern = r"^<reasoning>\\n.*?\\n</reasoning>\\n<answer>\\n.*?\\n</answer>\\n$"
+    responses = [completion[0]["content"] for completion in completions]
+    matches = [re.match(pattern, r) for r in responses]
+    return [0.5 if match else 0.0 for match in matches]
+
+def soft_format_reward_func(completions, **kwargs) -> list[float]:
+    """Reward function that checks if the completion has a specific format."""
+    pattern = r"<reasoning>.*?</reasoning>\\s*<answer>.*?</answer>"
+    responses = [completion[0]["content"] for completion in completions]
+    matches = [re.match(pattern, r) for r in responses]
+    return [0.5 if match else 0.0 for match in matches]
+
+def count_xml(text) -> float:
+    count = 0.0
+    if text.count("<reasoning>\\n") == 1:
+        count += 0.125
+    if text.count("\\n</reasoning>\\n") == 1:
+        count += 0.125
+    if text.count("\\n<answer>\\n") == 1:
+        count += 0.125
+        count -= len(text.split("\\n</answer>\\n")[-1])*0.001
+    if text.count("\\n</answer>") == 1:
+        count += 0.125
+        count -= (len(text.split("\\n</answer>")[-1]) - 1)*0.001
+    return count
+
+def xmlcount_reward_func(completions, **kwargs) -> list[float]:
+    contents = [completion[0]["content"] for completion in completions]
+    return [count_xml(c) for c in contents]
+'''
+
+
+DEMO_NAMES = ("correctness", "int", "strict_format", "soft_format", "xmlcount")
+
+
+def test_the_gsm8k_demo_written_for_trl_runs_unchanged(tmp_path, capsys):
+    path = tmp_path / "grpo_demo.py"
+    path.write_text(GRPO_DEMO, encoding="utf-8")
+    task = numbers_task()
+    problem = problem_of({"question": "How much is 2 x 9?", "answer": "2*9 = <<2*9=18>>18\n#### 18"})
+    rewards = parse_rewards([f"{path}:{name}_reward_func=1" for name in DEMO_NAMES], {})
+    texts = [ideal_completion("18", "reasoning", "2 x 9"), "<answer>18</answer>", "<answer>17</answer>", ""]
+    attempts = [task.grade(problem, text) for text in texts]
+    scored = score(rewards, attempts, {"completion_ids": [[1]] * 4}, lambda name: nullcontext())
+    # soft: its `.` does not match the line feeds of the first; the rest is what each function's code says
+    assert [reward.parts for reward in scored] == [
+        {f"{name}_reward_func": value for name, value in zip(DEMO_NAMES, values, strict=True)}
+        for values in ((2.0, 0.5, 0.5, 0.0, 0.5), (2.0, 0.5, 0, 0, 0), (0, 0.5, 0, 0, 0), (0, 0, 0, 0, 0))
+    ]
+    assert [reward.total for reward in scored] == [3.5, 2.5, 0.5, 0.0]
+    assert "How much is 2 x 9?" in capsys.readouterr().out
+    # and ours, for the perfect completion, at least as much: soft_format is paid too
+    [own] = score(parse_rewards((), DEMO), attempts[:1], {}, lambda name: nullcontext())
+    assert own.total == 4.0
+
+
+def user(tmp_path, body, spec="f=1", **settings):
+    """The reward function in a file of the user's with this body."""
+    path = tmp_path / "mine.py"
+    path.write_text(body, encoding="utf-8")
+    return parse_rewards([f"{path}:{spec}"], {})
+
+
+def run(rewards, problems=(SUM, SUM, WORD), text="<answer>-30</answer>"):
+    attempts = [Arithmetic().grade(problem, text) for problem in problems]
+    columns = {"completion_ids": [[i] for i in range(len(attempts))]}
+    return score(rewards, attempts, columns, lambda name: nullcontext())
+
+
+def test_a_users_function_sees_prompts_completions_and_columns(tmp_path):
+    rewards = user(
+        tmp_path,
+        "import json\n"
+        "def f(**everything):\n"
+        f"    json.dump(everything, open({str(tmp_path / 'seen.json')!r}, 'w'))\n"
+        "    everything['completions'][0][0]['content'] = 'changed'\n"  # which changes nothing outside
+        "    return [1.0, 2, None]\n",
+    )
+    problems = [Problem("q", "1", {"level": 3}), Problem("r", "2", {"level": 4, "note": "n"}), Problem("s", "3")]
+    scored = run(rewards, problems)
+    assert [reward.total for reward in scored] == [1.0, 2.0, 0.0]
+    assert [reward.parts for reward in scored] == [{"f": 1.0}, {"f": 2.0}, {"f": None}]
+    seen = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
+    assert seen == {
+        "prompts": [Arithmetic().messages(question) for question in "qrs"],
+        "completions": [[{"role": "assistant", "content": "<answer>-30</answer>"}]] * 3,
+        "question": ["q", "r", "s"],
+        "answer": ["1", "2", "3"],
+        "level": [3, 4, None],
+        "note": [None, "n", None],
+        "completion_ids": [[0], [1], [2]],
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def f(**c):\n    x = 1\n    raise KeyError('no\\nsuch')", ["'f'", "KeyError", "mine.py:3"]),
+        ("def g():\n    return 1 / 0\ndef f(**c):\n    return g()", ["'f'", "ZeroDivisionError", "mine.py:2"]),
+        ("import json\ndef f(**c):\n    return json.loads('x')", ["'f'", "JSONDecodeError", "mine.py:3"]),
+        ("def f(prompts):\n    return []", ["'f'", "TypeError", "completion", "mine.py)"]),
+        ("def f(**c):\n    exit()", ["'f'", "SystemExit", "mine.py:2"]),
+        ("def f(**c):\n    return [1.0]", ["'f'", "1 numbers for 3 completions"]),
+        ("def f(**c):\n    return [1.0] * 4", ["'f'", "4 numbers for 3 completions"]),
+        ("def f(**c):\n    return None", ["'f'", "TypeError"]),
+        ("def f(**c):\n    return 1.0", ["'f'", "TypeError"]),
+        ("async def f(**c):\n    return [1.0] * 3", ["'f'", "TypeError"]),
+        *((f"def f(**c):\n    return [0.0, {bad}, 0.0]", ["'f'", "finite number", "-30"]) for bad in (
+            "float('nan')", "float('inf')", "-float('inf')", "'1'", "[1]", "{}", "10**400", "1e300", "1j", "b'1'",
+        )),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the coroutine that nobody awaits
+def test_what_goes_wrong_in_a_users_function_is_one_line_that_names_it(body, words, tmp_path):
+    rewards = user(tmp_path, body)
+    with pytest.raises(ValueError, match="reward function") as caught:
+        run(rewards)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_word_of_a_model_can_move_the_cursor_by_way_of_an_error(tmp_path):
+    attack = "\x1b[2J\n<answer>5</answer>"
+    for body in ("return [0.0, float('nan'), 0.0]", "raise ValueError(completions[0][0]['content'])"):
+        with pytest.raises(ValueError, match="'f'") as caught:
+            run(user(tmp_path, f"def f(completions, **c):\n    {body}"), text=attack)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("body", "spec", "word"),
+    [
+        ("def g(**c): pass", "f=1", "no function 'f'; it has g"),
+        ("f = 5", "f=1", "no function 'f'"),
+        ("", "f=1", "none"),
+        ("def f(:", "f=1", "SyntaxError"),
+        ("raise RuntimeError('at\\nimport')", "f=1", "RuntimeError: at import"),
+        ("import no_such_module", "f=1", "no_such_module"),
+        ("exit(0)", "f=1", "SystemExit"),
+    ],
+)
+def test_a_file_without_the_function_is_refused_in_one_line(body, spec, word, tmp_path):
+    with pytest.raises(ValueError, match=r"mine\.py") as caught:
+        user(tmp_path, body, spec)
+    assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_libraries_are_numbers(tmp_path):
+    for made in (numpy.float32([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0]), (True, 2, 3.0), iter([1, 2, 3])):
+        [reward] = parse_rewards(["exact=2"], {})
+        given = type(reward)(reward.name, reward.weight, lambda attempts, columns, made=made: made)
+        assert [scored.total for scored in run([given])] == [2.0, 4.0, 6.0]
+
+
+def test_a_changed_file_is_another_file_at_once_and_leaves_nothing_behind(tmp_path):
+    first = user(tmp_path, "def f(**c):\n    return [1.0] * 3")
+    second = user(tmp_path, "def f(**c):\n    return [2.0] * 3")  # same size, same second: no stale bytecode
+    assert [run(rewards)[0].total for rewards in (first, second)] == [1.0, 2.0]
+    assert first[0].sha256 != second[0].sha256
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.py"}
+
+
+def test_a_file_is_run_once_for_all_its_functions_and_may_hold_what_any_module_may(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        f"open({str(tmp_path / 'log')!r}, 'a').write('run ')\n"
+        "@dataclass\nclass Judge:\n    n: int = 0\njudge = Judge()\n"
+        "def f(prompts, **c):\n    judge.n += 1\n    return [judge.n] * len(prompts)\n"
+        "g = lambda prompts, **c: [10 * judge.n] * len(prompts)\n",
+        encoding="utf-8",
+    )
+    rewards = parse_rewards([f"{path}:f=1", f"{path}:g=1"], {})
+    assert run(rewards)[0].parts == {"f": 1.0, "g": 10.0}
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "run "
+
+
+def test_each_function_is_timed_by_its_name(tmp_path):
+    clock = Stopwatch()
+    rewards = user(tmp_path, "import time\ndef f(**c):\n    time.sleep(0.02)\n    return [1.0] * 3")
+    attempts = [Arithmetic().grade(SUM, "")] * 3
+    score([*rewards, *parse_rewards(["exact=1"], {})], attempts, {}, clock)
+    assert set(clock.seconds) == {"reward/f", "reward/exact"}
+    assert clock.seconds["reward/f"] > 0.02 > clock.seconds["reward/exact"]
+
+
+def test_the_clock_stops_where_a_function_raises(tmp_path):
+    seen = []
+
+    @contextmanager
+    def clock(name):
+        seen.append(name)
+        try:
+            yield
+        finally:
+            seen.append("stopped")
+
+    with pytest.raises(ValueError, match="'f'"):
+        score(user(tmp_path, "def f(**c):\n    raise OSError"), [Arithmetic().grade(SUM, "")], {}, clock)
+    assert seen == ["reward/f", "stopped"]
+
+
+def test_nothing_is_nan_where_no_function_applied():
+    [reward] = parse_rewards(["exact=1"], {})
+    none = type(reward)("f", 1.0, lambda attempts, columns: [None] * len(attempts))
+    assert all(math.isclose(scored.total, 0.0) and scored.parts == {"f": None} for scored in run([none]))
