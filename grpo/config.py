@@ -19,6 +19,7 @@ GROUPS = ("Model", "Task", "Algorithm", VARIANTS, OUTPUT)  # in the order of --h
 DEVICES = ("auto", "cuda", "mps", "cpu")
 # the choices of a variant; each is one function in algorithm/loss.py or algorithm/advantages.py
 AVERAGES, RATIOS, SCALES = ("completion", "token", "constant"), ("token", "sequence"), ("group", "batch", "none")
+KL_ESTIMATORS = ("k3", "k3-corrected")
 DECAYS = ("none", "linear", "cosine")
 TRACKERS = ("none", "trackio", "wandb")
 LARGEST_FLOAT32 = 3.4e38
@@ -102,6 +103,9 @@ class TrainConfig(TaskOptions):
         "completion", VARIANTS, "what the loss is averaged over; token: DAPO, constant: Dr. GRPO", None, AVERAGES
     )
     ratio: str = setting("token", VARIANTS, "level of ratio and clipping; sequence: GSPO", None, RATIOS)
+    kl_estimator: str = setting(
+        "k3", VARIANTS, "KL term of the loss; k3-corrected: times the ratio (DeepSeek-V3.2)", None, KL_ESTIMATORS
+    )
     epsilon_high: float = setting(0.0, VARIANTS, "clip the ratio to 1 + this above (DAPO: 0.28); 0: as epsilon", 0.0)
     scale_rewards: str = setting(
         "group", VARIANTS, "std that advantages are divided by; none: Dr. GRPO", None, SCALES

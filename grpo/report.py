@@ -85,7 +85,8 @@ def show_completions(step: int, rollout: Rollout) -> None:
             for n, name in zip(numbers, names, strict=True)
         ]
         mark = "right" if reward.correct else "wrong"
-        row = f"  {reward.total:>6.2f}  {'  '.join(parts)}  "
+        total = "-" if reward.total is None else f"{reward.total:.2f}"
+        row = f"  {total:>6}  {'  '.join(parts)}  "
         row = fitted(f"{row}{printable(problem.question)}  {printable(text)}", columns - 9)
         say(f"    {paint(mark, 'green' if reward.correct else 'red')}{row}")
 

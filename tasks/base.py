@@ -1,4 +1,4 @@
-"""What a task is: problems split by a hash, prompts for them, and a judgement of each completion.
+"""The interface of a task: problems split by a hash, prompts for them, and a judgement of each completion.
 
 Nothing here or in the other task files imports torch: a task is strings and numbers only, so that a
 reward can be read, changed and tested without a model.
@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, Protocol
 
 SPLITS = ("train", "validation", "test")
-KINDS = ("integer", "number", "text")  # of an answer; tasks/common/parsing.py defines each
+KINDS = ("integer", "number", "text")  # the kinds of answers, as tasks/common/parsing.py defines them
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Answer = int | Decimal | str
@@ -22,14 +22,14 @@ Answer = int | Decimal | str
 class Option:
     """Make a parameter of a task an option of train_grpo.py: `max_operand: Annotated[int, Option("…")] = 10`."""
 
-    meaning: str  # for --help
+    meaning: str  # the text in --help
     least: float | None = None  # the smallest allowed value
-    inheritable: bool = True  # False for a file: a saved model must not name one
+    inheritable: bool = True  # whether a saved model keeps it; False for a file, which no model may name
 
 
 @dataclass(frozen=True)
 class Problem:
-    """An instance of a task: the question, the gold answer, further columns of its row for the rewards."""
+    """An instance of a task: the question, the gold answer, and further columns for the rewards."""
 
     question: str
     answer: str
@@ -43,11 +43,11 @@ class Attempt:
 
     problem: Problem
     completion: str
-    style: str  # of the prompt
-    kind: str  # of the answer, one of KINDS
+    style: str  # the prompt style
+    kind: str  # the kind of the answer, one of KINDS
     prompt: Sequence[Message]
-    answer: Answer | None  # as parsed; None: not well-formed
-    gold: Answer | None  # the problem's own, parsed in the same way
+    answer: Answer | None  # the parsed answer; None if the completion is not well-formed
+    gold: Answer | None  # the problem's own answer, parsed in the same way
     correct: bool  # the task's judgement, which accuracy counts
 
     @property
@@ -61,10 +61,11 @@ class Reward:
     """The score of one completion.
 
     `total`, which training maximises, is the sum of `parts`, each already weighted and None if that function does
-    not apply. `correct` and `well_formed` are those of the attempt.
+    not apply. It is None if none applies: then the completion has no part in its group. `correct` and `well_formed`
+    are those of the attempt.
     """
 
-    total: float
+    total: float | None
     parts: Mapping[str, float | None]
     correct: bool
     well_formed: bool
@@ -75,7 +76,7 @@ class Task(Protocol):
 
     name: str
     style: str
-    kind: str  # of its answers
+    kind: str  # the kind of its answers, one of KINDS
     system_prompt: str
     default_rewards: Mapping[str, float]  # names and weights
     files: Mapping[str, str]  # SHA-256 of each file that its problems come from

@@ -1,7 +1,7 @@
 """The named reward functions, their weights, and the score of a batch.
 
-Each named function takes an `Attempt` and gives a number from 0 to 1; it is total and linear in the length of
-the completion. To try another reward, write it here and name it in REWARDS, or keep it in a file of your own
+Each named function takes an `Attempt` and returns a number from 0 to 1. It accepts any completion and takes time
+linear in its length. To try another reward, write it here and name it in REWARDS, or keep it in a file of your own
 (`--reward FILE.py:FUNCTION=WEIGHT`, see `tasks/common/user_file.py`): its mean appears in the metrics as
 `reward/<name>`.
 """
@@ -10,7 +10,7 @@ import math
 import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,7 +22,7 @@ from tasks.common.user_file import UserFile, load_file
 
 CLOSE_ENOUGH = 1  # "close" pays for a number that is off by at most this
 LONG = 1000  # characters at which "length" pays nothing
-LARGEST = 1e12  # of a weighted reward: far from where float32 and the variance of a group overflow
+LARGEST = 1e12  # the largest weighted reward: float32 and the variance of a group overflow far above it
 REASONING_OPEN, REASONING_CLOSE = "<reasoning>", "</reasoning>"
 TAGS = (OPEN, CLOSE, "<think>", "</think>", REASONING_OPEN, REASONING_CLOSE)
 END_MARKERS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
@@ -31,7 +31,7 @@ SHAPED = {"format": 0.2, "close": 0.2, "exact": 0.6}
 # the weights of the well-known GSM8K demo for TRL (https://gist.github.com/willccbb, grpo_demo.py)
 DEMO = {"correctness": 2.0, "integer": 0.5, "strict_format": 0.5, "soft_format": 0.5, "xml_count": 0.5}
 
-Columns = Mapping[str, Sequence[Any]]  # one value a completion
+Columns = Mapping[str, Sequence[Any]]  # one value for each completion, by name
 Values = Sequence[float | None]
 
 
@@ -48,7 +48,7 @@ def format_reward(attempt: Attempt) -> float:
 
 
 def close_reward(attempt: Attempt) -> float:
-    """Return 1 for a number within ±1 of the right one, or for a text that differs in case at most."""
+    """Return 1 for a number within ±1 of the problem's own, or for a text that differs from it in case at most."""
     answer, gold = attempt.answer, attempt.gold
     if answer is None or gold is None:
         return 0.0
@@ -63,14 +63,14 @@ def exact_reward(attempt: Attempt) -> float:
 
 
 def _last_answer(attempt: Attempt) -> Answer | None:
-    """Parse what is between the last <answer> and the </answer> after it; None if there is no such thing."""
+    """Parse the text between the last <answer> and the next </answer>; return None if there is none."""
     _, opening, rest = attempt.completion.rpartition(OPEN)
     text, closing, _ = rest.partition(CLOSE)
     return PARSERS[attempt.kind](text.strip()) if opening and closing else None
 
 
 def correctness(attempt: Attempt) -> float:
-    """Return 1 if the last answer block holds the right answer, whatever is around it."""
+    """Return 1 if the last answer block holds the problem's own answer, whatever is around it."""
     answer = _last_answer(attempt)
     return float(answer is not None and answer == attempt.gold)
 
@@ -94,7 +94,7 @@ def strict_format(attempt: Attempt) -> float:
 
 
 def soft_format(attempt: Attempt) -> float:
-    """Return 1 for a reasoning block at the start, then an answer block; white space between, anything after."""
+    """Return 1 for a reasoning block at the start, then an answer block; white space may separate them."""
     text = attempt.completion.lstrip()
     _, closing, rest = text.partition(REASONING_CLOSE)
     rest = rest.lstrip()
@@ -102,7 +102,7 @@ def soft_format(attempt: Attempt) -> float:
 
 
 def xml_count(attempt: Attempt) -> float:
-    """0.25 for each of the four tags that is there once, on a line of its own, less 0.001 a character after the end.
+    """Return 0.25 for each of the four tags that is on a line of its own once, less 0.001 a character after the end.
 
     The end is the last closing answer tag with its line feed.
     """
@@ -114,33 +114,33 @@ def xml_count(attempt: Attempt) -> float:
 
 @lru_cache(maxsize=1 << 16)
 def _script(letter: str) -> str:
-    """Return the first word of a letter's Unicode name: LATIN, CYRILLIC, CJK, …; "" for what is no letter."""
+    """Return the first word of a letter's Unicode name: LATIN, CYRILLIC, CJK, …; "" if it is not a letter."""
     return unicodedata.name(letter, "").partition(" ")[0] if letter.isalpha() else ""
 
 
 def language(attempt: Attempt) -> float:
     """Return the share of the completion's letters, tags aside, in the scripts that the question is written in.
 
-    1 where question or completion has no letters.
+    Return 1 if the question or the completion has no letters.
     """
     scripts = {_script(c) for c in attempt.problem.question} - {""}
     text = attempt.completion
     for tag in TAGS:
         text = text.replace(tag, " ")
-    letters = Counter({c: n for c, n in Counter(text).items() if _script(c)})  # each letter is looked up once
+    letters = Counter({c: n for c, n in Counter(text).items() if _script(c)})  # so that each letter is looked up once
     inside = sum(n for c, n in letters.items() if _script(c) in scripts)
     return inside / letters.total() if letters and scripts else 1.0
 
 
 def one_ending(attempt: Attempt) -> float:
-    """Return 1 if the one answer block ends the completion: only white space after it, no tag twice, no end marker."""
+    """Return 1 if the one answer block ends the completion: white space after it at most, no tag twice, no marker."""
     text = attempt.completion.rstrip()
     repeated = any(text.count(tag) > 1 for tag in TAGS) or any(marker in text for marker in END_MARKERS)
     return float(text.endswith(CLOSE) and not repeated)
 
 
 def repeats_an_ending(completion: str) -> bool:
-    """Return whether a closing tag or an end marker is in it twice: the model does not know where to stop."""
+    """Return whether a closing tag or an end marker occurs twice, as if the model does not know where to stop."""
     return any(completion.count(ending) > 1 for ending in ENDINGS)
 
 
@@ -178,10 +178,10 @@ class RewardFunction:
 def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[RewardFunction]:
     """Return the rewards of `NAME=WEIGHT` and `FILE.py:FUNCTION=WEIGHT`; the defaults if there are none.
 
-    Raises ValueError, in one line, for what is no such thing, is unknown or missing, or comes twice.
+    Raises ValueError, in one line, if one is malformed, unknown, missing or given twice.
     """
     rewards: dict[str, RewardFunction] = {}
-    files: dict[str, UserFile] = {}  # each is run once
+    files: dict[str, UserFile] = {}  # by path, so that each is run once
     for spec in specs or [f"{name}={weight}" for name, weight in defaults.items()]:
         what, _, weight_text = spec.rpartition("=")
         try:
@@ -194,7 +194,7 @@ def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[R
             )
         path, colon, name = what.rpartition(":")
         if name in rewards:
-            raise ValueError(f"reward {name!r} is given twice; their means would share a name")
+            raise ValueError(f"reward {name!r} is given twice; both means would have this name in the metrics")
         if colon:
             files[path] = files.get(path) or load_file(path)
             function = partial(_of_user, files[path].function(name))
@@ -212,7 +212,7 @@ def _of_each(function: Callable[[Attempt], float], attempts: Sequence[Attempt], 
 
 
 def _of_user(function: Callable[..., Any], attempts: Sequence[Attempt], columns: Columns) -> Any:
-    """Call a function written for TRL: with keywords, in TRL's conversational form."""
+    """Call a function written for TRL, with keywords and in TRL's conversational form."""
     names = {name for attempt in attempts for name in attempt.problem.columns}
     of_row = {name: [attempt.problem.columns.get(name) for attempt in attempts] for name in sorted(names)}
     of_row |= {name: list(values) for name, values in columns.items()}
@@ -231,8 +231,8 @@ def score(
 ) -> list[Reward]:
     """Return the reward of each attempt; each function runs over the whole batch, timed as `reward/<name>`.
 
-    `columns` are passed on to users' functions. Raises ValueError, in one line that names the function, where one
-    raises or does not return a finite number (or None: it does not apply) for each attempt.
+    `columns` are passed on to users' functions. Raises ValueError, in one line that names the function, if a function
+    raises or does not return a finite number, or None if it does not apply, for each attempt.
     """
     parts: list[dict[str, float | None]] = [{} for _ in attempts]
     for reward in rewards:
@@ -241,13 +241,19 @@ def score(
         for part, value in zip(parts, values, strict=True):
             part[reward.name] = None if value is None else reward.weight * value
     return [
-        Reward(sum((v for v in part.values() if v is not None), 0.0), part, attempt.correct, attempt.well_formed)
+        Reward(_total(part.values()), part, attempt.correct, attempt.well_formed)
         for part, attempt in zip(parts, attempts, strict=True)
     ]
 
 
+def _total(parts: Iterable[float | None]) -> float | None:
+    """Return the sum of the parts that apply; None if none does."""
+    applied = [value for value in parts if value is not None]
+    return sum(applied, 0.0) if applied else None
+
+
 def _values(reward: RewardFunction, attempts: Sequence[Attempt], columns: Columns) -> Values:
-    """Return what a function gives for a batch, checked."""
+    """Call a function on a batch and check what it returns."""
     try:
         values = list(reward.function(attempts, columns))
     except (Exception, SystemExit) as error:
@@ -262,14 +268,14 @@ def _values(reward: RewardFunction, attempts: Sequence[Attempt], columns: Column
 def _number(reward: RewardFunction, value: Any, attempt: Attempt) -> float | None:
     if value is None:
         return None
-    try:  # a number of numpy or torch is one too
+    try:  # numbers of numpy and torch are allowed
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not abs(number) <= LARGEST or not abs(reward.weight * number) <= LARGEST:
         raise ValueError(
             f"reward function {reward.name!r} gave {repr(value)[:80]} for the completion {attempt.completion[:80]!a} "
-            f"of {attempt.problem.question[:80]!a}; it must return a finite number, or None where it does not apply"
+            f"of {attempt.problem.question[:80]!a}; it must return a finite number, or None if it does not apply"
         )
     return number
 

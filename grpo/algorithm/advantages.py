@@ -1,16 +1,17 @@
-"""From rewards to advantages. Pure functions."""
+"""From rewards to advantages. Pure functions, in float64: rewards of 1e8 that differ by 1 are equal in float32."""
 
 from collections.abc import Callable
 
-from torch import Tensor, ones_like, where, zeros_like
+import torch
+from torch import Tensor
 
 STD_FLOOR = 1e-4
 
-# what deviations from the group's mean are divided by, from `groups` (N, G)
-SCALES: dict[str, Callable[[Tensor], Tensor]] = {
-    "group": lambda groups: groups.std(1, keepdim=True) + STD_FLOOR,
-    "batch": lambda groups: groups.std() + STD_FLOOR,  # REINFORCE++, arXiv:2501.03262
-    "none": lambda groups: ones_like(groups[:, :1]),  # Dr. GRPO, arXiv:2503.20783, section 3.1
+# what deviations from the group's mean are divided by, from `groups` (N, G) and which of them count
+SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "group": lambda groups, counts: _std(groups, counts, 1) + STD_FLOOR,
+    "batch": lambda groups, counts: _std(groups, counts, None) + STD_FLOOR,  # REINFORCE++, arXiv:2501.03262
+    "none": lambda groups, counts: torch.ones_like(groups[:, :1]),  # Dr. GRPO, arXiv:2503.20783, section 3.1
 }
 
 
@@ -19,14 +20,25 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str = "group"
 
     (r − mean) / (std + 1e-4) within each group of G, std with G − 1: DeepSeekMath, arXiv:2402.03300,
     section 4.1.2. With `scale` "batch" the std is that of all B rewards; with "none" it is r − mean, so that groups
-    of little spread are not blown up. Exactly 0 for a group whose rewards are all equal: in float32 the mean of eight
-    rewards of 0.2 is off by one unit in the last place, and dividing that residue by the floor makes a signal.
+    of little spread are not blown up. Exactly 0 for a group whose rewards are all equal: in floating point the mean
+    of eight rewards of 0.2 is off by one unit in the last place, and dividing that residue by the floor makes a
+    signal.
+    A reward of NaN means that none applies to the completion: it has no part in mean and std, and its advantage is 0.
 
     Raises ValueError for G below 2, whose std is not defined.
     """
     if num_generations < 2:
         raise ValueError(f"num_generations is {num_generations}; a group needs at least 2 to be compared")
-    groups = rewards.float().view(-1, num_generations)  # (N, G)
-    spread = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)  # (N, 1)
-    advantages = (groups - groups.mean(1, keepdim=True)) / SCALES[scale](groups)
-    return where(spread > 0, advantages, zeros_like(advantages)).view(-1)
+    groups = rewards.double().view(-1, num_generations)  # (N, G)
+    counts = ~groups.isnan()
+    high = groups.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)  # (N, 1)
+    low = groups.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
+    advantages = (groups - groups.nanmean(1, keepdim=True)) / SCALES[scale](groups, counts)
+    return torch.where((high > low) & counts, advantages, 0.0).view(-1).float()
+
+
+def _std(groups: Tensor, counts: Tensor, dim: int | None) -> Tensor:
+    """Return the standard deviation, with n − 1, of the rewards that count: (N, 1), or a scalar of all."""
+    deviations = torch.where(counts, groups - groups.nanmean(dim, keepdim=True), 0.0)
+    n = counts.sum(dim, keepdim=True)
+    return (deviations.square().sum(dim, keepdim=True) / (n - 1).clamp(min=1)).sqrt()

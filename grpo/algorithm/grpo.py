@@ -150,6 +150,6 @@ def sampler_gap(rollout: Rollout, batch: Batch) -> float:
     `batch` has this rank's rows of the rollout, scored; 0 if there is no token.
     """
     mask, scored = batch.tokens.completion_mask, batch.old_logprobs
-    local = distributed.local_slice(batch.sizes.num_completions)
+    local = distributed.local_slice(len(rollout.sample_logprobs))
     sampled = rollout.sample_logprobs[local, : scored.shape[1]]
     return float(distributed.all_reduce_max(torch.where(mask, (sampled - scored).abs(), 0.0).amax()))

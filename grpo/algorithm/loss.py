@@ -5,8 +5,8 @@ Per token (DeepSeekMath, arXiv:2402.03300, equation 3; Schulman's k3 from equati
     objective = min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) − β · KL
 
 averaged over a completion's tokens, then over the completions; the loss is its negative. The published variants are
-settings: each is a function in RATIOS or AVERAGES and a choice in `grpo/config.py`. All arguments are (B, C) float32
-unless said otherwise, all results finite wherever the inputs are.
+settings: each is a function in RATIOS, AVERAGES or KL_ESTIMATORS and a choice in `grpo/config.py`. All arguments are
+(B, C) float32 unless said otherwise, all results finite wherever the inputs are.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,29 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
     On samples from the policy its mean is KL(policy ‖ reference) (http://joschu.net/blog/kl-approx.html).
     As a loss its gradient on the first pass, in expectation, is that of KL(reference ‖ policy). With Δ the
-    other way round it would estimate χ² − KL, whose gradient grows without bound. Δ is clamped before the
-    exponential: a clamp after it still gives 0 · inf = NaN in the gradient.
+    other way round it would estimate χ² − KL, whose gradient grows without bound. Δ is clamped from above, before the
+    exponential: a clamp after it still gives 0 · inf = NaN in the gradient, and one of the exponential alone would
+    push tokens down that are 20 nats less likely than under the reference. It is not clamped from below, where the
+    linear term pulls back a token that the policy is 20 nats surer of.
     """
-    delta = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    delta = (ref_logprobs - logprobs).clamp(max=MAX_LOG_RATIO)
     return delta.exp() - delta - 1
+
+
+def corrected_kl(kl: Tensor, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Return k3 times the ratio to the policy that sampled, with the gradient of both factors.
+
+    Its gradient is an unbiased estimate of that of KL(policy ‖ reference), whichever policy sampled: DeepSeek-V3.2,
+    arXiv:2512.02556, section 3.1, equation 7. On the first pass, where the ratio is 1, it is −Δ a token.
+    """
+    return kl * (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+# the KL term of the loss, from k3, logprobs and old_logprobs
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "k3": lambda kl, logprobs, old_logprobs: kl,
+    "k3-corrected": corrected_kl,
+}
 
 
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -134,5 +152,6 @@ def grpo_loss(
     ratio = RATIOS[config.ratio](logprobs, old_logprobs, completion_mask)
     surrogate = clipped_surrogate(ratio, advantages, config.epsilon, config.epsilon_high or config.epsilon)
     kl = torch.zeros_like(logprobs) if ref_logprobs is None else token_kl(logprobs, ref_logprobs)
+    penalty = KL_ESTIMATORS[config.kl_estimator](kl, logprobs, old_logprobs)
     clipped = (ratio * advantages.unsqueeze(-1) > surrogate) & completion_mask
-    return TokenLoss(config.beta * kl - surrogate, kl.detach(), ratio.detach(), clipped)
+    return TokenLoss(config.beta * penalty - surrogate, kl.detach(), ratio.detach(), clipped)

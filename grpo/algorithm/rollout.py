@@ -1,5 +1,6 @@
 """One step's data: sample completions, score them, keep everything that belongs together in one place."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,8 +38,13 @@ class Rollout:
 
     @cached_property
     def totals(self) -> Tensor:
-        """Return the rewards by group, (N, G) float32."""
-        return torch.tensor([reward.total for reward in self.rewards]).view(len(self.problems), -1)
+        """Return the rewards by group, (N, G) float64; NaN for a completion that no reward applies to."""
+        return _totals(self.rewards).view(len(self.problems), -1)
+
+    @cached_property
+    def applies(self) -> Tensor:
+        """Return which completions have a reward, (B,) bool, on the CPU."""
+        return ~self.totals.isnan().view(-1)
 
     @cached_property
     def correct(self) -> Tensor:
@@ -48,7 +54,8 @@ class Rollout:
     @cached_property
     def tied(self) -> Tensor:
         """Return which groups have equal rewards and so teach nothing, (N,) bool."""
-        return self.totals.amax(1) == self.totals.amin(1)
+        high = self.totals.nan_to_num(nan=-torch.inf).amax(1)
+        return high <= self.totals.nan_to_num(nan=torch.inf).amin(1)
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -56,10 +63,17 @@ class Rollout:
         return self.tokens.completion_mask.sum(-1).cpu()
 
     def loss_tokens(self, config: TrainConfig) -> Tokens:
-        """Return the tokens the loss is taken over: all, or none of truncated completions (DAPO, section 3.4)."""
-        if not config.mask_truncated_completions:
+        """Return the tokens the loss is taken over.
+
+        Left out are completions that no reward applies to and, if the settings say so, truncated ones (DAPO, section
+        3.4).
+        """
+        counts = self.applies.to(self.truncated.device)
+        if config.mask_truncated_completions:
+            counts = counts & ~self.truncated
+        if bool(counts.all()):
             return self.tokens
-        return replace(self.tokens, completion_mask=self.tokens.completion_mask & ~self.truncated.unsqueeze(-1))
+        return replace(self.tokens, completion_mask=self.tokens.completion_mask & counts.unsqueeze(-1))
 
     def samples(self, step: int, groups: int) -> list[dict[str, Any]]:
         """Return the completions of the first `groups` groups as JSON values, with question and rewards."""
@@ -81,7 +95,8 @@ class Rollout:
         """Return the wrong completions with the highest rewards, each once, with question and reward."""
         g = len(self.rewards) // len(self.problems)
         rows = zip(range(len(self.rewards)), self.completion_texts, self.rewards, strict=True)
-        wrong = sorted((row for row in rows if not row[2].correct), key=lambda row: -row[2].total)
+        wrong = [row for row in rows if not row[2].correct and row[2].total is not None]
+        wrong.sort(key=lambda row: -row[2].total)
         lines = [f"{self.problems[i // g].question}  {text}  reward {r.total:.2f}, wrong" for i, text, r in wrong]
         return list(dict.fromkeys(lines))[:count]
 
@@ -188,14 +203,20 @@ def build_rollout(
     texts = [text for groups in found for text in groups.texts]
     all_rewards = [reward for groups in found for reward in groups.rewards]
     rewards = [all_rewards[row] for row in rows]
-    totals = torch.tensor([reward.total for reward in rewards], device=prompt_ids.device)
+    advantages = group_advantages(_totals(rewards), g, config.scale_rewards)
     return Rollout(
         problems=[problems[group] for group in chosen],
         tokens=Tokens(prompt_ids, prompt_mask, completions.ids, completions.mask),
         completion_texts=[texts[row] for row in rows],
         rewards=rewards,
-        advantages=group_advantages(totals, g, config.scale_rewards),
+        advantages=advantages.to(prompt_ids.device),
         truncated=~completions.ended,
         sample_logprobs=completions.logprobs,
         resampled=resampled,
     )
+
+
+def _totals(rewards: Sequence[Reward]) -> Tensor:
+    """Return the total rewards, (B,) float64, on the CPU; NaN where none applies."""
+    totals = [math.nan if reward.total is None else reward.total for reward in rewards]
+    return torch.tensor(totals, dtype=torch.float64)

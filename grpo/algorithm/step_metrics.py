@@ -6,6 +6,7 @@ The metrics file gets an entry of `steps` from it, plots take titles, units and 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,17 @@ def _mean(values: Sequence[Value]) -> float | None:
     return fmean(applied) if applied else None
 
 
+def _finite(value: Any) -> float | None:
+    """Return a number, or None if it is not finite: there is nothing that it is of."""
+    return float(value) if isfinite(value) else None
+
+
+def _group_std(groups: Sequence[Sequence[float]]) -> float | None:
+    """Return the mean over groups of the std of the rewards that apply, in groups that have two; None if none has."""
+    applied = [[r for r in group if isfinite(r)] for group in groups]
+    return _mean([stdev(group) for group in applied if len(group) > 1])
+
+
 def _spread(part: Sequence[Value], groups: int) -> float | None:
     """Return the mean of a part's std in the groups where it is not 0, as tied groups say nothing of its scale."""
     g = len(part) // groups
@@ -86,14 +98,14 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     StepMetric("step", "number of the step, from 1", lambda s: s.step),
     StepMetric(
         "reward_mean",
-        "mean reward of the B completions",
-        lambda s: float(s.rollout.totals.mean()),
+        "mean reward of the completions",
+        lambda s: _finite(s.rollout.totals.nanmean()),
         *("Reward", "mean of the step", "reward"),
     ),
     StepMetric(
         "reward_std",
         "standard deviation of the rewards in a group, mean over the groups",
-        lambda s: float(s.rollout.totals.std(1).mean()),
+        lambda s: _group_std(s.rollout.totals.tolist()),
     ),
     StepMetric(
         "reward/*",
@@ -114,7 +126,7 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         "kl",
-        "k3 against the reference, nats a token, mean over the completion tokens, first inner update",
+        "k3 against the reference, nats a token, mean over the tokens, first inner update; null without a reference",
         lambda s: s.updates[0].kl,
         *("KL to the reference", "nats a token"),
     ),
@@ -187,12 +199,12 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     StepMetric(
         "ratio_min",
         "smallest ratio to the policy that sampled, over tokens and inner updates",
-        lambda s: min(u.ratio_min for u in s.updates),
+        lambda s: _finite(min(u.ratio_min for u in s.updates)),
     ),
     StepMetric(
         "ratio_max",
         "largest ratio to the policy that sampled, over tokens and inner updates",
-        lambda s: max(u.ratio_max for u in s.updates),
+        lambda s: _finite(max(u.ratio_max for u in s.updates)),
     ),
     StepMetric(
         "skipped_updates",

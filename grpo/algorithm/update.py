@@ -35,16 +35,20 @@ class Batch:
     old_logprobs: Tensor | None = None  # (B, C), None until the first inner update has computed them
 
     @classmethod
-    def of_step(cls, tokens: Tokens, advantages: Tensor, max_new_tokens: int) -> "Batch":
-        """Make a batch of all rows of a step."""
+    def of_step(
+        cls, tokens: Tokens, advantages: Tensor, max_new_tokens: int, num_completions: int | None = None
+    ) -> "Batch":
+        """Make a batch of all rows of a step; `num_completions` of them have a part in it, by default all."""
         num_tokens = max(1, int(tokens.completion_mask.sum()))
-        return cls(tokens, advantages, StepSizes(advantages.shape[0], num_tokens, max_new_tokens))
+        n = advantages.shape[0] if num_completions is None else max(1, num_completions)
+        return cls(tokens, advantages, StepSizes(n, num_tokens, max_new_tokens))
 
     @classmethod
     def from_rollout(cls, rollout: Rollout, config: TrainConfig) -> "Batch":
         """Make a batch of this rank's rows of a rollout, with the sizes of the whole step."""
-        batch = cls.of_step(rollout.loss_tokens(config), rollout.advantages, config.max_new_tokens)
-        return batch.slice_rows(distributed.local_slice(batch.sizes.num_completions))
+        tokens, applying = rollout.loss_tokens(config), int(rollout.applies.sum())
+        batch = cls.of_step(tokens, rollout.advantages, config.max_new_tokens, applying)
+        return batch.slice_rows(distributed.local_slice(len(rollout.advantages)))
 
     def with_reference(self, ref_logprobs: Tensor | None) -> "Batch":
         """Return the batch with the reference's log-probabilities."""
@@ -64,10 +68,10 @@ class UpdateStats:
 
     loss: float
     grad_norm: float  # before clipping
-    kl: float
+    kl: float | None  # None without a reference
     entropy: float | None  # in the first inner update only
     clip_fraction: float
-    ratio_min: float
+    ratio_min: float  # not finite where all completions are masked
     ratio_max: float
     applied: bool  # False if loss or gradient was not finite: the weights are unchanged
 
@@ -177,8 +181,9 @@ def inner_update(
         if applied:
             optimizer.step()
     n, first = batch.sizes.num_tokens, batch.old_logprobs is None
+    kl_mean = None if batch.ref_logprobs is None else kl / n
     entropy_mean = entropy / n if first else None
-    return UpdateStats(loss, grad_norm, kl / n, entropy_mean, clipped / n, low, high, applied), totals.logprobs
+    return UpdateStats(loss, grad_norm, kl_mean, entropy_mean, clipped / n, low, high, applied), totals.logprobs
 
 
 def _accumulate(policy: PreTrainedModel, batch: Batch, config: TrainConfig, packed: bool, max_rows: int) -> Totals:
@@ -188,7 +193,7 @@ def _accumulate(policy: PreTrainedModel, batch: Batch, config: TrainConfig, pack
     totals = Totals(
         torch.zeros(4, device=device),
         torch.full((), torch.inf, device=device),
-        torch.zeros((), device=device),
+        torch.full((), -torch.inf, device=device),
         torch.zeros(batch.tokens.completion_ids.shape, device=device),
     )
     for rows in split_microbatches(batch.advantages.shape[0], batch.tokens.num_generations, max_rows):
@@ -206,7 +211,7 @@ def _accumulate(policy: PreTrainedModel, batch: Batch, config: TrainConfig, pack
         by_token = (tokens.kl, entropy if first else torch.zeros_like(tokens.kl), tokens.clipped.float())
         totals.sums += torch.stack([loss.detach(), *(torch.where(mask, x, 0.0).sum() for x in by_token)])
         totals.ratio_min = torch.minimum(totals.ratio_min, torch.where(mask, tokens.ratio, torch.inf).min())
-        totals.ratio_max = torch.maximum(totals.ratio_max, torch.where(mask, tokens.ratio, 0.0).max())
+        totals.ratio_max = torch.maximum(totals.ratio_max, torch.where(mask, tokens.ratio, -torch.inf).max())
     return totals
 
 

@@ -43,8 +43,8 @@ def token_entropy(logits: Tensor, temperature: float) -> Tensor:
     rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
     parts = []
     for some in logits.split(rows):
-        logp = (some.float() / temperature).log_softmax(-1)
-        parts.append(-(logp.exp() * logp).sum(-1))
+        p = (some.float() / temperature).softmax(-1)
+        parts.append(torch.special.entr(p).sum(-1))  # 0 for a token of probability 0, whose logit may be -inf
     return torch.cat(parts)
 
 

@@ -53,3 +53,23 @@ def test_a_flat_group_gets_exactly_zero_with_every_scale(scale):
     advantages = group_advantages(torch.tensor([0.2] * 8 + [0.0, 1.0] * 4), 8, scale)
     assert advantages[:8].tolist() == [0.0] * 8
     assert advantages[8:].abs().min() > 0
+
+
+NAN = float("nan")
+
+
+def test_a_completion_without_a_reward_has_no_part_in_its_group():
+    # among the others: mean 2, deviations −1, 0, 1, std 1
+    advantages = group_advantages(torch.tensor([1.0, NAN, 2.0, 3.0]), 4)
+    expected = torch.tensor([-1.0, 0.0, 0.0, 1.0]) / (1 + 1e-4)
+    torch.testing.assert_close(advantages, expected)
+    assert group_advantages(torch.tensor([NAN, NAN, NAN, 1.0]), 4).tolist() == [0.0] * 4, "nothing to compare with"
+    assert group_advantages(torch.tensor([NAN] * 4), 2).tolist() == [0.0] * 4
+    batch = group_advantages(torch.tensor([1.0, 3.0, NAN, 5.0]), 2, "batch")  # std of 1, 3, 5 is 2
+    torch.testing.assert_close(batch, torch.tensor([-1.0, 1.0, 0.0, 0.0]) / (2 + 1e-4))
+
+
+def test_large_rewards_that_differ_by_little_are_not_tied():
+    # float32 has steps of 8 at 1e8
+    rewards = torch.tensor([1e8, 1e8 + 1, 1e8, 1e8 + 1], dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(rewards, 4, "none"), torch.tensor([-0.5, 0.5, -0.5, 0.5]))

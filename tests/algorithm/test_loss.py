@@ -10,6 +10,7 @@ from grpo import config
 from grpo.algorithm.advantages import SCALES
 from grpo.algorithm.loss import (
     AVERAGES,
+    KL_ESTIMATORS,
     RATIOS,
     StepSizes,
     clipped_surrogate,
@@ -141,7 +142,10 @@ def independent_loss(logprobs, old, ref, advantages, lengths, c):
                 ratio = math.exp(logprobs[i][t] - old[i][t])
             clipped = min(max(ratio, 1 - c.epsilon), 1 + (c.epsilon_high or c.epsilon))
             d = ref[i][t] - logprobs[i][t]
-            of_completion += min(ratio * advantages[i], clipped * advantages[i]) - c.beta * (math.exp(d) - d - 1)
+            k3 = math.exp(d) - d - 1
+            if c.kl_estimator == "k3-corrected":
+                k3 *= math.exp(logprobs[i][t] - old[i][t])
+            of_completion += min(ratio * advantages[i], clipped * advantages[i]) - c.beta * k3
         of_completions.append(of_completion)
     if c.loss_average == "completion":
         return -sum(value / length for value, length in zip(of_completions, lengths, strict=True)) / len(lengths)
@@ -156,6 +160,8 @@ VARIANTS = [
     {"epsilon_high": 0.5},
     {"ratio": "sequence", "epsilon": 0.01, "epsilon_high": 0.02},
     {"ratio": "sequence", "loss_average": "token", "epsilon": 0.3},
+    {"kl_estimator": "k3-corrected"},
+    {"kl_estimator": "k3-corrected", "ratio": "sequence", "epsilon": 0.3},
 ]
 
 
@@ -228,3 +234,47 @@ def test_every_choice_of_a_variant_is_a_function():
     assert set(config.RATIOS) == set(RATIOS)
     assert set(config.AVERAGES) == set(AVERAGES)
     assert set(config.SCALES) == set(SCALES)
+    assert set(config.KL_ESTIMATORS) == set(KL_ESTIMATORS)
+
+
+@pytest.mark.parametrize(
+    ("delta", "value", "gradient"),
+    [
+        (math.log(3), 3 - math.log(3) - 1, -2.0),  # dk3/dlog π = 1 − e^Δ
+        (-25.0, 24.0, 1.0),  # 25 nats surer than the reference: the linear term pulls back
+        (-1000.0, 999.0, 1.0),
+        (25.0, math.exp(20) - 21, 0.0),  # beyond the clamp: finite, and not pushed further away
+    ],
+)
+def test_k3_far_from_the_reference(delta, value, gradient):
+    logprobs = torch.tensor([-1.0], requires_grad=True)
+    kl = token_kl(logprobs, torch.tensor([-1.0 + delta]))
+    kl.sum().backward()
+    assert kl.item() == pytest.approx(value, rel=1e-5)
+    assert logprobs.grad.item() == pytest.approx(gradient, abs=1e-5)
+
+
+def test_the_gradient_of_the_corrected_kl_is_that_of_the_kl_to_the_reference():
+    # On the first pass its gradient is −Δ a token. Over the samples of a policy p that is the sum of
+    # p (log p − log q) ∇log p, the gradient of KL(p ‖ q); plain k3 gives that of KL(q ‖ p). Here over
+    # all outcomes, each by its weight.
+    logits, q = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64), torch.tensor([0.5, 0.2, 0.3]).double()
+
+    def gradient(loss):
+        x = logits.clone().requires_grad_()
+        loss(x.log_softmax(-1)).backward()
+        return x.grad
+
+    p = logits.softmax(-1)
+    expected = gradient(lambda logp: (logp.exp() * (logp - q.log())).sum())
+    other = gradient(lambda logp: (q * (q.log() - logp)).sum())
+
+    def estimated(name):
+        def loss(logp):
+            return (p * KL_ESTIMATORS[name](token_kl(logp, q.log()), logp, p.log())).sum()
+
+        return gradient(loss)
+
+    torch.testing.assert_close(estimated("k3-corrected"), expected)
+    torch.testing.assert_close(estimated("k3"), other)
+    assert not torch.allclose(expected, other)

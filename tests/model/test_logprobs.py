@@ -1,5 +1,6 @@
 """Log-probabilities of packed rows against those of dense rows, and both against one row at a time."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -141,3 +142,8 @@ def test_a_part_of_a_group_runs_its_prompt_again_and_scores_the_same():
     values, _ = completion_logprobs(model, part, 1.0)
     mask = part.completion_mask
     torch.testing.assert_close(values[mask], whole[4:6, : mask.shape[1]][mask], atol=1e-5, rtol=0)
+
+
+def test_the_entropy_of_a_token_that_cannot_be_is_none():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+    assert token_entropy(logits, 1.0).item() == pytest.approx(math.log(2))
