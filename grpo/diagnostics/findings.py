@@ -2,19 +2,19 @@
 
 `findings` reads the record of `grpo_metrics.json` and nothing else, so that a file says the same as the run did. A
 finding is a figure beyond a threshold, over a window of steps where a single batch would be noise. A new finding is
-one function in `learning.py` or `stability.py` and its name in the list at the end of that file.
+one function in `groups.py`, `learning.py` or `stability.py` and its name in the list at the end of that file.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.diagnostics import learning, stability
+from grpo.diagnostics import groups, learning, stability
 from grpo.diagnostics.snapshot import CheckResult, RunSnapshot
 
 SHOW_EXAMPLES = ("reward_hacking",)  # findings that a few completions illustrate
 CHECKS: dict[str, Callable[[RunSnapshot], CheckResult]] = {
-    check.__name__: check for check in (*learning.CHECKS, *stability.CHECKS)
+    check.__name__: check for check in (*groups.CHECKS, *learning.CHECKS, *stability.CHECKS)
 }
 
 

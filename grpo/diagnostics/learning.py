@@ -1,30 +1,33 @@
-"""Findings on what a run learns: rewards, tied groups, held-out accuracy, what is forgotten.
+"""Findings on what a run learns: rewards, held-out accuracy, what is forgotten.
 
 Each function in CHECKS is the finding of its name; it returns the figure and the text, or None.
 """
 
-from math import hypot, sqrt
+from math import log, sqrt
 from statistics import fmean, variance
 
-from grpo.diagnostics.snapshot import LONG_WINDOW, WINDOW, CheckResult, Row, RunSnapshot, percent
+from grpo.diagnostics.groups import NEARLY_ALL, is_constant
+from grpo.diagnostics.snapshot import CheckResult, Row, RunSnapshot, noise, percent, upper_bound
 
-NEARLY_ALL = 0.9  # of groups: one step in ten may still teach something
-HARDLY_ANY = 0.02  # of completions: less than one right in six groups of 8
 BLIND = 0.1  # share of groups with right and wrong completions paid alike; a reward for being right has none
 RISE_ERRORS, RISE_SPREADS = 4.0, 0.5  # a reward rises by this many standard errors, and this much of a group's std
-FORM_LEARNED = 0.2  # rise of the well-formed share: no noise in some hundred problems
-OVERFITTED = 0.15  # rise of the accuracy on training problems: 100 completions of the 640 in a default window
+FORM_LEARNED, FORM_ALONE = 0.2, 0.3  # rise of the well-formed share; accuracy rises by less than this part of it
+OVERFITTED = 0.15  # rise of the accuracy on training problems above that on held-out ones
+ABLE, LEFT = 0.2, 0.25  # an accuracy worth losing; the part of it that a collapse leaves
+RECENT_GROUPS = 24  # on which a collapse is seen between evaluations
 DRIFT = 0.5  # nats a token: what the start said is on average 40% less likely
-SKILL_LOST = 0.05  # of a skill's problems, beyond the noise
+SKILL_LOST, SKILL_NOISE = 0.05, 1.7  # of a skill's problems, and so many half-widths of the interval
 DWARFED = 0.03  # of the largest part's spread: 30 times as much noise as signal
 SPREAD_LEAST, SPREAD_MOST = 0.01, 10.0  # of rewards in a group, undivided: far from the 1 that beta is meant for
 EPSILON_COUNTS = 1e-3  # of rewards in a group, divided: there the 1e-4 in the division takes 10%
 
 
-def _above(one: Row, other: Row) -> bool:
-    """Return whether an evaluation is better than another by more than the noise of both (their 95% intervals)."""
-    noise = hypot(*(e["ci_high"] - e["ci_low"] for e in (one, other))) / 2
-    return one["accuracy"] - other["accuracy"] > noise
+def _above(one: Row, other: Row, looks: int = 1) -> bool:
+    """Return whether an evaluation is better than another beyond the noise of both (their 95% intervals).
+
+    `looks` is the number of evaluations that `one` is the best of: by chance it is √(2 ln looks) deviations too high.
+    """
+    return one["accuracy"] - other["accuracy"] > noise(one, other) * (1 + sqrt(2 * log(looks)) / 2.77)
 
 
 def _accuracy_is_flat(now: RunSnapshot) -> bool:
@@ -39,8 +42,8 @@ def _form_rise(now: RunSnapshot) -> float:
 
 def _rise(now: RunSnapshot, name: str) -> tuple[float, float]:
     """Return how much higher a metric is in the last window than in the first, and the standard error of that."""
-    windows = now.values(name, WINDOW, first=True), now.values(name, WINDOW)
-    if None in windows or len(now.steps) < 2 * WINDOW:
+    windows = now.values(name, first=True), now.values(name)
+    if None in windows or len(now.steps) < 2 * now.window:
         return float("nan"), float("nan")
     first, last = windows
     return fmean(last) - fmean(first), sqrt(variance(first) / len(first) + variance(last) / len(last))
@@ -51,35 +54,35 @@ def _reward_rises(now: RunSnapshot) -> bool:
     return rise > max(RISE_ERRORS * error, RISE_SPREADS * now.mean("reward_std", first=True))
 
 
-def too_easy(now: RunSnapshot) -> CheckResult:
-    """All completions of nearly all groups are right from the start."""
-    tied = now.mean("tied_all_right_fraction", first=True)
-    if not tied >= NEARLY_ALL:
+def collapsed(now: RunSnapshot) -> CheckResult:
+    """The accuracy that the run had is gone, held-out or sampled."""
+    best = max(now.evals, key=lambda e: e["accuracy"], default=None)
+    if best is None:
         return None
-    return tied, (
-        f"Too easy: in the first {WINDOW} steps {percent(tied)} of the groups were all right, and a group that is "
-        "paid alike teaches nothing. Take harder problems or --resample-tied 3."
-    )
+    last, had = now.evals[-1], best["accuracy"]
+    if (
+        now.evaluated
+        and best["ci_low"] >= ABLE / 2
+        and last["ci_high"] < LEFT * 2 * had
+        and last["accuracy"] < had / 2
+    ):
+        return last["accuracy"], _collapse(f"held-out accuracy fell from {percent(had)} to", last["accuracy"], best)
+    batch = max(1, int(now.setting("batch_size", 4)))
+    recent = max(3, -(-RECENT_GROUPS // batch))
+    blocks = [block for block in now.blocks("accuracy", now.window)[:-1] if block == block]
+    had, right = max(blocks, default=0.0), now.mean("accuracy", recent)
+    if had >= ABLE and right < LEFT * had and upper_bound(right, recent * batch) < 2 * LEFT * had:
+        return right, _collapse(f"the accuracy of the completions fell from {percent(had)} to", right, best)
+    return None
 
 
-def too_hard(now: RunSnapshot) -> CheckResult:
-    """All completions of nearly all groups are wrong; at the end also: hardly a completion is right."""
-    ended = len(now.tests) > 1
-    window = -(-len(now.steps) // 2) if ended else LONG_WINDOW
-    tied, right = now.mean("tied_all_wrong_fraction", window), now.mean("accuracy", window)
-    reached = now.tests[-1:] if ended else now.evals[-1:]
-    if any(e["accuracy"] > HARDLY_ANY for e in reached):
-        return None
-    if not (tied >= NEARLY_ALL or (ended and right <= HARDLY_ANY)):
-        return None
-    text = (
-        f"Too hard for this model: in the last {window} steps {100 * right:.1f}% of the completions were right, and "
-        f"{percent(tied)} of the groups all wrong and paid alike, which teaches nothing. Take easier problems, "
-        "a --reward that also pays for coming closer, or an abler --model."
+def _collapse(said: str, now: float, best: Row) -> str:
+    return (
+        f"Collapsed: {said} {percent(now)}. The policy has lost what it could do, and seldom finds it again. "
+        f"saved_model/ keeps the best policy, of step {best['step']} ({percent(best['accuracy'])} of the held-out "
+        "answers right). Stop, and start anew with a lower --learning-rate, a larger --beta or fewer "
+        "--num-inner-updates."
     )
-    if any((e.get("well_formed") or 0) < HARDLY_ANY for e in reached):
-        text += " It does not write the form that the prompt asks for: teach it that first, or try --prompt-style."
-    return tied, text
 
 
 def reward_hacking(now: RunSnapshot) -> CheckResult:
@@ -88,10 +91,10 @@ def reward_hacking(now: RunSnapshot) -> CheckResult:
     tied, right = now.mean("tied_groups_fraction"), now.mean("accuracy")
     mixed = tied - now.mean("tied_all_right_fraction") - now.mean("tied_all_wrong_fraction")
     cure = "Pay for being right (--reward exact=1), and less for everything else."
-    if mixed >= BLIND and tied >= NEARLY_ALL:
+    if mixed >= BLIND and tied >= NEARLY_ALL and not is_constant(now):
         return mixed, (
             f"Reward hacking: the reward is earned without being right. In {percent(mixed)} of the groups of the "
-            f"last {WINDOW} steps right and wrong completions were paid alike; the mean reward is "
+            f"last {now.window} steps right and wrong completions were paid alike; the mean reward is "
             f"{now.mean('reward_mean'):.2f}, {percent(right)} of the completions are right"
             f"{', ' + held_out if held_out else ''}. More steps teach little. {cure}"
         )
@@ -110,9 +113,12 @@ def reward_hacking(now: RunSnapshot) -> CheckResult:
 
 def format_only(now: RunSnapshot) -> CheckResult:
     """The form is learned and the answers are not."""
-    if not (_accuracy_is_flat(now) and _form_rise(now) >= FORM_LEARNED):
+    if len(now.evals) < 3:
         return None
     first, last = now.evals[0], now.evals[-1]
+    form, right = _form_rise(now), last["accuracy"] - first["accuracy"]
+    if form < FORM_LEARNED or right + noise(first, last) >= FORM_ALONE * form:
+        return None
     if any((e.get("well_formed") or 0) < NEARLY_ALL for e in now.evals[-2:]):
         return None
     return last["accuracy"], (
@@ -124,27 +130,31 @@ def format_only(now: RunSnapshot) -> CheckResult:
 
 
 def overfitting(now: RunSnapshot) -> CheckResult:
-    """Training problems are learned, held-out ones are not."""
-    if not (now.evaluated and _accuracy_is_flat(now)):
+    """Accuracy rises on training problems by more than on held-out ones, beyond the noise of both."""
+    if not now.evaluated or len(now.evals) < 3:
         return None
     rise, error = _rise(now, "accuracy")
-    if not rise >= max(OVERFITTED, RISE_ERRORS * error):
+    first, last = now.evals[0], now.evals[-1]
+    gap = rise - (last["accuracy"] - first["accuracy"])
+    if not (
+        rise >= OVERFITTED
+        and gap >= max(OVERFITTED, sqrt((RISE_ERRORS * error) ** 2 + (2 * noise(first, last)) ** 2))
+    ):
         return None
-    first, last = now.evals[0]["accuracy"], now.evals[-1]["accuracy"]
-    return rise, (
+    return gap, (
         f"Learned by heart: {percent(now.mean('accuracy'))} of the completions to training problems are right "
-        f"({percent(now.mean('accuracy', first=True))} at first), but {percent(last)} of the held-out answers "
-        f"({percent(first)}). Train on more different problems, for fewer steps, or with a "
+        f"({percent(now.mean('accuracy', first=True))} at first), but {percent(last['accuracy'])} of the held-out "
+        f"answers ({percent(first['accuracy'])}). Train on more different problems, for fewer steps, or with a "
         "larger --beta."
     )
 
 
 def past_peak(now: RunSnapshot) -> CheckResult:
     """Held-out accuracy has been higher, by more than the noise, for two evaluations."""
-    if len(now.evals) < 3:
+    if len(now.evals) < 3 or collapsed(now):
         return None
     best, last = max(now.evals[:-2], key=lambda e: e["accuracy"]), now.evals[-1]
-    if not all(_above(best, e) for e in now.evals[-2:]):
+    if not all(_above(best, e, len(now.evals)) for e in now.evals[-2:]):
         return None
     what = "Past its peak" if best["step"] else "Worse than the start"
     return last["accuracy"], (
@@ -160,8 +170,8 @@ def forgetting(now: RunSnapshot) -> CheckResult:
     drift = latest[0]["drift"] if latest else 0.0
     then, later = (now.tests[i].get("skills") or {} if now.tests else {} for i in (0, -1))
     pairs = {name: (then[name], later[name]) for name in then if name in later}
-    lost = {name: a["accuracy"] - b["accuracy"] for name, (a, b) in pairs.items() if _above(a, b)}
-    lost = {name: loss for name, loss in lost.items() if loss >= SKILL_LOST}
+    lost = {name: a["accuracy"] - b["accuracy"] for name, (a, b) in pairs.items()}
+    lost = {n: loss for n, loss in lost.items() if loss >= max(SKILL_LOST, SKILL_NOISE * noise(*pairs[n]))}
     if not lost and not drift >= DRIFT:
         return None
     said = [f"its answers to unrelated prompts have drifted by {drift:.2f} nats a token"] * bool(drift >= DRIFT)
@@ -177,7 +187,7 @@ def forgetting(now: RunSnapshot) -> CheckResult:
 def reward_scale(now: RunSnapshot) -> CheckResult:
     """One reward part is far smaller than another, or all are far from the size that the update expects."""
     parts = {name.removeprefix("reward_std/") for row in now.steps[-1:] for name in row if "reward_std/" in name}
-    spreads = {part: now.mean(f"reward_std/{part}", LONG_WINDOW) for part in sorted(parts)}
+    spreads = {part: now.mean(f"reward_std/{part}", now.long_window) for part in sorted(parts)}
     spreads = {part: spread for part, spread in spreads.items() if spread > 0}
     if spreads:
         small, large = min(spreads, key=spreads.__getitem__), max(spreads, key=spreads.__getitem__)
@@ -189,7 +199,9 @@ def reward_scale(now: RunSnapshot) -> CheckResult:
                 f"{small} all that counts. Give the parts like weights (--reward), or divide by the batch's "
                 "(--scale-rewards batch)."
             )
-    spread = now.mean("reward_std", LONG_WINDOW) / max(1e-9, 1 - now.mean("tied_groups_fraction", LONG_WINDOW))
+    spread = now.mean("reward_std", now.long_window) / max(
+        1e-9, 1 - now.mean("tied_groups_fraction", now.long_window)
+    )
     undivided = now.setting("scale_rewards", "group") == "none"
     least, most = (SPREAD_LEAST, SPREAD_MOST) if undivided else (EPSILON_COUNTS, float("inf"))
     if not (0 < spread < least or spread > most):
@@ -203,8 +215,7 @@ def reward_scale(now: RunSnapshot) -> CheckResult:
 
 
 CHECKS = (
-    too_easy,
-    too_hard,
+    collapsed,
     reward_hacking,
     format_only,
     overfitting,

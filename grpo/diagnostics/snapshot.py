@@ -1,12 +1,18 @@
-"""A run at some moment, as the checks of its health see it: windows of steps, and evaluations."""
+"""A run at some moment, as the checks of its health see it: windows of steps, and evaluations.
+
+A window is as many steps as hold some groups, so that a figure is as sure in a run of 1 × 2 as in one of 16 × 16.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import hypot, sqrt
 from statistics import fmean
 from typing import Any
 
-WINDOW = 10  # steps that a figure is averaged over: 40 groups at the smallest default batch
-LONG_WINDOW = 20  # for rarer or noisier figures
+GROUPS, STEPS = 40, 10  # that a window holds at least
+LONG = 2  # times as many, for rarer or noisier figures
+Z = 1.96  # of a 95% interval
 
 Row = Mapping[str, Any]
 CheckResult = tuple[float, str] | None  # a figure, and what it means in plain words; None if all is well
@@ -22,30 +28,75 @@ class RunSnapshot:
     tests: Sequence[Row]
     device: str = ""
 
+    @cached_property
+    def window(self) -> int:
+        """Return the steps that a figure is averaged over."""
+        return max(STEPS, -(-GROUPS // max(1, int(self.setting("batch_size", 4)))))
+
+    @property
+    def long_window(self) -> int:
+        """Return the steps that a rarer or noisier figure is averaged over."""
+        return LONG * self.window
+
     @property
     def evaluated(self) -> bool:
         """Return whether the last evaluation is of the current policy: an earlier one says nothing of later steps."""
         return bool(self.evals and self.steps) and self.evals[-1]["step"] == self.steps[-1]["step"]
 
-    def values(self, name: str, window: int, first: bool = False) -> list[float] | None:
+    def values(self, name: str, window: int | None = None, first: bool = False) -> list[float] | None:
         """Return a metric over the last (or first) steps; None before there are so many, or if most are null."""
+        window = window or self.window
         rows = self.steps[:window] if first else self.steps[-window:]
         known = [row[name] for row in rows if row.get(name) is not None]
         return known if len(rows) == window and 2 * len(known) > window else None
 
-    def mean(self, name: str, window: int = WINDOW, first: bool = False) -> float:
+    def mean(self, name: str, window: int | None = None, first: bool = False) -> float:
         """Return the mean of `values`; NaN, which is beyond no threshold, if there are none."""
         values = self.values(name, window, first)
         return fmean(values) if values else float("nan")
+
+    def at_least(self, name: str, threshold: float, window: int | None = None, first: bool = False) -> bool:
+        """Return whether a share of groups or completions is at least `threshold`, beyond the noise of the groups."""
+        return lower_bound(self.mean(name, window, first), self.groups(window)) >= threshold
+
+    def groups(self, window: int | None = None) -> int:
+        """Return the number of groups in a window."""
+        return (window or self.window) * max(1, int(self.setting("batch_size", 4)))
 
     def last(self, name: str) -> float:
         """Return a metric of the last step; NaN if it is null."""
         value = self.steps[-1].get(name) if self.steps else None
         return float("nan") if value is None else value
 
+    def blocks(self, name: str, length: int) -> list[float]:
+        """Return the means of a metric over blocks of steps one after the other; NaN for a block without values."""
+        rows = [self.steps[i : i + length] for i in range(0, len(self.steps) - length + 1, length)]
+        known = [[row[name] for row in block if row.get(name) is not None] for block in rows]
+        return [fmean(values) if values else float("nan") for values in known]
+
     def setting(self, name: str, default: Any = 0) -> Any:
         """Return a setting of the run."""
         return self.config.get(name, default)
+
+
+def lower_bound(share: float, n: int) -> float:
+    """Return the lower end of the Wilson 95% interval of a share of n; NaN for NaN."""
+    return _wilson(share, n, -1)
+
+
+def upper_bound(share: float, n: int) -> float:
+    """Return the upper end of the Wilson 95% interval of a share of n; NaN for NaN."""
+    return _wilson(share, n, 1)
+
+
+def _wilson(share: float, n: int, sign: int) -> float:
+    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    return centre + sign * Z / (1 + Z**2 / n) * sqrt(max(0.0, share * (1 - share)) / n + Z**2 / (4 * n**2))
+
+
+def noise(*evaluations: Row) -> float:
+    """Return the half-width of the 95% interval of a difference of evaluations."""
+    return hypot(*(e["ci_high"] - e["ci_low"] for e in evaluations)) / 2
 
 
 def percent(share: float) -> str:

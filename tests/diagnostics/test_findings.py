@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from grpo import report
-from grpo.diagnostics import learning, stability
+from grpo.diagnostics import groups, learning, stability
 from grpo.diagnostics.findings import CHECKS, findings, new_findings
 from grpo.trainer import Trainer
 from tasks.arithmetic import Arithmetic
@@ -17,7 +17,7 @@ README = (ROOT / "grpo/diagnostics/README.md").read_text(encoding="utf-8")
 TOO_HARD = {"tied_all_wrong_fraction": 0.95, "accuracy": 0.0}
 SICK = {
     "too_easy": changed(steps={"tied_all_right_fraction": 0.95}),
-    "too_hard": changed(steps=TOO_HARD, tests=[{}, {"accuracy": 0.01}]),
+    "too_hard": changed(steps=TOO_HARD, evals=accuracy(0.0), tests=[{"accuracy": 0.01}] * 2),
     "overfitting": changed(steps={"accuracy": lambda step: min(1.0, 0.3 + step / 50)}, evals=accuracy(0.3)),
 }
 
@@ -29,7 +29,7 @@ def test_a_healthy_default_run_has_no_finding(seed):
 
 
 def test_every_check_is_run_and_has_a_line_in_the_readme():
-    assert list(CHECKS.values()) == [*learning.CHECKS, *stability.CHECKS]
+    assert list(CHECKS.values()) == [*groups.CHECKS, *learning.CHECKS, *stability.CHECKS]
     assert re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE) == list(CHECKS)
 
 
@@ -47,7 +47,9 @@ def test_a_record_with_nulls_or_without_the_newer_metrics_raises_nothing():
 
 @pytest.mark.parametrize("well_formed", [0.0, 1.0])
 def test_what_is_too_hard_says_whether_the_form_is_missing(well_formed):
-    record = changed(steps=TOO_HARD, evals=accuracy(0.0) | {"well_formed": well_formed})
+    record = changed(
+        steps=TOO_HARD, evals=accuracy(0.0) | {"well_formed": well_formed}, tests=[{"accuracy": 0.0}] * 2
+    )
     [finding] = [f for f in findings(record) if f.name == "too_hard"]
     assert ("the form that the prompt asks for" in finding.text) == (well_formed == 0)
 

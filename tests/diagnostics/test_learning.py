@@ -14,16 +14,11 @@ LESS = SKILLS | {"single": {"accuracy": 0.89, "n": 500, "ci_low": 0.86, "ci_high
 
 # By finding: a run that has it, and runs close to it that have not.
 SICK_AND_WELL = {
-    "too_easy": (
-        {"steps": {"tied_all_right_fraction": 0.95}},
-        [{"steps": {"tied_all_right_fraction": 1.0}, "first": 11}],  # it has learned it
-    ),
-    "too_hard": (
-        {"steps": {"tied_all_wrong_fraction": 0.95, "accuracy": 0.0}, "evals": accuracy(0.0)},
+    "collapsed": (
+        {"evals": accuracy(lambda step: 0.9 if 0 < step < 60 else 0.3 if step == 0 else 0.02)},
         [
-            {"steps": {"tied_all_wrong_fraction": 0.95, "accuracy": 0.05}, "evals": accuracy(0.3)},
-            {"steps": {"tied_all_wrong_fraction": 0.6, "accuracy": 0.05}, "evals": accuracy(0.0)},
-            {"steps": {"tied_all_wrong_fraction": 1.0}, "evals": accuracy(0.0), "length": 19},
+            {"evals": accuracy(lambda step: 0.9 if 0 < step < 60 else 0.6)},  # past its peak, no collapse
+            {"evals": accuracy(0.02), "steps": {"accuracy": 0.02}},  # never able
         ],
     ),
     "reward_hacking": (
@@ -71,10 +66,10 @@ SICK_AND_WELL = {
     ),
 }
 MORE_SICK = [
-    ("too_hard", {"steps": {"tied_all_wrong_fraction": 0.5, "accuracy": 0.01}, "tests": [{}, {"accuracy": 0.01}]}),
+    ("collapsed", {"steps": {"accuracy": lambda step: 0.9 if step < 40 else 0.0}}),  # before an evaluation shows it
     (
         "reward_hacking",
-        {"steps": {"tied_groups_fraction": 1.0, "tied_all_right_fraction": 0.2} | {"reward_mean": 1.0}},
+        {"steps": {"tied_groups_fraction": 1.0, "tied_all_right_fraction": 0.2, "reward_mean": every(2, 0.9, 1.0)}},
     ),
     (
         "reward_hacking",  # form and accuracy cannot excuse a fall

@@ -39,20 +39,20 @@ def test_a_reward_for_the_form_only_is_named_as_hacking_with_examples(tiny, tmp_
 
 
 def test_a_limit_that_cuts_completions_off_is_named(tiny, tmp_path):
-    record, _ = run(tiny, tmp_path, max_new_tokens=3, num_iterations=12)
+    record, _ = run(tiny, tmp_path, max_new_tokens=3, num_iterations=12, batch_size=4)
     assert "never_ends" in found(record)
 
 
 def test_a_learning_rate_that_moves_nothing_is_named_and_one_that_does_is_not(tiny, tmp_path):
-    record, _ = run(tiny, tmp_path / "small", max_new_tokens=12, learning_rate=1e-12, num_iterations=12)
+    record, _ = run(tiny, tmp_path / "small", max_new_tokens=12, learning_rate=1e-12, num_iterations=12, batch_size=4)
     assert "learning_rate_small" in found(record)
-    record, _ = run(tiny, tmp_path / "right", max_new_tokens=12, num_iterations=12)
+    record, _ = run(tiny, tmp_path / "right", max_new_tokens=12, num_iterations=12, batch_size=4)
     assert "learning_rate_small" not in found(record)
     assert record["steps"][-1]["weights_moved"] > 0.5
 
 
 def test_groups_that_are_all_wrong_are_named_once_and_at_the_end(tiny, tmp_path):
-    record, out = run(tiny, tmp_path, min_operand=900, max_operand=999, num_iterations=24)
+    record, out = run(tiny, tmp_path, min_operand=900, max_operand=999, num_iterations=24, batch_size=4)
     assert "Lower --max-operand." in found(record)["too_hard"]["text"]  # the task's own advice
     assert out.count("Too hard for this model") == 2
     assert " ".join(out.split()).count("Lower --max-operand.") == 2
@@ -79,13 +79,13 @@ def test_updates_that_are_not_finite_are_named(tiny, tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_says_nothing_twice_and_keeps_what_it_found(tiny, tmp_path):
-    _, first = run(tiny, tmp_path, max_new_tokens=3, num_iterations=12)
+    _, first = run(tiny, tmp_path, max_new_tokens=3, num_iterations=12, batch_size=4)
     assert "never_ends" in first
     [kept] = newest_checkpoint(tmp_path)[0].metrics["findings"][:1]
-    record, again = run(tiny, tmp_path, max_new_tokens=3, num_iterations=14)
+    record, again = run(tiny, tmp_path, max_new_tokens=3, num_iterations=14, batch_size=4)
     assert kept in record["findings"]
     assert again.count("never_ends:") == 1  # in the list at the end
-    _, finished = run(tiny, tmp_path, max_new_tokens=3, num_iterations=14)
+    _, finished = run(tiny, tmp_path, max_new_tokens=3, num_iterations=14, batch_size=4)
     assert "is finished" in finished
     assert finished.count("never_ends:") == 1
 

@@ -20,6 +20,13 @@ SICK_AND_WELL = {
             {"steps": {"entropy": 0.003, "accuracy": 0.3}},  # as it was from the start
         ],
     ),
+    "length_growing": (
+        {"steps": {"completion_length": lambda step: 8.0 if step <= 10 else 160.0, "accuracy": 0.3}},
+        [
+            {"steps": {"completion_length": lambda step: 8.0 + step / 8, "accuracy": 0.3}},
+            {"steps": {"completion_length": lambda step: 8.0 if step <= 50 else 48.0}},  # and right more often
+        ],
+    ),
     "truncated": (
         {"steps": {"truncated_fraction": 0.7}},
         [{"steps": {"truncated_fraction": 0.4}}, {"steps": {"truncated_fraction": every(4, 1.0, 0.2)}}],

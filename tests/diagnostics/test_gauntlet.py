@@ -1,0 +1,52 @@
+"""Hundreds of simulated runs: the healthy ones have no finding, the ill ones the finding of their illness.
+
+The whole gauntlet is slow: `python -m pytest -m slow tests/diagnostics/test_gauntlet.py` runs 1,200 healthy runs of
+twelve shapes and each illness, heavy, in all of them. The ordinary suite runs a few of each.
+"""
+
+from collections import Counter
+
+import pytest
+
+from grpo.diagnostics.findings import CHECKS, findings
+from tests.helpers.illnesses import ILLNESSES, UNDEFINED
+from tests.helpers.simulated_runs import SHAPES, healthy_run, setting_of
+
+FEW = [(1, 2), (4, 8), (16, 16)]
+SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+def first_half(record):
+    """Return the record of a run when half of it is over."""
+    half = record["config"]["num_iterations"] // 2
+    evals = [e for e in record["evals"] if e["step"] <= half and not (e["split"] == "test" and e["step"])]
+    return {**record, "steps": record["steps"][:half], "evals": evals}
+
+
+@pytest.mark.parametrize("seeds", [2, pytest.param(100, marks=SLOW)])
+def test_healthy_runs_have_no_finding(seeds):
+    found = Counter()
+    for shape in SHAPES:
+        for seed in range(seeds):
+            found.update((finding.name, shape) for finding in findings(healthy_run(shape, seed)))
+    assert sum(found.values()) <= seeds * len(SHAPES) / 1000, found
+
+
+def test_every_finding_has_an_illness():
+    assert set(ILLNESSES) == set(CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "seeds"), [(FEW, 1), pytest.param(SHAPES, 5, marks=SLOW)], ids=["few", "all shapes"]
+)
+@pytest.mark.parametrize("name", ILLNESSES)
+def test_a_heavy_illness_is_named_before_half_of_the_run_is_over(name, shapes, seeds):
+    heavy, _ = ILLNESSES[name]
+    named = []
+    for shape in shapes:
+        for seed in range(seeds):
+            setting = setting_of(shape, seed)
+            if name not in UNDEFINED or not UNDEFINED[name](setting):
+                record = first_half(heavy(setting, seed))
+                named.append(name in {finding.name for finding in findings(record)})
+    assert sum(named) >= 0.95 * len(named), f"{sum(named)} of {len(named)}"
