@@ -2,8 +2,8 @@
 
     What is (4 - 9) * 6?      <answer>-30</answer>
 
-Operands are integers from `min_operand` to `max_operand`, a negative one in brackets, as in (4 - (-9)) * 6;
-operators + - *. A problem's category is its two operators: `-*` for the one above.
+Operands are integers from `min_operand` to `max_operand`; a negative one stands in brackets, as in (4 - (-9)) * 6.
+Operators are +, - and *. A problem's category is its two operators: `-*` for the one above.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ LARGEST_OPERAND = 100_000  # its cube still fits in the 18 digits that the parse
 HINTS = {
     "too_easy": "Raise --max-operand.",
     "too_hard": "Lower --max-operand.",
-    "overfitting": "Raise --max-operand: there are more different problems then.",
+    "overfitting": "Raise --max-operand for more different problems.",
 }
 
 
@@ -31,7 +31,7 @@ def apply(operator: str, a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Expression:
-    """(a op b) op2 c."""
+    """The expression (a op b) op2 c."""
 
     a: int
     op: str
@@ -46,7 +46,7 @@ class Expression:
 
     @property
     def value(self) -> int:
-        """Return the value of the whole."""
+        """Return the value of the whole expression."""
         return apply(self.op2, self.inner, self.c)
 
     @property
@@ -97,7 +97,7 @@ class Arithmetic(QATask):
 
     @property
     def size(self) -> int:
-        """Return the number of expressions, both spellings of a sum or product counted."""
+        """Return the number of expressions; both spellings of a sum or product count."""
         return len(self.operands) ** 3 * len(OPERATORS) ** 2
 
     def expression(self, index: int) -> Expression:
@@ -111,10 +111,10 @@ class Arithmetic(QATask):
         return Expression(numbers[a], OPERATORS[op], numbers[b], OPERATORS[op2], numbers[c])
 
     def training_expression(self, *place: object) -> Expression:
-        """Draw an expression of the training split uniformly, as a pure function of the place."""
-        draw = seeded_rng("arithmetic", *place)
+        """Sample an expression of the training split uniformly, as a pure function of `place`."""
+        rng = seeded_rng("arithmetic", *place)
         while True:
-            expression = self.expression(draw.randrange(self.size))
+            expression = self.expression(rng.randrange(self.size))
             if split_of(expression.key) == "train":
                 return expression
 

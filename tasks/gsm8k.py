@@ -48,7 +48,9 @@ def problem_of(row: Row) -> Problem:
 
 
 def gold_answer(solution: str) -> str:
-    """Return the number after the last ####, without thousands separators, dollar and plus sign; ValueError if none.
+    """Return the number after the last ####, without thousands separators, dollar and plus sign.
+
+    Raises ValueError if there is none.
 
     >>> gold_answer("She makes 9 * 2 = $<<9*2=18>>18.\\n#### $1,018")
     '1018'
@@ -66,7 +68,7 @@ def gold_answer(solution: str) -> str:
 
 
 def from_hub() -> tuple[dict[str, list[Problem]], str]:
-    """Load the problems by split, and the SHA-256 of their texts. Raises ValueError if that fails."""
+    """Load the problems by split; also return the SHA-256 of their texts. Raises ValueError if that fails."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -76,12 +78,12 @@ def from_hub() -> tuple[dict[str, list[Problem]], str]:
     try:
         data = load_dataset(HUB, "main")
         test, train = ([problem_of(row) for row in data[name]] for name in ("test", "train"))
-    except Exception as error:  # the library raises a dozen kinds; all mean the same to the user
+    except Exception as error:  # the library raises a dozen kinds of errors, which all mean the same to the user
         raise ValueError(
             f"cannot load {HUB} from the Hub ({one_line(error)}); --data FILE needs no network"
         ) from error
-    asked = {normal(problem.question) for problem in test}
-    rest = [problem for problem in train if normal(problem.question) not in asked]
+    test_questions = {normal(problem.question) for problem in test}
+    rest = [problem for problem in train if normal(problem.question) not in test_questions]
     of_split = {"train": [], "validation": [], "test": test}
     for problem in rest:
         held_out = split_of(normal(problem.question)) == "validation"

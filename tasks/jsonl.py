@@ -1,9 +1,9 @@
-"""The task in a file: `--task jsonl --data FILE`, JSON Lines with question and answer, or prompt and response.
+"""The task of a file: `--task jsonl --data FILE`, JSON Lines with question and answer, or prompt and response.
 
     {"question": "What is the capital of France?", "answer": "Paris", "level": "easy"}
 
 An answer that is a number is compared as one (1,234 and 1234.0 are the same), any other as text. Other columns go
-to the user's reward functions. A tenth of the questions each is held out for validation and test.
+to the user's reward functions. A hash of the question holds out a tenth for validation and another for test.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ def load(
     style: str = "answer",
     system_prompt: str = "",
 ) -> Rows:
-    """Load the task of a file. Raises ValueError, in one line, if it is malformed or too small."""
+    """Load the task of a file. Raises ValueError, in one line, if the file is malformed or too small."""
     if not data:
         raise ValueError("--task jsonl needs --data FILE: JSON Lines with question and answer")
     problems, sha256 = read_rows(data, partial(problem_of, style=style))

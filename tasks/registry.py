@@ -10,7 +10,7 @@ from tasks.arithmetic import Arithmetic
 from tasks.base import Task
 from tasks.reverse import Reverse
 
-# name: what makes the task; its parameters that are annotated with a `tasks.base.Option` become options
+# what makes each task, by name; its parameters that are annotated with a `tasks.base.Option` become options
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": Arithmetic,
     "gsm8k": gsm8k.load,
@@ -59,7 +59,7 @@ def make_task(settings: TaskSettings) -> Task:
     options = task_options()
     for name, option in options.items():
         given = getattr(settings, name) != option.default
-        # a card may carry the inheritable options of another task; the others were typed for this one
+        # a model's card may have inheritable options of another task; any other option was typed for this task
         if given and settings.task not in option.tasks and not option.inheritable:
             raise ValueError(
                 f"--task {settings.task} has no use for --{name.replace('_', '-')}, which is for --task "
@@ -70,5 +70,5 @@ def make_task(settings: TaskSettings) -> Task:
 
 
 def _declared_options(make: Callable[..., Task]) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(make).parameters.values()
+    parameters = inspect.signature(make, eval_str=True).parameters.values()
     return {p.name: p for p in parameters if hasattr(p.annotation, "__metadata__")}

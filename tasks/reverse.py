@@ -2,8 +2,8 @@
 
     Spell batori backwards.      <answer>irotab</answer>
 
-A model that reads whole pieces of words as one token does not see the letters that it is asked to turn round. The
-words are made up, 4 to 8 letters with consonants and vowels in turn, so that none was learned by heart.
+A model that reads whole pieces of words as one token does not see the letters that it is asked to reverse. The
+words are made up, 4 to 8 letters with consonants and vowels in turn, so that no model knows them by heart.
 """
 
 from collections.abc import Mapping
@@ -30,24 +30,24 @@ class Reverse(QATask):
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
         """Return the training problem of a row of a step."""
-        draw = seeded_rng("reverse", seed, step, row)
+        rng = seeded_rng("reverse", seed, step, row)
         while True:
-            word = made_up_word(draw)
+            word = made_up_word(rng)
             if _split(word) == "train":
                 return _problem(word)
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
         """Return up to `limit` different problems of a held-out split."""
-        draw = seeded_rng("reverse", split)
-        words = (made_up_word(draw) for _ in range(100 * limit))
+        rng = seeded_rng("reverse", split)
+        words = (made_up_word(rng) for _ in range(100 * limit))
         return [_problem(word) for word in dict.fromkeys(w for w in words if _split(w) == split)][:limit]
 
 
-def made_up_word(draw: Random) -> str:
-    """Draw a word of 4 to 8 letters, consonants and vowels in turn, that is not the same backwards."""
+def made_up_word(rng: Random) -> str:
+    """Sample a word of 4 to 8 letters, consonants and vowels in turn, that is not the same backwards."""
     while True:
-        letters = (CONSONANTS, VOWELS) if draw.random() < 0.5 else (VOWELS, CONSONANTS)
-        word = "".join(draw.choice(letters[i % 2]) for i in range(draw.randint(SHORTEST, LONGEST)))
+        letters = (CONSONANTS, VOWELS) if rng.random() < 0.5 else (VOWELS, CONSONANTS)
+        word = "".join(rng.choice(letters[i % 2]) for i in range(rng.randint(SHORTEST, LONGEST)))
         if word != word[::-1]:
             return word
 

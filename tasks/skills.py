@@ -1,6 +1,6 @@
 """The starter's neighbouring skills, as small tasks.
 
-They are not trained by GRPO: they are what training on `arithmetic` may spoil. Each has training problems
+GRPO does not train them; training on `arithmetic` may spoil them. Each has training problems
 (for `grpo/starter/build.py`) and held-out problems of its own, disjoint by the same hash.
 
     single     What is -5 * 6?                         <answer>-30</answer>
@@ -27,7 +27,7 @@ class Skill(QATask):
 
     name: str
     draw: Callable[[Random], Problem]
-    tagged: bool  # asked with the system prompt of the `answer` style, answered in its tags
+    tagged: bool  # whether it is asked with the system prompt of the `answer` style and answered in its tags
     _: KW_ONLY
     kind: str = "text"
     system_prompt: str = system_prompt("answer")
@@ -38,7 +38,7 @@ class Skill(QATask):
         return {"exact": 1.0}
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Draw a problem outside the held-out ones."""
+        """Sample a problem that is not held out."""
         rng = seeded_rng(self.name, seed, step, row)
         while True:
             problem = self.draw(rng)
@@ -46,7 +46,7 @@ class Skill(QATask):
                 return problem
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
-        """Return up to `limit` different problems of a held-out split; fewer if there are not so many."""
+        """Return up to `limit` different problems of a held-out split."""
         rng = seeded_rng(self.name, split)
         draws = (self.draw(rng) for _ in range(100 * limit))
         chosen = {p.question: p for p in draws if _split(p) == split}
@@ -63,7 +63,7 @@ class Skill(QATask):
         return ideal_completion(problem.answer, "answer") if self.tagged else problem.answer
 
     def grade(self, problem: Problem, completion: str) -> Attempt:
-        """Grade the text in the answer tags, with working before them as in the task; else the whole completion."""
+        """Grade the text in the answer tags, which working may precede; without tags, grade the whole completion."""
         answer = answer_text(completion) if self.tagged else completion
         prompt = self.messages(problem.question)
         return Attempt(
@@ -72,12 +72,12 @@ class Skill(QATask):
 
 
 def _split(problem: Problem) -> str:
-    """Return the split of a question; all questions of the same letters share one, as 47 or 83 and 83 or 47."""
+    """Return the split of a question; questions of the same letters share one, as `47 or 83` and `83 or 47`."""
     return split_of("".join(sorted(problem.question)))
 
 
 def _single(rng: Random) -> Problem:
-    """Draw one operation on the numbers that the second step of `(a op b) op c` is made of."""
+    """Sample one operation on the numbers that the second step of `(a op b) op c` is made of."""
     operator, a, b = rng.choice(OPERATORS), rng.randint(-10, 100), rng.randint(0, 10)
     return Problem(f"What is {a} {operator} {b}?", str(apply(operator, a, b)))
 

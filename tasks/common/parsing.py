@@ -1,16 +1,15 @@
-"""From the text of a completion to its answer.
+"""Parse the answer in the text of a completion.
 
-Strict on purpose: whatever is paid for is what the model will learn to write. A completion is well-formed
-if it holds exactly one answer block, with an answer of the right kind in it and nothing after it. What stands
-before the block is free in the `answer` style, one think block in the `think` style, and one reasoning block in
-the `reasoning` style, which alone allows white space inside the answer block and after it.
+Parsing is strict on purpose: a model learns to write whatever is paid for. A completion is well-formed if it
+holds exactly one answer block, with an answer of the right kind in it and nothing after it. Before the block may
+stand any text in the `answer` style, one think block in the `think` style, and one reasoning block in the
+`reasoning` style, which alone allows white space inside the answer block and after it.
 
-Three kinds of answer: `integer`, an integer as Python writes it; `number`, with a sign, thousands separators and
-decimals if need be, compared exactly; `text`, anything but nothing.
+An answer has one of three kinds: `integer`, as Python writes it; `number`, with a sign, thousands separators and
+decimals if need be, compared exactly; `text`, which must not be empty.
 
-Every function is total (any string, no exception) and linear in the length of the text: `str.count` and
-`str.find` instead of `<answer>(.*?)</answer>`, which takes 14 s on 20,000 unclosed tags. Text is never
-evaluated.
+Every function accepts any string without an exception and takes time linear in its length. That is why they use
+`str.count` and `str.find`: `<answer>(.*?)</answer>` takes 14 s on 20,000 unclosed tags. Text is never evaluated.
 """
 
 import re
@@ -19,9 +18,9 @@ from decimal import Decimal
 from tasks.base import Answer
 
 OPEN, CLOSE = "<answer>", "</answer>"
-# the block that a style wants before the answer
+# the tags of the block that a style requires before the answer
 BLOCKS = {"think": ("<think>", "</think>"), "reasoning": ("<reasoning>", "</reasoning>")}
-PLACEHOLDER = "..."  # the prompts' own: <answer>...</answer>
+PLACEHOLDER = "..."  # what the prompts show between the tags: <answer>...</answer>
 
 # ASCII digits only: `\d` and `int` also take "٤٢", and `int` takes "1_000". 18 digits fit in 64 bits;
 # without a bound, `int` raises on more than 4,300 digits.
@@ -84,7 +83,7 @@ def parse_answer(completion: str, style: str = "answer", kind: str = "integer") 
 
 
 def _one_block(text: str, opening: str, closing: str) -> bool:
-    """Return whether a text is one such block and white space, nothing else."""
+    """Return whether a text is exactly one block with these tags, apart from white space around it."""
     text = text.strip()
     return (
         text.startswith(opening) and text.endswith(closing) and text.count(opening) == 1 and text.count(closing) == 1

@@ -6,7 +6,7 @@ a completion has that form.
 
 from tasks.base import Message
 
-# tokens that a completion may have where neither command line nor model says otherwise
+# the token limit of a completion, unless the command line or the model's card sets another
 STYLE_TOKENS = {"answer": 16, "think": 128, "reasoning": 256}
 STYLES = tuple(STYLE_TOKENS)
 
@@ -20,7 +20,7 @@ _FORMS = {
 
 
 def system_prompt(style: str, kind: str = "integer") -> str:
-    """Return what a style tells the model, for answers of a kind.
+    """Return the system prompt of a style for answers of a kind.
 
     >>> system_prompt("answer")
     'Give the result as an integer in <answer>...</answer>.'

@@ -1,4 +1,4 @@
-"""Tasks of questions with one answer each: how they ask, and how they grade what comes back."""
+"""The base of a task: how it asks a question, and how it parses and grades the completion."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +11,10 @@ from tasks.rewards import default_rewards
 
 @dataclass(frozen=True, kw_only=True)
 class QATask:
-    """The base of a task: a prompt style, the kind of its answers, and a system prompt ("": that of style and kind).
+    """The base of a task: a prompt style, the kind of its answers, and a system prompt.
 
-    A task adds `name`, `training_problem` and `held_out`; where many answers are right, also `is_correct`.
+    The default system prompt is that of style and kind. A subclass adds `name`, `training_problem` and `held_out`,
+    and overrides `is_correct` if many answers are right.
     """
 
     style: str = "answer"
@@ -54,7 +55,7 @@ class QATask:
         )
 
     def is_correct(self, problem: Problem, answer: Answer) -> bool:
-        """Return whether a parsed answer is right: here, whether it equals the gold answer."""
+        """Return whether a parsed answer is right; by default, whether it equals the problem's own answer."""
         return answer == self.gold(problem)
 
     def gold(self, problem: Problem) -> Answer | None:

@@ -1,4 +1,4 @@
-"""Tasks over the rows of a file: reading JSON Lines with a report of what is malformed, and drawing problems.
+"""Tasks over the rows of a file: read JSON Lines, report malformed lines, sample problems.
 
     {"question": "What is the capital of France?", "answer": "Paris"}
 
@@ -16,7 +16,7 @@ from tasks.base import SPLITS, Problem, seeded_rng, split_of
 from tasks.common.parsing import parse_number
 from tasks.common.qa_task import QATask
 
-NAMED = 5  # malformed lines whose numbers are said
+NAMED = 5  # how many malformed lines an error names
 Row = Mapping[str, Any]
 
 
@@ -26,10 +26,10 @@ class Rows(QATask):
 
     name: str
     problems: Mapping[str, Sequence[Problem]]
-    files: Mapping[str, str]  # the SHA-256 of where they come from, by name
+    files: Mapping[str, str]  # the SHA-256 of each source of the problems, by its name
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Draw the training problem of a row of a step uniformly."""
+        """Sample the training problem of a row of a step uniformly."""
         train = self.problems["train"]
         return train[seeded_rng(self.name, seed, step, row).randrange(len(train))]
 
@@ -54,7 +54,7 @@ def normal(question: str) -> str:
 
 
 def split_rows(problems: Iterable[Problem], source: str) -> dict[str, list[Problem]]:
-    """Return the problems by split. Raises ValueError if one is left without any."""
+    """Return the problems by split. Raises ValueError if a split is left without any."""
     of_split: dict[str, list[Problem]] = {split: [] for split in SPLITS}
     for problem in problems:
         of_split[split_of(normal(problem.question))].append(problem)
@@ -62,7 +62,7 @@ def split_rows(problems: Iterable[Problem], source: str) -> dict[str, list[Probl
         n = sum(map(len, of_split.values()))
         raise ValueError(
             f"{source} has too few problems ({n}): a hash of the question puts a tenth each aside for validation and "
-            f"test, and leaves none for {' and '.join(missing)}; give a few hundred"
+            f"test, and leaves none for {' and '.join(missing)}; provide a few hundred"
         )
     return of_split
 
@@ -86,7 +86,7 @@ def read_rows(path: str, problem_of: Callable[[Row], Problem]) -> tuple[list[Pro
                     problems.append(problem_of(parse_row(line)))
                 except ValueError as error:
                     malformed.append((number, str(error)))
-    except (OSError, ValueError) as error:  # a path with a NUL in it is a ValueError
+    except (OSError, ValueError) as error:  # a path with a NUL raises a ValueError
         raise ValueError(f"cannot read --data {path!r}: {getattr(error, 'strerror', None) or error}") from None
     if malformed:
         number, reason = malformed[0]
@@ -98,9 +98,9 @@ def read_rows(path: str, problem_of: Callable[[Row], Problem]) -> tuple[list[Pro
 
 
 def parse_row(line: bytes) -> Row:
-    """Parse the JSON object in a line. Raises ValueError with the reason if it is none."""
+    """Parse the JSON object in a line. Raises ValueError with the reason if there is none."""
     if b"\0" in line:
-        raise ValueError("a NUL character")
+        raise ValueError("the line has a NUL character")
     try:
         row = json.loads(line.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -117,7 +117,7 @@ def parse_row(line: bytes) -> Row:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
-        raise ValueError("a key that comes twice")
+        raise ValueError("a key comes twice")
     return row
 
 
@@ -126,7 +126,10 @@ def _no_constant(name: str) -> Any:
 
 
 def text_of(row: Row, field: str, or_number: bool = False) -> str:
-    """Return the text of a field without white space around it, or a number as text. Raises ValueError."""
+    """Return the text of a field without white space around it, and a number as text if `or_number`.
+
+    Raises ValueError with the reason if the field has no such text.
+    """
     if field not in row:
         raise ValueError(f"no {field!r}")
     value = row[field]
@@ -140,7 +143,7 @@ def text_of(row: Row, field: str, or_number: bool = False) -> str:
     if not value:
         raise ValueError(f"{field!r} is empty")
     if "\0" in value:
-        raise ValueError(f"a NUL character in {field!r}")
+        raise ValueError(f"{field!r} has a NUL character")
     if any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(f"half a surrogate pair in {field!r}, which is no Unicode text")
+        raise ValueError(f"{field!r} has half a surrogate pair, which is not valid Unicode")
     return value

@@ -1,12 +1,13 @@
-"""Reward functions in a file of the user's: `--reward FILE.py:FUNCTION=WEIGHT`.
+"""Reward functions in a user's file: `--reward FILE.py:FUNCTION=WEIGHT`.
 
-The signature is TRL's, so that functions written for it work unchanged:
+The signature is TRL's, so that functions written for TRL work unchanged:
 
     def mentions_steps(prompts, completions, **columns):
         return [float("step" in completion[0]["content"]) for completion in completions]
 
 `prompts` are lists of messages, `completions` lists of one assistant message; `columns` are question, answer, the
-other columns of the data, and completion_ids. It returns a number or None (does not apply) for each completion.
+other columns of the data, and completion_ids. A function returns a number, or None if it does not apply,
+for each completion.
 
 This is the only place where the project runs code that is not its own, and only a file that the command line names:
 a model's folder can name none (grpo/config.py).
@@ -43,7 +44,7 @@ class UserFile:
 
 
 class _Source(SourceFileLoader):
-    """Runs the text that was hashed: no cached bytecode, which may be of another text, and none left behind."""
+    """A loader that runs the text that was hashed: it neither reads bytecode, which may be stale, nor writes any."""
 
     def __init__(self, name: str, path: str, text: bytes) -> None:
         super().__init__(name, path)
@@ -55,7 +56,7 @@ class _Source(SourceFileLoader):
 
 
 def load_file(path: str) -> UserFile:
-    """Run a user's file. Raises ValueError, in one line, if it is not there or raises itself."""
+    """Run a user's file. Raises ValueError, in one line, if the file cannot be read or raises an exception."""
     try:
         text = Path(path).read_bytes()
     except (OSError, ValueError) as error:
@@ -65,7 +66,7 @@ def load_file(path: str) -> UserFile:
     sha256 = hashlib.sha256(text).hexdigest()
     loader = _Source(f"user_rewards_{sha256}", path, text)
     module = module_from_spec(spec_from_loader(loader.name, loader))
-    sys.modules[loader.name] = module  # dataclasses look their module up
+    sys.modules[loader.name] = module  # dataclasses look up their module there
     try:
         loader.exec_module(module)
     except (Exception, SystemExit) as error:

@@ -1,12 +1,10 @@
-"""Helpers of several test files."""
+"""JSON Lines files of problems, and the line that a malformed one is refused with."""
 
 import json
 
 import pytest
 
 PEOPLE = ("Ann", "Ben", "Cleo", "Dan")
-
-
 GSM8K_ROWS = [  # in the published format, made up here
     {
         "question": f"{name} picks {a} baskets of {b} apples. How many apples is that?",
@@ -18,15 +16,20 @@ GSM8K_ROWS = [  # in the published format, made up here
 ]
 
 
+def town_rows(n=200):
+    """Return rows of the jsonl task whose answers are texts, with a column `level`."""
+    return [{"question": f"What is town {i} called?", "answer": f"Town {i}", "level": i % 3} for i in range(n)]
+
+
 def write(path, rows):
-    """A JSON Lines file of rows; texts are lines as they are."""
+    """Write rows to a JSON Lines file and return its path as text; a row that is a string is written as it is."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
 
 
 def refusal(load, *args, **more):
-    """The one line that a file is refused with."""
+    """Return the message of the ValueError that a call must raise, which must be one printable line."""
     with pytest.raises(ValueError, match=r"\w") as caught:
         load(*args, **more)
     assert str(caught.value).isprintable()

@@ -1,14 +1,11 @@
-"""The rewards of the arithmetic task: what is paid, and forty hacks that are not."""
+"""The rewards of the arithmetic task: what they pay, and forty hacks that they do not pay."""
 
 import pytest
 
 from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
 from tasks.common.prompts import STYLES, ideal_completion, system_prompt
-from tests.helpers.rewards import reward_of
-from tests.helpers.tasks import TASK
-
-PROBLEM = Problem("What is (4 - 9) * 6?", "-30")
+from tests.helpers.tasks import SUM, TASK, reward_of
 
 
 @pytest.mark.parametrize(
@@ -28,7 +25,7 @@ PROBLEM = Problem("What is (4 - 9) * 6?", "-30")
     ],
 )
 def test_the_reward_by_hand(completion, total):
-    reward = reward_of(TASK, PROBLEM, completion)
+    reward = reward_of(TASK, SUM, completion)
     assert reward.total == total
     assert reward.total == sum(reward.parts.values())
     assert tuple(reward.parts) == ("format", "close", "exact")
@@ -104,13 +101,13 @@ HACKS = [
 def test_a_hack_is_not_paid_like_an_answer(hack):
     for style in STYLES:
         task = Arithmetic(style=style)
-        reward = reward_of(task, PROBLEM, hack)
+        reward = reward_of(task, SUM, hack)
         assert reward.total < sum(task.default_rewards.values())
         assert not reward.correct
-    assert reward_of(TASK, PROBLEM, hack).total == 0.0  # none of them is even well-formed
+    assert reward_of(TASK, SUM, hack).total == 0.0  # none of them is even well-formed
 
 
 def test_the_think_style_pays_for_no_answer_outside_its_form():
     task = Arithmetic(style="think")
     for completion in ("<answer>-30</answer>", "x<think></think><answer>-30</answer>", "<think><answer>-30</answer>"):
-        assert reward_of(task, PROBLEM, completion).total == 0.0
+        assert reward_of(task, SUM, completion).total == 0.0

@@ -1,6 +1,6 @@
-"""What a model may write: any text gets an answer or none and a reward from 0 to 1, without an exception, in no time.
+"""Fuzzing of parser and rewards: any text gets an answer or none and rewards from 0 to 1, within a millisecond.
 
-Half of the texts are nearly right, because a reward that pays for what it should not is found there.
+Half of the texts are nearly right, because a reward that pays for too much shows there.
 """
 
 import math
@@ -45,30 +45,28 @@ LONG = [
 ]
 
 
-def texts(draw, problem):
-    """Completions without end: fragments in any order, long runs, and right answers with a few characters changed."""
+def texts(rng, problem):
+    """Yield completions without end: fragments in any order, long runs, right answers slightly changed."""
     while True:
-        kind = draw.random()
+        kind = rng.random()
         if kind < 0.45:
-            text = "".join(draw.choices(FRAGMENTS, k=draw.randrange(10)))
+            text = "".join(rng.choices(FRAGMENTS, k=rng.randrange(10)))
         elif kind < 0.9:
-            text = ideal_completion(
-                problem.answer, draw.choice(STYLES), draw.choice(("", "4 - 9 = -5", "<", "\ud800"))
-            )
-            text = draw.choice(FRAGMENTS) * (kind < 0.5) + text + draw.choice(FRAGMENTS) * (kind > 0.85)
+            text = ideal_completion(problem.answer, rng.choice(STYLES), rng.choice(("", "4 - 9 = -5", "<", "\ud800")))
+            text = rng.choice(FRAGMENTS) * (kind < 0.5) + text + rng.choice(FRAGMENTS) * (kind > 0.85)
         elif kind < 0.99:
-            text = "".join(map(chr, draw.choices(range(0x3000), k=draw.randrange(40))))
+            text = "".join(map(chr, rng.choices(range(0x3000), k=rng.randrange(40))))
         else:
-            text = draw.choice(LONG) * draw.randrange(2000) + draw.choice(["", "<answer>5</answer>", "</answer>"])
-        for _ in range(draw.choice((0, 0, 1, 1, 2, 5))):
-            place = draw.randrange(len(text) + 1)
-            inside = draw.choice((*FRAGMENTS, chr(draw.randrange(0x110000))))
-            text = text[:place] + inside * draw.randrange(2) + text[place + draw.randrange(3) :]
+            text = rng.choice(LONG) * rng.randrange(2000) + rng.choice(["", "<answer>5</answer>", "</answer>"])
+        for _ in range(rng.choice((0, 0, 1, 1, 2, 5))):
+            place = rng.randrange(len(text) + 1)
+            inside = rng.choice((*FRAGMENTS, chr(rng.randrange(0x110000))))
+            text = text[:place] + inside * rng.randrange(2) + text[place + rng.randrange(3) :]
         yield text
 
 
 def seconds(call, *args):
-    """What a call gives, and its time; one that was interrupted by something else is taken again."""
+    """Return the result of a call and its seconds; repeat a slow one, which another process may have interrupted."""
     start = time.perf_counter()
     result = call(*args)
     taken = time.perf_counter() - start
@@ -83,16 +81,16 @@ def seconds(call, *args):
     "number", [20_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
 )
 def test_any_completion_gets_an_answer_and_a_reward_at_once(number):
-    draw = random.Random(number)
-    forms = [QATask(style=style, kind=kind) for style in STYLES for kind in KINDS]
+    rng = random.Random(number)
+    tasks = [QATask(style=style, kind=kind) for style in STYLES for kind in KINDS]
     problem = Problem("What is (4 - 9) * 6?", "-30")
     right = 0
-    for _, text in zip(range(number), texts(draw, problem), strict=False):
-        form = draw.choice(forms)  # each text in one of the nine ways
-        answer, taken = seconds(parse_answer, text, form.style, form.kind)
+    for _, text in zip(range(number), texts(rng, problem), strict=False):
+        task = rng.choice(tasks)  # each text in one of nine ways
+        answer, taken = seconds(parse_answer, text, task.style, task.kind)
         assert answer is None or isinstance(answer, int | Decimal | str), ascii(text)
         assert taken < LIMIT, ascii(text)
-        attempt, taken = seconds(form.grade, problem, text)
+        attempt, taken = seconds(task.grade, problem, text)
         assert taken < LIMIT, ascii(text)
         assert attempt.answer == answer
         right += attempt.correct

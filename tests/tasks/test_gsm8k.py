@@ -1,4 +1,4 @@
-"""GSM8K, from a file and from the Hub."""
+"""The GSM8K task: right answers, and problems from a file and from the Hub."""
 
 import sys
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from tasks.base import split_of
 from tasks.common.prompts import STYLES, ideal_completion, system_prompt
 from tasks.common.rows import normal
 from tests.helpers.data import GSM8K_ROWS, refusal, write
-from tests.helpers.rewards import reward_of
+from tests.helpers.tasks import reward_of
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,6 @@ def test_a_file_in_the_published_format_is_a_task_of_numbers(tmp_path):
 
 
 HUGE = "9" * 5000
-
-
 NUMBER_HACKS = [
     *("", " ", "3000", "The answer is 3000.", "#### 3000", system_prompt("answer", "number"), "\\boxed{3000}"),
     *("<answer></answer>", "<answer>...</answer>", "<answer>3000", "3000</answer>", "<answer>3000</answer>."),
@@ -107,7 +105,7 @@ def test_without_a_file_the_missing_package_is_named_with_the_line_that_installs
 
 def test_the_test_problems_of_the_hub_stay_the_test_problems(monkeypatch):
     asked = []
-    data = {"train": [*GSM8K_ROWS[10:], GSM8K_ROWS[0]], "test": GSM8K_ROWS[:10]}  # one is in both
+    data = {"train": [*GSM8K_ROWS[10:], GSM8K_ROWS[0]], "test": GSM8K_ROWS[:10]}  # the first test problem is in both
     load_dataset = lambda *args: asked.append(args) or data  # noqa: E731
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     task = gsm8k.load(style="think")
@@ -121,7 +119,7 @@ def test_the_test_problems_of_the_hub_stay_the_test_problems(monkeypatch):
     assert len(questions["train"]) + len(questions["validation"]) == 70
     before = task.files
     data["train"][3] = {"question": "Something else?", "answer": "#### 5"}
-    assert gsm8k.load().files != before  # a resume sees that the data are others
+    assert gsm8k.load().files != before  # so that a resumed run notices that the data changed
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch):

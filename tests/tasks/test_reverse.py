@@ -1,14 +1,13 @@
-"""The task of words backwards."""
+"""The task of words backwards: its words, its splits, and forty hacks that are not paid in full."""
 
 import re
 from itertools import pairwise
 
 import pytest
 
-from tasks.base import Problem
 from tasks.common.prompts import STYLES, ideal_completion, system_prompt
 from tasks.reverse import Reverse
-from tests.helpers.rewards import reward_of
+from tests.helpers.tasks import WORD, reward_of
 
 
 def test_a_word_and_its_reverse_are_in_one_split():
@@ -21,9 +20,6 @@ def test_a_word_and_its_reverse_are_in_one_split():
         assert not some & (others | {word[::-1] for word in others})
     assert task.training_problem(1, 2, 3) == Reverse().training_problem(1, 2, 3)
     assert task.held_out("test", 7) == Reverse().held_out("test", 7)
-
-
-WORD = Problem("Spell batori backwards.", "irotab")
 
 
 TEXT_HACKS = [

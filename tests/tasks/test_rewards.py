@@ -1,7 +1,6 @@
-"""The named rewards, by hand, and their specifications."""
+"""The named rewards by hand, their bounds on any text, and the specifications of --reward."""
 
 import time
-from contextlib import nullcontext
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +13,7 @@ from tasks.common.prompts import STYLES, ideal_completion
 from tasks.common.rows import Rows
 from tasks.reverse import Reverse
 from tasks.rewards import DEMO, REWARDS, SHAPED, parse_rewards, repeats_an_ending, score
-from tests.helpers.reward_files import SUM, WORD, numbers_task, value
+from tests.helpers.tasks import SUM, WORD, numbers_task, untimed, value
 
 PERFECT = "<reasoning>\n4 - 9 = -5\n</reasoning>\n<answer>\n-30\n</answer>\n"
 
@@ -182,11 +181,7 @@ def test_length_pays_short_well_formed_completions():
 
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=40)
-
-
 PIECES = ["<answer>", "</answer>", "<reasoning>", "</reasoning>", "\n", "5", "-30", "1,000", "٤", "<|im_end|>", "é"]
-
-
 TEXTS = st.one_of(ANY_TEXT, st.lists(st.one_of(st.sampled_from(PIECES), ANY_TEXT), max_size=10).map("".join))
 
 
@@ -219,7 +214,7 @@ def test_given_rewards_replace_the_defaults_and_may_be_negative():
     rewards = parse_rewards(("exact=1", "length=-0.5", "language=1e-1"), SHAPED)
     assert [(reward.name, reward.weight) for reward in rewards] == [("exact", 1), ("length", -0.5), ("language", 0.1)]
     attempt = Arithmetic().grade(SUM, "<answer>-30</answer>")
-    [reward] = score(rewards, [attempt], {}, lambda name: nullcontext())
+    [reward] = score(rewards, [attempt], {}, untimed)
     # 1 - 0.5 (1 - 20/1000) + 0.1: exact, length of 20 characters, no letters outside the tags
     assert reward.total == pytest.approx(1 - 0.5 * 0.98 + 0.1)
     assert reward.total == sum(reward.parts.values())
@@ -244,7 +239,7 @@ def test_given_rewards_replace_the_defaults_and_may_be_negative():
         ([":f=1"], "cannot read"),
     ],
 )
-def test_a_specification_that_cannot_be_is_refused_in_one_line(specs, word, tmp_path, monkeypatch):
+def test_a_malformed_specification_is_refused_in_one_line(specs, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="reward") as caught:
         parse_rewards(specs, SHAPED)

@@ -1,25 +1,28 @@
-"""The neighbouring skills, and what all tasks have in common."""
+"""The neighbouring skills: their problems, their splits and what they accept as an answer."""
 
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
-from tasks.reverse import Reverse
 from tasks.skills import SKILLS
-from tests.helpers.rewards import reward_of
-from tests.helpers.tasks import MEANING, TASK
-
-ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=60)  # surrogates included
+from tests.helpers.tasks import MEANING, reward_of
 
 
-NEAR_MISS = st.lists(
-    st.sampled_from(["<answer>", "</answer>", "<think>", "</think>", "-", "5", "9" * 5000, "٤", " ", "\n", "..."]),
-    max_size=8,
-).map("".join)
+@pytest.mark.parametrize("name", SKILLS)
+def test_the_right_completion_of_a_skill_scores_1_and_a_wrong_one_0(name):
+    skill = SKILLS[name]
+    problems = [skill.training_problem(0, step, 0) for step in range(100)] + skill.held_out("test", 100)
+    for problem, other in pairwise(problems):
+        right = skill.completion(problem)
+        reward = reward_of(skill, problem, right)
+        assert (reward.total, reward.correct, reward.well_formed) == (1.0, True, True)
+        wrong = [right + " ", right + ".", right[:-1], problem.question, "", "0" + right + "0"]
+        if other.answer != problem.answer:
+            wrong.append(skill.completion(other))
+        for completion in wrong:
+            reward = reward_of(skill, problem, completion)
+            assert (reward.total, reward.correct) == (0.0, False), completion
 
 
 @pytest.mark.parametrize(
@@ -49,17 +52,17 @@ def test_the_gold_answers_of_the_skills_agree_with_an_independent_computation():
     def letters(question):
         return len(question.split(" ")[5]) - len("?")
 
-    judges = {"single": single, "larger": larger, "backwards": backwards, "letters": letters}
-    assert set(judges) == set(SKILLS)
+    solvers = {"single": single, "larger": larger, "backwards": backwards, "letters": letters}
+    assert set(solvers) == set(SKILLS)
     for name, skill in SKILLS.items():
         for problem in skill.held_out("test", 300):
-            assert problem.answer == str(judges[name](problem.question)), problem
+            assert problem.answer == str(solvers[name](problem.question)), problem
 
 
 @pytest.mark.parametrize("name", ["single", "larger"])
 def test_several_answers_are_no_answer_in_a_tagged_skill_either(name):
-    # The task takes exactly one block; a skill that took the last of many would not see a
-    # policy that has learned to write many.
+    # The task accepts exactly one block. A skill that accepted the last of many would not show that a policy has
+    # learned to write many.
     skill = SKILLS[name]
     problem = skill.held_out("test", 1)[0]
     for before in ("<answer>123</answer>", "<answer>", "</answer>", f"<answer>{problem.answer}</answer>"):
@@ -75,10 +78,10 @@ def test_a_skill_is_not_trained_on_what_it_is_measured_on(name):
         assert len(problems) >= 300
         assert len(questions[split]) == len(problems)
     assert not questions["validation"] & questions["test"]
-    drawn = {skill.training_problem(0, step, row).question for step in range(500) for row in range(4)}
-    assert not drawn & (questions["validation"] | questions["test"])
+    trained = {skill.training_problem(0, step, row).question for step in range(500) for row in range(4)}
+    assert not trained & (questions["validation"] | questions["test"])
     if name == "single":  # a + b and b + a are one problem
-        spelled_backwards = {f"What is {' '.join(reversed(q[8:-1].split(' ')))}?" for q in drawn if " - " not in q}
+        spelled_backwards = {f"What is {' '.join(reversed(q[8:-1].split(' ')))}?" for q in trained if " - " not in q}
         assert not spelled_backwards & (questions["validation"] | questions["test"])
 
 
@@ -89,56 +92,3 @@ def test_the_problems_of_a_skill_are_always_the_same(name):
     assert len(skill.held_out("test", 50)) == 50
     assert skill.training_problem(1, 2, 3) == skill.training_problem(1, 2, 3)
     assert len({skill.training_problem(1, step, 3).question for step in range(50)}) > 25
-
-
-EVERY_TASK = {
-    "arithmetic": TASK,
-    "arithmetic, think": Arithmetic(style="think"),
-    "arithmetic, reasoning": Arithmetic(style="reasoning"),
-    "reverse": Reverse(),
-    "reverse, reasoning": Reverse(style="reasoning"),
-    **SKILLS,
-}
-
-
-@pytest.mark.parametrize("name", EVERY_TASK)
-def test_a_chat_asks_the_question_last_and_says_what_form_is_wanted(name):
-    task = EVERY_TASK[name]
-    messages = task.messages("What is (4 - 9) * 6?")
-    assert messages[-1] == {"role": "user", "content": "What is (4 - 9) * 6?"}
-    assert [m["role"] for m in messages] in (["user"], ["system", "user"])
-    assert all(type(text) is str for message in messages for text in message.values())
-
-
-@pytest.mark.parametrize("name", EVERY_TASK)
-def test_scoring_never_raises_whatever_the_text(name):
-    task = EVERY_TASK[name]
-    problem = task.held_out("test", 1)[0]
-
-    @given(st.one_of(ANY_TEXT, NEAR_MISS, st.builds("{}<answer>{}</answer>".format, ANY_TEXT, NEAR_MISS)))
-    @settings(max_examples=150, deadline=None)
-    def check(text):
-        reward = reward_of(task, problem, text)
-        assert 0.0 <= reward.total <= sum(task.default_rewards.values())
-        assert reward.total == sum(reward.parts.values())
-        assert set(reward.parts) == set(task.default_rewards)
-        if reward.correct:
-            assert problem.answer in text
-
-    check()
-
-
-@pytest.mark.parametrize("name", SKILLS)
-def test_the_right_completion_of_a_skill_scores_1_and_a_wrong_one_0(name):
-    skill = SKILLS[name]
-    problems = [skill.training_problem(0, step, 0) for step in range(100)] + skill.held_out("test", 100)
-    for problem, other in pairwise(problems):
-        right = skill.completion(problem)
-        reward = reward_of(skill, problem, right)
-        assert (reward.total, reward.correct, reward.well_formed) == (1.0, True, True)
-        wrong = [right + " ", right + ".", right[:-1], problem.question, "", "0" + right + "0"]
-        if other.answer != problem.answer:
-            wrong.append(skill.completion(other))
-        for completion in wrong:
-            reward = reward_of(skill, problem, completion)
-            assert (reward.total, reward.correct) == (0.0, False), completion

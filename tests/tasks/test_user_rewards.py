@@ -1,8 +1,7 @@
-"""Reward functions in a user's file."""
+"""Reward functions in a user's file: TRL's signature, and one line about whatever goes wrong."""
 
 import json
-import math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy
 import pytest
@@ -14,9 +13,9 @@ from tasks.base import Problem
 from tasks.common.prompts import ideal_completion
 from tasks.gsm8k import problem_of
 from tasks.rewards import DEMO, parse_rewards, score
-from tests.helpers.reward_files import SUM, WORD, numbers_task
+from tests.helpers.tasks import SUM, WORD, numbers_task, untimed
 
-# The reward functions of the well-known GSM8K demo for TRL, as they are passed around.
+# The reward functions of the well-known GSM8K demo for TRL, unchanged.
 GRPO_DEMO = '''
 import re
 
@@ -82,30 +81,31 @@ def test_the_gsm8k_demo_written_for_trl_runs_unchanged(tmp_path, capsys):
     rewards = parse_rewards([f"{path}:{name}_reward_func=1" for name in DEMO_NAMES], {})
     texts = [ideal_completion("18", "reasoning", "2 x 9"), "<answer>18</answer>", "<answer>17</answer>", ""]
     attempts = [task.grade(problem, text) for text in texts]
-    scored = score(rewards, attempts, {"completion_ids": [[1]] * 4}, lambda name: nullcontext())
-    # soft: its `.` does not match the line feeds of the first; the rest is what each function's code says
+    scored = score(rewards, attempts, {"completion_ids": [[1]] * 4}, untimed)
+    # soft_format pays nothing for the first: its `.` matches no line feed; the others pay what their code says
     assert [reward.parts for reward in scored] == [
         {f"{name}_reward_func": value for name, value in zip(DEMO_NAMES, values, strict=True)}
         for values in ((2.0, 0.5, 0.5, 0.0, 0.5), (2.0, 0.5, 0, 0, 0), (0, 0.5, 0, 0, 0), (0, 0, 0, 0, 0))
     ]
     assert [reward.total for reward in scored] == [3.5, 2.5, 0.5, 0.0]
     assert "How much is 2 x 9?" in capsys.readouterr().out
-    # and ours, for the perfect completion, at least as much: soft_format is paid too
-    [own] = score(parse_rewards((), DEMO), attempts[:1], {}, lambda name: nullcontext())
+    # our rewards pay more for the perfect completion, because our soft_format accepts it
+    [own] = score(parse_rewards((), DEMO), attempts[:1], {}, untimed)
     assert own.total == 4.0
 
 
-def user(tmp_path, body, spec="f=1", **settings):
-    """The reward function in a file of the user's with this body."""
+def user(tmp_path, body, spec="f=1"):
+    """Write a user's file with this body and return the reward functions that `spec` names in it."""
     path = tmp_path / "mine.py"
     path.write_text(body, encoding="utf-8")
     return parse_rewards([f"{path}:{spec}"], {})
 
 
 def run(rewards, problems=(SUM, SUM, WORD), text="<answer>-30</answer>"):
+    """Score the same completion for each of the problems."""
     attempts = [Arithmetic().grade(problem, text) for problem in problems]
     columns = {"completion_ids": [[i] for i in range(len(attempts))]}
-    return score(rewards, attempts, columns, lambda name: nullcontext())
+    return score(rewards, attempts, columns, untimed)
 
 
 def test_a_users_function_sees_prompts_completions_and_columns(tmp_path):
@@ -114,12 +114,12 @@ def test_a_users_function_sees_prompts_completions_and_columns(tmp_path):
         "import json\n"
         "def f(**everything):\n"
         f"    json.dump(everything, open({str(tmp_path / 'seen.json')!r}, 'w'))\n"
-        "    everything['completions'][0][0]['content'] = 'changed'\n"  # which changes nothing outside
+        "    everything['completions'][0][0]['content'] = 'changed'\n"  # must change nothing outside
         "    return [1.0, 2, None]\n",
     )
     problems = [Problem("q", "1", {"level": 3}), Problem("r", "2", {"level": 4, "note": "n"}), Problem("s", "3")]
     scored = run(rewards, problems)
-    assert [reward.total for reward in scored] == [1.0, 2.0, 0.0]
+    assert [reward.total for reward in scored] == [1.0, 2.0, None]
     assert [reward.parts for reward in scored] == [{"f": 1.0}, {"f": 2.0}, {"f": None}]
     seen = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
     assert seen == {
@@ -151,8 +151,8 @@ def test_a_users_function_sees_prompts_completions_and_columns(tmp_path):
         )),
     ],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the coroutine that nobody awaits
-def test_what_goes_wrong_in_a_users_function_is_one_line_that_names_it(body, words, tmp_path):
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # about the coroutine that nobody awaits
+def test_a_failing_function_is_refused_in_one_line_that_names_it(body, words, tmp_path):
     rewards = user(tmp_path, body)
     with pytest.raises(ValueError, match="reward function") as caught:
         run(rewards)
@@ -161,7 +161,7 @@ def test_what_goes_wrong_in_a_users_function_is_one_line_that_names_it(body, wor
     assert "\n" not in str(caught.value)
 
 
-def test_no_word_of_a_model_can_move_the_cursor_by_way_of_an_error(tmp_path):
+def test_an_error_that_quotes_a_completion_has_no_control_characters(tmp_path):
     attack = "\x1b[2J\n<answer>5</answer>"
     for body in ("return [0.0, float('nan'), 0.0]", "raise ValueError(completions[0][0]['content'])"):
         with pytest.raises(ValueError, match="'f'") as caught:
@@ -195,7 +195,7 @@ def test_numbers_of_libraries_are_numbers(tmp_path):
         assert [scored.total for scored in run([given])] == [2.0, 4.0, 6.0]
 
 
-def test_a_changed_file_is_another_file_at_once_and_leaves_nothing_behind(tmp_path):
+def test_a_changed_file_takes_effect_at_once_and_leaves_nothing_behind(tmp_path):
     first = user(tmp_path, "def f(**c):\n    return [1.0] * 3")
     second = user(tmp_path, "def f(**c):\n    return [2.0] * 3")  # same size, same second: no stale bytecode
     assert [run(rewards)[0].total for rewards in (first, second)] == [1.0, 2.0]
@@ -243,7 +243,7 @@ def test_the_clock_stops_where_a_function_raises(tmp_path):
     assert seen == ["reward/f", "stopped"]
 
 
-def test_nothing_is_nan_where_no_function_applied():
+def test_a_completion_that_no_function_applies_to_has_no_reward():
     [reward] = parse_rewards(["exact=1"], {})
     none = type(reward)("f", 1.0, lambda attempts, columns: [None] * len(attempts))
-    assert all(math.isclose(scored.total, 0.0) and scored.parts == {"f": None} for scored in run([none]))
+    assert [(scored.total, scored.parts) for scored in run([none])] == [(None, {"f": None})] * 3
