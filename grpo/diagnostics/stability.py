@@ -9,7 +9,8 @@ from grpo.diagnostics.snapshot import CheckResult, Row, RunSnapshot, lower_bound
 
 KL_LARGE = 1.0  # nats a token: its tokens are on average e times as likely as under the reference
 KL_SPIKE, KL_SPIKE_LEAST = 10.0, 0.5  # times the median before it; and nats a token, for early medians are near 0
-SPIKE_COMPLETIONS, KL_BLOCKS = 32, 20  # that a KL is the mean of: one rare token is no spike; how many come before
+SPIKE_COMPLETIONS = 32  # that a KL is the mean of, as one rare token is no spike
+BEFORE_BLOCKS, BEFORE_STEPS = 7, 20  # that come before a spike at least: a fast start is none
 ENTROPY_LEFT, ENTROPY_LEAST = 0.35, 0.08  # of the first steps' entropy; and nats a token
 STILL_WRONG = 0.8  # a policy this accurate may be sure of itself
 GROWN, GROWN_ANYHOW, GROWN_TOKENS = 4.0, 10.0, 20  # times the first length; the same if accuracy rose; tokens
@@ -37,13 +38,14 @@ def kl_diverging(now: RunSnapshot) -> CheckResult:
 def kl_spike(now: RunSnapshot) -> CheckResult:
     """The KL of a step is far above that of those before it; of small batches, the mean of a few steps."""
     length = _steps_of(now, SPIKE_COMPLETIONS)
-    before = [block for block in now.blocks("kl", length)[:-1] if block == block][-KL_BLOCKS:]
+    blocks = max(BEFORE_BLOCKS, -(-BEFORE_STEPS // length))
+    before = [block for block in now.blocks("kl", length)[:-1] if block == block][-blocks:]
     kl = now.mean("kl", length)
-    if len(now.steps) % length or len(before) < KL_BLOCKS or not kl >= max(KL_SPIKE_LEAST, KL_SPIKE * median(before)):
+    if len(now.steps) % length or len(before) < blocks or not kl >= max(KL_SPIKE_LEAST, KL_SPIKE * median(before)):
         return None
     steps = "one step" if length == 1 else f"{length} steps"
     return kl, (
-        f"The KL jumps: {kl:.2f} nats a token in {steps}, {median(before):.3f} in the {KL_BLOCKS * length} before. A "
+        f"The KL jumps: {kl:.2f} nats a token in {steps}, {median(before):.3f} in the {blocks * length} before. A "
         "single update went too far. Lower --learning-rate, --num-inner-updates or --clip-grad-norm."
     )
 
