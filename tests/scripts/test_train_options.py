@@ -53,6 +53,7 @@ VALID = {
     "seed": 11,
     "loss_average": "constant",
     "ratio": "sequence",
+    "kl_estimator": "k3-corrected",
     "epsilon_high": 0.28,
     "scale_rewards": "none",
     "mask_truncated_completions": True,
