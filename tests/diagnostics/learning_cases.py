@@ -1,9 +1,6 @@
 """Every finding on what a run learns, with records that have it and records that only look like it."""
 
-import pytest
-
-from grpo.diagnostics import learning
-from tests.helpers.sick_runs import accuracy, changed, check_fires_once, check_same_step_by_step, every, names
+from tests.helpers.sick_runs import accuracy, every
 
 FLAT = accuracy(0.3)
 WRONG = {"accuracy": 0.3, "tied_all_right_fraction": 0.1}
@@ -79,30 +76,3 @@ MORE_SICK = [
     ("reward_scale", {"steps": {"reward_std": 50.0}, "config": {"scale_rewards": "none"}}),
     ("reward_scale", {"steps": {"reward_std": 1e-4, "tied_groups_fraction": 0.0}}),
 ]
-
-
-def test_every_check_has_a_sick_run():
-    assert list(SICK_AND_WELL) == [check.__name__ for check in learning.CHECKS]
-
-
-@pytest.mark.parametrize(("name", "sick"), [*((name, sick) for name, (sick, _) in SICK_AND_WELL.items()), *MORE_SICK])
-def test_a_finding_fires_on_its_sick_run_once_and_says_what_to_do(name, sick):
-    check_fires_once(name, changed(**sick))
-
-
-@pytest.mark.parametrize(
-    ("name", "well"), [(name, well) for name, (_, all_well) in SICK_AND_WELL.items() for well in all_well]
-)
-def test_a_finding_is_silent_on_a_run_that_only_looks_like_it(name, well):
-    assert name not in names(changed(**well))
-
-
-@pytest.mark.parametrize("sick", [sick for sick, _ in SICK_AND_WELL.values()], ids=list(SICK_AND_WELL))
-def test_a_run_that_looks_after_every_step_finds_what_the_whole_record_shows(sick):
-    check_same_step_by_step(changed(**sick))
-
-
-def test_the_noise_of_two_evaluations_is_no_difference():
-    one, other = ({"accuracy": p, "ci_low": p - 0.04, "ci_high": p + 0.04} for p in (0.55, 0.5))
-    assert not learning._above(one, other)
-    assert learning._above(one | {"accuracy": 0.56}, other)
