@@ -65,7 +65,7 @@ class Trainer:
         self.state = RunState(config, files, self.progress, self.grpo, self.evaluator, self.metrics)
         self.rollout: Rollout | None = None  # of the last step
         self.launched = time.monotonic() if launched is None else launched
-        self.slowest = self.ending = 0.0  # seconds of the slowest step, and of what follows the last one
+        self.slowest = 0.0  # seconds of the slowest step
 
     def run(self) -> int:
         """Continue from the newest checkpoint, or begin; train; measure the best policy. Return the exit status."""
@@ -100,6 +100,7 @@ class Trainer:
     def _train(self, interrupts: InterruptHandler) -> str:
         """Take steps until there is a reason to stop; return it."""
         c, progress = self.config, self.progress
+        ending = progress.before.get("time/evaluate") or 0.0  # the last test takes as long as the first did
         bar = ProgressBar(progress.step, c.num_iterations)
         try:
             while True:
@@ -115,7 +116,7 @@ class Trainer:
                 if progress.step % c.eval_every == 0 or progress.step == c.num_iterations:
                     self._validate()
                 self.slowest = max(self.slowest, time.monotonic() - start)
-                if reason := self._why_done() or interrupts.reason(1.5 * (self.slowest + self.ending)):
+                if reason := self._why_done() or interrupts.reason(1.5 * (self.slowest + ending)):
                     return reason
                 if progress.step % c.save_every == 0:
                     self._checkpoint()
@@ -216,9 +217,7 @@ class Trainer:
 
     def _test(self, lm: LanguageModel, step: int) -> dict[str, Any]:
         """Measure a model on the test problems and the neighbouring skills."""
-        entry = self._evaluate(self.evaluator.test, lm, step, "test")
-        self.ending = max(self.ending, entry["time/evaluate"])
-        return entry
+        return self._evaluate(self.evaluator.test, lm, step, "test")
 
     def _evaluate(
         self, measure: Callable[[LanguageModel], dict[str, Any]], lm: LanguageModel, step: int, split: str

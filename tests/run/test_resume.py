@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 import train_grpo
-from grpo.evaluation.evaluator import Evaluation
+from grpo.evaluation.evaluator import Evaluation, Evaluator
+from grpo.interrupts import InterruptHandler
 from grpo.model_card import CARD, STARTER, read_card
 from grpo.record.samples import EVERY, GROUPS
 from grpo.trainer import Trainer
@@ -269,3 +270,13 @@ def test_the_saved_model_is_never_ahead_of_the_checkpoint_and_is_written_after_a
     evals = json.loads((tmp_path / "run" / "grpo_metrics.json").read_text(encoding="utf-8"))["evals"]
     assert [e["step"] for e in evals if e["split"] == "validation"] == [0, 4, 5]
     assert card["step"] == evals[-1]["step"] == 4
+
+
+def test_a_launch_that_continues_leaves_time_for_the_last_test_too(tmp_path, monkeypatch):
+    left, test = [], Evaluator.test
+    monkeypatch.setattr(InterruptHandler, "reason", lambda self, seconds: left.append(seconds))
+    monkeypatch.setattr(Evaluator, "test", lambda self, lm: time.sleep(2) or test(self, lm))
+    for steps in ("2", "4"):
+        in_process(tmp_path / "run", "--num-iterations", steps)
+    assert len(left) == 2
+    assert all(seconds > 1.5 * 2 for seconds in left)
