@@ -177,9 +177,10 @@ def complete(name: str, questions: Sequence[str], device: str, sampling: Samplin
 
     card = read_card(name)
     lm = load(name, choose_device(device))
-    prompts = lm.prompts(
-        [chat(question, card.get("system_prompt") or system_prompt("answer")) for question in questions]
+    system = card.get("system_prompt") or system_prompt(
+        card.get("prompt_style", "answer"), card.get("kind", "integer")
     )
+    prompts = lm.prompts([chat(question, system) for question in questions])
     limit = sampling.max_new_tokens or card.get("max_new_tokens", TOKENS_WITHOUT_CARD)
     if sampling.temperature == 0:
         return [[text] for text in lm.decode(greedy(lm, prompts, limit).rows(with_end=False))]

@@ -22,9 +22,8 @@ CARD = "grpo.json"
 def model_folder(name: str) -> Path | None:
     """Return the folder of a model on this machine, of "starter" too; None for the name of a Hub model."""
     folder = STARTER if name == "starter" else Path(name)
-    return (
-        folder if os.path.isdir(folder) else None
-    )  # unlike Path.is_dir, this never raises: the name may be any text
+    # unlike Path.is_dir, this never raises: the name may be any text
+    return folder if os.path.isdir(folder) else None
 
 
 def read_card(name: str) -> dict[str, Any]:

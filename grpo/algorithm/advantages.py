@@ -31,10 +31,13 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str = "group"
         raise ValueError(f"num_generations is {num_generations}; a group needs at least 2 to be compared")
     groups = rewards.double().view(-1, num_generations)  # (N, G)
     counts = ~groups.isnan()
-    high = groups.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)  # (N, 1)
-    low = groups.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
     advantages = (groups - groups.nanmean(1, keepdim=True)) / SCALES[scale](groups, counts)
-    return torch.where((high > low) & counts, advantages, 0.0).view(-1).float()
+    return torch.where(~tied_groups(groups)[:, None] & counts, advantages, 0.0).view(-1).float()
+
+
+def tied_groups(groups: Tensor) -> Tensor:
+    """Return which groups (N, G) have equal rewards, (N,) bool; NaN, which is no reward, has no part in it."""
+    return groups.nan_to_num(nan=-torch.inf).amax(1) <= groups.nan_to_num(nan=torch.inf).amin(1)
 
 
 def _std(groups: Tensor, counts: Tensor, dim: int | None) -> Tensor:

@@ -5,6 +5,7 @@ clipped updates against the policy that sampled, with a KL penalty against the f
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class GRPO:
         rewards: Sequence[RewardFunction] = (),
         device: torch.device | None = None,
     ) -> None:
-        """Without `rewards`, use the task's own. `device` is where a model goes that is to be sharded."""
+        """Without `rewards`, use those of the settings. `device` is where a model goes that is to be sharded."""
         self.config, self.policy = config, lm.model
         if lm.device.type == "cpu":
             disable_malloc_trim()
@@ -60,7 +61,7 @@ class GRPO:
         self.sampler = RolloutSampler(
             lm,
             task,
-            rewards or parse_rewards((), task.default_rewards),
+            rewards or parse_rewards(config.reward, task.default_rewards),
             Generator(lm.model, self.capabilities),
             self.sample_microbatch,
         )
@@ -76,7 +77,7 @@ class GRPO:
             rollout = self.sampler.rollout(step, c, clock)  # o_i ~ π_old, r_i, A_i
             batch = Batch.from_rollout(rollout, c)
             with clock("reference"):
-                batch = batch.with_reference(self.reference.logprobs(batch.tokens, c))
+                batch = replace(batch, ref_logprobs=self.reference.logprobs(batch.tokens, c))
             with clock("update"):
                 for _ in range(c.num_inner_updates):  # μ
                     stats, batch = self.update(batch, c)  # the first one fills old_logprobs

@@ -40,7 +40,7 @@ def corrected_kl(kl: Tensor, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     Its gradient is an unbiased estimate of that of KL(policy ‖ reference), whichever policy sampled: DeepSeek-V3.2,
     arXiv:2512.02556, section 3.1, equation 7. On the first pass, where the ratio is 1, it is −Δ a token.
     """
-    return kl * (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return kl * _exp(logprobs - old_logprobs)
 
 
 # the KL term of the loss, from k3, logprobs and old_logprobs
@@ -52,7 +52,7 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Return exp(logprobs − old_logprobs), policy against sampling policy; exactly 1 where they are equal."""
-    return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return _exp(logprobs - old_logprobs)
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -62,7 +62,11 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tens
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).sum(-1, keepdim=True)  # (B, 1)
     mean = log_ratio / mask.sum(-1, keepdim=True).clamp(min=1)
-    return mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().expand_as(logprobs)
+    return _exp(mean).expand_as(logprobs)
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 RATIOS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"token": token_ratio, "sequence": sequence_ratio}

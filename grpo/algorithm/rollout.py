@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grpo.algorithm.advantages import group_advantages
+from grpo.algorithm.advantages import group_advantages, tied_groups
 from grpo.config import TrainConfig
 from grpo.generation.sampling import Completions, Generator, SamplingParams, concatenate, sampling_uniforms
 from grpo.model.language_model import LanguageModel
@@ -34,7 +34,7 @@ class Rollout:
     advantages: Tensor  # (B,) float32
     truncated: Tensor  # (B,) bool: cut off by the token limit
     sample_logprobs: Tensor  # (B, C) float32, as the sampler computed them
-    resampled: int  # groups that were drawn again because they taught nothing
+    resampled: int  # groups that were drawn again because all completions were right or all wrong
 
     @cached_property
     def totals(self) -> Tensor:
@@ -54,8 +54,7 @@ class Rollout:
     @cached_property
     def tied(self) -> Tensor:
         """Return which groups have equal rewards and so teach nothing, (N,) bool."""
-        high = self.totals.nan_to_num(nan=-torch.inf).amax(1)
-        return high <= self.totals.nan_to_num(nan=torch.inf).amin(1)
+        return tied_groups(self.totals)
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -112,8 +111,8 @@ class ScoredGroups:
     texts: Sequence[str]
     rewards: Sequence[Reward]
 
-    def tied(self) -> list[bool]:
-        """Return whether each group teaches nothing: its completions are all right or all wrong."""
+    def all_alike(self) -> list[bool]:
+        """Return whether the completions of each group are all right or all wrong."""
         g = len(self.rewards) // len(self.problems)
         groups = [self.rewards[i : i + g] for i in range(0, len(self.rewards), g)]
         return [len({reward.correct for reward in group}) == 1 for group in groups]
@@ -143,7 +142,7 @@ class RolloutSampler:
             known = sum(len(groups.problems) for groups in found)
             new = self._sample_across_ranks(step, attempt, places, config, clock)
             found += new
-            tied = [tie for groups in new for tie in groups.tied()]
+            tied = [alike for groups in new for alike in groups.all_alike()]
             for number, place in enumerate(places):
                 chosen[place] = known + number
             places = [place for number, place in enumerate(places) if tied[number]]

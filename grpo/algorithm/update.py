@@ -50,10 +50,6 @@ class Batch:
         batch = cls.of_step(tokens, rollout.advantages, config.max_new_tokens, applying)
         return batch.slice_rows(distributed.local_slice(len(rollout.advantages)))
 
-    def with_reference(self, ref_logprobs: Tensor | None) -> "Batch":
-        """Return the batch with the reference's log-probabilities."""
-        return replace(self, ref_logprobs=ref_logprobs)
-
     def slice_rows(self, rows: slice) -> "Batch":
         """Return some rows, whole groups or a part of one, with as many columns as their tokens have."""
         tokens = self.tokens.slice_rows(rows)

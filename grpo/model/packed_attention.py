@@ -52,9 +52,8 @@ class Layout:
     completion_lengths: Tensor  # (B,) int64, from 0
     prompt_index: Tensor  # (N, P) int64, index in the row; any index for padding
     completion_index: Tensor  # (B, C) int64, index in the row; any index for padding
-    _of_layers: dict[Any, Any] = field(
-        default_factory=dict, repr=False
-    )  # computed by one layer, reused by the others
+    # computed by one layer, reused by the others
+    _of_layers: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, prompt_lengths: Tensor, completion_lengths: Tensor) -> "Layout":
