@@ -131,7 +131,8 @@ def _loss(axes: Axes, record: Record) -> str:
 def _time(axes: Axes, record: Record) -> str:
     colours = {"sample": BLUE, "reward": PINK, "reference": AMBER, "update": GREEN}
     layers = [(name, column(record, f"time/{name}"), colours.get(name, SKY)) for name in phases(record)]
-    rest = column(record, "time/total") - sum(np.nan_to_num(values) for _, values, _ in layers)
+    inside = [np.nan_to_num(values) for name, values, _ in layers if name != "save"]  # saving follows the step
+    rest = column(record, "time/total") - sum(inside)
     layers.append(("other", np.maximum(0, rest), GREY))
     drawn = _stack(axes, record, [(short(name), values, colour) for name, values, colour in layers])
     axes.set_ylim(bottom=0)

@@ -35,7 +35,8 @@ def check_record(record: Any, path: Path) -> None:
 
 def is_evaluation(value: Any) -> bool:
     """Return whether a value is a complete entry of `evals`."""
-    return is_entry(value) and "split" in value and all(value.get(name) is not None for name in MEASURED)
+    complete = is_entry(value) and "split" in value and all(value.get(name) is not None for name in MEASURED)
+    return complete and _is_table("skills", value.get("skills", {}))
 
 
 def is_finding(value: Any) -> bool:

@@ -2,6 +2,9 @@
 
 import re
 
+from matplotlib.figure import Figure
+
+from grpo.plots import panels
 from grpo.plots.figures import MOST_FINDINGS, overview
 from grpo.plots.panels import PANELS
 from tests.helpers.records import FINDINGS, a_full_record
@@ -35,3 +38,12 @@ def test_findings_are_numbered_lines_and_words():
     assert "3  A loss near 0" in words
     many = overview(a_full_record(60, FINDINGS * 9))
     assert f"{27 - MOST_FINDINGS} more" in many.texts[-1].get_text()
+
+
+def test_saving_which_follows_a_step_takes_nothing_from_its_other_time(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(panels, "_stack", lambda axes, record, layers: drawn.update({x[0]: x[1] for x in layers}))
+    times = {"time/sample": 0.5, "time/save": 0.25, "time/total": 1.0}
+    figure = Figure()
+    panels._time(figure.add_subplot(), {"steps": [{"step": 1, **times}], "evals": [], "config": {}})
+    assert drawn["other"].tolist() == [0.5]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from grpo.record.metrics import FILE_NAME, load_metrics
-from grpo.record.schema import SCHEMA_VERSION
+from grpo.record.schema import SCHEMA_VERSION, is_evaluation
 from tests.helpers.metrics import EVALUATION, a_record, load_refusal
 
 
@@ -74,3 +74,10 @@ def test_entries_that_a_later_version_adds_are_kept(tmp_path):
     record["evals"][0]["skills"] = {"something new": {"accuracy": 0.5, "n": 8}}
     (tmp_path / FILE_NAME).write_text(json.dumps(record), encoding="utf-8")
     assert load_metrics(tmp_path) == record
+
+
+@pytest.mark.parametrize("skills", [5, {"single": {}}, {"single": {"accuracy": "high"}}])
+def test_an_evaluation_of_a_checkpoint_with_damaged_skills_is_none(skills):
+    entry = {"step": 1, "split": "test", "accuracy": 0.5, "n": 10, "ci_low": 0.2, "ci_high": 0.8}
+    assert is_evaluation(entry | {"skills": {}})
+    assert not is_evaluation(entry | {"skills": skills})
