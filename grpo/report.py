@@ -109,7 +109,7 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: s
     for line in by_category(before, after) + pass_at_k(before, after) + drifted(after):
         say(f"  {line}")
     if kl:
-        say(f"  KL to the start    {fmean(kl):.3f} nats a token (mean of the last {len(kl)} steps)")
+        say(f"  KL to reference    {fmean(kl):.3f} nats a token (mean of the last {len(kl)} steps)")
     if after["step"] == 0:
         say("  No evaluation was better than the start, so saved_model/ holds the starting model.")
     say("  A loss near 0 is normal: advantages are centred in each group and the ratio starts at 1.")

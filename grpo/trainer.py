@@ -92,9 +92,9 @@ class Trainer:
         self._checkpoint()
         if interrupts.interrupted():
             report.interrupted(self.folder, self.progress.step, reason)
+            self.metrics.write()
         else:
             self._finish(reason)
-        self.metrics.write()
         self._draw(self.metrics.record)
 
     def _train(self, interrupts: InterruptHandler) -> str:

@@ -12,7 +12,14 @@ BUILD = "grpo.starter.build"  # a script: it may use everything
 SCRIPTS = ("train_grpo", "inference", "plot_metrics")
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "tokenizers", "matplotlib", "scipy"}
 OPTIONAL = {"tasks.gsm8k": {"datasets"}}  # imported lazily; a missing one is answered with the line that installs it
-LIGHT = (*SCRIPTS, "grpo.config", "grpo.model_card", "grpo.run_folder")  # imported before --help answers
+LIGHT = (
+    *SCRIPTS,
+    "grpo.config",
+    "grpo.model_card",
+    "grpo.run_folder",
+    "grpo.runtime.atomic_io",
+    "grpo.runtime.console",
+)  # imported before --help answers
 # what grpo/ may know of tasks/: no concrete task
 ANY_TASK = {"base", "registry", "rewards", "unrelated", "common.prompts"}
 
@@ -20,7 +27,7 @@ ANY_TASK = {"base", "registry", "rewards", "unrelated", "common.prompts"}
 SETTINGS = {"config", "model_card"}
 MAY_IMPORT = {
     "runtime": set(),
-    "diagnostics": set(),
+    "diagnostics": {"evaluation.intervals"},
     "config": set(),
     "model_card": {"config"},
     "record": {"runtime"},
@@ -28,7 +35,7 @@ MAY_IMPORT = {
     "generation": {*SETTINGS, "runtime", "model"},
     "algorithm": {*SETTINGS, "runtime", "model", "generation"},
     "evaluation": {*SETTINGS, "runtime", "model", "generation"},
-    "plots": {*SETTINGS, "runtime", "record", "diagnostics", "algorithm.step_metrics"},
+    "plots": {*SETTINGS, "runtime", "record", "algorithm.step_metrics"},
     "run_folder": {*SETTINGS, "runtime"},
     "interrupts": {*SETTINGS, "runtime"},
     "report": {*SETTINGS, "runtime", "record", "model", "generation", "algorithm", "evaluation"},
@@ -105,6 +112,12 @@ def test_imports_of_grpo_follow_the_rules_of_its_folders(module):
 @pytest.mark.parametrize("module", [m for m in SOURCES if m.startswith("grpo.plots") or m.endswith("step_metrics")])
 def test_plots_need_no_torch(module):
     assert not {name.split(".")[0] for name in imports(module)} & {"torch", "transformers"}
+
+
+@pytest.mark.parametrize("module", [m for m in SOURCES if m.startswith("grpo.diagnostics")])
+def test_findings_are_read_from_the_metrics_alone(module):
+    names = {name.split(".")[0] for name in imports(module)}
+    assert not names & (HEAVY | {"tasks"})
 
 
 def test_no_module_imports_itself_by_a_detour():

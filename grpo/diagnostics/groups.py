@@ -88,11 +88,10 @@ def tied_groups(now: RunSnapshot) -> CheckResult:
 def idle_steps(now: RunSnapshot) -> CheckResult:
     """Whole steps teach nothing, far more of them than ties of single groups explain."""
     tied = now.values("tied_groups_fraction", max(IDLE_STEPS, now.long_window))
-    batch = max(1, int(now.setting("batch_size", 4)))
     if not tied:
         return None
     idle = sum(share == 1 for share in tied) / len(tied)
-    expected = fmean(tied) ** batch
+    expected = fmean(tied) ** now.batch
     if not lower_bound(idle, len(tied)) > expected + IDLE:
         return None
     return idle, (

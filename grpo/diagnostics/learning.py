@@ -8,6 +8,7 @@ from statistics import fmean, variance
 
 from grpo.diagnostics.groups import NEARLY_ALL, is_constant
 from grpo.diagnostics.snapshot import CheckResult, Row, RunSnapshot, noise, percent, upper_bound
+from grpo.evaluation.intervals import Z
 
 BLIND = 0.1  # share of groups with right and wrong completions paid alike; a reward for being right has none
 RISE_ERRORS, RISE_SPREADS = 4.0, 0.5  # a reward rises by this many standard errors, and this much of a group's std
@@ -27,7 +28,7 @@ def _above(one: Row, other: Row, looks: int = 1) -> bool:
 
     `looks` is the number of evaluations that `one` is the best of: by chance it is √(2 ln looks) deviations too high.
     """
-    return one["accuracy"] - other["accuracy"] > noise(one, other) * (1 + sqrt(2 * log(looks)) / 2.77)
+    return one["accuracy"] - other["accuracy"] > noise(one, other) * (1 + sqrt(2 * log(looks)) / (Z * sqrt(2)))
 
 
 def _accuracy_is_flat(now: RunSnapshot) -> bool:
@@ -60,18 +61,12 @@ def collapsed(now: RunSnapshot) -> CheckResult:
     if best is None:
         return None
     last, had = now.evals[-1], best["accuracy"]
-    if (
-        now.evaluated
-        and best["ci_low"] >= ABLE / 2
-        and last["ci_high"] < LEFT * 2 * had
-        and last["accuracy"] < had / 2
-    ):
+    if now.evaluated and best["ci_low"] >= ABLE / 2 and last["ci_high"] < 2 * LEFT * had:
         return last["accuracy"], _collapse(f"held-out accuracy fell from {percent(had)} to", last["accuracy"], best)
-    batch = max(1, int(now.setting("batch_size", 4)))
-    recent = max(3, -(-RECENT_GROUPS // batch))
+    recent = max(3, -(-RECENT_GROUPS // now.batch))
     blocks = [block for block in now.blocks("accuracy", now.window)[:-1] if block == block]
     had, right = max(blocks, default=0.0), now.mean("accuracy", recent)
-    if had >= ABLE and right < LEFT * had and upper_bound(right, recent * batch) < 2 * LEFT * had:
+    if had >= ABLE and right < LEFT * had and upper_bound(right, now.groups(recent)) < 2 * LEFT * had:
         return right, _collapse(f"the accuracy of the completions fell from {percent(had)} to", right, best)
     return None
 
@@ -151,10 +146,10 @@ def overfitting(now: RunSnapshot) -> CheckResult:
 
 def past_peak(now: RunSnapshot) -> CheckResult:
     """Held-out accuracy has been higher, by more than the noise, for two evaluations."""
-    if len(now.evals) < 3 or collapsed(now):
+    if len(now.evals) < 3:
         return None
     best, last = max(now.evals[:-2], key=lambda e: e["accuracy"]), now.evals[-1]
-    if not all(_above(best, e, len(now.evals)) for e in now.evals[-2:]):
+    if not all(_above(best, e, len(now.evals)) for e in now.evals[-2:]) or collapsed(now):
         return None
     what = "Past its peak" if best["step"] else "Worse than the start"
     return last["accuracy"], (

@@ -6,13 +6,14 @@ A window is as many steps as hold some groups, so that a figure is as sure in a 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import hypot, sqrt
+from math import hypot
 from statistics import fmean
 from typing import Any
 
+from grpo.evaluation.intervals import wilson
+
 GROUPS, STEPS = 40, 10  # that a window holds at least
 LONG = 2  # times as many, for rarer or noisier figures
-Z = 1.96  # of a 95% interval
 
 Row = Mapping[str, Any]
 CheckResult = tuple[float, str] | None  # a figure, and what it means in plain words; None if all is well
@@ -28,10 +29,15 @@ class RunSnapshot:
     tests: Sequence[Row]
     device: str = ""
 
+    @property
+    def batch(self) -> int:
+        """Return the groups of a step."""
+        return max(1, int(self.setting("batch_size", 4)))
+
     @cached_property
     def window(self) -> int:
         """Return the steps that a figure is averaged over."""
-        return max(STEPS, -(-GROUPS // max(1, int(self.setting("batch_size", 4)))))
+        return max(STEPS, -(-GROUPS // self.batch))
 
     @property
     def long_window(self) -> int:
@@ -61,7 +67,7 @@ class RunSnapshot:
 
     def groups(self, window: int | None = None) -> int:
         """Return the number of groups in a window."""
-        return (window or self.window) * max(1, int(self.setting("batch_size", 4)))
+        return (window or self.window) * self.batch
 
     def last(self, name: str) -> float:
         """Return a metric of the last step; NaN if it is null."""
@@ -80,18 +86,13 @@ class RunSnapshot:
 
 
 def lower_bound(share: float, n: int) -> float:
-    """Return the lower end of the Wilson 95% interval of a share of n; NaN for NaN."""
-    return _wilson(share, n, -1)
+    """Return the lower end of the 95% interval of a share of n; NaN for NaN."""
+    return wilson(share, n)[0]
 
 
 def upper_bound(share: float, n: int) -> float:
-    """Return the upper end of the Wilson 95% interval of a share of n; NaN for NaN."""
-    return _wilson(share, n, 1)
-
-
-def _wilson(share: float, n: int, sign: int) -> float:
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    return centre + sign * Z / (1 + Z**2 / n) * sqrt(max(0.0, share * (1 - share)) / n + Z**2 / (4 * n**2))
+    """Return the upper end of the 95% interval of a share of n; NaN for NaN."""
+    return wilson(share, n)[1]
 
 
 def noise(*evaluations: Row) -> float:

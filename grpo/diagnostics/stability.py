@@ -38,10 +38,12 @@ def kl_diverging(now: RunSnapshot) -> CheckResult:
 def kl_spike(now: RunSnapshot) -> CheckResult:
     """The KL of a step is far above that of those before it; of small batches, the mean of a few steps."""
     length = _steps_of(now, SPIKE_COMPLETIONS)
+    kl = now.mean("kl", length)
+    if len(now.steps) % length or not kl >= KL_SPIKE_LEAST:
+        return None
     blocks = max(BEFORE_BLOCKS, -(-BEFORE_STEPS // length))
     before = [block for block in now.blocks("kl", length)[:-1] if block == block][-blocks:]
-    kl = now.mean("kl", length)
-    if len(now.steps) % length or len(before) < blocks or not kl >= max(KL_SPIKE_LEAST, KL_SPIKE * median(before)):
+    if len(before) < blocks or not kl >= KL_SPIKE * median(before):
         return None
     steps = "one step" if length == 1 else f"{length} steps"
     return kl, (
@@ -151,7 +153,7 @@ def _teaches(row: Row) -> bool:
 
 def _steps_of(now: RunSnapshot, completions: int) -> int:
     """Return the number of steps that hold so many completions."""
-    a_step = max(1, int(now.setting("batch_size", 4)) * int(now.setting("num_generations", 8)))
+    a_step = now.batch * max(1, int(now.setting("num_generations", 8)))
     return -(-completions // a_step)
 
 

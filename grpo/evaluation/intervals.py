@@ -14,10 +14,15 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes in {n} trials is not a proportion")
-    p = successes / n
-    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low, high = wilson(successes / n, n)
+    return max(0.0, low), min(1.0, high)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return the Wilson 95% interval of a share of n, which need not be a whole number of them; NaN for NaN."""
+    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * sqrt(max(0.0, share * (1 - share)) / n + Z**2 / (4 * n**2))
+    return centre - half, centre + half
 
 
 def paired_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float, float]:

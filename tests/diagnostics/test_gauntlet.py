@@ -49,4 +49,5 @@ def test_a_heavy_illness_is_named_before_half_of_the_run_is_over(name, shapes, s
             if name not in UNDEFINED or not UNDEFINED[name](setting):
                 record = first_half(heavy(setting, seed))
                 named.append(name in {finding.name for finding in findings(record)})
+    assert named, "no shape tells this illness from health"
     assert sum(named) >= 0.95 * len(named), f"{sum(named)} of {len(named)}"
