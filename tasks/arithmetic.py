@@ -56,9 +56,17 @@ class Expression:
 
     @property
     def key(self) -> str:
-        """Return one text for all spellings of the problem: a + b and b + a share a split, as do a * b and b * a."""
-        a, b = sorted((self.a, self.b)) if self.op in "+*" else (self.a, self.b)
-        return str(Expression(a, self.op, b, self.op2, self.c))
+        """Return one text for all spellings that commuting and re-associating turn into each other.
+
+        A sum is its signed terms in any order, a product its factors: (a - b) + c, (a + c) - b and (c - b) + a are
+        one problem, and so are (a * b) * c and (c * a) * b, and (a + b) * c and (b + a) * c.
+        """
+        inner = [self.a, -self.b if self.op == "-" else self.b]
+        last = -self.c if self.op2 == "-" else self.c
+        one, other = ("product" if operator == "*" else "sum" for operator in (self.op, self.op2))
+        if one == other:
+            return f"{one} of {sorted([*inner, last])}"
+        return f"{other} of {last} and the {one} of {sorted(inner)}"
 
     def __str__(self) -> str:
         return f"({operand(self.a)} {self.op} {operand(self.b)}) {self.op2} {operand(self.c)}"

@@ -29,7 +29,7 @@ from grpo.runtime.checks import is_count
 
 FOLDER = "checkpoints"
 KEPT = 2
-FORMAT = 1
+FORMAT = 2  # another number also where problems are split or graded otherwise: such a run cannot continue
 PAYLOAD = ("policy.safetensors", "optimizer.safetensors", "metrics.json", "state.json")
 REFERENCE = "reference.safetensors"
 MANIFEST = "manifest.json"
@@ -120,7 +120,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if not isinstance(state, dict) or not isinstance(metrics, dict):
             raise ValueError("it was not written by this program")
         if state.get("format") != FORMAT:
-            raise IncompatibleCheckpoint(f"it has format {state.get('format')}, this version reads {FORMAT}")
+            raise IncompatibleCheckpoint(f"it has format {state.get('format')}, this version continues {FORMAT}")
         if not is_count(state.get("step")) or path.name != f"step-{state['step']:08d}":
             raise ValueError("it is not of the step in its name")
         policy, optimizer = load_file(path / PAYLOAD[0]), load_file(path / PAYLOAD[1])

@@ -1,7 +1,9 @@
 """Problems, tasks of numbers, and the reward of one completion."""
 
 import operator
+import random
 from contextlib import nullcontext
+from functools import cache
 
 from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
@@ -12,6 +14,31 @@ TASK = Arithmetic()
 SUM = Problem("What is (4 - 9) * 6?", "-30")
 WORD = Problem("Spell batori backwards.", "irotab")
 MEANING = {"+": operator.add, "-": operator.sub, "*": operator.mul}  # the operators without a function of the project
+
+PRIME = 2**61 - 1
+
+
+@cache
+def _random_value(term, negative=False):
+    return random.Random(f"{term} {negative}").randrange(PRIME)
+
+
+def fingerprint(a, op, b, op2, c):
+    """Return a number that commuting and re-associating leave as it is, and that else differs but for chance.
+
+    It is the value of (a op b) op2 c with a random number for each operand, where a - b is a plus another number
+    for -b. A sum within a product, or a product within a sum, counts as one term: neither law takes it apart.
+    """
+
+    def apply(value, operator, operand):
+        if operator == "*":
+            return value * _random_value(operand) % PRIME
+        return (value + _random_value(operand, negative=operator == "-")) % PRIME
+
+    inner = apply(_random_value(a), op, b)
+    if (op == "*") != (op2 == "*"):
+        inner = _random_value(inner)
+    return apply(inner, op2, c)
 
 
 def numbers_task(style="reasoning"):
