@@ -22,7 +22,7 @@ import click
 from grpo.config import DEVICES, MOST_TOKENS
 from grpo.model_card import read_card, resolve
 from grpo.runtime.console import printable
-from tasks.common.parsing import parse_answer
+from tasks.common.parsing import has_form, parse_answer
 from tasks.common.prompts import STYLES, chat, system_prompt
 from tasks.registry import TASKS, task_options
 
@@ -206,8 +206,9 @@ def sampled(lm: "LanguageModel", prompts: Sequence[Sequence[int]], limit: int, s
 
 def show(label: str, text: str, style: str, kind: str) -> None:
     """Print a completion, escaped, and the answer of its kind that was parsed from it."""
-    answer = parse_answer(text, style, kind)
-    parsed = "no well-formed answer" if answer is None else f"answer {printable(str(answer))}"
+    answer = parse_answer(text, kind)
+    form = "" if has_form(text, style) else f", not in the form of style {style}"
+    parsed = "no answer" if answer is None else f"answer {printable(str(answer))}{form}"
     click.echo(f"  {label}{printable(text)}   [{parsed}]")
 
 

@@ -46,14 +46,10 @@ class Attempt:
     style: str  # the prompt style
     kind: str  # the kind of the answer, one of KINDS
     prompt: Sequence[Message]
-    answer: Answer | None  # the parsed answer; None if the completion is not well-formed
+    answer: Answer | None  # the parsed answer; None if the completion gives none of the right kind
     gold: Answer | None  # the problem's own answer, parsed in the same way
-    correct: bool  # the task's judgement, which accuracy counts
-
-    @property
-    def well_formed(self) -> bool:
-        """Return whether an answer of the right kind is where the prompt asked for it."""
-        return self.answer is not None
+    correct: bool  # the task's judgement of the answer, which accuracy counts, whatever the form
+    well_formed: bool  # whether the completion gives an answer in the form that the prompt asked for
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ validation out of the official training problems. The full answer is the column 
 
 import hashlib
 from collections.abc import Iterable
+from itertools import chain
 from typing import Annotated
 
 from tasks.base import Option, Problem, one_line, split_of
 from tasks.common.parsing import parse_number
-from tasks.common.rows import Row, Rows, normal, read_rows, split_rows, text_of
+from tasks.common.rows import Row, Rows, kind_of_all, normal, read_rows, split_rows, text_of
 
 HUB = "openai/gsm8k"
 MARK = "####"
@@ -35,7 +36,7 @@ def load(
         problems=of_split,
         files={data or HUB: sha256},
         style=style,
-        kind="number",
+        kind=kind_of_all(chain.from_iterable(of_split.values())),
         system_prompt=system_prompt,
     )
 
@@ -59,9 +60,7 @@ def gold_answer(solution: str) -> str:
     if not mark:
         raise ValueError(f"no {MARK} in 'answer'")
     text = text.strip()
-    sign = text[:1] if text[:1] in ("-", "+") else ""
-    amount = text.removeprefix(sign).removeprefix("$")
-    number = parse_number(amount if amount[:1] in ("-", "+") and not sign else sign + amount)
+    number = parse_number(text)
     if number is None:
         raise ValueError(f"what follows the last {MARK} is not a number: {text[:40]!a}")
     return format(number, "f")

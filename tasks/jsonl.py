@@ -12,7 +12,7 @@ from typing import Annotated
 from tasks.base import Option, Problem
 from tasks.common.parsing import PARSERS, parse_answer
 from tasks.common.prompts import ideal_completion
-from tasks.common.rows import Row, Rows, kind_of, read_rows, split_rows, text_of
+from tasks.common.rows import Row, Rows, kind_of, kind_of_all, read_rows, split_rows, text_of
 
 FIELDS = (("question", "answer"), ("prompt", "response"))
 
@@ -26,13 +26,12 @@ def load(
     if not data:
         raise ValueError("--task jsonl needs --data FILE: JSON Lines with question and answer")
     problems, sha256 = read_rows(data, partial(problem_of, style=style))
-    numbers = all(kind_of(problem.answer) == "number" for problem in problems)
     return Rows(
         name="jsonl",
         problems=split_rows(problems, data),
         files={data: sha256},
         style=style,
-        kind="number" if numbers else "text",
+        kind=kind_of_all(problems),
         system_prompt=system_prompt,
     )
 
@@ -44,6 +43,6 @@ def problem_of(row: Row, style: str) -> Problem:
     problem = Problem(text_of(row, question), text_of(row, answer, or_number=True), columns)
     kind = kind_of(problem.answer)
     gold = PARSERS[kind](problem.answer)
-    if gold is None or parse_answer(ideal_completion(problem.answer, style), style, kind) != gold:
+    if gold is None or parse_answer(ideal_completion(problem.answer, style), kind) != gold:
         raise ValueError(f"{answer!r} is a text that cannot stand between the tags <answer> and </answer>")
     return problem

@@ -58,7 +58,7 @@ def close_reward(attempt: Attempt) -> float:
 
 
 def exact_reward(attempt: Attempt) -> float:
-    """Return 1 for the right answer in a well-formed completion."""
+    """Return 1 for the right answer, whatever stands before it."""
     return float(attempt.correct)
 
 

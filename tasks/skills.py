@@ -11,12 +11,11 @@ GRPO does not train them; training on `arithmetic` may spoil them. Each has trai
 
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from random import Random
 
 from tasks.arithmetic import OPERATORS, apply
 from tasks.base import Attempt, Message, Problem, seeded_rng, split_of
-from tasks.common.parsing import answer_text
 from tasks.common.prompts import chat, ideal_completion, system_prompt
 from tasks.common.qa_task import QATask
 
@@ -64,11 +63,9 @@ class Skill(QATask):
 
     def grade(self, problem: Problem, completion: str) -> Attempt:
         """Grade the text in the answer tags, which working may precede; without tags, grade the whole completion."""
-        answer = answer_text(completion) if self.tagged else completion
-        prompt = self.messages(problem.question)
-        return Attempt(
-            problem, completion, self.style, self.kind, prompt, answer, problem.answer, answer == problem.answer
-        )
+        if self.tagged:
+            return super().grade(problem, completion)
+        return replace(super().grade(problem, ideal_completion(completion, self.style)), completion=completion)
 
 
 def _split(problem: Problem) -> str:
@@ -104,8 +101,8 @@ def _letters(rng: Random) -> Problem:
 SKILLS = {
     skill.name: skill
     for skill in (
-        Skill("single", _single, tagged=True),
-        Skill("larger", _larger, tagged=True),
+        Skill("single", _single, tagged=True, kind="integer"),
+        Skill("larger", _larger, tagged=True, kind="integer"),
         Skill("backwards", _backwards, tagged=False),
         Skill("letters", _letters, tagged=False),
     )

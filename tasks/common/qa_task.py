@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tasks.base import Answer, Attempt, Message, Problem
-from tasks.common.parsing import PARSERS, parse_answer
+from tasks.common.parsing import PARSERS, has_form, parse_answer
 from tasks.common.prompts import STYLES, chat, system_prompt
 from tasks.rewards import default_rewards
 
@@ -42,7 +42,7 @@ class QATask:
     def grade(self, problem: Problem, completion: str) -> Attempt:
         """Parse and grade `completion`. Accepts any string, never raises, runs in linear time."""
         kind = self.kind_of(problem)
-        answer = parse_answer(completion, self.style, kind)
+        answer = parse_answer(completion, kind)
         return Attempt(
             problem=problem,
             completion=completion,
@@ -52,6 +52,7 @@ class QATask:
             answer=answer,
             gold=self.gold(problem),
             correct=answer is not None and self.is_correct(problem, answer),
+            well_formed=answer is not None and has_form(completion, self.style),
         )
 
     def is_correct(self, problem: Problem, answer: Answer) -> bool:

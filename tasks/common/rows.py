@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from tasks.base import SPLITS, Problem, seeded_rng, split_of
-from tasks.common.parsing import parse_number
+from tasks.common.parsing import PARSERS, parse_number
 from tasks.common.qa_task import QATask
 
 NAMED = 5  # how many malformed lines an error names
@@ -40,12 +40,19 @@ class Rows(QATask):
 
     def kind_of(self, problem: Problem) -> str:
         """Return the kind of a problem's answer: a file may hold numbers and texts."""
-        return kind_of(problem.answer)
+        return "integer" if self.kind == "integer" else kind_of(problem.answer)
 
 
 def kind_of(answer: str) -> str:
     """Return the kind of an answer: number or text."""
     return "text" if parse_number(answer) is None else "number"
+
+
+def kind_of_all(problems: Iterable[Problem]) -> str:
+    """Return the most special kind that all answers have: integer, number, or else text."""
+    answers = [problem.answer for problem in problems]
+    special = ("integer", "number")
+    return next((kind for kind in special if all(PARSERS[kind](answer) is not None for answer in answers)), "text")
 
 
 def normal(question: str) -> str:

@@ -16,7 +16,7 @@ def test_a_question_is_answered_with_completion_and_parsed_answer(run):
     assert first == QUESTION
     assert second.startswith("  ")
     assert second.endswith("]")
-    assert "[answer " in second or "[no well-formed answer]" in second
+    assert "[answer " in second or "[no answer]" in second
     assert ask(QUESTION, folder=folder) == [first, second]  # greedy: the same each time
 
 
@@ -24,7 +24,7 @@ def test_the_answer_is_shown_by_its_kind(tmp_path, monkeypatch):
     a_model(tmp_path / "m", kind="text")
     for text, shown in (
         ("<answer>a\nb</answer>", "[answer a\\nb]"),
-        ("<answer></answer>", "[no well-formed answer]"),
+        ("<answer></answer>", "[no answer]"),
     ):
         monkeypatch.setattr(inference, "complete", lambda *args, text=text: [[text]])
         assert shown in ask("--model", "m", "Say it.", folder=tmp_path)[1]
@@ -32,6 +32,9 @@ def test_the_answer_is_shown_by_its_kind(tmp_path, monkeypatch):
     text = "<reasoning>x</reasoning>\n<answer>\n1,234.50\n</answer>\n"
     monkeypatch.setattr(inference, "complete", lambda *args: [[text]])
     assert "[answer 1234.50]" in ask("--model", "n", "Say it.", folder=tmp_path)[1]
+    monkeypatch.setattr(inference, "complete", lambda *args: [["<answer>5</answer>"]])
+    shown = ask("--model", "n", "Say it.", folder=tmp_path)[1]
+    assert "[answer 5, not in the form of style reasoning]" in shown
 
 
 def test_the_model_of_this_folder_is_asked_if_there_is_one_and_the_starter_otherwise(run, tmp_path):
@@ -84,7 +87,7 @@ def test_before_and_after_stand_side_by_side(run):
 def test_fewer_tokens_cut_the_completion_off(run):
     (_, long), (_, short) = ask(QUESTION, folder=run[0]), ask("--max-new-tokens", 1, QUESTION, folder=run[0])
     assert len(short.partition("[")[0]) <= len(long.partition("[")[0])
-    assert "[no well-formed answer]" in short
+    assert "[no answer]" in short
 
 
 @pytest.mark.parametrize(

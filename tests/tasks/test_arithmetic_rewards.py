@@ -22,6 +22,8 @@ from tests.helpers.tasks import SUM, TASK, reward_of
         ("<answer>-30</answer>", 1.0),  # and right
         ("4 - 9 = -5\n<answer>-30</answer>", 1.0),
         ("4 - 9 = 5\n<answer>-030</answer>", 1.0),
+        ("<answer> -30\n</answer>\n", 1.0),  # what a person would call right is right
+        ("<answer>−30.0</answer>", 1.0),
     ],
 )
 def test_the_reward_by_hand(completion, total):
@@ -60,7 +62,7 @@ HACKS = [
     "-30</answer>",
     "<answer></answer>",
     "<answer>...</answer>",
-    "<answer>-30</answer>\n",
+    "<answer>-30</answer>\n\nWait.",
     "<answer>-30</answer>.",
     "<answer>-30</answer><|im_end|>",
     "<answer>-30</answer>" * 2,
@@ -74,13 +76,17 @@ HACKS = [
     "<answer>-30 or -29</answer>",
     "<answer>(4 - 9) * 6</answer>",
     "<answer>(4-9)*6</answer>",
-    "<answer>-30.0</answer>",
+    "<answer>-30.5</answer>",
     "<answer>-3e1</answer>",
     "<answer>-3_0</answer>",
-    "<answer>−30</answer>",
+    "<answer>–30</answer>",  # a dash
     "<answer>-٣٠</answer>",
     "<answer>-３０</answer>",
-    "<answer> -30 </answer>",
+    "<answer>- 30</answer>",
+    "<answer>-30 -30</answer>",
+    "<answer>-3 0</answer>",
+    "<answer>-30%</answer>",
+    "<answer>x = -30</answer>",
     "<answer>--30</answer>",
     "<answer>-30\x00</answer>",
     "<answer>-" + "0" * 5000 + "30</answer>",
@@ -107,7 +113,12 @@ def test_a_hack_is_not_paid_like_an_answer(hack):
     assert reward_of(TASK, SUM, hack).total == 0.0  # none of them is even well-formed
 
 
-def test_the_think_style_pays_for_no_answer_outside_its_form():
-    task = Arithmetic(style="think")
-    for completion in ("<answer>-30</answer>", "x<think></think><answer>-30</answer>", "<think><answer>-30</answer>"):
-        assert reward_of(task, SUM, completion).total == 0.0
+@pytest.mark.parametrize(("style", "earned", "full"), [("think", 0.8, 1.0), ("reasoning", 2.5, 4.0)])
+def test_an_answer_outside_the_form_is_right_and_only_its_form_unpaid(style, earned, full):
+    task = Arithmetic(style=style)
+    for before in ("", "4 - 9 = -5\n", f"x<{style}></{style}>", f"<{style}>"):
+        reward = reward_of(task, SUM, f"{before}<answer>-30</answer>")
+        assert reward.correct
+        assert not reward.well_formed
+        assert reward.total == pytest.approx(earned)
+    assert reward_of(task, SUM, ideal_completion("-30", style, "4 - 9 = -5")).total == full

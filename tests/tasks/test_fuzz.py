@@ -24,7 +24,7 @@ FRAGMENTS = [
     *(tag[cut:] for tag in TAGS for cut in (1, -1)),
     *("<Answer>", "<answer/>", "<|im_end|>", "<|im_start|>", "\\boxed{", "}", "{0}", "%s", "None", "nan", "inf"),
     *("-", "--", "+", "0", "00", "5", "-30", "42", "1e3", "1_000", "0x1f", "7.0", "9" * 18, "9" * 19, "1" * 5000),
-    *("٤٢", "４２", "²", "½", "Ⅷ", "一", "−5", "߁", "𝟝"),
+    *("٤٢", "４２", "²", "½", "Ⅷ", "一", "−5", "߁", "𝟝", "−", "$", "$5", ",", ",000", " 000", ".", ".5", ".0"),
     *("\x00", "\x07", "\x1b[2J", "\r", "\n", "\t", "\v", "\x1c", "\x85", "\u2028", "\u200b", "\u202e", "\ufeff"),
     *("\ud800", "\udfff", "\ud83d\ude00", "🙂", "é", "e\u0301", "ﬀ", "ß", "İ", "a", " ", "   ", "4 - 9 = -5\n"),
 ]
@@ -87,12 +87,14 @@ def test_any_completion_gets_an_answer_and_a_reward_at_once(number):
     right = 0
     for _, text in zip(range(number), texts(rng, problem), strict=False):
         task = rng.choice(tasks)  # each text in one of nine ways
-        answer, taken = seconds(parse_answer, text, task.style, task.kind)
+        answer, taken = seconds(parse_answer, text, task.kind)
         assert answer is None or isinstance(answer, int | Decimal | str), ascii(text)
         assert taken < LIMIT, ascii(text)
         attempt, taken = seconds(task.grade, problem, text)
         assert taken < LIMIT, ascii(text)
         assert attempt.answer == answer
+        assert attempt.correct <= (answer is not None)
+        assert attempt.well_formed <= (answer is not None)
         right += attempt.correct
         for name, reward in REWARDS.items():
             value, taken = seconds(reward, attempt)

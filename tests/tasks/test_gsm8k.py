@@ -28,6 +28,9 @@ from tests.helpers.tasks import reward_of
         ("#### $-5", "-5"),
         ("#### +5", "5"),
         ("#### 007", "7"),
+        ("#### 5.", "5"),
+        ("#### −5", "-5"),  # U+2212
+        ("#### 12 500", "12500"),
         ("#### 1 is not it\n#### 2", "2"),
         ("##### 3", "3"),
     ],
@@ -40,8 +43,8 @@ def test_the_gold_answer_is_the_number_after_the_last_mark(text, gold):
     "text",
     [
         *("", "72", "### 72", "####", "#### ", "#### x", "#### 1,23", "#### 5 apples", "#### --5", "#### -$-5"),
-        *("#### 5.", "#### ٤٢", "#### " + "9" * 5000, "#### nan", "#### 1e5", "#### 1_000", "#### $$5"),
-        *("#### 5 ####", "#### −5"),
+        *("#### 5.5.", "#### ٤٢", "#### " + "9" * 5000, "#### nan", "#### 1e5", "#### 1_000", "#### $$5"),
+        *("#### 5 ####", "#### –5"),
     ],
     ids=range(19),
 )
@@ -49,13 +52,13 @@ def test_a_solution_without_a_number_at_its_end_is_refused_in_one_line(text):
     assert refusal(gsm8k.gold_answer, text)
 
 
-def test_a_file_in_the_published_format_is_a_task_of_numbers(tmp_path):
+def test_a_file_in_the_published_format_is_a_task_of_integers(tmp_path):
     path = write(tmp_path / "g.jsonl", GSM8K_ROWS)
     task = gsm8k.load(path)
     problems = [problem for rows in task.problems.values() for problem in rows]
     assert len(problems) == len(GSM8K_ROWS) == 80
-    assert (task.name, task.kind) == ("gsm8k", "number")
-    assert task.system_prompt == system_prompt("answer", "number")
+    assert (task.name, task.kind) == ("gsm8k", "integer")
+    assert task.system_prompt == system_prompt("answer", "integer")
     assert list(task.files) == [path]
     for problem in problems:
         a, b = (int(word) for word in problem.question.split() if word.isdigit())
@@ -65,13 +68,18 @@ def test_a_file_in_the_published_format_is_a_task_of_numbers(tmp_path):
 
 HUGE = "9" * 5000
 NUMBER_HACKS = [
-    *("", " ", "3000", "The answer is 3000.", "#### 3000", system_prompt("answer", "number"), "\\boxed{3000}"),
+    *("", " ", "3000", "The answer is 3000.", "#### 3000", system_prompt("answer"), "\\boxed{3000}"),
     *("<answer></answer>", "<answer>...</answer>", "<answer>3000", "3000</answer>", "<answer>3000</answer>."),
     *("<answer>3000</answer> apples", "<answer>3000</answer><|im_end|>", "<answer>3000</answer>" * 2),
     *("<answer>1</answer><answer>3000</answer>", "<answer><answer>3000</answer></answer>", "<ANSWER>3000</ANSWER>"),
     *("<answer>3000 or 3001</answer>", "<answer>2999 3000</answer>", "<answer>30,00</answer>"),
     *("<answer>3_000</answer>", "<answer>3e3</answer>", "<answer>12*250</answer>", "<answer>6000/2</answer>"),
-    *("<answer>٣٠٠٠</answer>", "<answer>３０００</answer>", "<answer>$3000</answer>", "<answer>3000 apples</answer>"),
+    *(
+        "<answer>٣٠٠٠</answer>",
+        "<answer>３０００</answer>",
+        "<answer>3000$$</answer>",
+        "<answer>3000 apples</answer>",
+    ),
     *("<answer>" + "0" * 5000 + "3000</answer>", f"<answer>{HUGE}</answer>", "<answer>nan</answer>"),
     *("<answer>99**98**97</answer>", "<answer>__import__('os').system('true')</answer>", "<answer>2999</answer>"),
     *("<answer>3000.000000001</answer>", "<answer>3000\x00</answer>", "<answer>3000</answer>\ud800"),
@@ -83,6 +91,8 @@ NUMBER_HACKS = [
 def test_every_solution_of_a_file_is_paid_in_full_and_no_hack_is(style, tmp_path):
     task = gsm8k.load(write(tmp_path / "g.jsonl", GSM8K_ROWS), style)
     full = sum(task.default_rewards.values())
+    decimals = [*GSM8K_ROWS, {"question": "How much?", "answer": "It is half of it.\n#### $1.50"}]
+    assert gsm8k.load(write(tmp_path / "d.jsonl", decimals)).kind == "number"
     for problem in [problem for rows in task.problems.values() for problem in rows]:
         solution = ideal_completion(problem.answer, style, problem.columns["solution"])
         assert reward_of(task, problem, solution).total == full

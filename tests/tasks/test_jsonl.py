@@ -3,7 +3,7 @@
 import pytest
 
 from tasks import jsonl
-from tasks.common.prompts import STYLES, ideal_completion
+from tasks.common.prompts import STYLES, ideal_completion, system_prompt
 from tasks.common.rows import normal
 from tasks.rewards import parse_rewards
 from tests.helpers.data import refusal, town_rows, write
@@ -36,10 +36,13 @@ def test_a_hash_of_the_question_decides_the_split_whatever_its_spelling(tmp_path
     assert sampled[0].columns["level"] in (0, 1, 2)
 
 
-def test_the_kind_is_number_where_all_answers_are_and_each_answers_own_otherwise(tmp_path):
+def test_the_kind_is_integer_or_number_where_all_answers_are_and_each_answers_own_otherwise(tmp_path):
     numbers = [{"question": f"How many are {i}?", "answer": f"{i},000"} for i in range(1, 60)]
     task = jsonl.load(write(tmp_path / "n.jsonl", numbers))
-    assert (task.kind, task.default_rewards.get("integer")) == ("number", None)
+    assert (task.kind, task.default_rewards.get("integer")) == ("integer", None)
+    assert task.system_prompt == system_prompt("answer", "integer")
+    decimals = [*numbers, {"question": "How much?", "answer": "1.5"}]
+    assert jsonl.load(write(tmp_path / "x.jsonl", decimals)).kind == "number"
     assert jsonl.load(str(tmp_path / "n.jsonl"), "reasoning").default_rewards["integer"] == 0.5
     problem = task.training_problem(0, 1, 0)
     for answer in (problem.answer, problem.answer.replace(",", ""), f"{problem.answer}.0"):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.common.parsing import PARSERS, parse_answer
+from tasks.common.parsing import PARSERS, has_form, parse_answer
 from tasks.common.prompts import STYLES
 
 # Pieces that make most of the text nearly well-formed: random characters would never get that far.
@@ -20,31 +20,32 @@ THOUGHT = st.one_of(MIXED, JUNK.map("<think>{}</think>".format))
 TEXTS = st.one_of(MIXED, st.builds("{}{}".format, THOUGHT, BLOCK))
 
 
-@given(TEXTS, st.sampled_from(STYLES), st.sampled_from(sorted(PARSERS)))
+@given(TEXTS, st.sampled_from(sorted(PARSERS)))
 @settings(max_examples=300, deadline=None)
-def test_any_text_whatever_gives_an_answer_of_the_kind_or_none(text, style, kind):
-    answer = parse_answer(text, style, kind)
+def test_any_text_whatever_gives_an_answer_of_the_kind_or_none(text, kind):
+    answer = parse_answer(text, kind)
     assert answer is None or type(answer) is {"integer": int, "number": Decimal, "text": str}[kind]
     if isinstance(answer, str):
         assert answer == answer.strip() != ""
         assert answer in text
 
 
-@given(TEXTS, st.sampled_from(["answer", "think"]))
+@given(TEXTS)
 @settings(max_examples=500, deadline=None)
-def test_any_text_whatever_gives_an_integer_at_its_end_or_none(text, style):
-    answer = parse_answer(text, style)
+def test_any_text_whatever_gives_an_integer_at_its_end_or_none(text):
+    answer = parse_answer(text)
     assert answer is None or type(answer) is int
     if answer is not None:
         # Undone by hand: cut the closing tag off the end, and what follows the only opening tag spells the answer.
-        assert text.endswith("</answer>")
-        before, tag, inside = text.removesuffix("</answer>").partition("<answer>")
+        assert text.rstrip().endswith("</answer>")
+        before, tag, inside = text.rstrip().removesuffix("</answer>").partition("<answer>")
         assert tag
         assert "</answer>" not in before
         assert "<answer>" not in inside
-        assert inside.isascii()
-        assert inside.removeprefix("-").isdigit()
-        assert str(answer) == f"{'-' * (inside[0] == '-' and answer != 0)}{inside.lstrip('-').lstrip('0') or '0'}"
+        digits = [character for character in inside if character in "0123456789"]
+        assert set(inside) - set(digits) <= set("+-$,.\u2212\u202f\u2009") | {c for c in inside if c.isspace()}
+        assert str(abs(answer)).rstrip("0") == "".join(digits).lstrip("0").rstrip("0")
+        assert (answer < 0) <= bool({"-", "\u2212"} & set(inside))
 
 
 @given(st.integers(min_value=1 - 10**18, max_value=10**18 - 1), st.text(max_size=20))
@@ -53,7 +54,9 @@ def test_what_is_written_is_what_is_read(number, working):
     if "answer>" not in working:
         assert parse_answer(f"{working}<answer>{number}</answer>") == number
     if "think>" not in working and "answer>" not in working:
-        assert parse_answer(f"<think>{working}</think><answer>{number}</answer>", "think") == number
+        thought = f"<think>{working}</think> <answer> {number}</answer>\n"
+        assert parse_answer(thought) == number
+        assert has_form(thought, "think")
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,7 @@ def test_what_is_written_is_what_is_read(number, working):
         "<think>" + " " * 1_600_000 + "<answer>5</answer>",
         "<reasoning>" + "</reasoning>" * 130_000 + "<answer>5</answer>",
         "<answer>" + "1," * 800_000 + "</answer>",
+        "<answer>" + "1" + " 000" * 400_000 + "</answer>",
         "<answer>" + " " * 1_600_000 + "</answer>" + " " * 1_600_000,
     ],
     ids=[
@@ -82,13 +86,17 @@ def test_what_is_written_is_what_is_read(number, working):
         "spaces",
         "reasonings",
         "commas",
+        "thousands",
         "more spaces",
     ],
 )
 def test_parsing_is_linear_in_the_length_of_the_text(text):
     # A lazy regular expression takes 14 s on a tenth of this; one pass takes milliseconds.
     for style in STYLES:
-        for kind in PARSERS:
-            start = time.perf_counter()
-            parse_answer(text, style, kind)
-            assert time.perf_counter() - start < 0.5
+        start = time.perf_counter()
+        has_form(text, style)
+        assert time.perf_counter() - start < 0.5
+    for kind in PARSERS:
+        start = time.perf_counter()
+        parse_answer(text, kind)
+        assert time.perf_counter() - start < 0.5

@@ -101,7 +101,8 @@ def test_strict_and_soft_format(completion, strict, soft):
         ("<answer>-30</answer>", 1, 1),
         ("<answer>7</answer> no, <answer> -30 </answer> it is", 1, 1),
         ("<answer>-30</answer><answer>7</answer>", 0, 1),
-        ("<answer>-30.0</answer>", 0, 0),  # a task of integers
+        ("<answer>-30.0</answer>", 1, 1),
+        ("<answer>-30.5</answer>", 0, 0),  # a task of integers
         ("<answer>-30", 0, 0),
         ("-30</answer>", 0, 0),
         ("-30", 0, 0),

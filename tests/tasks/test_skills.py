@@ -17,7 +17,8 @@ def test_the_right_completion_of_a_skill_scores_1_and_a_wrong_one_0(name):
         right = skill.completion(problem)
         reward = reward_of(skill, problem, right)
         assert (reward.total, reward.correct, reward.well_formed) == (1.0, True, True)
-        wrong = [right + " ", right + ".", right[:-1], problem.question, "", "0" + right + "0"]
+        assert reward_of(skill, problem, f"{right}\n").correct
+        wrong = [right + "!", right + " .", right[:-1], problem.question, "", "0" + right + "0"]
         if other.answer != problem.answer:
             wrong.append(skill.completion(other))
         for completion in wrong:
