@@ -101,5 +101,5 @@ def test_the_reward_of_the_front_page_is_a_reward(tmp_path, monkeypatch):
 
 def test_the_starters_card_says_what_its_readme_quotes():
     card = (STARTER / "README.md").read_text(encoding="utf-8")
-    [score] = re.findall(r"arithmetic \(the task\) \| ([^|]+) \|", card)
+    [score] = re.findall(r"arithmetic, answer, integer \| ([^|]+) \|", card)
     assert score.strip() in TEXTS["grpo/starter/README.md"]

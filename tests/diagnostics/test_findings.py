@@ -23,7 +23,7 @@ SICK = {
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_healthy_default_run_has_no_finding(seed):
-    assert len(HEALTHY[seed]["steps"]) == 80
+    assert len(HEALTHY[seed]["steps"]) == 60
     assert findings(HEALTHY[seed]) == []
 
 

@@ -30,8 +30,9 @@ from tasks.arithmetic import Arithmetic
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SETTINGS = {"num_iterations": 6, "batch_size": 2, "num_generations": 8, "num_inner_updates": 2, "device": "cpu"}
-SETTINGS |= {"eval_every": 2, "eval_problems": 4, "save_every": 2, "show_every": 0, "max_operand": 1}
-SETTINGS |= {"max_new_tokens": 6, "learning_rate": 3e-3}  # better than the start at step 4
+SETTINGS |= {"eval_every": 2, "eval_problems": 4, "save_every": 2, "show_every": 0}
+SETTINGS |= {"min_operand": -1, "max_operand": 1, "max_new_tokens": 6}
+SETTINGS |= {"learning_rate": 2e-3}  # better than the start at step 4
 
 
 def a_tiny_model(folder, hidden_size=16):
@@ -42,12 +43,20 @@ def a_tiny_model(folder, hidden_size=16):
     weights = ("model.safetensors", "config.json", "README.md")
     shutil.copytree(STARTER, folder, ignore=shutil.ignore_patterns(*weights))
     sizes = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512, "vocab_size": 320}
+    sizes |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    sizes |= {"vocab_size": len(tokenizer), "tie_word_embeddings": True}
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes, bos_token_id=None, eos_token_id=299, pad_token_id=297, tie_word_embeddings=True)
-    model, tokenizer = LlamaForCausalLM(config), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = LlamaForCausalLM(
+        LlamaConfig(**sizes, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    )
     prompt = encode_chat(tokenizer, Arithmetic().messages("What is (1 + 0) - 1?"))
-    ends = [tokenizer(f"<answer>{digit}</answer><|im_end|>")["input_ids"] for digit in (0, 1, 2, 2)]
+    ends = [tokenizer(f"<answer>{digit}</answer><|im_end|>")["input_ids"] for digit in (0, 1, 3, 3)]
     ids = torch.tensor([prompt + end for end in ends])
     labels = ids.clone()
     labels[:, : len(prompt)] = -100

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo.record import checkpoint
-from grpo.record.checkpoint import MANIFEST, PAYLOAD
+from grpo.record.checkpoint import FORMAT, MANIFEST, PAYLOAD
 from tests.helpers.malformed import DEEP, HUGE, refusal, train
 from tests.helpers.scripts import snapshot
 
@@ -66,7 +66,7 @@ CHECKPOINTS = {
     "state of another step": json_file(STATE, having(step=1)),
     "state of a step that is a text": json_file(STATE, having(step="2")),
     "state of a step that is true": json_file(STATE, having(step=True)),
-    "state of another version": json_file(STATE, having(format=2)),
+    "state of another version": json_file(STATE, having(format=FORMAT + 1)),
     "state with a config that is a list": json_file(STATE, having(config=[])),
     "state with a best that is a text": json_file(STATE, having(best="good")),
     "state with a best without accuracy": json_file(STATE, having(best={"step": 2})),
@@ -84,7 +84,7 @@ CHECKPOINTS = {
     "state that is null": json_file(STATE, "null"),
     "state that is empty": json_file(STATE, ""),
     "state nested without end": json_file(STATE, DEEP),
-    "state with a huge number": json_file(STATE, '{"format": 1, "step": ' + HUGE + "}"),
+    "state with a huge number": json_file(STATE, f'{{"format": {FORMAT}, "step": ' + HUGE + "}"),
     "metrics that are a list": json_file(METRICS, [1, 2]),
     "metrics without steps": json_file(METRICS, without("steps")),
     "metrics without evals": json_file(METRICS, without("evals")),

@@ -42,7 +42,7 @@ def never(completions, **columns):
     [
         (["--task", "reverse"], "text"),
         (["--task", "jsonl", "--data", "sums.jsonl"], "text"),
-        (["--task", "gsm8k", "--data", "sums.jsonl"], "number"),
+        (["--task", "gsm8k", "--data", "sums.jsonl"], "integer"),
         (["--prompt-style", "reasoning", "--max-new-tokens", 40], "integer"),
         (
             ["--min-operand", -4, "--system-prompt", "Give the result as an integer in <answer>...</answer>."],
@@ -61,8 +61,7 @@ def test_every_task_and_style_trains_saves_and_answers(args, kind, tmp_path):
     assert card["system_prompt"] == record["config"]["system_prompt"] or "<answer>" in card["system_prompt"]
     assert "data" not in card["settings"]
     said = " ".join(result.stdout.split())  # paragraphs are wrapped
-    if "reverse" in args or "reasoning" in args:
-        assert said.count("Too hard for this model") == 1
+    assert said.count("Too hard for this model") == ("reverse" in args)
     assert ("tokens hide the letters" in said) == ("reverse" in args)
     assert len(ask("Spell batori backwards.", folder=tmp_path)) == 2
 

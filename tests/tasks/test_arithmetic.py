@@ -110,12 +110,9 @@ def test_held_out_is_its_split_each_problem_once(split):
     problems = TASK.held_out(split, EVERYTHING)
     forms = {canonical(problem.question) for problem in problems}
     assert len(forms) == len(problems) == {"validation": 503, "test": 508}[split]  # no problem in two spellings
-    expected = {
-        canonical(f"What is {expression}?")
-        for expression in map(TASK.expression, range(TASK.size))
-        if split_of(expression.key) == split
-    }
-    assert forms == expected
+    of_split = [e for e in map(TASK.expression, range(TASK.size)) if split_of(e.key) == split]
+    assert len({e.key for e in of_split}) == len(problems)
+    assert forms <= {canonical(f"What is {e}?") for e in of_split}  # a + 0 and a - 0 have one key and two forms
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 
-from grpo.starter import build
+from grpo.starter import build, data
 from tasks.arithmetic import Arithmetic
 from tasks.base import split_of
 from tests.helpers.tasks import fingerprint
@@ -71,8 +71,8 @@ def test_the_starter_is_never_trained_on_a_held_out_problem(expressions):
     }
     asked = 0
     for step in range(0, build.STEPS, 40):
-        for row in range(build.BATCH):
-            messages, _ = build.example(step, row, 0.5)
+        for row in range(data.BATCH):
+            messages, _ = data.example(step, row, 0.5)
             if expression := by_question.get(messages[-1]["content"]):
                 asked += 1
                 assert print_of(expression) not in held_out
