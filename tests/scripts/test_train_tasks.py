@@ -61,7 +61,8 @@ def test_every_task_and_style_trains_saves_and_answers(args, kind, tmp_path):
     assert card["system_prompt"] == record["config"]["system_prompt"] or "<answer>" in card["system_prompt"]
     assert "data" not in card["settings"]
     said = " ".join(result.stdout.split())  # paragraphs are wrapped
-    assert said.count("Too hard for this model") == ("reverse" in args)
+    if "reverse" in args:
+        assert said.count("Too hard for this model") == 1
     assert ("tokens hide the letters" in said) == ("reverse" in args)
     assert len(ask("Spell batori backwards.", folder=tmp_path)) == 2
 
