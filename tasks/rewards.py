@@ -21,6 +21,7 @@ from tasks.common.parsing import CLOSE, OPEN, PARSERS
 from tasks.common.user_file import UserFile, load_file
 
 CLOSE_ENOUGH = 1  # "close" pays for a number that is off by at most this
+ALPHABETS = 100  # different letters; a text with more is of a language with thousands
 LONG = 1000  # characters at which "length" pays nothing
 LARGEST = 1e12  # the largest weighted reward: float32 and the variance of a group overflow far above it
 REASONING_OPEN, REASONING_CLOSE = "<reasoning>", "</reasoning>"
@@ -127,9 +128,12 @@ def language(attempt: Attempt) -> float:
     text = attempt.completion
     for tag in TAGS:
         text = text.replace(tag, " ")
-    letters = Counter({c: n for c, n in Counter(text).items() if _script(c)})  # so that each letter is looked up once
-    inside = sum(n for c, n in letters.items() if _script(c) in scripts)
-    return inside / letters.total() if letters and scripts else 1.0
+    letters = {c for c in set(text) if _script(c)}
+    counts = Counter(text) if len(letters) > ALPHABETS else {c: text.count(c) for c in letters}  # the faster one
+    inside, total = (
+        sum(counts[c] for c in some) for some in ([c for c in letters if _script(c) in scripts], letters)
+    )
+    return inside / total if letters and scripts else 1.0
 
 
 def one_ending(attempt: Attempt) -> float:
