@@ -7,13 +7,13 @@
     python inference.py --evaluate --compare                     accuracy on held-out problems, before and after
 
 Uses saved_model/ if it is there, the bundled starter otherwise, or any model with --model. --evaluate measures as a
-run does, all models with the task, prompts and limit of the last: a base is asked as the model that came of it.
+run does. All models get the task, prompts and limit of the last: a base is asked as the model that came of it.
 """
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
     "--model",
     "models",
     multiple=True,
-    help="starter, a Hub id, or a folder  [default: saved_model/ if there, else starter]; twice to --evaluate two",
+    help="as for training  [default: saved_model/ if there, else starter]; twice to --evaluate two",
 )
 @click.option("--compare", is_flag=True, help="the model before training too, side by side")
 @click.option("--evaluate", is_flag=True, help="measure accuracy on held-out problems instead of asking")
@@ -55,6 +55,7 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--task", type=click.Choice(tuple(TASKS)), help="to --evaluate on  [default: the model's own]")
 @task_setting_options
 @click.option("--prompt-style", type=click.Choice(STYLES), help="to --evaluate in  [default: the model's own]")
+@click.option("--shots", type=click.IntRange(0), help="worked examples, with --evaluate  [default: the model's own]")
 @click.option("--pass-at-k", type=click.IntRange(0), help="also pass@k by sampling, with --evaluate")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="completions a question")
@@ -101,12 +102,12 @@ def main(
         names = [before_training(name), name] if compare else [name]
         click.echo("Model: " + " -> ".join(printable(n) for n in names), err=True)
         sampling = Sampling(temperature, samples, max_new_tokens, seed)
-        answers = [complete(n, asked, device, sampling) for n in names]
+        card = read_card(name)
+        answers = [complete(n, card, asked, device, sampling) for n in names]
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         sys.exit(130)
-    card = read_card(name)
     style, kind = card.get("prompt_style", "answer"), card.get("kind", "integer")
     labels = ["before: ", "after:  "] if compare else [""]
     for i, question in enumerate(asked):
@@ -128,10 +129,13 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
     from tasks.skills import SKILLS
 
     task = make_task(config)
+    card = read_card(names[-1])
+    if card.get("examples") and not {"task", "shots"} & set(given):  # those of the run, whatever its data are now
+        task = replace(task, examples=card["examples"])
 
     from grpo.evaluation.model_comparison import measure, table
 
-    skills = {skill: SKILLS[skill] for skill in read_card(names[-1]).get("skills", []) if skill in SKILLS}
+    skills = {skill: SKILLS[skill] for skill in card.get("skills", []) if skill in SKILLS}
     found = measure(names, config, task, skills, split)
     click.echo(f"{task.name}, {split} problems, style {task.style}, greedy, up to {config.max_new_tokens} tokens")
     click.echo("\n".join(table(found, split)))
@@ -169,18 +173,19 @@ class Sampling:
     seed: int
 
 
-def complete(name: str, questions: Sequence[str], device: str, sampling: Sampling) -> list[list[str]]:
-    """Return the completions of a model for each question."""
+def complete(
+    name: str, card: Mapping[str, Any], questions: Sequence[str], device: str, sampling: Sampling
+) -> list[list[str]]:
+    """Return the completions of a model for each question, asked as the card says."""
     from grpo.generation.greedy import greedy
     from grpo.model.loading import load
     from grpo.runtime.device import choose_device
 
-    card = read_card(name)
     lm = load(name, choose_device(device))
     system = card.get("system_prompt") or system_prompt(
         card.get("prompt_style", "answer"), card.get("kind", "integer")
     )
-    prompts = lm.prompts([chat(question, system) for question in questions])
+    prompts = lm.prompts([chat(question, system, card.get("examples", [])) for question in questions])
     limit = sampling.max_new_tokens or card.get("max_new_tokens", TOKENS_WITHOUT_CARD)
     if sampling.temperature == 0:
         return [[text] for text in lm.decode(greedy(lm, prompts, limit).rows(with_end=False))]

@@ -61,7 +61,7 @@ TaskOptions = make_dataclass(
 class TrainConfig(TaskOptions):
     """The settings of a run. Raises ValueError for an impossible value."""
 
-    model: str = setting("starter", "Model", "starter (bundled), a Hub id, or a folder")
+    model: str = setting("starter", "Model", "starter (bundled), smollm2, a Hub id, a folder, or a GGUF file")
     device: str = setting("auto", "Model", "device to compute on; auto takes cuda, then mps, then cpu", None, DEVICES)
     deterministic: bool = setting(
         False, "Model", "compute the same bits each time on CUDA too, which is slower there"
@@ -77,6 +77,7 @@ class TrainConfig(TaskOptions):
     task: str = setting(DEFAULT_TASK, "Task", "kind of problems", None, tuple(TASKS))
     prompt_style: str = setting("answer", "Task", "form of the answer that the prompt asks for", None, STYLES)
     system_prompt: str = setting("", "Task", "system prompt instead of the style's own")
+    shots: int = setting(0, "Task", "worked examples in the prompt, solved training problems as turns", 0)
     reward: tuple[str, ...] = setting((), "Task", "NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT, instead of the task's own")
 
     num_iterations: int = setting(

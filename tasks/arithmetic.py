@@ -55,6 +55,11 @@ class Expression:
         return f"{operand(self.a)} {self.op} {operand(self.b)} = {self.inner}"
 
     @property
+    def steps(self) -> str:
+        """Return both steps as one would write them down, a line each."""
+        return f"{self.working}\n{operand(self.inner)} {self.op2} {operand(self.c)} = {self.value}"
+
+    @property
     def key(self) -> str:
         """Return one text for all spellings that commuting and re-associating turn into each other.
 
@@ -148,4 +153,5 @@ class Arithmetic(QATask):
 
 
 def _problem(expression: Expression) -> Problem:
-    return Problem(f"What is {expression}?", str(expression.value), category=expression.op + expression.op2)
+    category = expression.op + expression.op2
+    return Problem(f"What is {expression}?", str(expression.value), category=category, working=expression.steps)

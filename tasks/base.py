@@ -35,6 +35,7 @@ class Problem:
     answer: str
     columns: Mapping[str, Any] = field(default_factory=dict)
     category: str = ""  # accuracy is reported by category too
+    working: str = ""  # how to get to the answer, if that is known: for worked examples
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Task(Protocol):
     style: str
     kind: str  # the kind of its answers, one of KINDS
     system_prompt: str
+    examples: Sequence[Message]  # worked examples in each chat, if any
     default_rewards: Mapping[str, float]  # names and weights
     files: Mapping[str, str]  # SHA-256 of each file that its problems come from
     example: str  # a question to try on the trained model

@@ -8,6 +8,7 @@ validation out of the official training problems. The full answer is the column 
 """
 
 import hashlib
+import re
 from collections.abc import Iterable
 from itertools import chain
 from typing import Annotated
@@ -18,6 +19,7 @@ from tasks.common.rows import Row, Rows, kind_of_all, normal, read_rows, split_r
 
 HUB = "openai/gsm8k"
 MARK = "####"
+_CALCULATION = re.compile(r"<<[^<>]*>>")  # for a calculator, as in 9 * 2 = <<9*2=18>>18
 
 
 def load(
@@ -45,7 +47,9 @@ def problem_of(row: Row) -> Problem:
     """Return the problem in a row. Raises ValueError with the reason if there is none."""
     solution = text_of(row, "answer")
     columns = {name: value for name, value in row.items() if name not in ("question", "answer")}
-    return Problem(text_of(row, "question"), gold_answer(solution), {**columns, "solution": solution})
+    working = _CALCULATION.sub("", solution.rpartition(MARK)[0]).strip()
+    columns["solution"] = solution
+    return Problem(text_of(row, "question"), gold_answer(solution), columns, working=working)
 
 
 def gold_answer(solution: str) -> str:

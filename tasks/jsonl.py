@@ -2,8 +2,9 @@
 
     {"question": "What is the capital of France?", "answer": "Paris", "level": "easy"}
 
-An answer that is a number is compared as one (1,234 and 1234.0 are the same), any other as text. Other columns go
-to the user's reward functions. A hash of the question holds out a tenth for validation and another for test.
+An answer that is a number is compared as one (1,234 and 1234.0 are the same), any other as text. A column `solution`
+is the working that stands before the answer in worked examples. All other columns go to the user's rewards. A hash of
+the question holds out a tenth for validation and another for test.
 """
 
 from functools import partial
@@ -40,7 +41,8 @@ def problem_of(row: Row, style: str) -> Problem:
     """Return the problem in a row. Raises ValueError with the reason if there is none."""
     question, answer = next((pair for pair in FIELDS if pair[0] in row), FIELDS[0])
     columns = {name: value for name, value in row.items() if name not in (question, answer)}
-    problem = Problem(text_of(row, question), text_of(row, answer, or_number=True), columns)
+    working = row["solution"].strip() if isinstance(row.get("solution"), str) else ""
+    problem = Problem(text_of(row, question), text_of(row, answer, or_number=True), columns, working=working)
     kind = kind_of(problem.answer)
     gold = PARSERS[kind](problem.answer)
     if gold is None or parse_answer(ideal_completion(problem.answer, style), kind) != gold:

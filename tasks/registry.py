@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from tasks import gsm8k, jsonl
 from tasks.arithmetic import Arithmetic
 from tasks.base import Task
+from tasks.common.shots import with_shots
 from tasks.reverse import Reverse
 
 # what makes each task, by name; its parameters that are annotated with a `tasks.base.Option` become options
@@ -26,6 +27,7 @@ class TaskSettings(Protocol):
     task: str
     prompt_style: str
     system_prompt: str
+    shots: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def make_task(settings: TaskSettings) -> Task:
                 f"{' and '.join(option.tasks)}"
             )
     own = {name: getattr(settings, name) for name, option in options.items() if settings.task in option.tasks}
-    return TASKS[settings.task](**own, style=settings.prompt_style, system_prompt=settings.system_prompt)
+    task = TASKS[settings.task](**own, style=settings.prompt_style, system_prompt=settings.system_prompt)
+    return with_shots(task, settings.shots) if settings.shots else task
 
 
 def _declared_options(make: Callable[..., Task]) -> dict[str, inspect.Parameter]:

@@ -4,6 +4,8 @@ A style is a system message and the form of an ideal completion. Only `tasks/com
 a completion has that form.
 """
 
+from collections.abc import Sequence
+
 from tasks.base import Message
 
 # the token limit of a completion, unless the command line or the model's card sets another
@@ -28,9 +30,12 @@ def system_prompt(style: str, kind: str = "integer") -> str:
     return _FORMS[style].format(_ASKED[kind])
 
 
-def chat(question: str, system_prompt: str) -> list[Message]:
-    """Return the messages that ask a question; the model's chat template turns them into a prompt."""
-    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+def chat(question: str, system_prompt: str, examples: Sequence[Message] = ()) -> list[Message]:
+    """Return the messages that ask a question, after worked examples as turns if there are any.
+
+    The model's chat template turns them into a prompt.
+    """
+    return [{"role": "system", "content": system_prompt}, *examples, {"role": "user", "content": question}]
 
 
 def ideal_completion(answer: str, style: str, working: str = "") -> str:

@@ -1,6 +1,6 @@
 """The base of a task: how it asks a question, and how it parses and grades the completion."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tasks.base import Answer, Attempt, Message, Problem
@@ -11,7 +11,7 @@ from tasks.rewards import default_rewards
 
 @dataclass(frozen=True, kw_only=True)
 class QATask:
-    """The base of a task: a prompt style, the kind of its answers, and a system prompt.
+    """The base of a task: a prompt style, the kind of its answers, a system prompt, and perhaps worked examples.
 
     The default system prompt is that of style and kind. A subclass adds `name`, `training_problem` and `held_out`,
     and overrides `is_correct` if many answers are right.
@@ -20,6 +20,7 @@ class QATask:
     style: str = "answer"
     kind: str = "integer"
     system_prompt: str = ""
+    examples: Sequence[Message] = ()  # worked examples, as turns between the system prompt and the question
     example: str = "..."
     hints: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
@@ -37,7 +38,7 @@ class QATask:
 
     def messages(self, question: str) -> list[Message]:
         """Return the chat that asks `question`."""
-        return chat(question, self.system_prompt)
+        return chat(question, self.system_prompt, self.examples)
 
     def grade(self, problem: Problem, completion: str) -> Attempt:
         """Parse and grade `completion`. Accepts any string, never raises, runs in linear time."""

@@ -38,6 +38,7 @@ VALID = {
     "max_operand": 3,
     "prompt_style": "think",
     "system_prompt": "Say it.",
+    "shots": 2,
     "reward": ("exact=1", "length=-0.5"),
     "num_iterations": 7,
     "batch_size": 3,

@@ -38,7 +38,9 @@ def load_multiples(smallest: Annotated[int, Option("smallest multiple", 5)] = 7,
 def settings(task, **given):
     """Return settings of a run: the task, these, and the defaults of all other options."""
     defaults = {name: option.default for name, option in task_options().items()}
-    return SimpleNamespace(**{"task": task, "prompt_style": "answer", "system_prompt": "", **defaults, **given})
+    return SimpleNamespace(
+        **{"task": task, "prompt_style": "answer", "system_prompt": "", "shots": 0, **defaults, **given}
+    )
 
 
 @pytest.fixture
