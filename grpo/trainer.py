@@ -12,6 +12,7 @@ import transformers
 
 from grpo import report
 from grpo.algorithm.grpo import GRPO
+from grpo.algorithm.outlook import outlook
 from grpo.algorithm.rollout import Rollout
 from grpo.config import TrainConfig
 from grpo.diagnostics.findings import SHOW_EXAMPLES, new_findings
@@ -83,8 +84,8 @@ class Trainer:
 
     def _continue(self, interrupts: InterruptHandler) -> None:
         """Train from where the run is to its end, or to a reason to stop."""
-        self._begin()
         try:
+            self._begin()
             reason = self._why_done() or self._train(interrupts)
         except ValueError:  # out of memory, a broken reward: keep the metrics so far
             self.metrics.write()
@@ -124,13 +125,22 @@ class Trainer:
             bar.close()
 
     def _begin(self) -> None:
-        """Before the first step, write a checkpoint to return to and measure the starting model."""
+        """Before the first step, write a checkpoint to return to, look ahead and measure the starting model."""
         if self.progress.before:
             return
         self.evaluator.remember_start(self.lm)
         self._checkpoint()
+        self._look_ahead()
         self.progress.before = self._test(self.lm, 0)
         self._validate()
+
+    def _look_ahead(self) -> None:
+        """Say what GRPO will have to work with, and at once if that is nothing; train as asked all the same."""
+        self.metrics.record["outlook"], seconds = outlook(self.grpo, self.config)
+        report.show_outlook(
+            self.metrics.record["outlook"], seconds, self.config.num_iterations, peak_memory(self.lm.device)
+        )
+        self._diagnose()
 
     def _record(self, entry: dict[str, Any]) -> None:
         """Record a step in metrics, samples and tracker, and look for findings."""
@@ -251,6 +261,7 @@ class Trainer:
             "kind": self.task.kind,
             "prompt_style": self.task.style,
             "system_prompt": self.task.system_prompt,
+            "examples": list(self.task.examples),
             "max_new_tokens": c.max_new_tokens,
             "base_model": str(folder.resolve()) if folder and c.model != "starter" else c.model,
             "skills": list(self.evaluator.skills),

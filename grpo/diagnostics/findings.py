@@ -6,7 +6,7 @@ one function in `groups.py`, `learning.py` or `stability.py` and its name in the
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.diagnostics import groups, learning, stability
@@ -50,16 +50,17 @@ def _check(now: RunSnapshot, known: Collection[str]) -> list[Finding]:
 def _end(record: Mapping[str, Any]) -> RunSnapshot:
     evals, device = record["evals"], (record.get("environment") or {}).get("device", "")
     validation, tests = ([e for e in evals if e.get("split") == split] for split in ("validation", "test"))
-    return RunSnapshot(record["config"], record["steps"], validation, tests, device)
+    return RunSnapshot(record["config"], record["steps"], validation, tests, device, record.get("outlook"))
 
 
 def _snapshots(record: Mapping[str, Any]) -> Iterator[RunSnapshot]:
     """Yield the run after each step and evaluation. Tests but the first come at the end, of an earlier policy."""
     end = _end(record)
+    yield replace(end, steps=[], evals=[], tests=[])
     for n, row in enumerate(end.steps, 1):
         before = [e for e in end.evals if e["step"] < row["step"]]
-        yield RunSnapshot(end.config, end.steps[:n], before, end.tests[:1], end.device)
+        yield replace(end, steps=end.steps[:n], evals=before, tests=end.tests[:1])
         after = [e for e in end.evals if e["step"] <= row["step"]]
         if len(after) > len(before):
-            yield RunSnapshot(end.config, end.steps[:n], after, end.tests[:1], end.device)
+            yield replace(end, steps=end.steps[:n], evals=after, tests=end.tests[:1])
     yield end

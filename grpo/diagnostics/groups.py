@@ -8,10 +8,37 @@ from statistics import fmean
 from grpo.diagnostics.snapshot import CheckResult, RunSnapshot, lower_bound, percent
 
 NEARLY_ALL = 0.9  # of groups: one step in ten may still teach something
+FEW, MANY = 16, 64  # completions that show that none has the form or ends, and that all are wrong or right
 HARDLY_ANY = 0.02  # of completions: less than one right in six groups of 8
 BOTH_KINDS = 0.15  # of groups: all right and all wrong ones are both common
 WASTED, WASTED_PAIRS = 0.5, 0.7  # share of groups that tie, most not all right; pairs and triples tie by nature
 IDLE, IDLE_STEPS = 0.1, 40  # share of steps beyond what ties of single groups explain; steps that are looked at
+
+
+def nothing_to_learn(now: RunSnapshot) -> CheckResult:
+    """Before the first step, no group of a rollout teaches anything."""
+    look = now.outlook
+    completions = look["groups"] * look["num_generations"] if look else 0
+    if completions < FEW or look["teaching"] > 0:
+        return None
+    text = (
+        f"In {look['groups']} groups of {look['num_generations']} completions none had rewards that differ, so as "
+        "things stand a step teaches nothing. "
+    )
+    if look["truncated"] >= NEARLY_ALL:
+        text += "Nearly all were cut off by the token limit: raise --max-new-tokens. "
+    if look["well_formed"] <= HARDLY_ANY:
+        return 0.0, text + (
+            "Hardly one has the form that the prompt asks for: show it by worked examples in the prompt, --shots 4, "
+            "or take an instruct model."
+        )
+    if look["truncated"] >= NEARLY_ALL:
+        return 0.0, text
+    if completions < MANY:
+        return None
+    if look["all_right"] == 1:
+        return 1.0, text + "All are right already: take harder problems, such as a larger --max-operand."
+    return look["pass_at_1"], text + "Take easier problems, or a --reward that tells wrong answers apart."
 
 
 def too_easy(now: RunSnapshot) -> CheckResult:
@@ -116,6 +143,7 @@ def is_constant(now: RunSnapshot) -> bool:
 
 
 CHECKS = (
+    nothing_to_learn,
     too_easy,
     too_hard,
     constant_reward,

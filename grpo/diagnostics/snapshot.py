@@ -28,6 +28,7 @@ class RunSnapshot:
     evals: Sequence[Row]  # of validation
     tests: Sequence[Row]
     device: str = ""
+    outlook: Row | None = None  # what a look before the first step found
 
     @property
     def batch(self) -> int:

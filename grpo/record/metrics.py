@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo.record.schema import SCHEMA_VERSION, check_record, is_entry, is_evaluation, is_finding
+from grpo.record.schema import SCHEMA_VERSION, check_record, is_entry, is_evaluation, is_finding, is_outlook
 from grpo.runtime.atomic_io import write_atomic
 from grpo.runtime.checks import check_entries, is_list_of
 
@@ -26,6 +26,7 @@ class Metrics:
             "schema_version": SCHEMA_VERSION,
             "config": config,
             "environment": environment,
+            "outlook": None,  # what a look before the first step found
             "steps": [],
             "evals": [],
             "findings": [],
@@ -34,20 +35,22 @@ class Metrics:
         self._written = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: steps, evaluations and findings so far."""
-        return {name: self.record[name] for name in ("steps", "evals", "findings")}
+        """Return what a checkpoint keeps: the outlook, and steps, evaluations and findings so far."""
+        return {name: self.record[name] for name in ("outlook", "steps", "evals", "findings")}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Restore what `state_dict` returned after `step`. Raises ValueError if that cannot be its value."""
         steps = state.get("steps")
         check_entries(
             {
+                "outlook": state.get("outlook") is None or is_outlook(state["outlook"]),
                 "steps": is_list_of(is_entry, steps) and [row["step"] for row in steps] == list(range(1, step + 1)),
                 "evals": is_list_of(is_evaluation, state.get("evals")),
                 "findings": is_list_of(is_finding, state.get("findings")),
             }
         )
         self.record |= {name: state[name] for name in ("steps", "evals", "findings")}
+        self.record["outlook"] = state.get("outlook")
 
     def add_step(self, entry: dict[str, Any]) -> None:
         """Append a step; the file follows within a few seconds."""

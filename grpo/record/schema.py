@@ -28,6 +28,8 @@ def check_record(record: Any, path: Path) -> None:
         raise ValueError(f"{path} is damaged: it has no 'config'")
     if not is_list_of(is_finding, record.get("findings", [])):
         raise ValueError(f"{path} is damaged: its 'findings' is not a list of texts with a name and a step")
+    if record.get("outlook") is not None and not is_outlook(record["outlook"]):
+        raise ValueError(f"{path} is damaged: its 'outlook' is not a table of shares")
     ending = record.get("finished")
     if ending is not None and not (isinstance(ending, dict) and is_count(ending.get("step")) and "reason" in ending):
         raise ValueError(f"{path} is damaged: its 'finished' is not a step and a reason")
@@ -43,6 +45,13 @@ def is_finding(value: Any) -> bool:
     """Return whether a value is a complete finding on the run's health."""
     texts = [value.get("name"), value.get("text"), *_examples(value)] if isinstance(value, dict) else [None]
     return all(isinstance(text, str) for text in texts) and is_count(value.get("step"))
+
+
+def is_outlook(value: Any) -> bool:
+    """Return whether a value is what a look before the first step writes: shares, counts and seconds."""
+    shares = ("teaching", "all_right", "pass_at_1", "pass_at_g", "well_formed", "truncated")
+    known = isinstance(value, dict) and all(isinstance(value.get(name), (int, float)) for name in shares)
+    return known and all(0 <= value[name] <= 1 for name in shares) and is_count(value.get("groups"))
 
 
 def _examples(finding: dict[str, Any]) -> list[Any]:

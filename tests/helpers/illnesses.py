@@ -129,6 +129,17 @@ def _evals(**figures: Any) -> Callable[[Setting, int], Record]:
     return make
 
 
+def _outlook(**figures: Any) -> Callable[[Setting, int], Record]:
+    """Return a run that begins with groups that are all tied and wrong, with these figures."""
+
+    def make(setting: Setting, seed: int) -> Record:
+        record = run(setting, seed, RISING)
+        record["outlook"] |= {"teaching": 0.0, "all_right": 0.0, "pass_at_1": 0.0, "pass_at_g": 0.0, **figures}
+        return record
+
+    return make
+
+
 def _form_only(rise: float) -> Callable[[Setting, int], Record]:
     def make(setting: Setting, seed: int) -> Record:
         record = run(setting, seed, learning(0.05, 0.05))
@@ -146,6 +157,7 @@ def _always(share: float) -> Callable[[Setting, int], Record]:
 SPIKY, SLOW, KL = _now_and_then(6, "grad_norm", 400), {"weights_moved": 0.02}, {"kl": 3.0}
 # finding: heavy form, mild form
 ILLNESSES: dict[str, tuple[Callable[[Setting, int], Record], Callable[[Setting, int], Record]]] = {
+    "nothing_to_learn": (_outlook(well_formed=0.0), _outlook(truncated=1.0)),
     "too_easy": (_always(0.9999), _always(0.97)),
     "too_hard": (_groups(_all_wrong(0.0), NEVER), _groups(_all_wrong(0.002), NEVER)),
     "collapsed": (_edited(lambda *_: None, _collapse(0.0)), _edited(lambda *_: None, _collapse(0.2))),
@@ -184,4 +196,8 @@ ILLNESSES: dict[str, tuple[Callable[[Setting, int], Record], Callable[[Setting, 
 }
 
 # shapes in which an illness cannot be told from health: a step of few groups is idle when these tie
-UNDEFINED = {"idle_steps": lambda setting: setting.batch < 8, "kl_spike": lambda setting: setting.beta == 0}
+UNDEFINED = {
+    "nothing_to_learn": lambda setting: min(8, setting.batch) * setting.group < 16,
+    "idle_steps": lambda setting: setting.batch < 8,
+    "kl_spike": lambda setting: setting.beta == 0,
+}

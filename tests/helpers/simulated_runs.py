@@ -8,7 +8,7 @@ import json
 import random
 from bisect import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import sqrt
 from pathlib import Path
@@ -131,7 +131,18 @@ def run(
         "max_new_tokens": 22,
     }
     config |= {"learning_rate": 3e-6, "clip_grad_norm": 0.5, "num_inner_updates": 5, "num_iterations": setting.steps}
-    return {"config": config, "environment": {"device": "cpu"}, "steps": steps, "evals": evals, "findings": []}
+    record = {"config": config, "environment": {"device": "cpu"}, "outlook": outlook(setting, seed, curve(0))}
+    return record | {"steps": steps, "evals": evals, "findings": []}
+
+
+def outlook(setting: Setting, seed: int, ability: float) -> Row:
+    """Simulate the look before the first step of a policy with this accuracy."""
+    look = replace(setting, batch=min(8, setting.batch))
+    row = step_of(random.Random(f"outlook {setting} {seed}"), look, 0, ability)
+    shares = {"teaching": 1 - row["tied_groups_fraction"], "all_right": row["tied_all_right_fraction"]}
+    shares |= {"pass_at_1": row["accuracy"], "pass_at_g": 1 - row["tied_all_wrong_fraction"]}
+    shares |= {"well_formed": 1.0, "truncated": row["truncated_fraction"]}
+    return {"groups": look.batch, "num_generations": look.group, **shares}
 
 
 SHAPES = [(1, 2), (1, 8), (2, 2), (2, 4), (2, 16), (4, 4), (4, 8), (8, 2), (8, 8), (8, 16), (16, 4), (16, 16)]

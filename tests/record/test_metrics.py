@@ -31,7 +31,7 @@ def test_what_is_written_is_read_back(tmp_path):
     assert strict_json(tmp_path / FILE_NAME)["steps"] == [
         {"step": 1, "loss": 0.25, "kl": 1e-300, "skipped_updates": 0}
     ]
-    names = {"schema_version", "config", "environment", "steps", "evals", "findings", "finished"}
+    names = {"schema_version", "config", "environment", "outlook", "steps", "evals", "findings", "finished"}
     assert set(metrics.record) == names
 
 

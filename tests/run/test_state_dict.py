@@ -20,6 +20,8 @@ from tasks.arithmetic import Arithmetic
 from tests.helpers.runs import SETTINGS, a_tiny_model
 
 EVALUATION = {"step": 2, "split": "validation", "accuracy": 0.5, "n": 8, "ci_low": 0.2, "ci_high": 0.8}
+OUTLOOK = {"groups": 2, "num_generations": 8, "teaching": 0.5, "all_right": 0.0, "pass_at_1": 0.2, "pass_at_g": 1.0}
+OUTLOOK |= {"well_formed": 1.0, "truncated": 0.0}
 FINDING = {"name": "too_easy", "step": 1, "text": "Too easy."}
 CONFIG = TrainConfig(**{name: value for name, value in SETTINGS.items() if name != "max_operand"})
 
@@ -154,12 +156,14 @@ METRICS = {"steps": [{"step": 1, "kl": None}, {"step": 2, "kl": 0.5}], "evals": 
 def test_metrics_are_restored():
     metrics = Metrics(None, {}, {})
     metrics.load_state_dict(through_json(METRICS), 2)
-    assert metrics.state_dict() == METRICS
+    assert metrics.state_dict() == {"outlook": None, **METRICS}  # a run of before there was one
 
 
 @pytest.mark.parametrize(
     ("entry", "value"),
     [
+        *(("outlook", value) for value in (3, [], {}, {"groups": 1}, OUTLOOK | {"teaching": 2.0})),
+        ("outlook", OUTLOOK | {"groups": "x"}),
         *((entry, value) for entry in METRICS for value in (..., None, 3, "all", {}, [1], [{}])),
         *(("steps", rows) for rows in ([], [{"step": 1}], [{"step": 2}, {"step": 1}], [{"step": 1}] * 2)),
         ("steps", [{"step": 1, "kl": "small"}, {"step": 2}]),

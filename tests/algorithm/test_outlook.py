@@ -1,0 +1,53 @@
+"""The look before the first step: its shares by hand, its cost, and that nothing depends on it."""
+
+import pytest
+import torch
+
+from grpo.algorithm import outlook as module
+from grpo.algorithm.grpo import GRPO
+from grpo.algorithm.outlook import outlook
+from grpo.config import TrainConfig
+from grpo.model.loading import load
+from tasks.arithmetic import Arithmetic
+
+CONFIG = TrainConfig(batch_size=2, num_generations=4, max_new_tokens=22, num_inner_updates=1)
+
+
+@pytest.fixture
+def grpo():
+    """Return the starter with its optimizer."""
+    return GRPO(CONFIG, Arithmetic(), load("starter", torch.device("cpu")))
+
+
+def test_the_shares_are_those_of_the_rollout(grpo, monkeypatch):
+    seen = []
+    true = grpo.sampler.rollout
+    monkeypatch.setattr(type(grpo.sampler), "rollout", lambda self, *args: seen.append(true(*args)) or seen[-1])
+    shares, seconds = outlook(grpo, CONFIG)
+    [rollout] = seen
+    groups = [rollout.rewards[:4], rollout.rewards[4:]]
+    assert shares["groups"] == 2
+    assert shares["num_generations"] == 4
+    assert shares["pass_at_1"] == sum(r.correct for r in rollout.rewards) / 8
+    assert shares["pass_at_g"] == sum(any(r.correct for r in group) for group in groups) / 2
+    assert shares["all_right"] == sum(all(r.correct for r in group) for group in groups) / 2
+    assert shares["teaching"] == sum(len({r.total for r in group}) > 1 for group in groups) / 2
+    assert shares["well_formed"] == sum(r.well_formed for r in rollout.rewards) / 8
+    assert shares["truncated"] == 0.0
+    assert 0 < seconds < 60
+
+
+def test_a_step_is_the_same_after_a_look(grpo):
+    before, _ = GRPO(CONFIG, Arithmetic(), load("starter", torch.device("cpu"))).step(1)
+    outlook(grpo, CONFIG)
+    after, _ = grpo.step(1)
+    assert before.completion_texts == after.completion_texts
+    assert torch.equal(before.sample_logprobs, after.sample_logprobs)
+    problems = {p.question for p in after.problems}
+    assert not problems & {Arithmetic().training_problem(0, 0, row).question for row in range(2)}
+
+
+def test_it_looks_at_no_more_groups_than_a_step_has_and_at_eight_at_most(grpo):
+    assert module.GROUPS == 8
+    config = TrainConfig(batch_size=10, num_generations=2, max_new_tokens=4, num_inner_updates=1)
+    assert outlook(grpo, config)[0]["groups"] == 8
