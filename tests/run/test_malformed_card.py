@@ -41,6 +41,10 @@ CARDS = {
     "skills that are numbers": {"skills": [1]},
     "a prompt style that is a list": {"prompt_style": ["answer"]},
     "a base model that is null": {"base_model": None},
+    "examples that are a text": {"examples": "2 + 2 = 4"},
+    "examples without content": {"examples": [{"role": "user"}]},
+    "examples of another role": {"examples": [{"role": ["user"], "content": "x"}]},
+    "examples that are numbers": {"examples": [{"role": "user", "content": 4}]},
 }
 
 

@@ -7,7 +7,11 @@ import sys
 import pytest
 
 import inference
-from tests.helpers.scripts import QUESTION, ROOT, a_model, ask, invoke, refusal
+from grpo.model.language_model import LanguageModel
+from grpo.model_card import read_card
+from tasks.arithmetic import Arithmetic
+from tasks.common.shots import with_shots
+from tests.helpers.scripts import QUESTION, ROOT, a_model, ask, invoke, refusal, train
 
 
 def test_a_question_is_answered_with_completion_and_parsed_answer(run):
@@ -190,3 +194,21 @@ def test_questions_through_a_pipe_give_answers_and_nothing_else(processes, tmp_p
     assert status == 0
     assert output.splitlines() == ask(QUESTION, folder=tmp_path)
     assert error == "Model: starter\n"
+
+
+def test_worked_examples_of_a_run_are_kept_and_asked_with(tmp_path, monkeypatch):
+    train("--shots", 2, folder=tmp_path)
+    examples = with_shots(Arithmetic(), 2).examples
+    assert read_card(str(tmp_path / "saved_model"))["examples"] == examples
+    chats, prompts = [], LanguageModel.prompts
+    monkeypatch.setattr(LanguageModel, "prompts", lambda self, asked: chats.extend(asked) or prompts(self, asked))
+    ask("--compare", QUESTION, folder=tmp_path)
+    before, after = chats
+    assert before == after
+    assert after[1:] == [*examples, {"role": "user", "content": QUESTION}]
+    chats.clear()
+    ask("--evaluate", "--split", "validation", "--model", tmp_path / "saved_model", folder=tmp_path)
+    assert chats
+    asked = [chat for chat in chats if chat[-1]["content"].startswith("What is (")]
+    assert len(asked) >= 8
+    assert all(chat[1:-1] == examples for chat in asked)
