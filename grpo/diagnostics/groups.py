@@ -8,7 +8,7 @@ from statistics import fmean
 from grpo.diagnostics.snapshot import CheckResult, RunSnapshot, lower_bound, percent
 
 NEARLY_ALL = 0.9  # of groups: one step in ten may still teach something
-FEW, MANY = 16, 64  # completions that show that none has the form or ends, and that all are wrong or right
+FEW, MANY = 16, 128  # completions that show that none has the form or ends, and that all are wrong or right
 HARDLY_ANY = 0.02  # of completions: less than one right in six groups of 8
 BOTH_KINDS = 0.15  # of groups: all right and all wrong ones are both common
 WASTED, WASTED_PAIRS = 0.5, 0.7  # share of groups that tie, most not all right; pairs and triples tie by nature
