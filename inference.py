@@ -130,7 +130,8 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 
     task = make_task(config)
     card = read_card(names[-1])
-    if card.get("examples") and not {"task", "shots"} & set(given):  # those of the run, whatever its data are now
+    other = {"task", "shots", "prompt_style"} & set(given)
+    if card.get("examples") and not other:  # those of the run, whatever its data are now
         task = replace(task, examples=card["examples"])
 
     from grpo.evaluation.model_comparison import measure, table

@@ -66,18 +66,13 @@ def _say_settings(config: TrainConfig) -> None:
 def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory: int | None) -> None:
     """Print what a look before the first step found, with the expected seconds of a step and the memory so far."""
     o, g = outlook, outlook["num_generations"]
-    say(f"Outlook: {percent(o['teaching'])} of {o['groups']} groups of {g} completions teach something.")
+    say(f"Outlook: {o['teaching']:.0%} of {o['groups']} groups of {g} completions teach something.")
     say(
-        f"  pass@1 {percent(o['pass_at_1'])}, pass@{g} {percent(o['pass_at_g'])}, "
-        f"{percent(o['well_formed'])} well-formed, {percent(o['truncated'])} cut off by the token limit"
+        f"  pass@1 {o['pass_at_1']:.0%}, pass@{g} {o['pass_at_g']:.0%}, "
+        f"{o['well_formed']:.0%} well-formed, {o['truncated']:.0%} cut off by the token limit"
     )
     held = f", {memory / 2**20:,.0f} MiB of memory so far" if memory else ""
     say(f"  about {seconds:.2g} s a step, {duration(seconds * steps)} for all of them{held}\n")
-
-
-def percent(share: float) -> str:
-    """Format a share: 42%."""
-    return f"{100 * share:.0f}%"
 
 
 def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:

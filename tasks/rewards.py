@@ -130,10 +130,8 @@ def language(attempt: Attempt) -> float:
         text = text.replace(tag, " ")
     letters = {c for c in set(text) if _script(c)}
     counts = Counter(text) if len(letters) > ALPHABETS else {c: text.count(c) for c in letters}  # the faster one
-    inside, total = (
-        sum(counts[c] for c in some) for some in ([c for c in letters if _script(c) in scripts], letters)
-    )
-    return inside / total if letters and scripts else 1.0
+    inside = sum(counts[c] for c in letters if _script(c) in scripts)
+    return inside / sum(counts[c] for c in letters) if letters and scripts else 1.0
 
 
 def one_ending(attempt: Attempt) -> float:

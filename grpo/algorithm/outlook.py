@@ -7,6 +7,7 @@ from typing import Any
 from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.reference import reference_logprobs
 from grpo.algorithm.rollout import Rollout
+from grpo.algorithm.schedules import scheduled
 from grpo.config import TrainConfig
 from grpo.runtime.stopwatch import Stopwatch
 
@@ -20,6 +21,7 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
     `teaching` is the share of groups that are not tied. The seconds of a step are those of its sampling, and
     those of a pass forward for each pass of reference and updates. Nothing that follows depends on it.
     """
+    config = scheduled(config, 1, config.beta)
     groups = config.batch_size if config.shard else min(GROUPS, config.batch_size)
     clock = Stopwatch()
     rollout = grpo.sampler.rollout(0, replace(config, batch_size=groups, resample_tied=0), clock)

@@ -37,7 +37,7 @@ def nothing_to_learn(now: RunSnapshot) -> CheckResult:
     if completions < MANY:
         return None
     if look["all_right"] == 1:
-        return 1.0, text + "All are right already: take harder problems, such as a larger --max-operand."
+        return 1.0, text + "All are right already: take harder problems, or add --resample-tied 3."
     return look["pass_at_1"], text + "Take easier problems, or a --reward that tells wrong answers apart."
 
 

@@ -48,10 +48,11 @@ def is_finding(value: Any) -> bool:
 
 
 def is_outlook(value: Any) -> bool:
-    """Return whether a value is what a look before the first step writes: shares, counts and seconds."""
+    """Return whether a value is what a look before the first step writes: two counts, and shares."""
     shares = ("teaching", "all_right", "pass_at_1", "pass_at_g", "well_formed", "truncated")
     known = isinstance(value, dict) and all(isinstance(value.get(name), (int, float)) for name in shares)
-    return known and all(0 <= value[name] <= 1 for name in shares) and is_count(value.get("groups"))
+    counted = known and all(is_count(value.get(name)) for name in ("groups", "num_generations"))
+    return counted and all(0 <= value[name] <= 1 for name in shares)
 
 
 def _examples(finding: dict[str, Any]) -> list[Any]:

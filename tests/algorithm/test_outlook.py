@@ -47,6 +47,11 @@ def test_a_step_is_the_same_after_a_look(grpo):
     assert not problems & {Arithmetic().training_problem(0, 0, row).question for row in range(2)}
 
 
+def test_its_groups_are_as_large_as_those_of_the_first_step(grpo):
+    config = TrainConfig(batch_size=2, group_schedule="6:2", max_new_tokens=4, num_iterations=10)
+    assert outlook(grpo, config)[0]["num_generations"] == 6
+
+
 def test_it_looks_at_no_more_groups_than_a_step_has_and_at_eight_at_most(grpo):
     assert module.GROUPS == 8
     config = TrainConfig(batch_size=10, num_generations=2, max_new_tokens=4, num_inner_updates=1)

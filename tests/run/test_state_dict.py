@@ -164,6 +164,7 @@ def test_metrics_are_restored():
     [
         *(("outlook", value) for value in (3, [], {}, {"groups": 1}, OUTLOOK | {"teaching": 2.0})),
         ("outlook", OUTLOOK | {"groups": "x"}),
+        ("outlook", {name: value for name, value in OUTLOOK.items() if name != "num_generations"}),
         *((entry, value) for entry in METRICS for value in (..., None, 3, "all", {}, [1], [{}])),
         *(("steps", rows) for rows in ([], [{"step": 1}], [{"step": 2}, {"step": 1}], [{"step": 1}] * 2)),
         ("steps", [{"step": 1, "kl": "small"}, {"step": 2}]),

@@ -212,3 +212,8 @@ def test_worked_examples_of_a_run_are_kept_and_asked_with(tmp_path, monkeypatch)
     asked = [chat for chat in chats if chat[-1]["content"].startswith("What is (")]
     assert len(asked) >= 8
     assert all(chat[1:-1] == examples for chat in asked)
+    chats.clear()
+    folder = tmp_path / "saved_model"
+    ask("--evaluate", "--prompt-style", "think", "--max-new-tokens", 8, "--model", folder, folder=tmp_path)
+    [answers] = {tuple(turn["content"] for turn in chat[2:-1:2]) for chat in chats if len(chat) > 2}
+    assert all(answer.startswith("<think>") for answer in answers)  # in the form that is asked for
