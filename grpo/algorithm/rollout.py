@@ -14,7 +14,7 @@ from grpo.algorithm.advantages import group_advantages, tied_groups
 from grpo.config import TrainConfig
 from grpo.generation.sampling import Completions, Generator, SamplingParams, concatenate, sampling_uniforms
 from grpo.model.language_model import LanguageModel
-from grpo.model.tokens import Tokens
+from grpo.model.tokens import Tokens, shared_beginning
 from grpo.runtime import distributed
 from grpo.runtime.device import autocast
 from grpo.runtime.microbatch import AdaptiveMicrobatch
@@ -178,7 +178,9 @@ class RolloutSampler:
             params = SamplingParams(
                 config.max_new_tokens, self.lm.end_ids, config.num_generations, config.temperature
             )
-            completions = self.generator(prompt_ids, prompt_mask, params, uniforms, max_rows)
+            shares = self.generator.capabilities.supports_common_prefix
+            common = shared_beginning(prompt_ids, prompt_mask) if shares else 0
+            completions = self.generator(prompt_ids, prompt_mask, params, uniforms, max_rows, common)
             texts = self.lm.decode(completions.rows(with_end=False))
         with clock("reward"):
             of_row = [problem for problem in problems for _ in range(config.num_generations)]

@@ -32,6 +32,7 @@ class ModelCapabilities:
     supports_packing: bool = False  # prompts and completions scored as one packed row
     supports_cache_expansion: bool = False  # the cache of a prompt copied for each completion of its group
     supports_common_prefix: bool = False  # what all prompts begin with run once
+    supports_prefix_attention: bool = False  # what all prompts begin with held once in decoding
     supports_cuda_graphs: bool = False
 
     @classmethod
@@ -40,10 +41,12 @@ class ModelCapabilities:
         problems = task.held_out("validation", PROBED)
         prompts = lm.prompts([task.messages(problem.question) for problem in problems])
         ids, mask = left_pad(prompts, lm.pad_id, lm.device)
+        packing = supports_packing(lm.model, ids, mask)
         found = cls(
-            supports_packing(lm.model, ids, mask),
+            packing,
             supports_cache_expansion(lm.model, ids, mask),
             supports_common_prefix(lm.model, prompts, lm.pad_id),
+            packing and supports_prefix_attention(lm.model, ids, mask, common_prefix_length(prompts)),
             cuda_graphs and supports_cuda_graphs(lm.model, ids, mask),
         )
         if cuda_graphs and not found.supports_cuda_graphs:
@@ -83,6 +86,15 @@ def supports_common_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[in
 
 
 @torch.no_grad()
+def supports_prefix_attention(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: int) -> bool:
+    """Return whether decoding gives the same where what all prompts begin with is held once; packing must work."""
+    if not common_prefix:
+        return False
+    separate = _after_a_token(model, ids, mask, 2)
+    return matches_reference(lambda: _after_a_token(model, ids, mask, 2, common_prefix), separate)
+
+
+@torch.no_grad()
 def supports_cuda_graphs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
     """Return whether a CUDA graph decodes as plain passes do; False on other devices."""
     if ids.device.type != "cuda":
@@ -93,8 +105,10 @@ def supports_cuda_graphs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> b
         return graph_matches_cached(model, cache, mask, GRAPH_GROUP, logits)
 
 
-def _after_a_token(model: PreTrainedModel, ids: Tensor, mask: Tensor, repeats: int) -> Tensor:
+def _after_a_token(model: PreTrainedModel, ids: Tensor, mask: Tensor, repeats: int, common_prefix: int = 0) -> Tensor:
     """Return log-probabilities (N · repeats, V) after the prompts and their likeliest token."""
     cache, logits = prefill(model, ids, mask)
-    logits = CachedDecoder(model, cache, mask, repeats, 1)(logits.argmax(-1).repeat_interleave(repeats))
+    logits = CachedDecoder(model, cache, mask, repeats, 1, common_prefix)(
+        logits.argmax(-1).repeat_interleave(repeats)
+    )
     return logits.float().log_softmax(-1)

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from grpo.model.packed_attention import enable
+from grpo.model.prefix_attention import CommonPrefix
 from grpo.model.tokens import position_ids
 from grpo.runtime.microbatch import is_unsupported
 
@@ -26,12 +28,13 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: in
 
     The `common_prefix` tokens that all prompts begin with, a system prompt for instance, are run once; each row's
     cache gets them behind its own padding, where they belong anyway: N · (P − S) + S tokens instead of N · P, exact
-    in float32. At least one row must be without padding.
+    in float32.
     """
     cache = DynamicCache()
     if common_prefix:
         padding = (~mask).sum(-1, keepdim=True)  # (N, 1)
-        start = ids[padding.argmin()][None, :common_prefix]  # (1, S), of a row without padding
+        row, first = padding.argmin(), int(padding.min())
+        start = ids[row, first : first + common_prefix][None]  # (1, S)
         columns = torch.arange(common_prefix, device=ids.device)
         model(
             input_ids=start,
@@ -58,14 +61,14 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: in
 class PreallocatedLayer(DynamicLayer):
     """KV-cache layer with spare capacity, appended in place; `DynamicLayer` copies the whole cache a token."""
 
-    def __init__(self, layer: DynamicLayer, repeats: int) -> None:
-        """Take over a layer of N rows, (N, heads, length, size), each `repeats` times."""
+    def __init__(self, layer: DynamicLayer, repeats: int, start: int = 0) -> None:
+        """Take over a layer of N rows, (N, heads, length, size), from column `start` on, each row `repeats` times."""
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         if layer.device.type != "cpu":  # else transformers reads each mask, to drop one that masks nothing
             self.is_compileable = True
-        self._length = layer.keys.shape[-2]
-        self._buffers = tuple(reserve(x, repeats) for x in (layer.keys, layer.values))
+        self._length = layer.keys.shape[-2] - start
+        self._buffers = tuple(reserve(x[:, :, start:], repeats) for x in (layer.keys, layer.values))
         self._update_views()
 
     def update(
@@ -103,28 +106,49 @@ class CachedDecoder:
 
     can_shrink = True  # rows can be dropped
 
-    def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, repeats: int, columns: int) -> None:
-        """Start from the cache of N prompts with mask (N, P), each `repeats` times, for at most `columns` tokens."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: DynamicCache,
+        mask: Tensor,
+        repeats: int,
+        columns: int,
+        common_prefix: int = 0,
+    ) -> None:
+        """Start from the cache of N prompts with mask (N, P), each `repeats` times, for at most `columns` tokens.
+
+        All prompts begin with the same `common_prefix` tokens: their keys and values are held once for all rows.
+        """
+        self.prefix = None
+        if common_prefix:
+            enable(model)
+            self.prefix, mask = split_off_prefix(cache, mask, common_prefix)
         # layers of another class are a model's own and know how to repeat themselves
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
-                cache.layers[i] = PreallocatedLayer(layer, repeats)
+                cache.layers[i] = PreallocatedLayer(layer, repeats, common_prefix)
             elif repeats > 1:
                 layer.batch_repeat_interleave(repeats)
         mask = mask.long().repeat_interleave(repeats, 0)
         self.model, self.cache, self.width = model, cache, mask.shape[1]
-        self.position = mask.sum(-1, keepdim=True)  # (B, 1), of the next token
-        self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], columns)], 1)  # (B, P + columns)
+        self.position = common_prefix + mask.sum(-1, keepdim=True)  # (B, 1), of the next token
+        self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], columns)], 1)  # (B, P - S + columns)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the logits (B, V) after one more token of each row (B,)."""
         self.width += 1
+        mask, more = self.mask[:, : self.width], {}
+        if self.prefix is not None:
+            bias = torch.zeros(mask.shape, dtype=self.prefix.keys[0].dtype, device=mask.device)
+            mask = bias.masked_fill_(mask == 0, -torch.inf)[:, None, None]  # the model leaves such a mask as it is
+            more = {"common_prefix": self.prefix}
         out = self.model(
             input_ids=tokens[:, None],
-            attention_mask=self.mask[:, : self.width],
+            attention_mask=mask,
             position_ids=self.position,
             past_key_values=self.cache,
             use_cache=True,
+            **more,
         )
         self.position = self.position + 1
         return out.logits[:, -1]
@@ -133,6 +157,21 @@ class CachedDecoder:
         """Continue with these rows only."""
         self.cache.batch_select_indices(rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
+
+
+def split_off_prefix(cache: DynamicCache, mask: Tensor, length: int) -> tuple[CommonPrefix, Tensor]:
+    """Return the first `length` tokens of the prompts in a cache, and the mask (N, P - S) of all others' columns.
+
+    Raises ValueError if the model's layers do more than keep all keys and values.
+    """
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise ValueError("no common prefix in decoding with such a cache")
+    row = mask.sum(-1).argmax()
+    columns = int((~mask[row]).sum()) + torch.arange(length, device=mask.device)
+    keys = [layer.keys[row][:, columns] for layer in cache.layers]
+    values = [layer.values[row][:, columns] for layer in cache.layers]
+    others = mask & (position_ids(mask) >= length)
+    return CommonPrefix(keys, values), others[:, length:]
 
 
 class CudaGraphDecoder:

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from grpo.generation.capabilities import ModelCapabilities
 from grpo.generation.decoding import CachedDecoder, CudaGraphDecoder, prefill
-from grpo.model.tokens import length_mask, prompts_of
+from grpo.model.tokens import SHARED_FROM, length_mask, prompts_of
 from grpo.runtime.distributed import any_rank, is_sharded
 from grpo.runtime.microbatch import split_microbatches
 
@@ -86,7 +86,8 @@ class Generator:
         """Return `params.n` completions for each of N left-padded prompts (N, P); greedy without `uniforms`.
 
         `uniforms` are those of `sampling_uniforms`, (N · n, max_tokens). At most `max_rows` rows are run at a time.
-        All prompts begin with the same `common_prefix` tokens, which are run once (`prefill`).
+        All prompts begin with the same `common_prefix` tokens, which are run once (`prefill`) and, if they are
+        SHARED_FROM or more, held once for all rows.
         """
         total, device, group = prompt_ids.shape[0] * params.n, prompt_ids.device, params.n
         if uniforms is not None:
@@ -100,17 +101,19 @@ class Generator:
                 ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
                 repeats = 1
             cache, logits = prefill(self.model, ids, mask, common_prefix)
-            decoder = self._decoder(cache, mask, repeats, params.max_tokens)
+            decoder = self._decoder(cache, mask, repeats, params.max_tokens, common_prefix)
             logits = logits.repeat_interleave(repeats, 0)  # (B, V)
             parts.append(self._decode(decoder, logits, params, None if uniforms is None else uniforms[rows]))
         return concatenate(parts)
 
     def _decoder(
-        self, cache: DynamicCache, mask: Tensor, repeats: int, columns: int
+        self, cache: DynamicCache, mask: Tensor, repeats: int, columns: int, common_prefix: int
     ) -> CachedDecoder | CudaGraphDecoder:
         # sharded processes communicate in a pass, which a graph cannot record
-        graphs = self.capabilities.supports_cuda_graphs and not is_sharded(self.model)
-        return (CudaGraphDecoder if graphs else CachedDecoder)(self.model, cache, mask, repeats, columns)
+        if self.capabilities.supports_cuda_graphs and not is_sharded(self.model):
+            return CudaGraphDecoder(self.model, cache, mask, repeats, columns)
+        held_once = self.capabilities.supports_prefix_attention and common_prefix >= SHARED_FROM
+        return CachedDecoder(self.model, cache, mask, repeats, columns, common_prefix if held_once else 0)
 
     def _decode(
         self,

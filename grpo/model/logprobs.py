@@ -1,9 +1,10 @@
 """Per-token log-probabilities of completions. The shift by one is here and nowhere else.
 
-All G completions of a group share their prompt. `packed_logits` runs all prompts and all completions through the
-model as one row of their real tokens, each prompt once, with gradient: at most N · P + B · C tokens instead of
-B · (P + C), exact in float32; `packed_attention.py` decides who attends to whom. `dense_logits` runs every row in
-full: the oracle of the tests, and the fallback for models that do not support packing.
+All G completions of a group share their prompt, and prompts begin alike: with a system prompt, with worked examples.
+`packed_logits` runs them through the model as one row of real tokens, with gradient: a common beginning of S tokens
+once, the rest of each prompt once, at most S + N · (P - S) + B · C tokens instead of B · (P + C), exact in float32;
+`packed_attention.py` decides who attends to whom. `dense_logits` runs every row in full: the oracle of the tests, and
+the fallback for models that do not support packing.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from grpo.model.packed_attention import Layout, enable
-from grpo.model.tokens import Tokens, position_ids
+from grpo.model.tokens import Tokens, position_ids, shared_beginning
 
 CHUNK = 2**24  # logits held in float32 at a time: 64 MiB
 
@@ -33,8 +34,13 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 
 def _token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    logits = logits.float() / temperature
+    logits = _scaled(logits, temperature)
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits / temperature in float32, without a pass over them to divide by 1."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 @torch.no_grad()
@@ -43,7 +49,7 @@ def token_entropy(logits: Tensor, temperature: float) -> Tensor:
     rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
     parts = []
     for some in logits.split(rows):
-        p = (some.float() / temperature).softmax(-1)
+        p = _scaled(some, temperature).softmax(-1)
         parts.append(torch.special.entr(p).sum(-1))  # 0 for a token of probability 0, whose logit may be -inf
     return torch.cat(parts)
 
@@ -52,13 +58,18 @@ def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tenso
     """Return logits of the first completion tokens, one a prompt (N, V), and of the other real tokens (M, V)."""
     enable(model)
     ids, prompts, inputs = tokens.completion_ids[:, :-1], tokens.prompt_mask, tokens.completion_mask[:, 1:]
-    layout = Layout.of(prompts.sum(-1), inputs.sum(-1))
+    common = shared_beginning(tokens.prompt_ids, prompts)
+    layout = Layout.of(prompts.sum(-1), inputs.sum(-1), common)
     n, positions = len(prompts), position_ids(prompts)  # (N, P)
+    beginning = prompts & (positions < common)  # of all prompts, (N, P); that of the first is taken
+    own = (prompts & ~beginning)[:, :-1]
     starts = layout.prompt_lengths.repeat_interleave(tokens.num_generations)[:, None]
     own_positions = starts + torch.arange(ids.shape[1], device=ids.device)  # (B, C - 1)
     # in the order of the layout; prompts are left-padded, so the last column has the last token of each
-    input_ids = [tokens.prompt_ids[:, :-1][prompts[:, :-1]], tokens.prompt_ids[:, -1], ids[inputs]]
-    packed_positions = [positions[:, :-1][prompts[:, :-1]], positions[:, -1], own_positions[inputs]]
+    input_ids, packed_positions = (
+        [of_prompts[0][beginning[0]], of_prompts[:, :-1][own], of_prompts[:, -1], of_completions[inputs]]
+        for of_prompts, of_completions in ((tokens.prompt_ids, ids), (positions, own_positions))
+    )
     out = model(
         input_ids=torch.cat(input_ids)[None],
         position_ids=torch.cat(packed_positions)[None],

@@ -1,10 +1,10 @@
 """Attention over a packed row: the real tokens of N prompts and of their B = N · G completions, without padding.
 
-The model is run once on one row of T tokens, so its linear layers see every prompt token once and no padding. Only
-attention has to know which tokens belong together: `packed_attention`, registered with transformers as
-"shared_prefix", splits queries, keys and values by a `Layout`, lets prompts attend to themselves and completions to
-their prompt and themselves, and joins the results again. Without a layout it is transformers' own attention ("sdpa"),
-so a model can keep it while it samples.
+The model is run once on one row of T tokens, so its linear layers see every prompt token once and no padding; what
+all prompts begin with, such as worked examples, they see once for all. Only attention has to know which tokens belong
+together: `packed_attention`, registered with transformers as "shared_prefix", splits queries, keys and values by a
+`Layout`, lets prompts attend to themselves and completions to their prompt and themselves, and joins the results
+again. Without a layout it is transformers' own attention ("sdpa"), so a model can keep it while it samples.
 
 What did not pay, on one thread at the default sizes: a single autograd function for the whole attention, with a
 backward pass by hand, takes 4% off an update; torch's fused attention adds 13% there, and is as fast as scores in
@@ -21,6 +21,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from grpo.model.prefix_attention import CommonPrefix
+
 NAME = "shared_prefix"
 SCORES = 2**21  # attention scores of a layer that may be held in memory, 8 MiB
 # arguments of attention that change nothing in it
@@ -34,45 +36,55 @@ class IndexMaps:
 
     prompts: Tensor  # (N · H · P,) index in the row of each vector of the prompts; any index for padding
     completions: Tensor  # (B · H · C,) index in the row of each vector of the completions
-    from_prompts: Tensor  # indices in `prompts` of the real vectors, in the order of the row
+    from_prompts: Tensor  # indices in `prompts` of the real vectors, in the order of the row, each once
     from_completions: Tensor  # indices in `completions` of the real vectors, in the order of the row
-    prompt_padding: Tensor  # indices of padding in `prompts`
+    prompt_padding: Tensor  # indices in `prompts` of all others: padding, and copies of the common beginning
     completion_padding: Tensor  # indices of padding in `completions`
+    copies: Tensor  # (N - 1, S · H) indices in `prompts` of those copies, each in the order of the row
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The order of a packed row: all prompt tokens but the last of each prompt, those, then the completion tokens.
+    """The order of a packed row: the S tokens that all prompts begin with, their other tokens but the last of each,
+    those, then the completion tokens.
 
-    In the split form, prompts (N, P) and completions (B, C) are padded on the right. The last token of a prompt comes
-    with the completions because its logits are needed too: so the tokens whose logits are read are at the end.
+    In the split form, prompts (N, P) and completions (B, C) are padded on the right, and each prompt has a copy of
+    the common beginning. The last token of a prompt comes with the completions because its logits are needed too: so
+    the tokens whose logits are read are at the end.
     """
 
     prompt_lengths: Tensor  # (N,) int64, from 1
     completion_lengths: Tensor  # (B,) int64, from 0
     prompt_index: Tensor  # (N, P) int64, index in the row; any index for padding
     completion_index: Tensor  # (B, C) int64, index in the row; any index for padding
+    common_prefix: int = 0  # S, at most all but the last token of each prompt
     # computed by one layer, reused by the others
     _of_layers: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, prompt_lengths: Tensor, completion_lengths: Tensor) -> "Layout":
+    def of(cls, prompt_lengths: Tensor, completion_lengths: Tensor, common_prefix: int = 0) -> "Layout":
         """Make the layout of prompts (N,) and completions (B,), group-major, of these lengths."""
-        p, c = prompt_lengths[:, None], completion_lengths[:, None]
+        p, c, s = prompt_lengths[:, None], completion_lengths[:, None], common_prefix
         i = torch.arange(int(p.max()), device=p.device)
         j = torch.arange(max(1, int(c.max())), device=p.device)  # a column of padding where no completion has any
-        last = (p - 1).sum() + torch.arange(len(p), device=p.device)[:, None]
-        prompts = torch.where(i < p - 1, (p - 1).cumsum(0) - (p - 1) + i, last)
-        completions = torch.where(j < c, p.sum() + c.cumsum(0) - c + j, 0)
-        return cls(prompt_lengths, completion_lengths, prompts, completions)
+        own = p - 1 - s  # tokens between the common beginning and the last
+        last = s + own.sum() + torch.arange(len(p), device=p.device)[:, None]
+        prompts = torch.where(i < p - 1, own.cumsum(0) - own + i, last)
+        prompts = torch.where(i < s, i, prompts)
+        completions = torch.where(j < c, last[-1] + 1 + c.cumsum(0) - c + j, 0)
+        return cls(prompt_lengths, completion_lengths, prompts, completions, s)
 
     def maps(self, heads: int) -> IndexMaps:
         """Return the indices of the vectors of `heads` heads."""
         if ("maps", heads) not in self._of_layers:
-            prompts = _index_maps(self.prompt_index, self.prompt_lengths, heads)
+            prompts = _index_maps(self.prompt_index, self.prompt_lengths, heads, self.common_prefix)
             completions = _index_maps(self.completion_index, self.completion_lengths, heads)
             pairs = zip(prompts, completions, strict=True)
-            self._of_layers["maps", heads] = IndexMaps(*(maps for pair in pairs for maps in pair))
+            copies = torch.arange(len(prompts[0]), device=self.prompt_index.device)
+            copies = copies.view(len(self.prompt_lengths), heads, -1)[1:, :, : self.common_prefix]
+            self._of_layers["maps", heads] = IndexMaps(
+                *(maps for pair in pairs for maps in pair), copies.transpose(1, 2).flatten(1)
+            )
         return self._of_layers["maps", heads]
 
     def masks(self, window: int | None) -> tuple[Tensor, Tensor]:
@@ -114,12 +126,13 @@ def _causal(i: Tensor, reach: float) -> Tensor:
     return (i[:, None] >= i) & (i[:, None] - i < reach)
 
 
-def _index_maps(index: Tensor, lengths: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _index_maps(index: Tensor, lengths: Tensor, heads: int, common: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return for tokens (M, L) the row index of each of the (M, H, L) vectors, the indices of the real vectors in the
-    order of the row, and those of padding."""
+    order of the row, and those of the others: padding, and the `common` first tokens of all rows but the first."""
     head = torch.arange(heads, device=index.device)[:, None]
     maps = (index[:, None] * heads + head).flatten()
     real = torch.arange(index.shape[1], device=index.device) < lengths[:, None]
+    real[1:, :common] = False
     real = real[:, None].expand(-1, heads, -1).flatten()
     own = real.nonzero().squeeze(-1)
     return maps, own[maps[own].argsort()], (~real).nonzero().squeeze(-1)
@@ -142,9 +155,12 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, prompts: Tensor, completions: Tensor) -> tuple[Tensor, None]:
-        """Join their gradients to that of the row."""
+        """Join their gradients to that of the row; that of the common beginning is the sum over its copies."""
         _, heads, length, size = ctx.shape
-        return _row(prompts, completions, ctx.maps).view(1, length, heads, size).transpose(1, 2), None
+        row, copies = _row(prompts, completions, ctx.maps), ctx.maps.copies
+        if copies.numel():
+            row[: copies.shape[1]] += prompts.index_select(0, copies.flatten()).view(*copies.shape, size).sum(0)
+        return row.view(1, length, heads, size).transpose(1, 2), None
 
 
 class _Pack(torch.autograd.Function):
@@ -184,20 +200,25 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     layout: Layout | None = None,
+    common_prefix: CommonPrefix | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Attend over a packed row: query (1, H, T, d), key and value (1, K, T, d) to (1, T, H, d).
 
-    The arguments are those of transformers' attention functions, and `layout`. Raises ValueError if the model asks
-    for something this attention does not have, such as a softcap.
+    The arguments are those of transformers' attention functions, and `layout`; or `common_prefix`, in decoding, where
+    `attention_mask` is added to the scores of each row's own keys. Raises ValueError if the model asks for something
+    this attention does not have, such as a softcap.
     """
-    if layout is None:
+    if layout is None and common_prefix is None:
         more |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     unknown = {name for name, asked in more.items() if asked is not None and asked is not False} - WITHOUT_EFFECT
     if unknown or dropout or not getattr(module, "is_causal", True):
         raise ValueError(f"no shared prefix with {', '.join(sorted(unknown)) or 'such attention'}")
     (_, heads, length, size), key_heads = query.shape, key.shape[1]
+    scaling = size**-0.5 if scaling is None else scaling
+    if common_prefix is not None:
+        return common_prefix.attend(module.layer_idx, query, key, value, attention_mask, scaling), None
     maps, key_maps = layout.maps(heads), layout.maps(key_heads)
     (n, p), (b, c) = layout.prompt_index.shape, layout.completion_index.shape
     of_prompts, of_completions = zip(
@@ -205,7 +226,6 @@ def packed_attention(
     )
     q, k, v = (x.view(n, -1, p, x.shape[-1]) for x in of_prompts)
     own_q, own_k, own_v = (x.view(b, -1, c, x.shape[-1]) for x in of_completions)
-    scaling = size**-0.5 if scaling is None else scaling
     all_k, all_v = (_after_prompts(x, own) for x, own in ((k, own_k), (v, own_v)))
     if query.device.type == "cpu" and (n * p * p + b * c * (p + c)) * heads <= SCORES:
         bias, own_bias = layout.biases(sliding_window, heads, key_heads, query.dtype)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SHARED_FROM = 64  # tokens; a shorter common beginning is not worth its bookkeeping in rollouts and updates
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -62,3 +64,10 @@ def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     first, last = min(prompts), max(prompts)  # in the order of lists, so all others begin as these two do
     alike = next((i for i, (x, y) in enumerate(zip(first, last, strict=False)) if x != y), len(first))
     return min(alike, min(map(len, prompts)) - 1)
+
+
+def shared_beginning(ids: Tensor, mask: Tensor) -> int:
+    """Return how many tokens all left-padded prompts (N, P) begin with; 0 if they are fewer than SHARED_FROM."""
+    rows = zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)
+    common = common_prefix_length([row[len(row) - length :] for row, length in rows])
+    return common if common >= SHARED_FROM else 0

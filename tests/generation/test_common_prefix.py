@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from grpo.generation.capabilities import ModelCapabilities, supports_common_prefix
-from grpo.generation.decoding import prefill
+from grpo.generation import sampling
+from grpo.generation.capabilities import ModelCapabilities, supports_common_prefix, supports_prefix_attention
+from grpo.generation.decoding import CachedDecoder, prefill
 from grpo.generation.greedy import greedy
+from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
 from grpo.model.language_model import LanguageModel
+from grpo.model.prefix_attention import CommonPrefix
 from grpo.model.tokens import common_prefix_length, left_pad
 from tests.helpers import zoo
 from tests.helpers.models import tiny_model
@@ -42,6 +45,43 @@ def test_greedy_tokens_are_the_same_shared_separate_and_alone(kind):
         expected = alone.ids[0, : alone.lengths[0]].tolist()
         for found in (separate, shared):
             assert found.ids[row, : found.lengths[row]].tolist() == expected
+
+
+@pytest.mark.parametrize("kind", [kind for kind in zoo.KINDS if kind != "gemma3"])
+@pytest.mark.parametrize("generations", [1, 3])
+def test_a_beginning_held_once_gives_the_same_samples(kind, generations, monkeypatch):
+    monkeypatch.setattr(sampling, "SHARED_FROM", 5)
+    model, prompts = tiny_model(kind), some_prompts()
+    ids, mask = left_pad(prompts, 0, torch.device("cpu"))
+    assert supports_prefix_attention(model, ids, mask, 5)
+    held, kinds = [], (ModelCapabilities(True, True, True), ModelCapabilities(True, True, True, True))
+    true_attend = CommonPrefix.attend
+    monkeypatch.setattr(CommonPrefix, "attend", lambda *args: held.append(True) or true_attend(*args))
+    params, uniforms = SamplingParams(12, range(1, 9), generations), sampling_uniforms(0, 1, 5 * generations, 12)
+    # with rows that end early, so are dropped, and with passes in which no row is without padding
+    for max_rows in (None, 2 * generations):
+        copied, once = (
+            Generator(model, capabilities)(ids, mask, params, uniforms, max_rows, 5) for capabilities in kinds
+        )
+        assert torch.equal(copied.ids, once.ids)
+        assert copied.lengths.min() < copied.lengths.max()
+        torch.testing.assert_close(copied.logprobs, once.logprobs, atol=3e-5, rtol=0)
+    assert held
+
+
+def test_a_beginning_held_once_is_refused_where_layers_keep_a_window_only():
+    ids, mask = left_pad(some_prompts(), 0, torch.device("cpu"))
+    assert not supports_prefix_attention(tiny_model("gemma3"), ids, mask, 5)
+
+
+def test_a_beginning_held_once_takes_the_memory_of_one_copy():
+    model, prompts = tiny_model("llama"), some_prompts(lengths=(9, 9, 9), prefix=20)
+    ids, mask = left_pad(prompts, 0, torch.device("cpu"))
+    with torch.no_grad():
+        cache, _ = prefill(model, ids, mask, 20)
+    decoder = CachedDecoder(model, cache, mask, 4, 8, 20)
+    assert decoder.prefix.keys[0].shape == (2, 20, 8)
+    assert cache.layers[0].keys.shape == (12, 2, 10, 8)  # the tokens of each row alone
 
 
 def test_the_common_prefix_leaves_each_prompt_a_token():

@@ -20,14 +20,20 @@ def ragged_tokens(
     columns: int = 6,
     seed: int = 0,
     extra_padding: int = 0,
+    common_prefix: int = 0,
 ) -> Tokens:
-    """Random prompts of these lengths, left-padded, and completions of random lengths from 1 to `columns`."""
+    """Random prompts of these lengths, left-padded, and completions of random lengths from 1 to `columns`.
+
+    All prompts begin with the same `common_prefix` tokens, and no others.
+    """
     generator = torch.Generator().manual_seed(seed)
     width, n = max(prompt_lengths) + extra_padding, len(prompt_lengths)
     prompt_ids = torch.zeros(n, width, dtype=torch.long)
     prompt_mask = torch.zeros(n, width, dtype=torch.bool)
     for row, length in enumerate(prompt_lengths):
         ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
+        if common_prefix:
+            ids[:common_prefix], ids[common_prefix] = torch.arange(3, 3 + common_prefix), 3 + row
         prompt_ids[row, width - length :] = ids
         prompt_mask[row, width - length :] = True
     rows = n * num_generations

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from grpo.model import logprobs, packed_attention
+from grpo.model import tokens as tokens_module
 from grpo.model.logprobs import completion_logprobs, token_entropy, token_logprobs
+from grpo.model.tokens import shared_beginning
 from tests.helpers.models import ragged_tokens, tiny_model
 from tests.helpers.zoo import KINDS, WINDOW
 
@@ -47,6 +49,41 @@ def test_packed_and_dense_differ_by_rounding_alone(kind, scores, lengths, genera
     torch.testing.assert_close(packed, dense, atol=1e-5, rtol=1e-6)
     a, b = gradient(model, tokens, True), gradient(model, tokens, False)
     assert ((a - b).norm() / b.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("lengths", "generations"), [((9, 7, 12), 3), ((7, 7), 1)])
+def test_a_common_beginning_is_run_once_and_changes_no_value_or_gradient(kind, lengths, generations, monkeypatch):
+    # in float64 only the rounding of the log-softmax is left; of 7 tokens 6 are common, and the window is 6
+    monkeypatch.setattr(tokens_module, "SHARED_FROM", 2)
+    model = tiny_model(kind).double()
+    tokens = ragged_tokens(lengths, generations, columns=9, extra_padding=2, common_prefix=6)
+    assert shared_beginning(tokens.prompt_ids, tokens.prompt_mask) == 6
+    packed, dense = (completion_logprobs(model, tokens, 1.0, packed=packed)[0] for packed in (True, False))
+    torch.testing.assert_close(packed, dense, atol=1e-5, rtol=1e-6)
+    a, b = gradient(model, tokens, True), gradient(model, tokens, False)
+    assert ((a - b).norm() / b.norm()).item() < 1e-6
+    assert torch.equal(a, gradient(model, tokens, True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_common_beginning_in_float32(kind, monkeypatch):
+    monkeypatch.setattr(tokens_module, "SHARED_FROM", 2)
+    model, tokens = tiny_model(kind), ragged_tokens((9, 7, 12), columns=9, common_prefix=6)
+    packed, dense = (completion_logprobs(model, tokens, 1.0, packed=packed)[0] for packed in (True, False))
+    torch.testing.assert_close(packed, dense, atol=1e-5, rtol=1e-5)
+    a, b = gradient(model, tokens, True), gradient(model, tokens, False)
+    assert ((a - b).norm() / b.norm()).item() < 1e-5
+
+
+def test_linear_layers_see_a_common_beginning_once_from_the_length_on_that_pays(monkeypatch):
+    model, tokens = tiny_model("llama"), ragged_tokens((9, 7, 12), common_prefix=6)
+    seen = []
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda layer, inputs, out: seen.append(out.shape[1]))
+    for shared_from in (7, 6):
+        monkeypatch.setattr(tokens_module, "SHARED_FROM", shared_from)
+        completion_logprobs(model, tokens, 1.0)
+    assert seen[0] - seen[1] == 2 * 6  # two of three prompts
 
 
 def test_a_completion_without_tokens_in_the_loss_changes_no_other():

@@ -18,9 +18,9 @@ MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=2)  # what transfo
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 
 
-def a_layout(prompts=(3, 1), completions=(2, 0, 1, 3)) -> Layout:
-    """Return the layout of prompts and completions of these lengths."""
-    return Layout.of(torch.tensor(prompts), torch.tensor(completions))
+def a_layout(prompts=(3, 1), completions=(2, 0, 1, 3), common=0) -> Layout:
+    """Return the layout of prompts and completions of these lengths, and of a common beginning of `common` tokens."""
+    return Layout.of(torch.tensor(prompts), torch.tensor(completions), common)
 
 
 def vectors(length: int, heads: int, seed: int) -> torch.Tensor:
@@ -69,16 +69,37 @@ def test_the_masks_of_a_window_by_hand():
     assert completions[3, 0].int().tolist() == [[1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]]
 
 
+def test_a_layout_with_a_common_beginning_by_hand():
+    # prompts xyab and xyc, completions of 1 and 2 inputs: the row is x y | a | b c | A C C
+    layout = a_layout((4, 3), (1, 2), common=2)
+    assert layout.prompt_index[0].tolist() == [0, 1, 2, 3]
+    assert layout.prompt_index[1, :3].tolist() == [0, 1, 4]
+    assert layout.completion_index[0, 0] == 5
+    assert layout.completion_index[1].tolist() == [6, 7]
+    maps = layout.maps(1)
+    assert maps.from_prompts.tolist() == [0, 1, 2, 3, 6]  # x y once, from the first prompt
+    assert sorted(maps.prompt_padding.tolist()) == [4, 5, 7]
+    assert maps.copies.tolist() == [[4, 5]]
+
+
 @pytest.mark.parametrize("scores", [module.SCORES, 0], ids=["in memory", "fused"])
 @pytest.mark.parametrize("window", [None, 2, 4])
 @pytest.mark.parametrize(
-    ("prompts", "completions"), [((3, 1), (2, 0, 1, 3)), ((5,), (0, 0)), ((2, 6, 4), (1, 5, 2, 2, 0, 3))]
+    ("prompts", "completions", "common"),
+    [
+        ((3, 1), (2, 0, 1, 3), 0),
+        ((5,), (0, 0), 0),
+        ((2, 6, 4), (1, 5, 2, 2, 0, 3), 0),
+        ((2, 6, 4), (1, 5, 2, 2, 0, 3), 1),
+        ((7, 5), (3, 0), 4),
+    ],
 )
 def test_attention_is_that_of_a_loop_over_tokens_in_value_and_gradient(
-    prompts, completions, window, scores, monkeypatch
+    prompts, completions, common, window, scores, monkeypatch
 ):
     monkeypatch.setattr(module, "SCORES", scores)
-    layout, length = a_layout(prompts, completions), sum(prompts) + sum(completions)
+    layout = a_layout(prompts, completions, common)
+    length = sum(prompts) + sum(completions) - common * (len(prompts) - 1)
     inputs = vectors(length, HEADS, 0), vectors(length, KEY_HEADS, 1), vectors(length, KEY_HEADS, 2)
     out, _ = packed_attention(MODULE, *inputs, None, sliding_window=window, layout=layout)
     expected = by_loop(*inputs, layout, window or length)
