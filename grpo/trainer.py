@@ -3,36 +3,33 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
-import transformers
 
 from grpo import report
 from grpo.algorithm.grpo import GRPO
-from grpo.algorithm.outlook import outlook
+from grpo.algorithm.outlook import check_examples_fit, outlook
 from grpo.algorithm.rollout import Rollout
 from grpo.config import TrainConfig
 from grpo.diagnostics.findings import SHOW_EXAMPLES, new_findings
 from grpo.evaluation.evaluator import Evaluator
 from grpo.interrupts import InterruptHandler
 from grpo.model.language_model import LanguageModel
-from grpo.model.loading import load
-from grpo.model.lora import add_adapter, four_bits
+from grpo.model.loading import load, load_policy
 from grpo.model.saving import SAVED_MODEL, save
 from grpo.model_card import NAMED, read_card
 from grpo.plots.figures import draw_all
-from grpo.record.metrics import Metrics, ended_with, environment
+from grpo.record.metrics import Metrics, ended_with
 from grpo.record.samples import GROUPS, Samples
 from grpo.record.tracker import Tracker
 from grpo.resume import Progress, RunState
 from grpo.runtime import distributed
 from grpo.runtime.atomic_io import name_in_errors
 from grpo.runtime.console import ProgressBar
-from grpo.runtime.device import choose_device, device_name, peak_memory, set_deterministic
+from grpo.runtime.device import choose_device, environment, peak_memory, set_deterministic
 from tasks.base import Task
 from tasks.rewards import parse_rewards
 
@@ -54,14 +51,14 @@ class Trainer:
         set_deterministic(config.deterministic)
         device = distributed.start(choose_device(config.device))
         distributed.check_batch_divisible(config.batch_size, config.shard)
-        self.lm = _load_policy(config, device)
-        _check_examples_fit(config, self.lm, task)
+        self.lm = load_policy(config, device)
+        check_examples_fit(config, self.lm, task)
         self.grpo = GRPO(config, task, self.lm, rewards, device)
         has_skills = read_card(config.model).get("skills", [])
         own_skills = {name: skills[name] for name in has_skills if name in skills}
         self.evaluator = Evaluator(config, task, own_skills, self.grpo.capabilities)
         folder = self.folder if distributed.is_main_process() else None  # the other ranks write nothing
-        self.metrics = Metrics(folder, config.to_dict(), _environment(device))
+        self.metrics = Metrics(folder, config.to_dict(), environment(device, distributed.world_size()))
         self.samples = Samples(folder)
         self.tracker = Tracker(config.track if distributed.is_main_process() else "none")
         self.progress = Progress()
@@ -272,29 +269,3 @@ class Trainer:
         readme = report.model_card(c, self.progress.best, self.progress.before, None)
         save(self.saved_model, self.lm, card, readme)
         self.metrics.add_time("save", time.perf_counter() - start)
-
-
-def _load_policy(config: TrainConfig, device: torch.device) -> LanguageModel:
-    """Load the model to train, with its adapter if the settings ask for one; on the CPU if it is to be sharded."""
-    quantization = four_bits(device) if config.load_in_4bit else {}
-    lm = load(config.model, torch.device("cpu") if config.shard else device, **quantization)
-    return replace(lm, model=add_adapter(lm.model, config)) if config.lora_rank else lm
-
-
-def _check_examples_fit(config: TrainConfig, lm: LanguageModel, task: Task) -> None:
-    """Raise ValueError if a prompt with worked examples, and a completion, are longer than the model's context."""
-    most = getattr(lm.model.config, "max_position_embeddings", None)
-    if not task.examples or most is None:
-        return
-    [prompt] = lm.prompts([task.messages(task.training_problem(config.seed, 1, 0).question)])
-    if len(prompt) + config.max_new_tokens > most:
-        raise ValueError(
-            f"a prompt with {config.shots} worked examples has {len(prompt)} tokens, and max_new_tokens is "
-            f"{config.max_new_tokens}: more than the {most} positions of {config.model}; take fewer --shots"
-        )
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": numpy.__version__}
-    threads = torch.get_num_threads()
-    return {**environment(device_name(device), threads, versions), "processes": distributed.world_size()}

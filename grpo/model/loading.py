@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +22,10 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from grpo.config import TrainConfig
 from grpo.model.chat_template import end_of_turn_ids, ensure_chat_template
 from grpo.model.language_model import LanguageModel
+from grpo.model.lora import add_adapter, four_bits
 from grpo.model.saving import SENTENCEPIECE
 from grpo.model_card import PACKAGED, model_folder
 from grpo.runtime.console import printable
@@ -233,3 +235,10 @@ def switch_off_dropout(model: PreTrainedModel) -> dict[str, float]:
     for name in rates:
         setattr(model.config, name, 0.0)
     return rates
+
+
+def load_policy(config: TrainConfig, device: torch.device) -> LanguageModel:
+    """Load the model to train, with its adapter if the settings ask for one; on the CPU if it is to be sharded."""
+    quantization = four_bits(device) if config.load_in_4bit else {}
+    lm = load(config.model, torch.device("cpu") if config.shard else device, **quantization)
+    return replace(lm, model=add_adapter(lm.model, config)) if config.lora_rank else lm

@@ -2,7 +2,6 @@
 
 import json
 import math
-import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,14 +128,3 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
 def same_rows(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
     """Return whether entries are equal, seconds aside."""
     return list(map(without_times, some)) == list(map(without_times, others))
-
-
-def environment(device: str, threads: int, versions: dict[str, str]) -> dict[str, Any]:
-    """Return what a figure must be compared on: device, threads, versions, platform."""
-    return {
-        "device": device,
-        "threads": threads,
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        **versions,
-    }

@@ -2,10 +2,14 @@
 
 import ctypes
 import os
+import platform
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import numpy
 import torch
+import transformers
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -54,6 +58,20 @@ def disable_malloc_trim() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest value it accepts
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # never trim
+
+
+def environment(device: torch.device, processes: int) -> dict[str, Any]:
+    """Return what a figure must be compared on: device, threads, processes, versions, platform."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+        "processes": processes,
+    }
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from grpo.record import metrics as module
-from grpo.record.metrics import FILE_NAME, Metrics, environment, load_metrics
+from grpo.record.metrics import FILE_NAME, Metrics, load_metrics
 from grpo.runtime import atomic_io
+from grpo.runtime.device import environment
 from tests.helpers.metrics import CONFIG, EVALUATION, a_record, load_refusal
 
 
@@ -23,7 +25,7 @@ def strict_json(path):
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    metrics = Metrics(tmp_path, CONFIG, environment("cpu", 1, {"torch": "2"}))
+    metrics = Metrics(tmp_path, CONFIG, environment(torch.device("cpu"), 1))
     metrics.add_step({"step": 1, "loss": 0.25, "kl": 1e-300, "skipped_updates": 0})
     metrics.add_eval({"step": 1, **EVALUATION})
     assert load_metrics(tmp_path) == metrics.record
