@@ -6,7 +6,8 @@
     python plot_metrics.py runs/a --html                               and a page with everything: grpo_report.html
     python plot_metrics.py runs/a runs/b --label first --label second  compare: grpo_comparison.png
 
-A run gets grpo_training_curve.png, grpo_kl_divergence.png and grpo_overview.png. Works during a run, and on
+A run gets grpo_training_curve.png, grpo_kl_divergence.png and grpo_overview.png, and grpo_sft_curve.png if it
+fine-tuned first. Works during a run, and on
 one that was cut short. Runs of the same label become one curve with a band from the smallest to the largest; without
 labels, so do runs that differ in their seed only.
 """

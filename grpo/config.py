@@ -14,8 +14,8 @@ from typing import Any
 from tasks.common.prompts import STYLES
 from tasks.registry import DEFAULT_TASK, TASKS, task_options
 
-VARIANTS, OUTPUT = "Variants and schedules", "Evaluation and output"
-GROUPS = ("Model", "Task", "Algorithm", VARIANTS, OUTPUT)  # in the order of --help
+SFT, VARIANTS, OUTPUT = "SFT before GRPO", "Variants and schedules", "Evaluation and output"
+GROUPS = ("Model", "Task", "Algorithm", SFT, VARIANTS, OUTPUT)  # in the order of --help
 DEVICES = ("auto", "cuda", "mps", "cpu")
 # the choices of a variant; each is one function in algorithm/loss.py or algorithm/advantages.py
 AVERAGES, RATIOS, SCALES = ("completion", "token", "constant"), ("token", "sequence"), ("group", "batch", "none")
@@ -28,6 +28,7 @@ MOST_TOKENS = 10**6  # of a completion: no model has so many positions, and memo
 # from anywhere, so it can name no file either
 NOT_INHERITED = (
     *("model", "device", "deterministic", "cuda_graphs", "shard", "seed", "output_dir", "time_limit", "track"),
+    "sft_steps",
     *(name for name, option in task_options().items() if not option.inheritable),
 )
 # settings that decide nothing about what is learned from a step
@@ -100,6 +101,10 @@ class TrainConfig(TaskOptions):
     micro_batch_size: int = setting(0, "Algorithm", "prompts in one pass, to save memory; 0 takes all at once", 0)
     seed: int = setting(0, "Algorithm", "seed of problems and sampling", 0)
 
+    sft_steps: int = setting(0, SFT, "supervised steps on ideal completions before GRPO; 0: none", 0)
+    sft_batch_size: int = setting(16, SFT, "problems, each with its completion, in such a step", 1)
+    sft_learning_rate: float = setting(1e-5, SFT, "their learning rate, linear up to it and down to 0", 0.0)
+
     loss_average: str = setting(
         "completion", VARIANTS, "what the loss is averaged over; token: DAPO, constant: Dr. GRPO", None, AVERAGES
     )
@@ -150,6 +155,11 @@ class TrainConfig(TaskOptions):
                 raise ValueError(f"{name} is about the KL to the reference, which beta 0 leaves out; give a beta")
         if self.ref_model_sync_steps and self.lora_rank:
             raise ValueError("ref_model_sync_steps cannot be with lora_rank: the reference is the frozen base")
+        if self.sft_steps and self.lora_rank and self.beta:
+            raise ValueError(
+                "sft_steps cannot be with lora_rank unless beta is 0: the reference is the frozen base, which the "
+                "fine-tuned adapter is not a part of"
+            )
         if self.load_in_4bit and not self.lora_rank:
             raise ValueError(
                 "load_in_4bit needs lora_rank: weights in 4 bits cannot be trained, an adapter over them can"

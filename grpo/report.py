@@ -11,6 +11,7 @@ from grpo.evaluation.intervals import accuracy_text
 from grpo.generation.capabilities import ModelCapabilities
 from grpo.model.language_model import LanguageModel
 from grpo.model.saving import SAVED_MODEL
+from grpo.model_card import recipe_of
 from grpo.record import samples
 from grpo.runtime.console import duration, fitted, paint, paragraph, printable, say, width
 from tasks.registry import task_options
@@ -37,6 +38,8 @@ def introduce(
         say(f"Training {printable(config.model)} ({millions:,.1f}M parameters) on {where}.")
     for note in lm.notes:
         say(note)
+    if recipe := recipe_of(config.model):
+        say(f"Its recipe is grpo/recipes/{recipe.name}; the command line overrides it.")
     _say_settings(config)
     shared = {"the update": capabilities.supports_packing, "sampling": capabilities.supports_cache_expansion}
     if unshared := " and ".join(work for work, is_shared in shared.items() if not is_shared):
@@ -73,6 +76,13 @@ def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory:
     )
     held = f", {memory / 2**20:,.0f} MiB of memory so far" if memory else ""
     say(f"  about {seconds:.2g} s a step, {duration(seconds * steps)} for all of them{held}\n")
+
+
+def show_fine_tuning(entry: Mapping[str, Any], when: str, teaches_working: bool = True) -> None:
+    """Print the test of the model before or after the supervised steps."""
+    say(f"{when} fine-tuning: test {accuracy_text(entry)}, {100 * entry['well_formed']:.0f}% well-formed")
+    if not teaches_working:
+        say("The task's training problems have no working: answers alone are taught.")
 
 
 def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
@@ -118,6 +128,8 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: s
     rows += [(f"skill: {name}", before["skills"][name], after["skills"][name]) for name in after["skills"]]
     for name, was, now in rows:
         say(f"  {name:<18} {accuracy_text(was):>32}  ->  {accuracy_text(now)}")
+    if was := record.get("before_sft"):
+        say(f"  before fine-tuning {accuracy_text(was):>32}")
     for line in by_category(before, after) + pass_at_k(before, after) + drifted(after):
         say(f"  {line}")
     if kl:
@@ -189,15 +201,16 @@ def _list_findings(record: Mapping[str, Any]) -> None:
         show_finding(finding)
 
 
-def interrupted(folder: Path, step: int, reason: str) -> None:
-    """Print, after a signal, what was saved and how to continue."""
-    say(f"\nStopped after step {step} ({reason}). Checkpoint, metrics, plots and {SAVED_MODEL}/ are in {folder}/.")
+def interrupted(folder: Path, place: str, reason: str) -> None:
+    """Print, after a signal, what was saved and how to continue. `place` is where it stopped, such as "step 25"."""
+    *saved, last = ["Checkpoint", "metrics", "plots"] + [f"{SAVED_MODEL}/"] * (folder / SAVED_MODEL).exists()
+    say(f"\nStopped after {place} ({reason}). {', '.join(saved)} and {last} are in {folder}/.")
     say("The same command continues from here.")
 
 
-def continuing(step: int, threads_then: int, threads_now: int) -> None:
-    """Print, at the start of a launch that continues a run, where it continues."""
-    say(f"Continuing from the checkpoint of step {step}.")
+def continuing(place: str, threads_then: int, threads_now: int) -> None:
+    """Print, at the start of a launch that continues a run, where it continues, such as "step 25"."""
+    say(f"Continuing from the checkpoint of {place}.")
     if threads_then != threads_now:
         say(f"It was computed with {threads_then} threads, now there are {threads_now}: the last digits may differ.")
 
@@ -232,6 +245,8 @@ def model_card(
         rows.append((f"skill `{name}`", was, (after or {}).get("skills", {}).get(name, {})))
     for name, was, now in rows:
         lines.append(f"| {name} | {accuracy_text(was)} | {accuracy_text(now) if now else 'not measured yet'} |")
+    if config.sft_steps:
+        lines += ["", f'"Before" is after {config.sft_steps} supervised steps on ideal completions.']
     if after:
         lines += ["", *(f"{line}.  " for line in drifted(after) + pass_at_k(before, after))]
     lines += ["", "Settings:", "", "```"]
@@ -248,7 +263,8 @@ def model_card(
 def seconds_by_phase(record: Mapping[str, Any]) -> dict[str, float]:
     """Return seconds of sampling, each reward function, reference, update, evaluation and saving, without overlap."""
     steps, evals = record["steps"], record["evals"]
-    phases = {name: _sum(steps, f"time/{phase}") for phase, name in PHASES.items()}
+    phases = {"fine-tuning": _sum(record.get("sft", []), "time/total")}
+    phases |= {name: _sum(steps, f"time/{phase}") for phase, name in PHASES.items()}
     rewards = sorted({name for row in steps for name in row if name.startswith("time/reward/")})
     phases |= {f"reward {name.removeprefix('time/reward/')}": _sum(steps, name) for name in rewards}
     return phases | {"evaluation": _sum(evals, "time/evaluate"), "saving": _sum(steps, "time/save")}

@@ -28,18 +28,34 @@ class Progress:
     """How far a run is, and the best it has reached."""
 
     step: int = 0
+    sft_step: int = 0  # supervised steps, all of them before step 1
     before: Mapping[str, Any] = field(default_factory=dict)  # the starting model on the test problems
     best: Mapping[str, Any] | None = None  # the evaluation of the best policy, with its step
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps besides the step."""
-        return {"before": self.before, "best": self.best}
+        return {"sft_step": self.sft_step, "before": self.before, "best": self.best}
+
+    @property
+    def total(self) -> int:
+        """Return the steps of both kinds: the number of a checkpoint."""
+        return self.sft_step + self.step
+
+    def named(self) -> str:
+        """Return where the run is, in words."""
+        return f"fine-tuning step {self.sft_step}" if self.sft_step and not self.before else f"step {self.step}"
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. Raises ValueError if that cannot be its value."""
-        before, best = state.get("before"), state.get("best", ...)
-        check_entries({"before": before == {} or is_evaluation(before), "best": best is None or is_evaluation(best)})
-        self.step, self.before, self.best = state["step"], before, best
+        before, best, sft_step = state.get("before"), state.get("best", ...), state.get("sft_step", 0)
+        check_entries(
+            {
+                "sft_step": is_count(sft_step) and sft_step <= state["step"],
+                "before": before == {} or is_evaluation(before),
+                "best": best is None or is_evaluation(best),
+            }
+        )
+        self.step, self.sft_step, self.before, self.best = state["step"] - sft_step, sft_step, before, best
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,19 @@ class RunState:
     grpo: GRPO
     evaluator: Evaluator
     metrics: Metrics
+
+    def why_done(self) -> str | None:
+        """Return why no more steps are due, from what has been reached, or None."""
+        c, step, best = self.config, self.progress.step, self.progress.best
+        if step >= c.num_iterations:
+            return "all steps are done"
+        if c.target_accuracy and best and best["accuracy"] >= c.target_accuracy:
+            return f"validation accuracy reached {c.target_accuracy:g}"
+        evals = [e for e in self.metrics.record["evals"] if e["split"] == "validation"]
+        later = [e for e in evals if best and e["step"] > best["step"]]
+        if c.patience and len(later) >= c.patience:
+            return f"the last {len(later)} evaluations were no better than that of step {best['step']}"
+        return None
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint, unless there is one of this step. All ranks must call this; rank 0 writes."""
@@ -66,7 +95,7 @@ class RunState:
         }
         tensors = {name: learned[name] for name in TENSORS}
         if distributed.is_main_process():
-            checkpoint = Checkpoint(self.progress.step, metrics=self.metrics.state_dict(), state=state, **tensors)
+            checkpoint = Checkpoint(self.progress.total, metrics=self.metrics.state_dict(), state=state, **tensors)
             write_checkpoint(folder, checkpoint)
 
     def restore(self, folder: Path, samples: Samples) -> bool:
@@ -92,10 +121,10 @@ class RunState:
         with _explained(checkpoint):
             self.progress.load_state_dict(state)
             self.evaluator.load_state_dict(state)
-            self.metrics.load_state_dict(checkpoint.metrics, checkpoint.step)
+            self.metrics.load_state_dict(checkpoint.metrics, self.progress.step, self.progress.sft_step)
             self.grpo.load_state_dict(state, keep_limits=same_passes)
-        samples.truncate(checkpoint.step)
-        report.continuing(checkpoint.step, state["threads"], torch.get_num_threads())
+        samples.truncate(self.progress.step)
+        report.continuing(self.progress.named(), state["threads"], torch.get_num_threads())
         return True
 
 

@@ -19,6 +19,7 @@ WRITTEN = (
     "grpo_training_curve.png",
     "grpo_kl_divergence.png",
     "grpo_overview.png",
+    "grpo_sft_curve.png",
 )
 ON_REQUEST = ("grpo_report.html",)  # written by plot_metrics.py about the same run
 LOCK, HOLDER = ".grpo.lock", ".grpo.pid"

@@ -30,6 +30,7 @@ from grpo.runtime import distributed
 from grpo.runtime.atomic_io import name_in_errors
 from grpo.runtime.console import ProgressBar
 from grpo.runtime.device import choose_device, environment, peak_memory, set_deterministic
+from grpo.sft import SupervisedTrainer
 from tasks.base import Task
 from tasks.rewards import parse_rewards
 
@@ -51,11 +52,12 @@ class Trainer:
         set_deterministic(config.deterministic)
         device = distributed.start(choose_device(config.device))
         distributed.check_batch_divisible(config.batch_size, config.shard)
+        if config.sft_steps:
+            distributed.check_batch_divisible(config.sft_batch_size, config.shard, "--sft-batch-size")
         self.lm = load_policy(config, device)
         check_examples_fit(config, self.lm, task)
         self.grpo = GRPO(config, task, self.lm, rewards, device)
-        has_skills = read_card(config.model).get("skills", [])
-        own_skills = {name: skills[name] for name in has_skills if name in skills}
+        own_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
         self.evaluator = Evaluator(config, task, own_skills, self.grpo.capabilities)
         folder = self.folder if distributed.is_main_process() else None  # the other ranks write nothing
         self.metrics = Metrics(folder, config.to_dict(), environment(device, distributed.world_size()))
@@ -73,7 +75,7 @@ class Trainer:
             record = self.metrics.record
             report.introduce(self.config, self.lm, record["environment"], self.grpo.capabilities)
             ended = self._restore()
-            if ended and self._why_done():
+            if ended and self.state.why_done():
                 report.already_finished(self.folder, ended)
                 self._draw(ended)
                 return 0
@@ -84,14 +86,13 @@ class Trainer:
     def _continue(self, interrupts: InterruptHandler) -> None:
         """Train from where the run is to its end, or to a reason to stop."""
         try:
-            self._begin()
-            reason = self._why_done() or self._train(interrupts)
+            reason = self._begin(interrupts) or self.state.why_done() or self._train(interrupts)
         except ValueError:  # out of memory, a broken reward: keep the metrics so far
             self.metrics.write()
             raise
         self._checkpoint()
-        if interrupts.interrupted():
-            report.interrupted(self.folder, self.progress.step, reason)
+        if interrupts.interrupted() or self.progress.best is None:
+            report.interrupted(self.folder, self.progress.named(), reason)
             self.metrics.write()
         else:
             self._finish(reason)
@@ -116,29 +117,60 @@ class Trainer:
                 if progress.step % c.eval_every == 0 or progress.step == c.num_iterations:
                     self._validate()
                 self.slowest = max(self.slowest, time.monotonic() - start)
-                if reason := self._why_done() or interrupts.reason(1.5 * (self.slowest + ending)):
+                if reason := self.state.why_done() or interrupts.reason(1.5 * (self.slowest + ending)):
                     return reason
                 if progress.step % c.save_every == 0:
                     self._checkpoint()
         finally:
             bar.close()
 
-    def _begin(self) -> None:
-        """Before the first step, write a checkpoint to return to, look ahead and measure the starting model."""
+    def _begin(self, interrupts: InterruptHandler) -> str | None:
+        """Before the first step, fine-tune if asked to, look ahead and measure; return a reason to stop, or None."""
         if self.progress.before:
-            return
-        self.evaluator.remember_start(self.lm)
-        self._checkpoint()
+            return None
+        if not self.progress.sft_step:
+            self.evaluator.remember_start(self.lm)
+            self._checkpoint()  # to return to
+        if self.config.sft_steps and (reason := self._fine_tune(interrupts)):
+            return reason
         self._look_ahead()
         self.progress.before = self._test(self.lm, 0)
         self._validate()
+        if self.config.sft_steps:
+            report.show_fine_tuning(self.progress.before, "after")
+        return None
+
+    def _fine_tune(self, interrupts: InterruptHandler) -> str | None:
+        """Take the supervised steps that are left; return a reason to stop, or None, with GRPO to begin from here."""
+        c, progress, record = self.config, self.progress, self.metrics.record
+        steps = SupervisedTrainer(c, self.lm, self.task, self.grpo.update)
+        if record["before_sft"] is None:
+            record["before_sft"] = {"step": 0, "split": "test", **self.evaluator.test(self.lm)}
+        report.show_fine_tuning(record["before_sft"], "before", steps.teaches_working)
+        bar = ProgressBar(progress.sft_step, c.sft_steps, "fine-tuning")
+        try:
+            while progress.sft_step < c.sft_steps:
+                start = time.monotonic()
+                entry = steps.step(progress.sft_step + 1)
+                progress.sft_step += 1
+                self.metrics.add_step(entry, "sft")
+                self.tracker.log(progress.total, entry, "sft/")
+                bar.update(progress.sft_step, {"loss": entry["loss"]})
+                self._stop_if_broken()
+                if progress.sft_step % c.save_every == 0 or progress.sft_step == c.sft_steps:
+                    self._checkpoint()
+                if reason := interrupts.reason(1.5 * (time.monotonic() - start)):
+                    return reason
+        finally:
+            bar.close()
+        self.grpo.begin_here()
+        return None
 
     def _look_ahead(self) -> None:
         """Say what GRPO will have to work with, and at once if that is nothing; train as asked all the same."""
-        self.metrics.record["outlook"], seconds = outlook(self.grpo, self.config)
-        report.show_outlook(
-            self.metrics.record["outlook"], seconds, self.config.num_iterations, peak_memory(self.lm.device)
-        )
+        found, seconds = outlook(self.grpo, self.config)
+        self.metrics.record["outlook"] = found
+        report.show_outlook(found, seconds, self.config.num_iterations, peak_memory(self.lm.device))
         self._diagnose()
 
     def _record(self, entry: dict[str, Any]) -> None:
@@ -147,21 +179,8 @@ class Trainer:
         self.metrics.add_step(entry)
         if self.samples.wants(step):
             self.samples.add(self.rollout.samples(step, GROUPS))
-        self.tracker.log(step, entry)
+        self.tracker.log(self.progress.total, entry)
         self._diagnose()
-
-    def _why_done(self) -> str | None:
-        """Return why no more steps are due, from what has been reached, or None."""
-        c, best = self.config, self.progress.best
-        evals = [e for e in self.metrics.record["evals"] if e["split"] == "validation"]
-        if self.progress.step >= c.num_iterations:
-            return "all steps are done"
-        if c.target_accuracy and best and best["accuracy"] >= c.target_accuracy:
-            return f"validation accuracy reached {c.target_accuracy:g}"
-        later = [e for e in evals if best and e["step"] > best["step"]]
-        if c.patience and len(later) >= c.patience:
-            return f"the last {len(later)} evaluations were no better than that of step {best['step']}"
-        return None
 
     def _finish(self, reason: str) -> None:
         """Measure the saved policy on the test problems, and print what the run reached."""
@@ -175,11 +194,13 @@ class Trainer:
             readme = report.model_card(self.config, progress.best, progress.before, after)
             with name_in_errors(self.saved_model / "README.md"):
                 (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
-        ending = {"step": progress.step, "reason": reason, "peak_memory": peak_memory(device)}
-        self.metrics.record["finished"] = ending
+        self.metrics.record["finished"] = {
+            "step": progress.step,
+            "reason": reason,
+            "peak_memory": peak_memory(device),
+        }
         self.metrics.write()
-        seconds = time.monotonic() - self.launched
-        report.conclude(self.folder, self.metrics.record, seconds, self.task.example)
+        report.conclude(self.folder, self.metrics.record, time.monotonic() - self.launched, self.task.example)
 
     def _stop_if_broken(self) -> None:
         skipped = self.grpo.update.skipped_in_a_row
@@ -187,9 +208,8 @@ class Trainer:
             return
         self._checkpoint()
         raise ValueError(
-            f"the last {skipped} updates had a loss or gradient that is not finite. None was applied: "
-            f"the weights are those of the last good one, {self.saved_model} holds the best policy. Start anew with "
-            "a smaller --learning-rate or a larger --beta"
+            f"the last {skipped} updates had a loss or gradient that is not finite. None was applied: the checkpoint "
+            f"and {self.saved_model} are good. Start anew with a smaller learning rate or a larger --beta"
         )
 
     def _checkpoint(self) -> None:
@@ -235,7 +255,7 @@ class Trainer:
         start = time.perf_counter()
         entry = {"step": step, "split": split, **measure(lm), "time/evaluate": time.perf_counter() - start}
         self.metrics.add_eval(entry)
-        self.tracker.log(self.progress.step, entry, f"{split}/")
+        self.tracker.log(self.progress.total, entry, f"{split}/")
         self._diagnose(aloud=split != "test")  # findings of the last test are in the list that follows it
         return entry
 

@@ -21,7 +21,7 @@ LIGHT = (
     "grpo.runtime.console",
 )  # imported before --help answers
 # what grpo/ may know of tasks/: no concrete task
-ANY_TASK = {"base", "registry", "rewards", "unrelated", "common.prompts"}
+ANY_TASK = {"base", "registry", "rewards", "unrelated", "common.prompts", "common.shots"}
 
 # The folders and files of grpo/ that each may import, besides itself.
 SETTINGS = {"config", "model_card"}
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "plots": {*SETTINGS, "runtime", "record", "algorithm.step_metrics"},
     "run_folder": {*SETTINGS, "runtime"},
     "interrupts": {*SETTINGS, "runtime"},
+    "sft": {*SETTINGS, "runtime", "model", "algorithm"},
     "report": {*SETTINGS, "runtime", "record", "model", "generation", "algorithm", "evaluation"},
 }
 MAY_IMPORT["resume"] = MAY_IMPORT["report"] | {"report"}

@@ -69,6 +69,12 @@ class GRPO:
         self.update = Updater(lm.model, config, packed, self.update_microbatch)
         self.beta = config.beta  # adapted if there is a target for the KL
 
+    def begin_here(self) -> None:
+        """Take the policy as it is for the start: it becomes the reference, and its optimizer is a new one."""
+        if self.reference.frozen is not None:
+            self.reference.sync()
+        self.update.forget()
+
     def step(self, step: int) -> tuple[Rollout, dict[str, Any]]:
         """Take step number `step`, from 1; return its rollout and its metrics."""
         c, clock, updates = scheduled(self.config, step, self.beta), Stopwatch(), []
@@ -99,7 +105,7 @@ class GRPO:
 
         All ranks must call this, to put a sharded model together; only rank 0 gets its tensors.
         """
-        synced = self.reference.frozen is not None and self.config.ref_model_sync_steps
+        synced = self.reference.frozen is not None and (self.config.ref_model_sync_steps or self.config.sft_steps)
         return {
             **self.update.state_dict(),
             "reference": gather_to_rank0(self.reference.state_dict()) if synced else None,

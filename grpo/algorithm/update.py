@@ -1,6 +1,6 @@
 """One inner update: the loss of a rollout, its gradient, and the optimizer's step, if all of it is finite."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -90,7 +90,7 @@ class Updater:
         """Update the policy; return the figures, and the batch with `old_logprobs`, computed by the first update."""
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate
-        with self._gradient_checkpointing():
+        with self.recompute_activations():
             stats, logprobs = self.microbatch.run(
                 inner_update, self.policy, self.optimizer, batch, config, self.packed
             )
@@ -98,6 +98,11 @@ class Updater:
         if batch.old_logprobs is None:  # the policy was still the one that sampled
             batch = replace(batch, old_logprobs=logprobs)
         return stats, batch
+
+    def forget(self) -> None:
+        """Forget the moments of earlier updates, as if there had been none."""
+        self.optimizer.state.clear()
+        self.skipped_in_a_row = 0
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of policy and optimizer. All ranks must call this; only rank 0 gets them."""
@@ -123,7 +128,7 @@ class Updater:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     @contextmanager
-    def _gradient_checkpointing(self) -> Iterator[None]:
+    def recompute_activations(self) -> Iterator[None]:
         """Recompute activations if asked to. That works in train mode only, and sampling in eval mode only."""
         if not self.gradient_checkpointing:
             yield
@@ -163,23 +168,31 @@ def inner_update(
     optimizer.zero_grad(set_to_none=True)
     totals = _accumulate(policy, batch, config, packed, max_rows)
     with oom_is_fatal("the optimizer's step"):
-        sum_gradients(policy.parameters())
-        reduced = (
-            distributed.all_reduce_sum(totals.sums),
-            distributed.all_reduce_min(totals.ratio_min),
-            distributed.all_reduce_max(totals.ratio_max),
-        )
-        norm = full_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm))
-        # one transfer from the device for all of them
-        figures = torch.cat([x.reshape(-1) for x in (*reduced, norm)]).tolist()
-        loss, kl, entropy, clipped, low, high, grad_norm = figures
-        applied = isfinite(loss) and isfinite(grad_norm)
-        if applied:
-            optimizer.step()
+        sums = distributed.all_reduce_sum(totals.sums)
+        low, high = distributed.all_reduce_min(totals.ratio_min), distributed.all_reduce_max(totals.ratio_max)
+        figures, applied = clipped_step(policy, optimizer, config.clip_grad_norm, (sums, low, high))
+    loss, kl, entropy, clipped, low, high, grad_norm = figures
     n, first = batch.sizes.num_tokens, batch.old_logprobs is None
     kl_mean = None if batch.ref_logprobs is None else kl / n
     entropy_mean = entropy / n if first else None
     return UpdateStats(loss, grad_norm, kl_mean, entropy_mean, clipped / n, low, high, applied), totals.logprobs
+
+
+def clipped_step(
+    policy: PreTrainedModel, optimizer: torch.optim.Optimizer, most: float, figures: Sequence[Tensor]
+) -> tuple[list[float], bool]:
+    """Sum the gradient over the ranks, clip its norm to `most`, and apply it if it and the loss are finite.
+
+    `figures` are tensors, the loss first. Returns their numbers and the norm before clipping, and whether it was
+    applied.
+    """
+    sum_gradients(policy.parameters())
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), most))
+    numbers = torch.cat([x.reshape(-1) for x in (*figures, norm)]).tolist()  # one transfer from the device
+    applied = isfinite(numbers[0]) and isfinite(numbers[-1])
+    if applied:
+        optimizer.step()
+    return numbers, applied
 
 
 def _accumulate(policy: PreTrainedModel, batch: Batch, config: TrainConfig, packed: bool, max_rows: int) -> Totals:

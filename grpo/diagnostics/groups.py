@@ -30,7 +30,7 @@ def nothing_to_learn(now: RunSnapshot) -> CheckResult:
     if look["well_formed"] <= HARDLY_ANY:
         return 0.0, text + (
             "Hardly one has the form that the prompt asks for: show it by worked examples in the prompt, --shots 4, "
-            "or take an instruct model."
+            "or teach it first, --sft-steps 50."
         )
     if look["truncated"] >= NEARLY_ALL:
         return 0.0, text

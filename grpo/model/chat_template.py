@@ -61,20 +61,33 @@ def render(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], **option
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return every id that ends a turn: the tokenizer's, the generation config's, and the chat template's own.
 
-    The last is found by rendering an assistant's turn and looking at what follows it: Gemma 3 ends a turn on
-    <end_of_turn>, which is not its EOS.
+    The last is found by rendering an assistant's turn: Gemma 3 ends a turn on <end_of_turn>, which is not its EOS.
     """
-    ids = {tokenizer.eos_token_id}
+    ids = {tokenizer.eos_token_id, template_end_id(tokenizer)}
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids.update(configured if isinstance(configured, list) else [configured])
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def template_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that the chat template puts after an assistant's turn, or else the tokenizer's EOS."""
     said = "c0mpl3ti0n"
     turn = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
     _, found, after = render(tokenizer, turn).rpartition(said)
-    if found:
-        following = tokenizer(after.strip(), add_special_tokens=False)["input_ids"][:1]
-        added = tokenizer.added_tokens_decoder
-        ids.update(i for i in following if i in added and added[i].special)
-    return tuple(sorted(i for i in ids if i is not None))
+    following = tokenizer(after.strip(), add_special_tokens=False)["input_ids"][:1] if found else []
+    added = tokenizer.added_tokens_decoder
+    return next((i for i in following if i in added and added[i].special), tokenizer.eos_token_id)
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of an assistant's turn, with the token that ends it; control tokens in `text` stay text.
+
+    Raises ValueError if the tokenizer has no token that ends a turn.
+    """
+    end = template_end_id(tokenizer)
+    if end is None:
+        raise ValueError("the model's tokenizer has no token that ends a turn, so no completion can be taught")
+    return [*tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], end]
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message]) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.model.chat_template import encode_chat
+from grpo.model.chat_template import encode_chat, encode_completion
 from grpo.model.tokens import left_pad
 from tasks.base import Message
 
@@ -35,6 +35,10 @@ class LanguageModel:
     def encode(self, chats: Sequence[Sequence[Message]]) -> tuple[Tensor, Tensor]:
         """Return the prompts of chats, left-padded: (N, P) ids and bool mask."""
         return left_pad(self.prompts(chats), self.pad_id, self.device)
+
+    def completion(self, text: str) -> list[int]:
+        """Return a completion as token ids, with the token that ends the turn. Control tokens in it stay text."""
+        return encode_completion(self.tokenizer, text)
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, special tokens included."""

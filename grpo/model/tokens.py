@@ -36,6 +36,16 @@ class Tokens:
         )
 
 
+def tokens_of(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> Tokens:
+    """Return the tokens of prompts with one completion each, from lists of ids."""
+    lengths = torch.tensor([len(ids) for ids in completions], device=device)
+    width = int(lengths.max())
+    ids = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in completions], device=device)
+    return Tokens(*left_pad(prompts, pad_id, device), ids, length_mask(lengths, width))
+
+
 def prompts_of(rows: slice, num_generations: int) -> slice:
     """Return the prompts that some group-major rows belong to."""
     return slice(rows.start // num_generations, -(-rows.stop // num_generations))

@@ -34,6 +34,7 @@ from grpo.plots.style import (
 )
 
 CURVE, KL, OVERVIEW = "grpo_training_curve.png", "grpo_kl_divergence.png", "grpo_overview.png"
+SFT = "grpo_sft_curve.png"  # of runs that fine-tune first
 NO_STEPS = "no steps yet"
 
 WIDTH, ROW, HEAD, FOOT, TEXT_LINE = 8.8, 1.6, 0.88, 0.45, 0.165  # inches; a README shows the width as 880 pixels
@@ -45,7 +46,8 @@ NEAR = 0.035  # of the steps: findings closer than this share a label
 
 def draw_all(record: Record, folder: Path) -> list[Path]:
     """Draw the figures of a run into a folder; return their paths."""
-    drawn = ((CURVE, training_curve), (KL, kl_divergence), (OVERVIEW, overview))
+    drawn = [(CURVE, training_curve), (KL, kl_divergence), (OVERVIEW, overview)]
+    drawn += [(SFT, sft_curve)] if record.get("sft") else []
     return [save_figure(draw(record), folder / name) for name, draw in drawn]
 
 
@@ -95,6 +97,25 @@ def kl_divergence(record: Record) -> Figure:
     whole_steps(axes)
     if drawn:
         _legend(axes)
+    return figure
+
+
+def sft_curve(record: Record) -> Figure:
+    """Draw the loss of the supervised steps before GRPO, with the test accuracy before and after them."""
+    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    tests = [e for e in (record.get("before_sft"), *evaluations(record, "test")[:1]) if e]
+    reached = " → ".join(f"{100 * e['accuracy']:.1f}%" for e in tests)
+    figure.suptitle("Supervised steps before GRPO" + (f": test {reached}" if reached else ""), fontsize=12)
+    tidy(axes)
+    supervised = {**record, "steps": record["sft"]}
+    label = _smoothed(supervised, "mean over the step's completion tokens")
+    axes.set_ylabel(f"loss (nats a token{from_zero(axes, column(supervised, 'loss'))})")
+    if line(axes, supervised, "loss", BLUE, label):
+        _legend(axes)
+    else:
+        note(axes, NO_STEPS)
+    axes.set_xlabel("supervised step")
+    whole_steps(axes)
     return figure
 
 

@@ -25,6 +25,7 @@ CAPTIONS = {
     "grpo_overview.png": "Every metric of the run; numbered lines are the findings below",
     "grpo_training_curve.png": "Reward and accuracy",
     "grpo_kl_divergence.png": "KL to the reference",
+    "grpo_sft_curve.png": "Supervised steps before GRPO",
 }
 Cell = str | int | Markup
 

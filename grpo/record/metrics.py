@@ -25,6 +25,8 @@ class Metrics:
             "schema_version": SCHEMA_VERSION,
             "config": config,
             "environment": environment,
+            "before_sft": None,  # the test of the model before supervised steps, if there are any
+            "sft": [],  # an entry for each supervised step
             "outlook": None,  # what a look before the first step found
             "steps": [],
             "evals": [],
@@ -35,25 +37,31 @@ class Metrics:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the outlook, and steps, evaluations and findings so far."""
-        return {name: self.record[name] for name in ("outlook", "steps", "evals", "findings")}
+        names = ("before_sft", "sft", "outlook", "steps", "evals", "findings")
+        return {name: self.record[name] for name in names}
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Restore what `state_dict` returned after `step`. Raises ValueError if that cannot be its value."""
-        steps = state.get("steps")
+    def load_state_dict(self, state: Mapping[str, Any], step: int, sft_step: int = 0) -> None:
+        """Restore what `state_dict` returned after so many steps of each kind.
+
+        Raises ValueError if that cannot be its value.
+        """
+        state = {"before_sft": None, "sft": [], "outlook": None, **state}  # earlier versions had none
+        steps, sft = state.get("steps"), state["sft"]
         check_entries(
             {
-                "outlook": state.get("outlook") is None or is_outlook(state["outlook"]),
+                "before_sft": state["before_sft"] is None or is_evaluation(state["before_sft"]),
+                "sft": is_list_of(is_entry, sft) and [row["step"] for row in sft] == list(range(1, sft_step + 1)),
+                "outlook": state["outlook"] is None or is_outlook(state["outlook"]),
                 "steps": is_list_of(is_entry, steps) and [row["step"] for row in steps] == list(range(1, step + 1)),
                 "evals": is_list_of(is_evaluation, state.get("evals")),
                 "findings": is_list_of(is_finding, state.get("findings")),
             }
         )
-        self.record |= {name: state[name] for name in ("steps", "evals", "findings")}
-        self.record["outlook"] = state.get("outlook")
+        self.record |= {name: state[name] for name in self.state_dict()}
 
-    def add_step(self, entry: dict[str, Any]) -> None:
-        """Append a step; the file follows within a few seconds."""
-        self.record["steps"].append(_finite(entry))
+    def add_step(self, entry: dict[str, Any], kind: str = "steps") -> None:
+        """Append a step, or one of kind "sft"; the file follows within a few seconds."""
+        self.record[kind].append(_finite(entry))
         if time.monotonic() - self._written > WRITE_EVERY:
             self.write()
 

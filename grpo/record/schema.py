@@ -28,6 +28,10 @@ def check_record(record: Any, path: Path) -> None:
         raise ValueError(f"{path} is damaged: it has no 'config'")
     if not is_list_of(is_finding, record.get("findings", [])):
         raise ValueError(f"{path} is damaged: its 'findings' is not a list of texts with a name and a step")
+    if not is_list_of(is_entry, record.get("sft", [])):
+        raise ValueError(f"{path} is damaged: its 'sft' is not a list of entries with a step and numbers")
+    if record.get("before_sft") is not None and not is_evaluation(record["before_sft"]):
+        raise ValueError(f"{path} is damaged: its 'before_sft' is not an evaluation")
     if record.get("outlook") is not None and not is_outlook(record["outlook"]):
         raise ValueError(f"{path} is damaged: its 'outlook' is not a table of shares")
     ending = record.get("finished")

@@ -56,12 +56,12 @@ def paragraph(text: str, indent: int) -> None:
 class ProgressBar:
     """A progress bar on standard error; off a terminal, a plain line now and then."""
 
-    def __init__(self, first: int, total: int) -> None:
-        """Begin after `first` of `total` steps."""
-        self.total = total
+    def __init__(self, first: int, total: int, name: str = "") -> None:
+        """Begin after `first` of `total` steps; `name` says of which kind, if not those of GRPO."""
+        self.total, self.name = total, f"{name} " if name else ""
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(initial=first, total=total, desc="GRPO", unit="step", dynamic_ncols=True)
+            self._bar = tqdm(initial=first, total=total, desc=name or "GRPO", unit="step", dynamic_ncols=True)
         self._started = self._said = time.monotonic()
         self._first = first
 
@@ -79,7 +79,7 @@ class ProgressBar:
             left = duration(rate * (self.total - step))
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             print(
-                f"step {step}/{self.total}  {text}  {rate:.2f} s/step, {left} left",
+                f"{self.name}step {step}/{self.total}  {text}  {rate:.2f} s/step, {left} left",
                 file=sys.stderr,
                 flush=True,
             )

@@ -57,14 +57,14 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def check_batch_divisible(batch_size: int, sharded: bool) -> None:
+def check_batch_divisible(batch_size: int, sharded: bool, option: str = "--batch-size") -> None:
     """Raise ValueError if the processes cannot share a step evenly, or if one process alone is to shard."""
     if sharded and world_size() == 1:
         raise ValueError("--shard spreads a model over processes: torchrun --nproc-per-node N train_grpo.py --shard")
     if batch_size % world_size():
         fitting = f"{max(1, batch_size // world_size()) * world_size()}"
         raise ValueError(
-            f"{world_size()} processes cannot share {batch_size} prompts a step evenly; give --batch-size {fitting}"
+            f"{world_size()} processes cannot share {batch_size} prompts a step evenly; give {option} {fitting}"
         )
 
 

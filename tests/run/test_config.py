@@ -11,7 +11,7 @@ from tasks.common.prompts import STYLES
 from tasks.registry import TASKS
 
 FIELDS = {f.name: f for f in fields(TrainConfig)}
-GROUPS = {"Model", "Task", "Algorithm", "Variants and schedules", "Evaluation and output"}
+GROUPS = {"Model", "Task", "Algorithm", "SFT before GRPO", "Variants and schedules", "Evaluation and output"}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -45,7 +45,7 @@ def test_a_configuration_cannot_be_changed_and_is_plain_json():
 
 def test_the_inheritable_settings_leave_out_place_model_and_seed():
     passed = TrainConfig(seed=3, output_dir="here", num_generations=4).inheritable_settings()
-    left_out = {"model", "device", "deterministic", "cuda_graphs", "shard", "seed", "data", "track"}
+    left_out = {"model", "device", "deterministic", "cuda_graphs", "shard", "seed", "data", "track", "sft_steps"}
     assert set(FIELDS) - set(passed) == left_out | {"output_dir", "time_limit"}
     assert passed["num_generations"] == 4
 

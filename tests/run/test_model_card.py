@@ -5,8 +5,9 @@ from dataclasses import fields
 
 import pytest
 
-from grpo.config import TrainConfig
-from grpo.model_card import CARD, STARTER, model_folder, read_card, resolve
+from grpo import model_card
+from grpo.config import NOT_INHERITED, TrainConfig
+from grpo.model_card import CARD, RECIPES, STARTER, model_folder, read_card, recipe_of, resolve
 from tasks.common.prompts import STYLE_TOKENS, STYLES
 
 FIELDS = {f.name: f for f in fields(TrainConfig)}
@@ -51,12 +52,43 @@ def test_the_starter_is_the_default_and_brings_settings_of_its_own():
     config = resolve({})
     assert config.model == "starter"
     assert config == resolve({"model": "starter"})
-    own = json.loads((STARTER / CARD).read_text(encoding="utf-8"))["settings"]
+    own = json.loads((RECIPES / "starter.json").read_text(encoding="utf-8"))["settings"]
     assert own
     assert {name: getattr(config, name) for name in own} == own
     assert resolve({"num_iterations": 2}).num_iterations == 2
     assert model_folder("starter") == STARTER
     assert read_card("starter")["settings"] == own
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.json")), ids=lambda path: path.stem)
+def test_a_recipe_is_for_the_models_it_names_and_the_command_line_overrides_it(path):
+    recipe = json.loads(path.read_text(encoding="utf-8"))
+    assert set(recipe) == {"models", "settings", "tried"}
+    assert path.stem in recipe["models"]
+    assert recipe["tried"]  # what else was, with figures
+    assert not set(recipe["settings"]) & set(NOT_INHERITED)
+    for model in recipe["models"]:
+        assert recipe_of(model) == path
+        config = resolve({"model": model})
+        assert {name: getattr(config, name) for name in recipe["settings"]} == recipe["settings"]
+        assert resolve({"model": model, "num_iterations": 3}).num_iterations == 3
+        assert resolve({"model": model, "prompt_style": "think"}).max_new_tokens == STYLE_TOKENS["think"]
+
+
+def test_a_folder_has_no_recipe(tmp_path):
+    model = folder_with_card(tmp_path / "smollm2", {"settings": {"batch_size": 3}})
+    assert recipe_of(model) is None
+    assert resolve({"model": model}).batch_size == 3
+
+
+def test_a_setting_that_does_not_go_with_those_of_the_recipe_is_refused_in_one_line(tmp_path, monkeypatch):
+    recipe = {"models": ["some/model"], "settings": {"warmup_steps": 5, "num_iterations": 9}, "tried": []}
+    (tmp_path / "some.json").write_text(json.dumps(recipe), encoding="utf-8")
+    monkeypatch.setattr(model_card, "RECIPES", tmp_path)
+    assert resolve({"model": "some/model"}).warmup_steps == 5
+    with pytest.raises(ValueError, match=r"warmup_steps is 5.*some\.json") as caught:
+        resolve({"model": "some/model", "num_iterations": 3})
+    assert "\n" not in str(caught.value)
 
 
 def test_a_models_card_does_not_say_which_model_it_is_or_where_to_write(tmp_path):

@@ -21,8 +21,17 @@ def test_the_time_of_a_run_by_hand():
             {"time/sample": 1.5, "time/update": 3.0, "time/save": 0.25, "time/total": 2.0, "tokens": 300},
         ],
         "evals": [{"time/evaluate": 4.0}, {}],
+        "sft": [{"time/total": 5.0}, {"time/total": 7.0}],
     }
-    phases = {"sampling": 2.5, "reference": 0.5, "update": 6.0, "reward mine": 2.0, "evaluation": 4.0, "saving": 0.25}
+    phases = {
+        "fine-tuning": 12.0,
+        "sampling": 2.5,
+        "reference": 0.5,
+        "update": 6.0,
+        "reward mine": 2.0,
+        "evaluation": 4.0,
+        "saving": 0.25,
+    }
     assert seconds_by_phase(record) == phases
     assert tokens_per_second(record) == pytest.approx(40)
 

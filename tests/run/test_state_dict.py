@@ -93,13 +93,31 @@ def assert_refused(owner, load_state, state, entry):
 # --- progress ---
 
 PROGRESS = {"step": 2, "before": EVALUATION, "best": EVALUATION}
+START = {"step": 0, "before": {}, "best": None}
 
 
-@pytest.mark.parametrize("state", [PROGRESS, {"step": 0, "before": {}, "best": None}], ids=["later", "at the start"])
-def test_progress_is_restored(state):
+@pytest.mark.parametrize(
+    ("state", "step", "sft_step"),
+    [
+        (PROGRESS, 2, 0),  # of before there were supervised steps
+        (START, 0, 0),
+        (START | {"step": 3, "sft_step": 3}, 0, 3),
+        (PROGRESS | {"step": 9, "sft_step": 4}, 5, 4),
+    ],
+    ids=["later", "at the start", "in supervised steps", "after them"],
+)
+def test_progress_is_restored(state, step, sft_step):
+    # a checkpoint counts the steps of both kinds
     progress = Progress()
     progress.load_state_dict(through_json(state))
-    assert {"step": progress.step, **progress.state_dict()} == state
+    assert (progress.step, progress.sft_step, progress.total) == (step, sft_step, state["step"])
+    assert {"step": progress.total, **progress.state_dict()} == {"sft_step": 0, **state}
+
+
+@pytest.mark.parametrize("value", [-1, 3, 0.5, "1", None, [1]])
+def test_more_supervised_steps_than_steps_are_refused_by_name(value):
+    with pytest.raises(ValueError, match="sft_step"):
+        Progress().load_state_dict(PROGRESS | {"sft_step": value})
 
 
 @pytest.mark.parametrize("entry", ["before", "best"])
@@ -156,7 +174,17 @@ METRICS = {"steps": [{"step": 1, "kl": None}, {"step": 2, "kl": 0.5}], "evals": 
 def test_metrics_are_restored():
     metrics = Metrics(None, {}, {})
     metrics.load_state_dict(through_json(METRICS), 2)
-    assert metrics.state_dict() == {"outlook": None, **METRICS}  # a run of before there was one
+    # a run of before there was an outlook, or supervised steps
+    assert metrics.state_dict() == {"before_sft": None, "sft": [], "outlook": None, **METRICS}
+
+
+def test_the_supervised_steps_are_restored():
+    metrics, state = Metrics(None, {}, {}), METRICS | {"before_sft": EVALUATION, "sft": [{"step": 1, "loss": 2.0}]}
+    metrics.load_state_dict(through_json(state), 2, 1)
+    assert metrics.state_dict() == {"outlook": None, **state}
+    for name, value in (("sft", []), ("sft", [{"step": 2}]), ("sft", {}), ("before_sft", 3), ("before_sft", {})):
+        with pytest.raises(ValueError, match=name):
+            metrics.load_state_dict(state | {name: value}, 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 import train_grpo
 from grpo.config import OLD_NAMES
-from grpo.model_card import STARTER, read_card, resolve
+from grpo.model_card import read_card, resolve
 from grpo.record import checkpoint
 from grpo.record.checkpoint import FOLDER, MANIFEST, newest_checkpoint
 from grpo.record.metrics import load_metrics
@@ -39,6 +39,9 @@ VALID = {
     "prompt_style": "think",
     "system_prompt": "Say it.",
     "shots": 2,
+    "sft_steps": 3,
+    "sft_batch_size": 5,
+    "sft_learning_rate": 2e-5,
     "reward": ("exact=1", "length=-0.5"),
     "num_iterations": 7,
     "batch_size": 3,
@@ -162,7 +165,7 @@ def test_a_bad_value_of_an_old_option_is_refused_by_name(tmp_path):
 
 
 def test_the_card_of_an_earlier_version_is_understood(resolved, tmp_path):
-    settings = read_card(str(STARTER))["settings"]
+    settings = read_card("starter")["settings"]
     a_model(tmp_path / "old", settings={**settings, **SYNCED_AND_MASKED})
     config, said = resolved("--model", "old")
     assert (config.ref_model_sync_steps, config.mask_truncated_completions) == (1, True)

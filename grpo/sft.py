@@ -1,0 +1,96 @@
+"""Supervised fine-tuning (SFT) before GRPO: steps on ideal completions of training problems (`--sft-steps`).
+
+For base models, and for models that do not write the form that the task asks for: where no completion earns a reward,
+GRPO has nothing to compare.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo.algorithm.schedules import learning_rate_at
+from grpo.algorithm.update import Updater, clipped_step
+from grpo.config import TrainConfig
+from grpo.model.language_model import LanguageModel
+from grpo.model.logprobs import completion_logprobs
+from grpo.model.tokens import Tokens, tokens_of
+from grpo.runtime import distributed
+from grpo.runtime.device import autocast
+from grpo.runtime.microbatch import AdaptiveMicrobatch, oom_is_fatal, split_microbatches
+from grpo.runtime.stopwatch import Stopwatch
+from tasks.base import Message, Task
+from tasks.common.shots import solved_problem
+
+WARM_UP = 0.1  # of the steps
+LOOKED_AT = 64  # training problems
+
+
+@dataclass(frozen=True)
+class SupervisedTrainer:
+    """The steps before GRPO: `trainer.step(step)` is a function of the policy, the seed and the step."""
+
+    config: TrainConfig
+    lm: LanguageModel
+    task: Task
+    update: Updater  # of GRPO; its optimizer is lent to these steps
+
+    @property
+    def teaches_working(self) -> bool:
+        """Return whether a training problem, of some, has a working to teach besides its answer."""
+        return any(self.task.training_problem(self.config.seed, -1, row).working for row in range(LOOKED_AT))
+
+    @cached_property
+    def microbatch(self) -> AdaptiveMicrobatch:
+        """Return the limit of rows in a pass."""
+        return AdaptiveMicrobatch("fine-tuning", self.config.sft_batch_size, 1, self.config.shard)
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Take step number `step`, from 1; return its metrics."""
+        c, clock, model, update = self.config, Stopwatch(), self.lm.model, self.update
+        rate = learning_rate_at(step, c.sft_steps, c.sft_learning_rate, round(WARM_UP * c.sft_steps), "linear")
+        for group in update.optimizer.param_groups:
+            group["lr"] = rate
+        with clock("total"):
+            tokens = supervised_tokens(self.lm, *self.batch(step))
+            counted = int(tokens.completion_mask.sum())
+            own = tokens.slice_rows(distributed.local_slice(c.sft_batch_size))
+            with update.recompute_activations():
+                loss = self.microbatch.run(supervised_gradient, model, own, counted, update.packed)
+            with oom_is_fatal("the optimizer's step"):
+                total = distributed.all_reduce_sum(loss)
+                (loss, norm), applied = clipped_step(model, update.optimizer, c.clip_grad_norm, (total,))
+        update.skipped_in_a_row = 0 if applied else update.skipped_in_a_row + 1
+        figures = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": counted}
+        return {"step": step, **figures, "time/total": clock.seconds["total"]}
+
+    def batch(self, step: int) -> tuple[list[list[Message]], list[str]]:
+        """Return chats and ideal completions of a step, on problems that no step of GRPO draws."""
+        rows = range(self.config.sft_batch_size)
+        solved = [solved_problem(self.task, self.config.seed, -1 - step, row) for row in rows]
+        return [self.task.messages(problem.question) for problem, _ in solved], [text for _, text in solved]
+
+
+def supervised_tokens(lm: LanguageModel, chats: Sequence[Sequence[Message]], completions: Sequence[str]) -> Tokens:
+    """Return the tokens of chats with one completion each, in the form of those that GRPO samples."""
+    return tokens_of(lm.prompts(chats), [lm.completion(text) for text in completions], lm.pad_id, lm.device)
+
+
+def supervised_gradient(model: PreTrainedModel, tokens: Tokens, counted: int, packed: bool, max_rows: int) -> Tensor:
+    """Leave the gradient of the mean of -log p, nats, in the model; return that mean.
+
+    It is over `counted` tokens of completions: those of all ranks. At most `max_rows` rows are run at a time.
+    """
+    model.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=tokens.completion_ids.device)
+    for rows in split_microbatches(len(tokens.completion_ids), 1, max_rows):
+        with autocast(total.device):
+            logprobs, _ = completion_logprobs(model, tokens.slice_rows(rows), 1.0, packed=packed)  # 0 on padding
+        loss = -logprobs.sum() / counted
+        loss.backward()
+        total += loss.detach()
+    return total
