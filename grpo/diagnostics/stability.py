@@ -12,6 +12,9 @@ KL_SPIKE, KL_SPIKE_LEAST = 10.0, 0.5  # times the median before it; and nats a t
 SPIKE_COMPLETIONS = 32  # that a KL is the mean of, as one rare token is no spike
 BEFORE_BLOCKS, BEFORE_STEPS = 7, 20  # that come before a spike at least: a fast start is none
 ENTROPY_LEFT, ENTROPY_LEAST = 0.35, 0.08  # of the first steps' entropy; and nats a token
+ALIKE = (
+    0.75  # of the groups are tied where completions no longer differ; working that is copied has no entropy either
+)
 STILL_WRONG = 0.8  # a policy this accurate may be sure of itself
 GROWN, GROWN_ANYHOW, GROWN_TOKENS = 4.0, 10.0, 20  # times the first length; the same if accuracy rose; tokens
 MOSTLY, NEARLY_EVERY = 0.5, 0.95  # of completions
@@ -55,12 +58,16 @@ def kl_spike(now: RunSnapshot) -> CheckResult:
 def entropy_collapsed(now: RunSnapshot) -> CheckResult:
     """The policy no longer tries anything, and is not right either."""
     first, last, right = now.mean("entropy", first=True), now.mean("entropy"), now.mean("accuracy")
+    tied = now.mean("tied_groups_fraction")
     if not (last < ENTROPY_LEAST and last < ENTROPY_LEFT * first and upper_bound(right, now.groups()) < STILL_WRONG):
+        return None
+    if not tied >= ALIKE:
         return None
     return last, (
         f"The entropy collapsed: {last:.3f} nats a token, {first:.3f} at first, with {percent(right)} of the "
-        "completions right. All completions of a group are the same, so nothing better can be found. Lower "
-        "--learning-rate, raise --beta or --temperature, or try --epsilon-high 0.28."
+        f"completions right and {percent(tied)} of the groups tied. All completions of a group are the same, so "
+        "nothing better can be found. Lower --learning-rate, raise --beta or --temperature, or try --epsilon-high "
+        "0.28."
     )
 
 

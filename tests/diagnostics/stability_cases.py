@@ -10,11 +10,17 @@ SICK_AND_WELL = {
         [{"steps": {"kl": every(50, 0.4, 0.001)}}, {"steps": {"kl": lambda step: step / 100}}],
     ),
     "entropy_collapsed": (
-        {"steps": {"entropy": 0.003, "accuracy": 0.3}, "first": 20},
+        {"steps": {"entropy": 0.003, "accuracy": 0.3, "tied_groups_fraction": 0.9}, "first": 20},
         [
-            {"steps": {"entropy": 0.003, "accuracy": 0.95}, "first": 20},  # sure, and right
-            {"steps": {"entropy": 0.1, "accuracy": 0.3}, "first": 20},
-            {"steps": {"entropy": 0.003, "accuracy": 0.3}},  # as it was from the start
+            # of a real model whose working copies most tokens: it went on to learn
+            {"steps": {"entropy": 0.045, "accuracy": 0.49, "tied_groups_fraction": 0.6}, "first": 20},
+            {
+                "steps": {"entropy": 0.003, "accuracy": 0.95, "tied_groups_fraction": 0.9},
+                "first": 20,
+            },  # sure, and right
+            {"steps": {"entropy": 0.1, "accuracy": 0.3, "tied_groups_fraction": 0.9}, "first": 20},
+            # as it was from the start
+            {"steps": {"entropy": 0.003, "accuracy": 0.3, "tied_groups_fraction": 0.9}},
         ],
     ),
     "length_growing": (

@@ -116,6 +116,19 @@ def _fall(name: str, start: float, end: float) -> Callable[[Row, float], None]:
     return lambda row, done: row.update({name: start + (end - start) * min(1, 4 * done)})
 
 
+def _all_alike(end: float) -> Callable[[Row, float], None]:
+    """Let the entropy fall to `end`, and the completions of a group become the same, right or wrong."""
+
+    def edit(row: Row, done: float) -> None:
+        _fall("entropy", 0.5, end)(row, done)
+        tied, right = row["tied_groups_fraction"], row["accuracy"]
+        tied += (0.97 - tied) * min(1, 4 * done)
+        row.update(tied_groups_fraction=tied)
+        row.update(tied_all_right_fraction=tied * right, tied_all_wrong_fraction=tied * (1 - right))
+
+    return edit
+
+
 def _evals(**figures: Any) -> Callable[[Setting, int], Record]:
     """Return a run whose evaluations after the start show these figures."""
 
@@ -182,7 +195,7 @@ ILLNESSES: dict[str, tuple[Callable[[Setting, int], Record], Callable[[Setting, 
         _edited(lambda row, done: row.update(kl=0.01 if row["step"] % 32 or done < 0.15 else 40.0)),
         _edited(lambda row, done: row.update(kl=0.01 if row["step"] % 32 or done < 0.15 else 2.0)),
     ),
-    "entropy_collapsed": (_edited(_fall("entropy", 0.5, 0.03), FLAT), _edited(_fall("entropy", 0.5, 0.06), FLAT)),
+    "entropy_collapsed": (_edited(_all_alike(0.03), FLAT), _edited(_all_alike(0.06), FLAT)),
     "length_growing": (_edited(_grow(20), FLAT), _edited(_grow(5), FLAT)),
     "truncated": (_changed(FLAT, truncated_fraction=0.8), _changed(FLAT, truncated_fraction=0.55)),
     "never_ends": (_changed(FLAT, truncated_fraction=1.0), _changed(FLAT, truncated_fraction=0.96)),

