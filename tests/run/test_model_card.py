@@ -71,7 +71,7 @@ def test_a_recipe_is_for_the_models_it_names_and_the_command_line_overrides_it(p
         assert recipe_of(model) == path
         config = resolve({"model": model})
         assert {name: getattr(config, name) for name in recipe["settings"]} == recipe["settings"]
-        assert resolve({"model": model, "num_iterations": 3}).num_iterations == 3
+        assert resolve({"model": model, "num_iterations": 30}).num_iterations == 30
         assert resolve({"model": model, "prompt_style": "think"}).max_new_tokens == STYLE_TOKENS["think"]
 
 
