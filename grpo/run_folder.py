@@ -19,9 +19,9 @@ WRITTEN = (
     "grpo_training_curve.png",
     "grpo_kl_divergence.png",
     "grpo_overview.png",
-    "grpo_sft_curve.png",
 )
-ON_REQUEST = ("grpo_report.html",)  # written by plot_metrics.py about the same run
+# written by some runs, and by plot_metrics.py about the same run
+ON_REQUEST = ("grpo_sft_curve.png", "grpo_report.html")
 LOCK, HOLDER = ".grpo.lock", ".grpo.pid"
 EARLIER = "earlier_runs"
 

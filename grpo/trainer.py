@@ -209,7 +209,7 @@ class Trainer:
         self._checkpoint()
         raise ValueError(
             f"the last {skipped} updates had a loss or gradient that is not finite. None was applied: the checkpoint "
-            f"and {self.saved_model} are good. Start anew with a smaller learning rate or a larger --beta"
+            f"and {self.saved_model} are good. Start anew with a smaller --learning-rate or a larger --beta"
         )
 
     def _checkpoint(self) -> None:

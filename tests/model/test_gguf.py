@@ -67,7 +67,6 @@ def test_a_run_killed_in_a_step_continues_to_the_same_bits(smollm2, tmp_path, mo
     model = copy.deepcopy(smollm2.model)
     del model.model.layers[2:]
     model.config.num_hidden_layers = 2
-    model.config.layer_types = model.config.layer_types[:2]
     save(tmp_path / "m", replace(smollm2, model=model), {}, "")
     settings = {"shots": 2, "num_generations": 2, "num_iterations": 2, "eval_problems": 2, "learning_rate": 1e-4}
     reward = tmp_path / "length.py"
