@@ -48,6 +48,7 @@ def start(device: torch.device) -> torch.device:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    barrier()  # one that refuses a setting and ends while another still joins would cut it off
     return device
 
 

@@ -7,10 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import peft  # noqa: F401, once, not in every fork
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
@@ -91,6 +93,17 @@ def assert_same_run(one, other):
     for name in ("reward_mean", "accuracy", "tokens", "completion_length", "tied_groups_fraction"):
         assert [row[name] for row in first["steps"]] == [row[name] for row in second["steps"]], name
     assert [row["accuracy"] for row in first["evals"]] == [row["accuracy"] for row in second["evals"]]
+
+
+def test_two_processes_fine_tune_as_one_does(model, alone, tmp_path):
+    first = {"sft_steps": 4, "sft_batch_size": 6, "sft_learning_rate": 1e-3, "num_iterations": 2}
+    one = alone(**first)
+    train_in_two(model, tmp_path / "run", **first)
+    assert largest_difference(one, tmp_path / "run") < SAME
+    losses = [[entry["loss"] for entry in load_metrics(run)["sft"]] for run in (one, tmp_path / "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][-1] < losses[0][0]
+    assert_same_run(one, tmp_path / "run")
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
@@ -226,6 +239,25 @@ def test_settings_that_cannot_be_shared_out_are_refused_in_one_line(settings, wo
     for status, _, said in ends:
         assert status == 1
         assert word in said
+        assert said.count("\n") == 1
+
+
+def test_a_process_that_joins_late_is_told_the_mistake_too(model, tmp_path, monkeypatch):
+    true_init = dist.init_process_group
+
+    def late(*args, **kwargs):
+        true_init(*args, **kwargs)
+        time.sleep(1)
+        dist.distributed_c10d._get_default_store().add("joined", 1)  # asks rank 0, as joining does to its end
+
+    def before(rank):
+        if rank == 1:
+            monkeypatch.setattr(dist, "init_process_group", late)
+
+    settings = arguments(model, tmp_path / "run", batch_size=1)
+    for status, _, said in [f.wait() for f in together(train_grpo.main, settings, before=before)]:
+        assert status == 1
+        assert "--batch-size 2" in said
         assert said.count("\n") == 1
 
 
