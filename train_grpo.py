@@ -68,7 +68,7 @@ def main(ctx: click.Context, fresh: bool, **settings: Any) -> None:
     """Train a small instruct model with GRPO, on arithmetic or another task.
 
     The defaults shown are the published ones, for models of the Hub. The starter has settings of its own,
-    kept in its grpo.json; a run prints what it resolved.
+    kept in grpo/recipes; a run prints what it resolved.
     """
     launched = time.monotonic()
     given = with_deprecated(

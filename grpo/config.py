@@ -28,7 +28,7 @@ MOST_TOKENS = 10**6  # of a completion: no model has so many positions, and memo
 # from anywhere, so it can name no file either
 NOT_INHERITED = (
     *("model", "device", "deterministic", "cuda_graphs", "shard", "seed", "output_dir", "time_limit", "track"),
-    "sft_steps",
+    "sft_steps",  # its model has been through them
     *(name for name, option in task_options().items() if not option.inheritable),
 )
 # settings that decide nothing about what is learned from a step

@@ -141,6 +141,8 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: s
     _say_times(record)
     say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, {samples.FILE_NAME}, and as pictures")
     say("  grpo_overview.png, grpo_training_curve.png, grpo_kl_divergence.png (plot_metrics.py --html: a page)")
+    if record.get("sft"):
+        say("  and grpo_sft_curve.png")
     where = "" if folder == Path() else f" --model {folder / SAVED_MODEL}"
     say(f'Next: python inference.py{where} --compare "{example}"')
 

@@ -69,7 +69,7 @@ class SupervisedTrainer:
         return {"step": step, **figures, "time/total": clock.seconds["total"]}
 
     def batch(self, step: int) -> tuple[list[list[Message]], list[str]]:
-        """Return chats and ideal completions of a step, on problems that no step of GRPO draws."""
+        """Return chats and ideal completions of a step; GRPO draws by step numbers from 1, these by negative ones."""
         rows = range(self.config.sft_batch_size)
         solved = [solved_problem(self.task, self.config.seed, -1 - step, row) for row in rows]
         return [self.task.messages(problem.question) for problem, _ in solved], [text for _, text in solved]

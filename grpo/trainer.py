@@ -135,9 +135,9 @@ class Trainer:
             return reason
         self._look_ahead()
         self.progress.before = self._test(self.lm, 0)
-        self._validate()
         if self.config.sft_steps:
             report.show_fine_tuning(self.progress.before, "after")
+        self._validate()
         return None
 
     def _fine_tune(self, interrupts: InterruptHandler) -> str | None:

