@@ -182,7 +182,7 @@ def complete(
     from grpo.model.loading import load
     from grpo.runtime.device import choose_device
 
-    lm = load(name, choose_device(device))
+    lm = load(name, choose_device(device), card.get("settings", {}).get("precision", "auto"))
     system = card.get("system_prompt") or system_prompt(
         card.get("prompt_style", "answer"), card.get("kind", "integer")
     )
@@ -197,14 +197,14 @@ def sampled(lm: "LanguageModel", prompts: Sequence[Sequence[int]], limit: int, s
     """Return random completions of each prompt."""
     from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
     from grpo.model.tokens import left_pad
-    from grpo.runtime.device import autocast
+    from grpo.runtime.precision import autocast
 
     generator = Generator(lm.model)
     params = SamplingParams(limit, lm.end_ids, sampling.samples, sampling.temperature)
     texts = []
     for number, prompt in enumerate(prompts):
         uniforms = sampling_uniforms(sampling.seed, number, sampling.samples, limit)
-        with autocast(lm.device):
+        with autocast(lm.model):
             completions = generator(*left_pad([prompt], lm.pad_id, lm.device), params, uniforms)
         texts.append(lm.decode(completions.rows(with_end=False)))
     return texts

@@ -17,6 +17,7 @@ from tasks.registry import DEFAULT_TASK, TASKS, task_options
 SFT, VARIANTS, OUTPUT = "SFT before GRPO", "Variants and schedules", "Evaluation and output"
 GROUPS = ("Model", "Task", "Algorithm", SFT, VARIANTS, OUTPUT)  # in the order of --help
 DEVICES = ("auto", "cuda", "mps", "cpu")
+PRECISIONS = ("auto", "float32", "bfloat16")
 # the choices of a variant; each is one function in algorithm/loss.py or algorithm/advantages.py
 AVERAGES, RATIOS, SCALES = ("completion", "token", "constant"), ("token", "sequence"), ("group", "batch", "none")
 KL_ESTIMATORS = ("k3", "k3-corrected")
@@ -33,8 +34,9 @@ NOT_INHERITED = (
 )
 # settings that decide nothing about what is learned from a step
 CHANGEABLE_ON_RESUME = (
-    *("device", "deterministic", "cuda_graphs", "gradient_checkpointing", "micro_batch_size", "num_iterations"),
-    *("output_dir", "save_every", "shard", "show_every", "track", "time_limit", "patience", "target_accuracy"),
+    *("device", "precision", "deterministic", "cuda_graphs", "gradient_checkpointing", "micro_batch_size"),
+    *("num_iterations", "output_dir", "save_every", "shard", "show_every", "track", "time_limit"),
+    *("patience", "target_accuracy"),
 )
 OLD_NAMES = {
     "refresh_reference_every": "ref_model_sync_steps",
@@ -64,6 +66,9 @@ class TrainConfig(TaskOptions):
 
     model: str = setting("starter", "Model", "starter (bundled), smollm2, a Hub id, a folder, or a GGUF file")
     device: str = setting("auto", "Model", "device to compute on; auto takes cuda, then mps, then cpu", None, DEVICES)
+    precision: str = setting(
+        "auto", "Model", "of passes; auto: bfloat16 where the device multiplies it faster", None, PRECISIONS
+    )
     deterministic: bool = setting(
         False, "Model", "compute the same bits each time on CUDA too, which is slower there"
     )

@@ -29,6 +29,7 @@ def introduce(
     where = environment["device"]
     if lm.device.type == "cpu":
         where = f"cpu, {environment['threads']} threads"
+    where += f", {environment['precision']}"
     if environment["processes"] > 1:
         where = f"{environment['processes']} processes, each {where}"
     if config.model == "starter":

@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from grpo import report
 from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.outlook import check_examples_fit, outlook
@@ -30,6 +28,7 @@ from grpo.runtime import distributed
 from grpo.runtime.atomic_io import name_in_errors
 from grpo.runtime.console import ProgressBar
 from grpo.runtime.device import choose_device, environment, peak_memory, set_deterministic
+from grpo.runtime.precision import precision
 from grpo.sft import SupervisedTrainer
 from tasks.base import Task
 from tasks.rewards import parse_rewards
@@ -60,7 +59,8 @@ class Trainer:
         own_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
         self.evaluator = Evaluator(config, task, own_skills, self.grpo.capabilities)
         folder = self.folder if distributed.is_main_process() else None  # the other ranks write nothing
-        self.metrics = Metrics(folder, config.to_dict(), environment(device, distributed.world_size()))
+        where = environment(device, precision(self.lm.model), distributed.world_size())
+        self.metrics = Metrics(folder, config.to_dict(), where)
         self.samples = Samples(folder)
         self.tracker = Tracker(config.track if distributed.is_main_process() else "none")
         self.progress = Progress()
@@ -186,7 +186,7 @@ class Trainer:
         """Measure the saved policy on the test problems, and print what the run reached."""
         device, progress = self.lm.device, self.progress
         del self.grpo, self.lm, self.state  # policy, reference and optimizer make room
-        best = load(str(self.saved_model), torch.device("cpu") if self.config.shard else device)
+        best = load(str(self.saved_model), device, self.config.precision, self.config.shard)
         if self.config.shard:
             distributed.shard(best.model, device)
         after = self._test(best, progress.best["step"])

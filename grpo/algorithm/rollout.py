@@ -16,8 +16,8 @@ from grpo.generation.sampling import Completions, Generator, SamplingParams, con
 from grpo.model.language_model import LanguageModel
 from grpo.model.tokens import Tokens, shared_beginning
 from grpo.runtime import distributed
-from grpo.runtime.device import autocast
 from grpo.runtime.microbatch import AdaptiveMicrobatch
+from grpo.runtime.precision import autocast
 from grpo.runtime.stopwatch import Stopwatch
 from tasks.base import Problem, Reward, Task
 from tasks.rewards import RewardFunction, score
@@ -173,7 +173,7 @@ class RolloutSampler:
         self, problems: Sequence[Problem], uniforms: Tensor, config: TrainConfig, clock: Stopwatch, max_rows: int
     ) -> ScoredGroups:
         """Sample and score a group for each problem."""
-        with clock("sample"), autocast(self.lm.device):
+        with clock("sample"), autocast(self.lm.model):
             prompt_ids, prompt_mask = self.lm.encode([self.task.messages(p.question) for p in problems])
             params = SamplingParams(
                 config.max_new_tokens, self.lm.end_ids, config.num_generations, config.temperature

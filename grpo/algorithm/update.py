@@ -17,9 +17,9 @@ from grpo.model.lora import trainable
 from grpo.model.tokens import Tokens
 from grpo.runtime import distributed
 from grpo.runtime.console import suppress_warnings
-from grpo.runtime.device import autocast
 from grpo.runtime.distributed import distribute_like, full_tensor, gather_to_rank0, local_tensor, sum_gradients
 from grpo.runtime.microbatch import AdaptiveMicrobatch, oom_is_fatal, split_microbatches
+from grpo.runtime.precision import autocast
 
 WATCHED = 10_000  # weights that `watched_weights` copies
 
@@ -208,7 +208,7 @@ def _accumulate(policy: PreTrainedModel, batch: Batch, config: TrainConfig, pack
     for rows in split_microbatches(batch.advantages.shape[0], batch.tokens.num_generations, max_rows):
         micro = batch.slice_rows(rows)
         mask = micro.tokens.completion_mask
-        with autocast(device):
+        with autocast(policy):
             logprobs, entropy = completion_logprobs(
                 policy, micro.tokens, config.temperature, packed=packed, entropy=first
             )

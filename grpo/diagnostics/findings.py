@@ -48,9 +48,11 @@ def _check(now: RunSnapshot, known: Collection[str]) -> list[Finding]:
 
 
 def _end(record: Mapping[str, Any]) -> RunSnapshot:
-    evals, device = record["evals"], (record.get("environment") or {}).get("device", "")
+    evals, where = record["evals"], record.get("environment") or {}
+    # earlier versions did not write the precision: they took bfloat16 on some cards, and never on a CPU
+    precision = where.get("precision") or ("float32" if where.get("device") == "cpu" else "bfloat16")
     validation, tests = ([e for e in evals if e.get("split") == split] for split in ("validation", "test"))
-    return RunSnapshot(record["config"], record["steps"], validation, tests, device, record.get("outlook"))
+    return RunSnapshot(record["config"], record["steps"], validation, tests, precision, record.get("outlook"))
 
 
 def _snapshots(record: Mapping[str, Any]) -> Iterator[RunSnapshot]:

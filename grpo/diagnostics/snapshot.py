@@ -27,7 +27,7 @@ class RunSnapshot:
     steps: Sequence[Row]
     evals: Sequence[Row]  # of validation
     tests: Sequence[Row]
-    device: str = ""
+    precision: str = "float32"  # of passes
     outlook: Row | None = None  # what a look before the first step found
 
     @property

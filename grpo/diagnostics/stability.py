@@ -221,7 +221,7 @@ def _distance(now: RunSnapshot) -> float:
 def sampler_gap(now: RunSnapshot) -> CheckResult:
     """The policy that is scored is not the one that sampled."""
     gap = now.mean("sampler_gap")
-    limit = GAP_FLOAT32 if now.device == "cpu" else GAP_BF16
+    limit = GAP_FLOAT32 if now.precision == "float32" else GAP_BF16
     if not gap >= limit:
         return None
     return gap, (

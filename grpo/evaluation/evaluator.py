@@ -17,8 +17,8 @@ from grpo.generation.sampling import Generator, SamplingParams, sampling_uniform
 from grpo.model.language_model import LanguageModel
 from grpo.model.tokens import common_prefix_length, left_pad
 from grpo.runtime.checks import check_entries, is_count
-from grpo.runtime.device import autocast
 from grpo.runtime.microbatch import AdaptiveMicrobatch
+from grpo.runtime.precision import autocast
 from tasks.base import Attempt, Problem, Task
 from tasks.unrelated import QUESTIONS
 
@@ -150,7 +150,7 @@ class Evaluator:
             prompts = lm.prompts([self.task.messages(p.question) for p in some])
             shares = self.capabilities.supports_common_prefix and len(prompts) > 1
             prefix = common_prefix_length(prompts) if shares else 0
-            with autocast(lm.device):
+            with autocast(lm.model):
                 padded = left_pad(prompts, lm.pad_id, lm.device)
                 completions = generator(*padded, params, torch.cat(uniforms), max_rows, prefix)
             texts = lm.decode(completions.rows(with_end=False))

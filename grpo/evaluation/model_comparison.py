@@ -39,7 +39,7 @@ def measure(
     found: list[Measured] = []
     start = None
     for name in names:
-        lm = load(name, choose_device(config.device))
+        lm = load(name, choose_device(config.device), config.precision)
         evaluator = Evaluator(config, task, skills if split == "test" else {}, ModelCapabilities.probe(lm, task))
         evaluations = evaluator.by_name(lm, split)
         pass_at_k = evaluator.pass_at_k(lm, split).get("pass_at_k", {})

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from grpo.model.packed_attention import enable
-from grpo.model.prefix_attention import CommonPrefix
+from grpo.model.attention.common_prefix import CommonPrefix
+from grpo.model.attention.packed import enable
 from grpo.model.tokens import position_ids
 from grpo.runtime.microbatch import is_unsupported
 
@@ -185,8 +185,11 @@ class CudaGraphDecoder:
         self.model, self.graph, self.done = model, None, 0
         # full layers for sliding windows too: the mask that the model builds has the window
         self.cache = Cache(layers=[StaticLayer(max_cache_len=mask.shape[1] + columns) for _ in cache.layers])
-        for i, layer in enumerate(cache.layers):
-            self.cache.update(*(x.repeat_interleave(repeats, 0) for x in (layer.keys, layer.values)), i)
+        for i, (layer, static) in enumerate(zip(cache.layers, self.cache.layers, strict=True)):
+            keys, values = (x.repeat_interleave(repeats, 0) for x in (layer.keys, layer.values))
+            static.lazy_initialization(keys, values)
+            static.values = static.values.to(values.dtype)  # under autocast that of the keys is another
+            self.cache.update(keys, values, i)
         self.position = mask.sum(-1, keepdim=True)  # (B, 1), of the next token
         self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], columns)], 1)  # (B, P + columns)
         self.tokens = torch.zeros_like(self.position)  # (B, 1)

@@ -29,6 +29,7 @@ from grpo.model.lora import add_adapter, four_bits
 from grpo.model.saving import SENTENCEPIECE
 from grpo.model_card import PACKAGED, model_folder
 from grpo.runtime.console import printable
+from grpo.runtime.precision import set_precision
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 GGUF_PACKAGES = ("gguf>=0.10", "accelerate>=1.0")  # what transformers needs to read a GGUF file
@@ -115,20 +116,24 @@ class HubSource:
         return f"cannot load model {name} of the Hugging Face Hub: {_reason(error)}"
 
 
-def load(name: str, device: torch.device, **quantization: Any) -> LanguageModel:
+def load(
+    name: str, device: torch.device, precision: str = "float32", sharded: bool = False, **quantization: Any
+) -> LanguageModel:
     """Load "starter", "smollm2", a folder, a GGUF file or a Hub model: float32, eval mode, all dropout switched off.
 
-    `quantization` is that of `grpo.model.lora.four_bits`, if any. Raises ValueError, in one line, if the model cannot
-    be loaded or cannot be asked anything.
+    `precision` is that of passes, see `grpo.runtime.precision`; `sharded`: the model stays on the CPU, for its shards
+    go to `device` later; `quantization` is that of `grpo.model.lora.four_bits`, if any. Raises ValueError, in one
+    line, if the model cannot be loaded or cannot be asked anything.
     """
     model, tokenizer = _source_of(name).load(**quantization)
     note = ensure_chat_template(tokenizer)
-    model = (model if quantization else model.to(device)).eval()
+    model = (model if quantization or sharded else model.to(device)).eval()
     ends = end_of_turn_ids(model, tokenizer)
     if not ends:
         raise ValueError(f"model {name} names no token that ends a turn; completions would never end")
     pad = tokenizer.pad_token_id
     pad = ends[0] if pad is None else pad
+    set_precision(model, precision, device)
     return LanguageModel(model, tokenizer, ends, pad, (note,) if note else (), switch_off_dropout(model))
 
 
@@ -240,5 +245,5 @@ def switch_off_dropout(model: PreTrainedModel) -> dict[str, float]:
 def load_policy(config: TrainConfig, device: torch.device) -> LanguageModel:
     """Load the model to train, with its adapter if the settings ask for one; on the CPU if it is to be sharded."""
     quantization = four_bits(device) if config.load_in_4bit else {}
-    lm = load(config.model, torch.device("cpu") if config.shard else device, **quantization)
+    lm = load(config.model, device, config.precision, config.shard, **quantization)
     return replace(lm, model=add_adapter(lm.model, config)) if config.lora_rank else lm

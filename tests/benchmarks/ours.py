@@ -6,7 +6,8 @@ from statistics import fmean
 import torch
 
 from grpo.algorithm.grpo import GRPO
-from grpo.runtime.device import autocast
+from grpo.model.language_model import LanguageModel
+from grpo.runtime.precision import precision
 from tests.benchmarks.flops import Dimensions, update_flops
 from tests.benchmarks.work import Channel, Spec, record
 
@@ -14,12 +15,10 @@ SQUARE = 2048
 PHASES = {"sampling": "time/sample", "reward": "time/reward", "scoring": "time/reference"}
 
 
-def rate(rows: int, columns: int, out: int, device: torch.device, seconds: float = 0.3) -> float:
+def rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
     """Operations a second of the fastest (rows, columns) × (columns, out) product in `seconds`."""
-    a, b = torch.randn(rows, columns, device=device), torch.randn(out, columns, device=device)
-    with autocast(device):
-        product = (a @ b.T).dtype  # bfloat16 where the passes of training are
-    a, b = a.to(product), b.to(product)
+    rows, columns, out = shape
+    a, b = torch.randn(rows, columns, device=device).to(dtype), torch.randn(out, columns, device=device).to(dtype)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -30,11 +29,12 @@ def rate(rows: int, columns: int, out: int, device: torch.device, seconds: float
     return 2 * rows * columns * out / best
 
 
-def rates(of: Dimensions, rows: int, device: torch.device) -> dict[str, float]:
-    """The machine's rate on each of the model's own shapes, with the rows of a pass, and on a large square."""
+def rates(of: Dimensions, rows: int, lm: LanguageModel) -> dict[str, float]:
+    """The machine's rate in the precision of training: on the model's own shapes, and on a large square."""
+    dtype = getattr(torch, precision(lm.model))
     shapes = [(rows, *matrix) for matrix in dict.fromkeys(of.matrices)]
     shapes += [(rows, of.hidden, of.vocabulary), (SQUARE, SQUARE, SQUARE)]
-    return {"×".join(map(str, shape)): rate(*shape, device) for shape in shapes}
+    return {"×".join(map(str, shape)): rate(shape, dtype, lm.device) for shape in shapes}
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
                 )
             )
         # after the answer has its memory: the matrices must not count
-        channel.answer(order, **({"rates": rates(of, rows, lm.device)} if order.get("rates") else {}))
+        channel.answer(order, **({"rates": rates(of, rows, lm)} if order.get("rates") else {}))
 
 
 if __name__ == "__main__":

@@ -17,16 +17,15 @@ import transformers
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo.runtime.device import autocast
+from grpo.runtime.precision import precision
 from tasks.base import Problem
 from tasks.rewards import score
 from tests.benchmarks.work import NEVER, Channel, Spec, record
 
 
-def settings(spec: Spec, folder: str) -> GRPOConfig:
+def settings(spec: Spec, folder: str, half: bool) -> GRPOConfig:
     """The same algorithm (objective, sizes, optimizer), and nothing on that costs time and is not asked for."""
     c, size = spec.config, spec.size
-    half = not isinstance(autocast(torch.device(spec.device)), nullcontext)  # as this project does on that device
     return GRPOConfig(
         output_dir=folder,
         # the work
@@ -164,7 +163,7 @@ def main() -> None:
         trainer = GRPOTrainer(
             model=lm.model,  # in float32; it loads its reference in the same type
             reward_funcs=reward,
-            args=settings(spec, folder),
+            args=settings(spec, folder, half=precision(lm.model) == "bfloat16"),
             train_dataset=Dataset.from_list(rows),
             processing_class=lm.tokenizer,
         )

@@ -115,7 +115,7 @@ class Spec:
 
     def language_model(self) -> LanguageModel:
         """The policy before training, in float32."""
-        lm = load(self.model, choose_device(self.device))
+        lm = load(self.model, choose_device(self.device), self.config.precision)
         return replace(lm, end_ids=(NEVER,)) if self.size.prompt else lm
 
 

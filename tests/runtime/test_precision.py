@@ -1,0 +1,99 @@
+"""The precision of passes: who decides it, and what it changes."""
+
+import copy
+
+import pytest
+import torch
+
+from grpo.model.loading import load
+from grpo.model.logprobs import completion_logprobs
+from grpo.model_card import resolve
+from grpo.runtime import precision as module
+from grpo.runtime.precision import autocast, precision, set_precision
+from tests.helpers.models import ragged_tokens, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def product(model) -> torch.dtype:
+    """Return the type of a product in a pass of the model."""
+    with autocast(model):
+        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_passes_are_in_the_precision_that_is_asked_for_and_so_are_those_of_a_copy(name):
+    model = tiny_model("llama")
+    set_precision(model, name, CPU)
+    for each in (model, copy.deepcopy(model)):
+        assert precision(each) == name
+        assert product(each) == getattr(torch, name)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_model_that_was_never_asked_is_in_float32():
+    assert precision(tiny_model("llama")) == "float32"
+    assert product(tiny_model("llama")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("has_instructions", "is_faster", "expected"),
+    [(True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")],
+)
+def test_auto_on_a_cpu_asks_the_cpu_and_a_trial(has_instructions, is_faster, expected, monkeypatch):
+    monkeypatch.setattr(module, "cpu_multiplies_bfloat16", lambda: has_instructions)
+    monkeypatch.setattr(module, "_faster_in_bfloat16", lambda outputs, inputs: is_faster)
+    model = tiny_model("llama")
+    set_precision(model, "auto", CPU)
+    assert precision(model) == expected
+    set_precision(model, "auto", torch.device("mps"))
+    assert precision(model) == "float32"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")]
+)
+def test_auto_on_cuda_asks_the_card(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model = tiny_model("llama")
+    set_precision(model, "auto", torch.device("cuda"))
+    assert precision(model) == expected
+
+
+def test_the_trial_is_of_the_largest_layer_but_the_output(monkeypatch):
+    model, tried = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 6), torch.nn.Linear(6, 100)), []
+    monkeypatch.setattr(module, "cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(module, "_faster_in_bfloat16", lambda *shape: tried.append(shape) or True)
+    set_precision(model, "auto", CPU)
+    assert tried == [(6, 8)]
+
+
+def test_the_trial_measures_both():
+    assert module._faster_in_bfloat16(64, 32) in (True, False)
+
+
+def test_the_starter_stays_in_float32_and_so_does_what_is_trained_from_it():
+    config = resolve({"model": "starter"})
+    assert config.precision == "float32"
+    assert config.inheritable_settings()["precision"] == "float32"
+    assert precision(load("starter", CPU, config.precision).model) == "float32"
+    assert resolve({"model": "no/such-model"}).precision == "auto"
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt2"])
+def test_in_bfloat16_log_probabilities_and_gradients_differ_by_its_rounding_alone(kind, packed, monkeypatch):
+    monkeypatch.setattr("grpo.model.tokens.SHARED_FROM", 2)
+    tokens, found = ragged_tokens((9, 7, 12), common_prefix=4), {}
+    for name in ("float32", "bfloat16"):
+        model = tiny_model(kind)
+        set_precision(model, name, CPU)
+        with autocast(model):
+            logprobs, entropy = completion_logprobs(model, tokens, 1.0, packed=packed, entropy=True)
+        assert logprobs.dtype == entropy.dtype == torch.float32
+        logprobs.sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found[name] = logprobs.detach(), entropy, gradient
+    for a, b in zip(found["float32"], found["bfloat16"], strict=True):
+        difference = ((a - b).norm() / a.norm()).item()
+        assert 0 < difference < 0.1  # bfloat16 has 8 bits: each of many roundings is off by at most 0.4%
