@@ -233,7 +233,7 @@ def test_files_and_functions_stay_short_enough_to_audit(module):
 
 
 # the signatures that transformers calls
-CALLED_BY_TRANSFORMERS = {("grpo.model.packed_attention", "packed_attention")}
+CALLED_BY_TRANSFORMERS = {("grpo.model.attention.packed", "packed_attention")}
 
 
 @pytest.mark.parametrize("module", [module for module in SOURCES if module not in SCRIPTS])

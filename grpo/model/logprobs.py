@@ -7,15 +7,17 @@ once, the rest of each prompt once, at most S + N · (P - S) + B · C tokens ins
 the fallback for models that do not support packing.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from grpo.model.packed_attention import Layout, enable
+from grpo.model.attention.layout import Layout
+from grpo.model.attention.packed import enable
+from grpo.model.output_layer import CHUNK, fused_logprobs
 from grpo.model.tokens import Tokens, position_ids, shared_beginning
-
-CHUNK = 2**24  # logits held in float32 at a time: 64 MiB
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -34,11 +36,11 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 
 def _token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    logits = _scaled(logits, temperature)
+    logits = scaled(logits, temperature)
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
+def scaled(logits: Tensor, temperature: float) -> Tensor:
     """Return logits / temperature in float32, without a pass over them to divide by 1."""
     return logits.float() if temperature == 1 else logits.float() / temperature
 
@@ -49,36 +51,61 @@ def token_entropy(logits: Tensor, temperature: float) -> Tensor:
     rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
     parts = []
     for some in logits.split(rows):
-        p = _scaled(some, temperature).softmax(-1)
+        p = scaled(some, temperature).softmax(-1)
         parts.append(torch.special.entr(p).sum(-1))  # 0 for a token of probability 0, whose logit may be -inf
     return torch.cat(parts)
 
 
-def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Return logits of the first completion tokens, one a prompt (N, V), and of the other real tokens (M, V)."""
-    enable(model)
+def packed_inputs(tokens: Tokens) -> dict[str, Any]:
+    """Return what a model is called with to score completions: one row, of which the last N + M tokens are read."""
     ids, prompts, inputs = tokens.completion_ids[:, :-1], tokens.prompt_mask, tokens.completion_mask[:, 1:]
     common = shared_beginning(tokens.prompt_ids, prompts)
     layout = Layout.of(prompts.sum(-1), inputs.sum(-1), common)
     n, positions = len(prompts), position_ids(prompts)  # (N, P)
     beginning = prompts & (positions < common)  # of all prompts, (N, P); that of the first is taken
     own = (prompts & ~beginning)[:, :-1]
-    starts = layout.prompt_lengths.repeat_interleave(tokens.num_generations)[:, None]
+    starts = prompts.sum(-1).repeat_interleave(tokens.num_generations)[:, None]
     own_positions = starts + torch.arange(ids.shape[1], device=ids.device)  # (B, C - 1)
     # in the order of the layout; prompts are left-padded, so the last column has the last token of each
     input_ids, packed_positions = (
         [of_prompts[0][beginning[0]], of_prompts[:, :-1][own], of_prompts[:, -1], of_completions[inputs]]
         for of_prompts, of_completions in ((tokens.prompt_ids, ids), (positions, own_positions))
     )
-    out = model(
-        input_ids=torch.cat(input_ids)[None],
-        position_ids=torch.cat(packed_positions)[None],
-        attention_mask=ids.new_zeros(1, 1, 1, 1),  # ignored; with it the model builds no mask of its own
-        use_cache=False,
-        logits_to_keep=n + len(input_ids[-1]),
-        layout=layout,
-    )
-    first, rest = out.logits[0].split([n, len(input_ids[-1])])
+    return {
+        "input_ids": torch.cat(input_ids)[None],
+        "position_ids": torch.cat(packed_positions)[None],
+        "attention_mask": ids.new_zeros(1, 1, 1, 1),  # ignored; with it the model builds no mask of its own
+        "use_cache": False,
+        "logits_to_keep": n + len(input_ids[-1]),
+        "layout": layout,
+    }
+
+
+def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Return logits of the first completion tokens, one a prompt (N, V), and of the other real tokens (M, V)."""
+    enable(model)
+    return _first_and_rest(model(**packed_inputs(tokens)).logits, tokens)
+
+
+def _packed_scores(model: PreTrainedModel, tokens: Tokens, temperature: float) -> tuple[Tensor, Tensor] | None:
+    """Return log-probabilities and entropies of the tokens to score, (B + M,), without logits of all in memory.
+
+    None where `fused_logprobs` cannot or need not do that.
+    """
+    enable(model)
+    ids, real = tokens.completion_ids, tokens.completion_mask[:, 1:]
+
+    def rows(hidden: Tensor) -> Tensor:
+        first, rest = _first_and_rest(hidden, tokens)
+        return torch.cat([first.repeat_interleave(tokens.num_generations, 0), rest])
+
+    targets = torch.cat([ids[:, 0], ids[:, 1:][real]])
+    return fused_logprobs(model, lambda: packed_inputs(tokens), rows, targets, temperature)
+
+
+def _first_and_rest(read: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Split what is read of a packed row, (1, N + M, …), into that of the prompts and of the completions."""
+    first, rest = read[0].tensor_split([len(tokens.prompt_ids)])
     return first, rest
 
 
@@ -107,6 +134,9 @@ def completion_logprobs(
     None. Both are 0 on padding.
     """
     ids, mask = tokens.completion_ids, tokens.completion_mask
+    if packed and (scores := _packed_scores(model, tokens, temperature)):
+        logprobs, entropies = (_columns(*x.tensor_split([len(ids)]), mask) for x in scores)
+        return logprobs, entropies if entropy else None
     if packed:
         first, rest = packed_logits(model, tokens)
         first, rest_ids = first.repeat_interleave(tokens.num_generations, 0), ids[:, 1:][mask[:, 1:]]

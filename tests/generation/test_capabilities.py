@@ -13,7 +13,7 @@ from transformers import (
 
 from grpo.generation import decoding
 from grpo.generation.capabilities import ModelCapabilities, supports_cache_expansion, supports_packing
-from grpo.model import packed_attention
+from grpo.model.attention import packed as packed_attention
 from grpo.model.loading import load
 from grpo.model.logprobs import completion_logprobs
 from tasks.arithmetic import Arithmetic
@@ -38,7 +38,7 @@ def test_these_models_support_packing_and_one_that_sees_other_tokens_falls_back(
     model, tokens = tiny_model(kind), ragged_tokens((9, 12))
     assert supports_packing(model, tokens.prompt_ids, tokens.prompt_mask)
     true_of = packed_attention.Layout.of
-    monkeypatch.setattr(packed_attention.Layout, "of", lambda prompts, inputs: true_of(prompts.flip(0), inputs))
+    monkeypatch.setattr(packed_attention.Layout, "of", lambda prompts, *more: true_of(prompts.flip(0), *more))
     assert not supports_packing(model, tokens.prompt_ids, tokens.prompt_mask)
     assert model.config._attn_implementation == "sdpa"
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo.model import logprobs, packed_attention
+from grpo.model import logprobs
 from grpo.model import tokens as tokens_module
+from grpo.model.attention import packed as packed_attention
 from grpo.model.logprobs import completion_logprobs, token_entropy, token_logprobs
 from grpo.model.tokens import shared_beginning
 from tests.helpers.models import ragged_tokens, tiny_model

@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from grpo.generation.capabilities import supports_packing
-from grpo.model import packed_attention as module
+from grpo.model.attention import packed as module
+from grpo.model.attention.layout import Layout
+from grpo.model.attention.packed import disable, enable, packed_attention
 from grpo.model.logprobs import completion_logprobs
-from grpo.model.packed_attention import Layout, disable, enable, packed_attention
 from tests.helpers.models import ragged_tokens, tiny_model
 
 MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=2)  # what transformers' own attention asks of a module
@@ -36,7 +37,8 @@ def by_loop(query, key, value, layout, window):
     for row, c in enumerate(layout.completion_lengths.tolist()):
         group = row // layout.num_generations
         p = int(layout.prompt_lengths[group])
-        seen = layout.prompt_index[group, :p].tolist() + own[row][:c]
+        s = layout.common_prefix
+        seen = [*range(s), *(s + i for i in layout.prompt_index[group, :p].tolist() + own[row][:c])]
         for last, token in enumerate(seen):
             keys = seen[max(0, last + 1 - window) : last + 1]
             for head in range(HEADS):
@@ -72,14 +74,18 @@ def test_the_masks_of_a_window_by_hand():
 def test_a_layout_with_a_common_beginning_by_hand():
     # prompts xyab and xyc, completions of 1 and 2 inputs: the row is x y | a | b c | A C C
     layout = a_layout((4, 3), (1, 2), common=2)
-    assert layout.prompt_index[0].tolist() == [0, 1, 2, 3]
-    assert layout.prompt_index[1, :3].tolist() == [0, 1, 4]
-    assert layout.completion_index[0, 0] == 5
-    assert layout.completion_index[1].tolist() == [6, 7]
+    assert layout.prompt_lengths.tolist() == [2, 1]  # all else is about the row after x y
+    assert layout.prompt_index[0].tolist() == [0, 1]
+    assert layout.prompt_index[1, 0] == 2
+    assert layout.completion_index[0, 0] == 3
+    assert layout.completion_index[1].tolist() == [4, 5]
     maps = layout.maps(1)
-    assert maps.from_prompts.tolist() == [0, 1, 2, 3, 6]  # x y once, from the first prompt
-    assert sorted(maps.prompt_padding.tolist()) == [4, 5, 7]
-    assert maps.copies.tolist() == [[4, 5]]
+    assert maps.from_prompts.tolist() == [0, 1, 2]
+    assert maps.prompt_padding.tolist() == [3]
+    assert layout.beginning_bias(None, 1) is None
+    # a window of 3 tokens: a sees x and y, b only y; c as a; A is the fifth token, the first C the fourth
+    seen = layout.beginning_bias(3, 1)[0] == 0
+    assert seen.int().tolist() == [[1, 1], [0, 1], [1, 1], [0, 0], [0, 1], [0, 0]]
 
 
 @pytest.mark.parametrize("scores", [module.SCORES, 0], ids=["in memory", "fused"])

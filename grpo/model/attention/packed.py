@@ -4,14 +4,14 @@ The model is run once on one row of T tokens, so its linear layers see every pro
 all prompts begin with, such as worked examples, they see once for all. Only attention has to know which tokens belong
 together: `packed_attention`, registered with transformers as "shared_prefix", splits queries, keys and values by a
 `Layout`, lets prompts attend to themselves and completions to their prompt and themselves, and joins the results
-again. Without a layout it is transformers' own attention ("sdpa"), so a model can keep it while it samples.
+again. All own tokens attend to a common beginning in one product of matrices. Without a layout it is transformers'
+own attention ("sdpa"), so a model can keep it while it samples.
 
 What did not pay, on one thread at the default sizes: a single autograd function for the whole attention, with a
 backward pass by hand, takes 4% off an update; torch's fused attention adds 13% there, and is as fast as scores in
 memory at 16 completions of 64 on prompts of 150.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,121 +21,15 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from grpo.model.prefix_attention import CommonPrefix
+from grpo.model.attention.common_prefix import CommonPrefix, attend_with_sums
+from grpo.model.attention.layout import IndexMaps, Layout, causal
 
 NAME = "shared_prefix"
 SCORES = 2**21  # attention scores of a layer that may be held in memory, 8 MiB
 # arguments of attention that change nothing in it
 WITHOUT_EFFECT = {"position_ids", "cache_position", "use_cache"}
+Vectors = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
 LAYERS = {"full_attention", "sliding_attention"}
-
-
-@dataclass(frozen=True)
-class IndexMaps:
-    """Indices between a row of T · H vectors, those of a token side by side, and its split form. All (…,) int64."""
-
-    prompts: Tensor  # (N · H · P,) index in the row of each vector of the prompts; any index for padding
-    completions: Tensor  # (B · H · C,) index in the row of each vector of the completions
-    from_prompts: Tensor  # indices in `prompts` of the real vectors, in the order of the row, each once
-    from_completions: Tensor  # indices in `completions` of the real vectors, in the order of the row
-    prompt_padding: Tensor  # indices in `prompts` of all others: padding, and copies of the common beginning
-    completion_padding: Tensor  # indices of padding in `completions`
-    copies: Tensor  # (N - 1, S · H) indices in `prompts` of those copies, each in the order of the row
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The order of a packed row: the S tokens that all prompts begin with, their other tokens but the last of each,
-    those, then the completion tokens.
-
-    In the split form, prompts (N, P) and completions (B, C) are padded on the right, and each prompt has a copy of
-    the common beginning. The last token of a prompt comes with the completions because its logits are needed too: so
-    the tokens whose logits are read are at the end.
-    """
-
-    prompt_lengths: Tensor  # (N,) int64, from 1
-    completion_lengths: Tensor  # (B,) int64, from 0
-    prompt_index: Tensor  # (N, P) int64, index in the row; any index for padding
-    completion_index: Tensor  # (B, C) int64, index in the row; any index for padding
-    common_prefix: int = 0  # S, at most all but the last token of each prompt
-    # computed by one layer, reused by the others
-    _of_layers: dict[Any, Any] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of(cls, prompt_lengths: Tensor, completion_lengths: Tensor, common_prefix: int = 0) -> "Layout":
-        """Make the layout of prompts (N,) and completions (B,), group-major, of these lengths."""
-        p, c, s = prompt_lengths[:, None], completion_lengths[:, None], common_prefix
-        i = torch.arange(int(p.max()), device=p.device)
-        j = torch.arange(max(1, int(c.max())), device=p.device)  # a column of padding where no completion has any
-        own = p - 1 - s  # tokens between the common beginning and the last
-        last = s + own.sum() + torch.arange(len(p), device=p.device)[:, None]
-        prompts = torch.where(i < p - 1, own.cumsum(0) - own + i, last)
-        prompts = torch.where(i < s, i, prompts)
-        completions = torch.where(j < c, last[-1] + 1 + c.cumsum(0) - c + j, 0)
-        return cls(prompt_lengths, completion_lengths, prompts, completions, s)
-
-    def maps(self, heads: int) -> IndexMaps:
-        """Return the indices of the vectors of `heads` heads."""
-        if ("maps", heads) not in self._of_layers:
-            prompts = _index_maps(self.prompt_index, self.prompt_lengths, heads, self.common_prefix)
-            completions = _index_maps(self.completion_index, self.completion_lengths, heads)
-            pairs = zip(prompts, completions, strict=True)
-            copies = torch.arange(len(prompts[0]), device=self.prompt_index.device)
-            copies = copies.view(len(self.prompt_lengths), heads, -1)[1:, :, : self.common_prefix]
-            self._of_layers["maps", heads] = IndexMaps(
-                *(maps for pair in pairs for maps in pair), copies.transpose(1, 2).flatten(1)
-            )
-        return self._of_layers["maps", heads]
-
-    def masks(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """Return the attention masks of prompts (1, 1, P, P) and of completions (B, 1, C, P + C), bool.
-
-        Padding follows all real tokens, so only that of the prompts has to be hidden, from the completions.
-        """
-        if ("masks", window) not in self._of_layers:
-            lengths = self.prompt_lengths.repeat_interleave(self.num_generations)[:, None, None]  # (B, 1, 1)
-            i = torch.arange(self.prompt_index.shape[1], device=lengths.device)
-            j = torch.arange(self.completion_index.shape[1], device=lengths.device)
-            reach = torch.inf if window is None else window
-            to_prompt = (i < lengths) & (lengths + j[:, None] - i < reach)  # (B, C, P)
-            to_itself = _causal(j, reach).expand(len(lengths), -1, -1)
-            masks = _causal(i, reach)[None, None], torch.cat([to_prompt, to_itself], -1)[:, None]
-            self._of_layers["masks", window] = masks
-        return self._of_layers["masks", window]
-
-    def biases(self, window: int | None, heads: int, key_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the masks as addends of scores, 0 or -inf: (1, R · P, P) and (B · K, R · C, P + C), R = H / K."""
-        name = ("biases", window, heads, key_heads, dtype)
-        if name not in self._of_layers:
-            prompts, completions = (
-                torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-                for mask in self.masks(window)
-            )
-            repeats, (rows, _, _, width) = heads // key_heads, completions.shape
-            completions = completions.repeat(1, key_heads, repeats, 1).view(rows * key_heads, -1, width)
-            self._of_layers[name] = prompts[0].repeat(1, repeats, 1), completions
-        return self._of_layers[name]
-
-    @property
-    def num_generations(self) -> int:
-        """G."""
-        return len(self.completion_lengths) // len(self.prompt_lengths)
-
-
-def _causal(i: Tensor, reach: float) -> Tensor:
-    return (i[:, None] >= i) & (i[:, None] - i < reach)
-
-
-def _index_maps(index: Tensor, lengths: Tensor, heads: int, common: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for tokens (M, L) the row index of each of the (M, H, L) vectors, the indices of the real vectors in the
-    order of the row, and those of the others: padding, and the `common` first tokens of all rows but the first."""
-    head = torch.arange(heads, device=index.device)[:, None]
-    maps = (index[:, None] * heads + head).flatten()
-    real = torch.arange(index.shape[1], device=index.device) < lengths[:, None]
-    real[1:, :common] = False
-    real = real[:, None].expand(-1, heads, -1).flatten()
-    own = real.nonzero().squeeze(-1)
-    return maps, own[maps[own].argsort()], (~real).nonzero().squeeze(-1)
 
 
 class _Unpack(torch.autograd.Function):
@@ -155,11 +49,9 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, prompts: Tensor, completions: Tensor) -> tuple[Tensor, None]:
-        """Join their gradients to that of the row; that of the common beginning is the sum over its copies."""
+        """Join their gradients to that of the row."""
         _, heads, length, size = ctx.shape
-        row, copies = _row(prompts, completions, ctx.maps), ctx.maps.copies
-        if copies.numel():
-            row[: copies.shape[1]] += prompts.index_select(0, copies.flatten()).view(*copies.shape, size).sum(0)
+        row = _row(prompts, completions, ctx.maps)
         return row.view(1, length, heads, size).transpose(1, 2), None
 
 
@@ -215,29 +107,63 @@ def packed_attention(
     unknown = {name for name, asked in more.items() if asked is not None and asked is not False} - WITHOUT_EFFECT
     if unknown or dropout or not getattr(module, "is_causal", True):
         raise ValueError(f"no shared prefix with {', '.join(sorted(unknown)) or 'such attention'}")
-    (_, heads, length, size), key_heads = query.shape, key.shape[1]
-    scaling = size**-0.5 if scaling is None else scaling
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if common_prefix is not None:
         return common_prefix.attend(module.layer_idx, query, key, value, attention_mask, scaling), None
+    row = query, key, value
+    if layout.common_prefix:
+        return _attend_tree(module, row, layout, scaling, sliding_window), None
+    return _attend_own(module, row, layout, scaling, sliding_window)[0], None
+
+
+def _attend_tree(module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None) -> Tensor:
+    """Attend over a row that has a common beginning: that to itself, all others to it and to their own tokens."""
+    first, own = zip(*(x.tensor_split([layout.common_prefix], 2) for x in row), strict=True)
+    (_, first_k, first_v), q = first, own[0]
+    mask = None if window is None else causal(torch.arange(layout.common_prefix, device=q.device), window)
+    beginning = _torch_attend(module, *first, mask, scaling)  # (1, H, S, d)
+    key_heads, shape = first_k.shape[1], (1, *q.shape[1:3], -1)
+    bias = layout.beginning_bias(window, q.shape[1] // key_heads)
+    # the R heads of a key are rows of one matrix
+    out, sums = attend_with_sums(q.reshape(key_heads, -1, q.shape[-1]), first_k[0], first_v[0], bias, scaling)
+    own_out, own_sums = _attend_own(module, own, layout, scaling, window, sums=True)
+    share = torch.sigmoid(sums.view(shape).transpose(1, 2) - own_sums)  # of the beginning in the joint softmax
+    joint = torch.lerp(own_out, out.view(shape).transpose(1, 2), share.to(own_out.dtype))
+    return torch.cat([beginning.transpose(1, 2), joint], 1)
+
+
+def _attend_own(
+    module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None, sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attend to the tokens of one's own prompt and completion: (1, T, H, d).
+
+    With `sums`, also return the logarithms of the sums that the softmax divides by, (1, T, H, 1).
+    """
+    (_, heads, length, _), key_heads = row[0].shape, row[1].shape[1]
     maps, key_maps = layout.maps(heads), layout.maps(key_heads)
     (n, p), (b, c) = layout.prompt_index.shape, layout.completion_index.shape
-    of_prompts, of_completions = zip(
-        _Unpack.apply(query, maps), _Unpack.apply(key, key_maps), _Unpack.apply(value, key_maps), strict=True
-    )
-    q, k, v = (x.view(n, -1, p, x.shape[-1]) for x in of_prompts)
-    own_q, own_k, own_v = (x.view(b, -1, c, x.shape[-1]) for x in of_completions)
-    all_k, all_v = (_after_prompts(x, own) for x, own in ((k, own_k), (v, own_v)))
-    if query.device.type == "cpu" and (n * p * p + b * c * (p + c)) * heads <= SCORES:
-        bias, own_bias = layout.biases(sliding_window, heads, key_heads, query.dtype)
+    split = [_Unpack.apply(x, of) for x, of in zip(row, (maps, key_maps, key_maps), strict=True)]
+    q, k, v = (x.view(n, -1, p, x.shape[-1]) for x, _ in split)
+    own_q, own_k, own_v = (x.view(b, -1, c, x.shape[-1]) for _, x in split)
+    all_k, all_v = _after_prompts(k, own_k), _after_prompts(v, own_v)
+    own_sums = None
+    if sums:
+        bias, own_bias = layout.biases(window, heads, key_heads, torch.float32)
+        prompts, of_prompts = attend_with_sums(*_by_key(q, k, v, bias), bias, scaling)
+        completions, of_completions = attend_with_sums(*_by_key(own_q, all_k, all_v, own_bias), own_bias, scaling)
+        own_sums = _Pack.apply(of_prompts.reshape(-1, 1), of_completions.reshape(-1, 1), maps)
+        own_sums = own_sums.view(1, length, heads, 1)
+    elif q.device.type == "cpu" and (n * p * p + b * c * (p + c)) * heads <= SCORES:
+        bias, own_bias = layout.biases(window, heads, key_heads, q.dtype)
         prompts = _attend(q, k, v, bias, scaling)
         completions = _attend(own_q, all_k, all_v, own_bias, scaling)
     else:
-        mask, own_mask = layout.masks(sliding_window)
-        mask = None if sliding_window is None else mask  # causal attention has faster kernels
+        mask, own_mask = layout.masks(window)
+        mask = None if window is None else mask  # causal attention has faster kernels
         prompts = _torch_attend(module, q, k, v, mask, scaling)
         completions = _torch_attend(module, own_q, all_k, all_v, own_mask, scaling)
-    row = _Pack.apply(prompts.reshape(-1, value.shape[-1]), completions.reshape(-1, value.shape[-1]), maps)
-    return row.view(1, length, heads, -1), None
+    out = _Pack.apply(prompts.reshape(-1, v.shape[-1]), completions.reshape(-1, v.shape[-1]), maps)
+    return out.view(1, length, heads, -1), own_sums
 
 
 def _after_prompts(of_prompts: Tensor, own: Tensor) -> Tensor:
@@ -250,12 +176,16 @@ def _after_prompts(of_prompts: Tensor, own: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float) -> Tensor:
     """Attend with scores in memory: q (M, H, L, d), k and v (M, K, S, d), bias (M · K or 1, R · L, S).
 
-    On a CPU this is faster than torch's fused attention for small tensors. The R heads of a key are rows of one
-    matrix.
+    On a CPU this is faster than torch's fused attention for small tensors.
     """
-    q = q.reshape(-1, bias.shape[1], q.shape[-1]) * scaling
-    weights = torch.baddbmm(bias, q, k.flatten(0, 1).transpose(1, 2)).softmax(-1)
-    return weights @ v.flatten(0, 1)
+    q, k, v = _by_key(q, k, v, bias)
+    weights = torch.baddbmm(bias, q * scaling, k.transpose(1, 2)).softmax(-1)
+    return weights @ v
+
+
+def _by_key(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Vectors:
+    """Return queries (M · K, R · L, d), the R heads of a key as rows of one matrix, keys and values (M · K, S, d)."""
+    return q.reshape(-1, bias.shape[1], q.shape[-1]), k.flatten(0, 1), v.flatten(0, 1)
 
 
 def _torch_attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

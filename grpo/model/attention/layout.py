@@ -1,0 +1,133 @@
+"""The order of a packed row, and where its tokens go when prompts and completions are taken apart."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class IndexMaps:
+    """Indices between a row of T · H vectors, those of a token side by side, and its split form. All (…,) int64."""
+
+    prompts: Tensor  # (N · H · P,) index in the row of each vector of the prompts; any index for padding
+    completions: Tensor  # (B · H · C,) index in the row of each vector of the completions
+    from_prompts: Tensor  # indices in `prompts` of the real vectors, in the order of the row, each once
+    from_completions: Tensor  # indices in `completions` of the real vectors, in the order of the row
+    prompt_padding: Tensor  # indices of padding in `prompts`
+    completion_padding: Tensor  # indices of padding in `completions`
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order of a packed row: the S tokens that all prompts begin with, then the own tokens of the prompts but the
+    last of each, those, then the completion tokens.
+
+    In the split form, the own tokens of prompts (N, P) and completions (B, C) are padded on the right. The last token
+    of a prompt comes with the completions because its logits are needed too: so the tokens whose logits are read are
+    at the end. Indices and lengths are those of the row without the common beginning.
+    """
+
+    prompt_lengths: Tensor  # (N,) int64, from 1
+    completion_lengths: Tensor  # (B,) int64, from 0
+    prompt_index: Tensor  # (N, P) int64, index in the row; any index for padding
+    completion_index: Tensor  # (B, C) int64, index in the row; any index for padding
+    common_prefix: int = 0  # S, at most all but the last token of each prompt
+    # computed by one layer, reused by the others
+    _of_layers: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, prompt_lengths: Tensor, completion_lengths: Tensor, common_prefix: int = 0) -> "Layout":
+        """Make the layout of prompts (N,) and completions (B,), group-major, of these lengths."""
+        prompt_lengths = prompt_lengths - common_prefix
+        p, c = prompt_lengths[:, None], completion_lengths[:, None]
+        i = torch.arange(int(p.max()), device=p.device)
+        j = torch.arange(max(1, int(c.max())), device=p.device)  # a column of padding where no completion has any
+        body = p - 1
+        last = body.sum() + torch.arange(len(p), device=p.device)[:, None]
+        prompts = torch.where(i < body, body.cumsum(0) - body + i, last)
+        completions = torch.where(j < c, last[-1] + 1 + c.cumsum(0) - c + j, 0)
+        return cls(prompt_lengths, completion_lengths, prompts, completions, common_prefix)
+
+    def maps(self, heads: int) -> IndexMaps:
+        """Return the indices of the vectors of `heads` heads."""
+        if ("maps", heads) not in self._of_layers:
+            prompts = _index_maps(self.prompt_index, self.prompt_lengths, heads)
+            completions = _index_maps(self.completion_index, self.completion_lengths, heads)
+            pairs = zip(prompts, completions, strict=True)
+            self._of_layers["maps", heads] = IndexMaps(*(maps for pair in pairs for maps in pair))
+        return self._of_layers["maps", heads]
+
+    def beginning_bias(self, window: int | None, repeats: int) -> Tensor | None:
+        """Return what to add to the scores of the own tokens for the common beginning, (1, R · T, S), R = `repeats`.
+
+        None without a sliding window: all of them follow it.
+        """
+        if window is None:
+            return None
+        if ("beginning", window, repeats) not in self._of_layers:
+            own, i = self.prompt_lengths, torch.arange(self.common_prefix, device=self.prompt_index.device)
+            positions = i.new_zeros(int(own.sum() + self.completion_lengths.sum()))
+            starts = own.repeat_interleave(self.num_generations)
+            for index, lengths, first in (
+                (self.prompt_index, own, torch.zeros_like(own)),
+                (self.completion_index, self.completion_lengths, starts),
+            ):
+                columns = torch.arange(index.shape[1], device=i.device)
+                real = columns < lengths[:, None]
+                positions[index[real]] = (self.common_prefix + first[:, None] + columns)[real]
+            seen = positions[:, None] - i < window  # (T, S)
+            bias = torch.zeros(seen.shape, device=i.device).masked_fill_(~seen, -torch.inf)
+            self._of_layers["beginning", window, repeats] = bias.repeat(repeats, 1)[None]
+        return self._of_layers["beginning", window, repeats]
+
+    def masks(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """Return the attention masks of prompts (1, 1, P, P) and of completions (B, 1, C, P + C), bool.
+
+        Padding follows all real tokens, so only that of the prompts has to be hidden, from the completions.
+        """
+        if ("masks", window) not in self._of_layers:
+            lengths = self.prompt_lengths.repeat_interleave(self.num_generations)[:, None, None]  # (B, 1, 1)
+            i = torch.arange(self.prompt_index.shape[1], device=lengths.device)
+            j = torch.arange(self.completion_index.shape[1], device=lengths.device)
+            reach = torch.inf if window is None else window
+            to_prompt = (i < lengths) & (lengths + j[:, None] - i < reach)  # (B, C, P)
+            to_itself = causal(j, reach).expand(len(lengths), -1, -1)
+            masks = causal(i, reach)[None, None], torch.cat([to_prompt, to_itself], -1)[:, None]
+            self._of_layers["masks", window] = masks
+        return self._of_layers["masks", window]
+
+    def biases(self, window: int | None, heads: int, key_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the masks as addends of scores, 0 or -inf: (1, R · P, P) and (B · K, R · C, P + C), R = H / K."""
+        name = ("biases", window, heads, key_heads, dtype)
+        if name not in self._of_layers:
+            prompts, completions = (
+                torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+                for mask in self.masks(window)
+            )
+            repeats, (rows, _, _, width) = heads // key_heads, completions.shape
+            completions = completions.repeat(1, key_heads, repeats, 1).view(rows * key_heads, -1, width)
+            self._of_layers[name] = prompts[0].repeat(1, repeats, 1), completions
+        return self._of_layers[name]
+
+    @property
+    def num_generations(self) -> int:
+        """G."""
+        return len(self.completion_lengths) // len(self.prompt_lengths)
+
+
+def causal(i: Tensor, reach: float) -> Tensor:
+    """Return which of the positions `i` (L,) each of them sees, itself and the `reach` - 1 before it: (L, L) bool."""
+    return (i[:, None] >= i) & (i[:, None] - i < reach)
+
+
+def _index_maps(index: Tensor, lengths: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for tokens (M, L) the row index of each of the (M, H, L) vectors, the indices of the real vectors in the
+    order of the row, and those of padding."""
+    head = torch.arange(heads, device=index.device)[:, None]
+    maps = (index[:, None] * heads + head).flatten()
+    real = torch.arange(index.shape[1], device=index.device) < lengths[:, None]
+    real = real[:, None].expand(-1, heads, -1).flatten()
+    own = real.nonzero().squeeze(-1)
+    return maps, own[maps[own].argsort()], (~real).nonzero().squeeze(-1)

@@ -1,0 +1,149 @@
+"""Log-probabilities of tokens from the hidden states before the output layer, without logits of all tokens in memory.
+
+A small model has a large vocabulary: 49,152 entries at 576 hidden units make the logits of 1,700 tokens 330 MB in
+float32, and a softmax with its gradient passes over them a dozen times. Here output layer, log-softmax and entropy
+are one function with a backward pass by hand: some rows of logits at a time, in the precision of the product, and of
+those a few in float32 that fit into a CPU's cache. The backward pass computes the logits again: a product is cheap
+where reading its result is not.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from transformers import PreTrainedModel
+
+from grpo.runtime.console import say
+
+CHUNK = 2**24  # logits of a product; fewer are held, all at once
+IN_CACHE = 2**19  # logits in float32 on a CPU: 2 MiB
+
+
+_PLAIN: WeakSet[nn.Module] = WeakSet()  # output layers whose logits the model changes afterwards
+
+
+def fused_logprobs(
+    model: PreTrainedModel,
+    inputs: Callable[[], dict[str, Any]],
+    rows: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor] | None:
+    """Return log-probabilities and entropies of `ids`, (M,) each, from a pass over `inputs()`.
+
+    `rows` picks the hidden states to score, (M, D), of those before the output layer. None for an output layer of
+    another kind (an adapter, 4 bits), for a model that changes its logits afterwards (a softcap), and for logits that
+    are few enough to be held.
+    """
+    layer = model.get_output_embeddings()
+    plain = type(layer) is not nn.Linear or "forward" in vars(layer) or layer in _PLAIN
+    if plain or len(ids) * layer.weight.shape[0] <= CHUNK:
+        return None
+    scores: list[Tensor] = []
+    version: list[int] = []  # counts changes in place
+
+    def score(hidden: Tensor) -> Tensor:
+        scores[:] = linear_logprobs(layer, rows(hidden), ids, temperature)
+        version.append(scores[0]._version)
+        return scores[0]
+
+    layer.forward = score  # its hooks, such as those of sharding, stay
+    try:
+        found = model(**inputs()).logits
+    finally:
+        del layer.forward
+    if found is scores[0] and [found._version] == version:
+        return scores[0], scores[1]
+    _PLAIN.add(layer)
+    say("This model changes its logits, so they are all held in memory.")
+    return None
+
+
+def linear_logprobs(layer: nn.Linear, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return log softmax(layer(hidden) / temperature) of `ids`, and the entropy of each row, nats: (M,) float32.
+
+    `hidden` is (M, D), `ids` (M,). The product is in the precision of autocast, all else in float32. The entropy has
+    no gradient.
+    """
+    return _LinearLogprobs.apply(hidden, layer.weight, layer.bias, ids, temperature)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and entropies, (M,)."""
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        ctx.save_for_backward(hidden, weight, bias, ids)
+        ctx.dtype, ctx.temperature = dtype, temperature
+        logprobs, entropies = (torch.zeros(len(ids), device=hidden.device) for _ in range(2))
+        with torch.autocast(kind, enabled=False):
+            for rows, logits in _logits(hidden.to(dtype), weight.to(dtype), bias):
+                for some, block in _blocks(rows, logits, temperature):
+                    p, (top, at) = block.softmax(-1), block.max(-1, keepdim=True)
+                    total = top - p.gather(-1, at).log()  # log of the sum of exp(logits)
+                    logprobs[some] = (block.gather(-1, ids[some, None]) - total).squeeze(-1)
+                    entropies[some] = total.squeeze(-1) - torch.linalg.vecdot(p, block)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of hidden states, weight and bias; `grad` is (M,)."""
+        hidden, weight, bias, ids = ctx.saved_tensors
+        for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
+        x, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        of_hidden = torch.empty_like(x) if for_hidden else None
+        of_weight = torch.zeros_like(weight) if for_weight else None
+        of_bias = torch.zeros_like(bias) if for_bias else None
+        grad = grad / ctx.temperature
+        for rows, logits in _logits(x, w, bias):
+            for some, block in _blocks(rows, logits, ctx.temperature):
+                p = block.softmax(-1).mul_(-grad[some, None])
+                p.scatter_add_(-1, ids[some, None], grad[some, None])
+                logits[some.start - rows.start : some.stop - rows.start] = p  # their gradient, in their place
+            if for_hidden:
+                torch.mm(logits, w, out=of_hidden[rows])
+            if for_weight and logits.dtype == of_weight.dtype:
+                of_weight.addmm_(logits.T, x[rows])
+            elif for_weight:
+                of_weight += logits.T @ x[rows]
+            if for_bias:
+                of_bias += logits.sum(0, dtype=of_bias.dtype)
+        of_hidden = of_hidden.to(hidden.dtype) if for_hidden else None
+        return of_hidden, of_weight, of_bias, None, None
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the logits of some rows after the other, all in the same memory."""
+    size = max(1, CHUNK // len(weight))
+    memory = x.new_empty(min(size, len(x)), len(weight))
+    for start in range(0, len(x), size):
+        rows = slice(start, min(start + size, len(x)))
+        logits = memory[: rows.stop - rows.start]
+        torch.mm(x[rows], weight.T, out=logits)
+        if bias is not None:
+            logits += bias.to(logits.dtype)
+        yield rows, logits
+
+
+def _blocks(rows: slice, logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """Yield logits / temperature of a few rows after the other, in float32."""
+    size = max(1, IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    for start in range(0, len(logits), size):
+        block = logits[start : start + size].float()
+        yield (
+            slice(rows.start + start, rows.start + start + len(block)),
+            (block if temperature == 1 else block / temperature),
+        )

@@ -1,0 +1,215 @@
+"""Output layer, log-softmax and entropy in one, against the plain way in float64; models that it is not for."""
+
+import copy
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grpo.model import output_layer as module
+from grpo.model.logprobs import completion_logprobs
+from grpo.model.output_layer import linear_logprobs
+from grpo.runtime.precision import autocast, set_precision
+from tests.helpers.models import ragged_tokens, tiny_model
+from tests.helpers.zoo import KINDS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[(2**24, 2**19), (40, 20)], ids=["at once", "in chunks of blocks"])
+def sizes(request, monkeypatch):
+    """Set how many logits are in memory; the second is 3 rows of 13 at a time, and one of those in float32."""
+    monkeypatch.setattr(module, "CHUNK", request.param[0])
+    monkeypatch.setattr(module, "IN_CACHE", request.param[1])
+
+
+def a_layer(bias: bool, dtype: torch.dtype) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(6, 13, bias=bias, dtype=dtype)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    hidden = torch.randn(8, 6, generator=generator, dtype=dtype, requires_grad=True)
+    return layer, hidden, torch.randint(13, (8,), generator=generator)
+
+
+def plain(layer, hidden, ids, temperature):
+    """Compute log-probabilities and entropies from all logits."""
+    logp = (layer(hidden) / temperature).log_softmax(-1)
+    return logp.gather(-1, ids[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def test_by_hand():
+    # logits (ln 3, 0) at temperature 1: probabilities 3/4 and 1/4
+    layer = nn.Linear(1, 2, bias=False)
+    layer.weight.data = torch.tensor([[math.log(3.0)], [0.0]])
+    hidden = torch.ones(2, 1, requires_grad=True)
+    logprobs, entropy = linear_logprobs(layer, hidden, torch.tensor([0, 1]), 1.0)
+    torch.testing.assert_close(logprobs, torch.tensor([0.75, 0.25]).log())
+    torch.testing.assert_close(entropy, torch.full((2,), 0.75 * math.log(4 / 3) + 0.25 * math.log(4)))
+    # d log p0 / d logits = (1 - 3/4, -1/4), d log p1 = (-3/4, 1 - 1/4); the sum is what reaches the weights
+    logprobs.sum().backward()
+    torch.testing.assert_close(layer.weight.grad, torch.tensor([[-0.5], [0.5]]))
+    torch.testing.assert_close(hidden.grad, torch.tensor([[0.25], [-0.75]]) * math.log(3))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_and_gradients_are_those_of_the_plain_way(bias, temperature, sizes):
+    layer, hidden, ids = a_layer(bias, torch.float32)
+    precise = copy.deepcopy(layer).double()
+    weights = torch.linspace(-1, 2, len(ids))
+    logprobs, entropy = linear_logprobs(layer, hidden, ids, temperature)
+    expected, expected_entropy = plain(precise, hidden.double(), ids, temperature)
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=1e-5)
+    found = torch.autograd.grad((logprobs * weights).sum(), [hidden, *layer.parameters()])
+    wanted = torch.autograd.grad((expected * weights).sum(), [hidden, *precise.parameters()])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), atol=1e-5, rtol=1e-5)
+    assert not entropy.requires_grad
+
+
+def test_a_token_of_hardly_any_probability_has_a_finite_log_probability():
+    layer = nn.Linear(1, 2, bias=False)
+    layer.weight.data = torch.tensor([[200.0], [0.0]])
+    logprobs, entropy = linear_logprobs(layer, torch.ones(1, 1), torch.tensor([1]), 1.0)
+    assert logprobs.tolist() == [-200.0]
+    assert entropy.tolist() == [0.0]
+
+
+def test_frozen_weights_get_no_gradient(sizes):
+    layer, hidden, ids = a_layer(True, torch.float32)
+    layer.requires_grad_(False)
+    linear_logprobs(layer, hidden, ids, 1.0)[0].sum().backward()
+    assert hidden.grad is not None
+    assert layer.weight.grad is layer.bias.grad is None
+
+
+def test_the_product_is_in_bfloat16_under_autocast_and_the_rest_in_float32(sizes):
+    layer, hidden, ids = a_layer(False, torch.float32)
+    exact = linear_logprobs(layer, hidden, ids, 1.0)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, entropy = linear_logprobs(layer, hidden, ids, 1.0)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert 0 < (logprobs - exact).abs().max() < 0.1
+    logprobs.sum().backward()
+    assert hidden.grad.dtype == layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+def test_a_model_scores_the_same_with_it_and_without(kind, temperature, monkeypatch):
+    model, tokens, found = tiny_model(kind), ragged_tokens((9, 7, 12)), []
+    for chunk in (2**24, 64):  # few logits are held, all at once
+        monkeypatch.setattr("grpo.model.output_layer.CHUNK", chunk)
+        model.zero_grad()
+        logprobs, entropy = completion_logprobs(model, tokens, temperature, entropy=True)
+        (logprobs * torch.linspace(-1, 1, len(logprobs))[:, None]).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((logprobs.detach(), entropy, gradient / gradient.norm()))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Note the most elements of any float32 tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float32:
+                self.most = max(self.most, x.numel())
+        return out
+
+
+def test_logits_of_all_tokens_are_never_in_memory(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 8 * 13)
+    monkeypatch.setattr(module, "IN_CACHE", 2 * 13)
+    layer, _, _ = a_layer(False, torch.float32)
+    hidden = torch.randn(64, 6, requires_grad=True)
+    with Largest() as seen:
+        linear_logprobs(layer, hidden, torch.zeros(64, dtype=torch.long), 1.0)[0].sum().backward()
+    assert seen.most < 64 * 13 / 2
+    with torch.autocast("cpu", torch.bfloat16), Largest() as seen:
+        linear_logprobs(layer, hidden.detach(), torch.zeros(64, dtype=torch.long), 1.0)
+    assert seen.most <= 64 * 6  # the hidden states
+
+
+class Softcapped(nn.Module):
+    """A model that changes its logits, in place or not."""
+
+    def __init__(self, model, in_place):
+        super().__init__()
+        self.model, self.in_place = model, in_place
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name in ("model", "in_place") else getattr(self.model, name)
+
+    def forward(self, **inputs):
+        out = self.model(**inputs)
+        if self.in_place:
+            with torch.no_grad():
+                out.logits.mul_(0.5)
+        else:
+            out.logits = 20 * torch.tanh(out.logits / 20)
+        return out
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_that_changes_its_logits_takes_the_plain_way_and_says_so_once(in_place, monkeypatch, capsys):
+    monkeypatch.setattr("grpo.model.output_layer.CHUNK", 64)
+    model, tokens = Softcapped(tiny_model("llama"), in_place).eval(), ragged_tokens()
+    found = [completion_logprobs(model, tokens, 1.0, packed=packed)[0].detach() for packed in (True, True, False)]
+    for logprobs in found[:2]:
+        torch.testing.assert_close(logprobs, found[2], atol=1e-5, rtol=1e-5)
+    assert capsys.readouterr().out.count("changes its logits") == 1
+
+
+def test_an_output_layer_of_another_kind_takes_the_plain_way(monkeypatch):
+    class Other(nn.Linear):
+        """Such as one with an adapter, or in 4 bits."""
+
+    monkeypatch.setattr("grpo.model.output_layer.CHUNK", 64)
+    model, tokens = tiny_model("llama"), ragged_tokens()
+    before = completion_logprobs(model, tokens, 1.0)[0]
+    model.lm_head.__class__ = Other
+    monkeypatch.setattr("grpo.model.output_layer.linear_logprobs", None)  # calling it would fail
+    torch.testing.assert_close(completion_logprobs(model, tokens, 1.0)[0], before, atol=1e-5, rtol=1e-5)
+
+
+def test_the_layer_is_itself_again_afterwards_even_if_the_pass_fails(monkeypatch):
+    monkeypatch.setattr("grpo.model.output_layer.CHUNK", 64)
+    model, tokens = tiny_model("llama"), ragged_tokens()
+    completion_logprobs(model, tokens, 1.0)
+    assert "forward" not in vars(model.lm_head)
+    monkeypatch.setattr(module, "linear_logprobs", lambda *args: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        completion_logprobs(model, tokens, 1.0)
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_bfloat16_through_the_fused_layer_of_a_model(monkeypatch):
+    monkeypatch.setattr("grpo.model.output_layer.CHUNK", 64)
+    model, tokens = tiny_model("qwen3"), ragged_tokens()
+    exact = completion_logprobs(model, tokens, 1.0)[0]
+    set_precision(model, "bfloat16", CPU)
+    with autocast(model):
+        found = completion_logprobs(model, tokens, 1.0)[0]
+    assert 0 < (found - exact).abs().max() < 0.1
+
+
+def test_nothing_holds_a_model_that_is_gone():
+    model = tiny_model("llama")
+    module._PLAIN.add(model.lm_head)
+    gone = weakref.ref(model.lm_head)
+    del model
+    gc.collect()
+    assert gone() is None
