@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from grpo.generation.capabilities import ModelCapabilities
 from grpo.generation.decoding import CachedDecoder, CudaGraphDecoder, prefill
+from grpo.model.logprobs import scaled
 from grpo.model.tokens import SHARED_FROM, length_mask, prompts_of
 from grpo.runtime.distributed import any_rank, is_sharded
 from grpo.runtime.microbatch import split_microbatches
@@ -140,7 +141,7 @@ class Generator:
             if uniforms is None:
                 tokens = logits.argmax(-1)
             else:
-                probabilities = (logits.float() / params.temperature).softmax(-1)
+                probabilities = scaled(logits, params.temperature).softmax(-1)
                 tokens = sample_inverse_cdf(probabilities, uniforms[alive, column])
                 chosen = probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
                 logprobs[alive, column] = torch.where(running, chosen, 0.0)

@@ -1,17 +1,16 @@
-"""The device, its arithmetic and its memory."""
+"""The device, how it computes, and its memory."""
 
 import ctypes
 import os
 import platform
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy
 import torch
 import transformers
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def choose_device(name: str) -> torch.device:
@@ -38,16 +37,6 @@ def set_deterministic(enabled: bool) -> None:
     torch.use_deterministic_algorithms(enabled)
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
-    """Run passes under bf16 autocast on CUDA cards of capability 8 and up, in float32 elsewhere.
-
-    The weights stay float32. `torch.cuda.is_bf16_supported()` is of no use here: it counts emulation.
-    """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
-        return torch.autocast("cuda", torch.bfloat16)
-    return nullcontext()
-
-
 def disable_malloc_trim() -> None:
     """Tell glibc to keep freed memory for the next tensors; do nothing with another C library.
 
@@ -56,14 +45,15 @@ def disable_malloc_trim() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest value it accepts
+        mallopt(M_MMAP_MAX, 0)  # no block of its own for a large tensor
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # never trim
 
 
-def environment(device: torch.device, processes: int) -> dict[str, Any]:
-    """Return what a figure must be compared on: device, threads, processes, versions, platform."""
+def environment(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
+    """Return what a figure must be compared on: device, precision, threads, processes, versions, platform."""
     return {
         "device": device_name(device),
+        "precision": precision,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),

@@ -24,7 +24,7 @@ def test_glibc_accepts_the_options(monkeypatch):
 
     monkeypatch.setattr(device.ctypes, "CDLL", lambda _: Library())
     disable_malloc_trim()
-    assert answers == [(-3, 1), (-1, 1)], "M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h; 1 is yes"
+    assert answers == [(-4, 1), (-1, 1)], "M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h; 1 is yes"
 
 
 def test_another_c_library_is_left_unchanged(monkeypatch):
