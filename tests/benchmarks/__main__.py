@@ -24,7 +24,7 @@ import click
 import torch
 import transformers
 
-from grpo.model_card import resolve
+from grpo.model_card import PACKAGED, resolve
 from tests.benchmarks import report, shared_prefix
 from tests.benchmarks.work import SHAPES, Size, Spec, random_model
 
@@ -33,6 +33,7 @@ SIZES = [
     Size(4, g, p, c)
     for g, p, c in ((8, 40, 16), (8, 40, 64), (8, 150, 16), (8, 150, 64), (16, 40, 64), (16, 150, 64))
 ]
+OF_REAL = Size(8, 8, 0, 32)
 RATES = (1e-6, 3e-6, 1e-5)
 WARM_UP, EVALUATE_EVERY, MOST_STEPS, ENOUGH = 2, 2, 80, 0.97
 
@@ -172,14 +173,29 @@ def write(results: Mapping[str, Any], folder: Path) -> str:
 @click.option(
     "--shape", type=click.Choice(list(SHAPES)), help="random weights in the shape of a Qwen2.5, not the starter"
 )
+@click.option(
+    "--model", type=click.Choice(list(PACKAGED)), help="this model on arithmetic with 4 worked examples, alone"
+)
+@click.option("--rows", default=16, show_default=True, help="completions in a pass of TRL, with --model")
 @click.option("--turns", default=5, show_default=True, help="of each program at a size")
 @click.option("--steps", default=3, show_default=True, help="of a turn")
 @click.option("--seeds", default=1, show_default=True, help="runs to 97% at each learning rate")
 @click.option("--output-dir", type=click.Path(path_type=Path), default=Path("benchmark_results"), show_default=True)
 def main(
-    quick: bool, trl: bool, device: str, shape: str | None, turns: int, steps: int, seeds: int, output_dir: Path
+    quick: bool,
+    trl: bool,
+    device: str,
+    shape: str | None,
+    model: str | None,
+    rows: int,
+    turns: int,
+    steps: int,
+    seeds: int,
+    output_dir: Path,
 ) -> None:
     """Measure, print, and write table, numbers and plot."""
+    if shape and model:
+        raise click.UsageError("give --shape or --model")
     output_dir = output_dir.resolve()
     output_dir.mkdir(parents=True, exist_ok=True)
     pythons = {"ours": sys.executable}
@@ -188,20 +204,20 @@ def main(
             pythons["TRL"] = trl_python(output_dir / "trl-venv")
         except (subprocess.CalledProcessError, OSError) as error:
             raise click.ClickException(f"TRL cannot be installed ({error}); --no-trl measures without it") from None
-    model = str(random_model(output_dir / shape, SHAPES[shape])) if shape else "starter"
+    name = model or (str(random_model(output_dir / shape, SHAPES[shape])) if shape else "starter")
     turns, steps = (2, 2) if quick else (turns, steps)
     c = resolve({"model": "starter"})
     default = Size(c.batch_size, c.num_generations, 0, c.max_new_tokens)
-    sizes = SIZES if shape else [default, *SIZES]
+    sizes = [OF_REAL] if model else SIZES if shape else [default, *SIZES]
     results: dict[str, Any] = {"hardware": hardware(device), "turns": turns, "steps": steps, "sizes": [], "race": []}
     for size in sizes[:1] if quick else sizes:
-        spec = Spec(size, model, device=device, max_steps=WARM_UP + turns * steps + 1)
+        spec = Spec(size, name, device=device, max_steps=WARM_UP + turns * steps + 1, rows=rows if model else 0)
         results["sizes"].append(speed(pythons, spec, turns, steps, output_dir))
         click.echo(report.line(results["sizes"][-1]))
         write(results, output_dir)
-    if not shape and device == "cpu":
+    if not (shape or model) and device == "cpu":
         results["shared_prefix"] = list(shared_prefix.compare(2 * turns))
-    if not quick and not shape:
+    if not (quick or shape or model):
         spec = Spec(default, device=device, max_steps=MOST_STEPS + EVALUATE_EVERY)
         for rate, seed in ((rate, seed) for rate in RATES for seed in range(seeds)):
             results["race"] += race(pythons, replace(spec, learning_rate=rate, seed=seed), output_dir)

@@ -36,28 +36,29 @@ class Dimensions:
         return [(h, q), (h, k), (h, k), (q, h), (h, f), (h, f), (f, h)]
 
 
-def update_flops(of: Dimensions, prompts: Sequence[int], completions: Sequence[int]) -> int:
+def update_flops(of: Dimensions, prompts: Sequence[int], completions: Sequence[int], common: int = 0) -> int:
     """Operations of one inner update: forward and backward, the prompt of each group once.
 
         6 · M · (T_p + T_c)  +  6 · h · V · (N + T_c)  +  12 · L · q · K
 
     `prompts` are the lengths P_i of the N prompts, `completions` the lengths C_j of the completions, group-major. A
     weight takes part in a multiplication and an addition of the forward pass and in two of each in the backward pass:
-    6 a token. M are the weights of the matrices of all L layers; the embedding is looked up and does not count.
-    T_p = Σ P_i; T_c = Σ (C_j − 1), because the last token of a completion is not run. The head, h × V, runs
-    where a token is predicted: once after each prompt, and on the T_c. Attention, per layer and pair of a query and a
-    key it may look at, is q multiplications and additions for the score and as many for the sum of values, 4q, three
-    times with the backward pass. K counts the pairs, causal: P(P + 1) / 2 in a prompt; the i-th token that is run of
-    a completion (from 1) looks at P + i. Norms, rotations, softmax, loss and optimizer are left out: no share of the
-    machine's rate is flattered.
+    6 a token. M are the weights of the matrices of all L layers; the embedding is looked up and does not count. T_p =
+    Σ P_i, of which the S = `common` tokens that all prompts begin with count once; T_c = Σ (C_j − 1), because the
+    last token of a completion is not run. The head, h × V, runs where a token is predicted: once after each prompt,
+    and on the T_c. Attention, per layer and pair of a query and a key it may look at, is q multiplications and
+    additions for the score and as many for the sum of values, 4q, three times with the backward pass. K counts the
+    pairs, causal: P(P + 1) / 2 in a prompt; the i-th token that is run of a completion (from 1) looks at P + i.
+    Norms, rotations, softmax, loss and optimizer are left out: no share of the machine's rate is flattered.
     """
     group = len(completions) // len(prompts)
     run = [length - 1 for length in completions]
     weights = of.layers * sum(a * b for a, b in of.matrices)
-    pairs = sum(p * (p + 1) // 2 for p in prompts)
+    repeated = (len(prompts) - 1) * common
+    pairs = sum(p * (p + 1) // 2 for p in prompts) - (len(prompts) - 1) * common * (common + 1) // 2
     pairs += sum(n * prompts[j // group] + n * (n + 1) // 2 for j, n in enumerate(run))
     return (
-        6 * weights * (sum(prompts) + sum(run))
+        6 * weights * (sum(prompts) - repeated + sum(run))
         + 6 * of.hidden * of.vocabulary * (len(prompts) + sum(run))
         + 12 * of.layers * of.queries * pairs
     )

@@ -7,6 +7,7 @@ import torch
 
 from grpo.algorithm.grpo import GRPO
 from grpo.model.language_model import LanguageModel
+from grpo.model.tokens import shared_beginning
 from grpo.runtime.precision import precision
 from tests.benchmarks.flops import Dimensions, update_flops
 from tests.benchmarks.work import Channel, Spec, record
@@ -52,7 +53,8 @@ def main() -> None:
             prompts, completions = (
                 mask.sum(-1).tolist() for mask in (rollout.tokens.prompt_mask, rollout.tokens.completion_mask)
             )
-            rows = sum(prompts) + sum(completions) - len(completions)
+            common = shared_beginning(rollout.tokens.prompt_ids, rollout.tokens.prompt_mask)
+            rows = sum(prompts) - (len(prompts) - 1) * common + sum(completions) - len(completions)
             channel.records.append(
                 record(
                     seconds,
@@ -62,7 +64,7 @@ def main() -> None:
                     updates=config.num_inner_updates - metrics["skipped_updates"],
                     reward=fmean(reward.total for reward in rollout.rewards),
                     kl=metrics["kl"],
-                    update_flops=config.num_inner_updates * update_flops(of, prompts, completions),
+                    update_flops=config.num_inner_updates * update_flops(of, prompts, completions, common),
                     update_seconds=metrics["time/update"],
                     problems=[problem.question for problem in rollout.problems],
                 )

@@ -17,7 +17,10 @@ def test_operations_of_an_update_by_hand():
     # One prompt of 3 tokens, two completions of 2 and 1: run are 3 + 1 + 0 = 4 tokens, 6 · 144 · 4 = 3456.
     # The head, 40 weights, predicts after the prompt and after the one token: 6 · 40 · 2 = 480.
     # Attention: the prompt has 1 + 2 + 3 pairs, the one token looks at 3 and itself, 4: 12 · 4 · 10 = 480.
-    assert update_flops(Dimensions(1, 4, 4, 2, 8, 10), [3], [2, 1]) == 3456 + 480 + 480
+    of = Dimensions(1, 4, 4, 2, 8, 10)
+    assert update_flops(of, [3], [2, 1]) == 3456 + 480 + 480
+    # two such prompts that begin with the same 2 tokens: 2 tokens and 1 + 2 pairs of them count once
+    assert update_flops(of, [3, 3], [2, 1, 2, 1], common=2) == 2 * (3456 + 480 + 480) - 6 * 144 * 2 - 12 * 4 * 3
 
 
 def test_the_weights_that_are_counted_are_those_of_the_model():
@@ -40,6 +43,9 @@ def test_the_settings_are_those_of_the_starter_in_the_size_of_the_spec():
     assert (c.batch_size, c.num_generations, c.max_new_tokens) == (4, 16, 64)
     assert (c.learning_rate, c.num_inner_updates) == (3e-6, 5)
     assert Spec(Size(4, 16, 0, 64), learning_rate=1e-5).config.learning_rate == 1e-5
+    real = Spec(Size(8, 8, 0, 32), "smollm2", precision="bfloat16")
+    assert (real.config.shots, real.config.num_inner_updates, real.config.precision) == (4, 2, "bfloat16")
+    assert len(real.task.examples) == 2 * 4
 
 
 def steps(*seconds):

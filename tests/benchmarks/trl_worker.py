@@ -26,12 +26,13 @@ from tests.benchmarks.work import NEVER, Channel, Spec, record
 def settings(spec: Spec, folder: str, half: bool) -> GRPOConfig:
     """The same algorithm (objective, sizes, optimizer), and nothing on that costs time and is not asked for."""
     c, size = spec.config, spec.size
+    passes = size.prompts * size.group // spec.rows if spec.rows else 1
     return GRPOConfig(
         output_dir=folder,
         # the work
-        per_device_train_batch_size=size.prompts * size.group,
-        gradient_accumulation_steps=1,
-        steps_per_generation=1,
+        per_device_train_batch_size=spec.rows or size.prompts * size.group,
+        gradient_accumulation_steps=passes,
+        steps_per_generation=passes,
         num_generations=size.group,
         num_iterations=c.num_inner_updates,
         max_completion_length=size.completion,

@@ -21,11 +21,11 @@ from grpo.evaluation.evaluator import graded
 from grpo.generation.greedy import greedy
 from grpo.model.language_model import LanguageModel
 from grpo.model.loading import load
-from grpo.model_card import STARTER, resolve
+from grpo.model_card import PACKAGED, STARTER, resolve
 from grpo.runtime.device import choose_device, peak_memory
-from tasks.arithmetic import Arithmetic
 from tasks.base import Message, Problem, Task, seeded_rng
 from tasks.common.qa_task import QATask
+from tasks.registry import make_task
 from tasks.rewards import RewardFunction, parse_rewards
 
 NEVER = 10**6  # an end token that no vocabulary here has, so that every completion is of full length
@@ -36,6 +36,8 @@ SHAPES = {  # layers, hidden, query heads, key heads, MLP, of Qwen2.5; the rest 
     "3B": (36, 2048, 16, 2, 11008),
 }
 VOCABULARY = 151936
+# a real model with worked examples in its prompt, and what is fixed about a step of it besides its size
+REAL = {"shots": 4, "num_inner_updates": 2, "temperature": 1.0, "warmup_steps": 0, "learning_rate_decay": "none"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class Spec:
     learning_rate: float = 0.0  # 0: the default of the model
     seed: int = 0
     device: str = "cpu"
+    precision: str = ""  # "": that of the model's settings
     max_steps: int = 200
+    rows: int = 0  # completions in a pass of TRL; 0: all
 
     @classmethod
     def of_arguments(cls) -> "Spec":
@@ -97,12 +101,14 @@ class Spec:
         """The settings: those of the model, in this size."""
         size, rate = self.size, {"learning_rate": self.learning_rate} if self.learning_rate else {}
         sizes = {"batch_size": size.prompts, "num_generations": size.group, "max_new_tokens": size.completion}
-        return resolve({"model": self.model, "device": self.device, "seed": self.seed, **sizes, **rate})
+        fixed = REAL if self.model in PACKAGED else {}
+        fixed = {**fixed, "precision": self.precision} if self.precision else fixed
+        return resolve({"model": self.model, "device": self.device, "seed": self.seed, **fixed, **sizes, **rate})
 
     @property
     def task(self) -> Task:
         """Where the problems come from."""
-        return Digits(length=self.size.prompt) if self.size.prompt else Arithmetic()
+        return Digits(length=self.size.prompt) if self.size.prompt else make_task(self.config)
 
     @property
     def rewards(self) -> list[RewardFunction]:
