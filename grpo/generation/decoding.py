@@ -15,6 +15,7 @@ from grpo.model.attention.common_prefix import CommonPrefix
 from grpo.model.attention.packed import enable
 from grpo.model.tokens import position_ids
 from grpo.runtime.microbatch import is_unsupported
+from grpo.runtime.precision import product_dtype
 
 CAPACITY_STEP = 32  # tokens; the cache grows by this many at a time
 WARM_UP = 2  # tokens run on a side stream before one is recorded, as CUDA's libraries need to initialise
@@ -94,9 +95,13 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def reserve(x: Tensor, repeats: int, more: int = 0) -> Tensor:
-    """Copy (N, heads, length, size) with each row `repeats` times and room for CAPACITY_STEP or `more` tokens."""
+    """Copy (N, heads, length, size) with each row `repeats` times and room for CAPACITY_STEP or `more` tokens.
+
+    The copy is in the type of products: keys are turned in float32, and a cast of all of them a token would take
+    longer than the product.
+    """
     n, heads, length, size = x.shape
-    buffer = x.new_empty(n, repeats, heads, length + max(CAPACITY_STEP, more), size)
+    buffer = x.new_empty(n, repeats, heads, length + max(CAPACITY_STEP, more), size, dtype=product_dtype(x))
     buffer[..., :length, :] = x[:, None]
     return buffer.flatten(0, 1)
 
@@ -168,8 +173,10 @@ def split_off_prefix(cache: DynamicCache, mask: Tensor, length: int) -> tuple[Co
         raise ValueError("no common prefix in decoding with such a cache")
     row = mask.sum(-1).argmax()
     columns = int((~mask[row]).sum()) + torch.arange(length, device=mask.device)
-    keys = [layer.keys[row][:, columns] for layer in cache.layers]
-    values = [layer.values[row][:, columns] for layer in cache.layers]
+    keys, values = (
+        [x[row][:, columns].to(product_dtype(x)) for x in of_layers]
+        for of_layers in ([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
+    )
     others = mask & (position_ids(mask) >= length)
     return CommonPrefix(keys, values), others[:, length:]
 

@@ -17,6 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel
 
 from grpo.runtime.console import say
+from grpo.runtime.precision import product_dtype
 
 CHUNK = 2**24  # logits of a product; fewer are held, all at once
 IN_CACHE = 2**19  # logits in float32 on a CPU: 2 MiB
@@ -82,12 +83,11 @@ class _LinearLogprobs(torch.autograd.Function):
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies, (M,)."""
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        dtype = product_dtype(hidden)
         ctx.save_for_backward(hidden, weight, bias, ids)
         ctx.dtype, ctx.temperature = dtype, temperature
         logprobs, entropies = (torch.zeros(len(ids), device=hidden.device) for _ in range(2))
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             for rows, logits in _logits(hidden.to(dtype), weight.to(dtype), bias):
                 for some, block in _blocks(rows, logits, temperature):
                     p, (top, at) = block.softmax(-1), block.max(-1, keepdim=True)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 TRIED_ROWS, TRIALS = 512, 5  # of a trial product; the fastest of so many counts
 WORTH_IT = 1.5  # times faster: less would be lost on casts
@@ -35,6 +35,12 @@ def autocast(model: nn.Module) -> AbstractContextManager:
     if precision(model) == "float32":
         return nullcontext()
     return torch.autocast(next(model.parameters()).device.type, model.autocast_dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the type in which `x` takes part in a product of matrices here: that of autocast, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _prefers_bfloat16(model: nn.Module, device: torch.device) -> bool:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from grpo.runtime.precision import product_dtype
+
 
 @dataclass(frozen=True)
 class CommonPrefix:
@@ -54,9 +56,7 @@ def attend_with_sums(
     be joined to that to both of them. Scores are computed again in the backward pass and not held; products are in
     the precision of autocast, all else in float32.
     """
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
     return _AttendWithSums.apply(query, key, value, bias, scaling)
 
 
