@@ -21,6 +21,7 @@ from grpo.model.tokens import SHARED_FROM, length_mask, prompts_of
 from grpo.runtime.distributed import any_rank, is_sharded
 from grpo.runtime.microbatch import split_microbatches
 
+IN_CACHE = 2**17  # probabilities, in float32 and in two integers
 QUANTA = 2**50  # a distribution as integers that add up to about this
 CHECK_EVERY = 4  # tokens, on devices where a look makes the host wait; a pass too many costs more than some looks
 SHRINK_AT = 3 / 4  # rows that have ended are dropped once at most this share is left
@@ -141,9 +142,7 @@ class Generator:
             if uniforms is None:
                 tokens = logits.argmax(-1)
             else:
-                probabilities = scaled(logits, params.temperature).softmax(-1)
-                tokens = sample_inverse_cdf(probabilities, uniforms[alive, column])
-                chosen = probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
+                tokens, chosen = draw(logits, uniforms[alive, column], params.temperature)
                 logprobs[alive, column] = torch.where(running, chosen, 0.0)
             ids[alive, column] = torch.where(running, tokens, 0)
             lengths[alive] += running
@@ -176,6 +175,21 @@ def sampling_uniforms(seed: int, step: int, rows: int, columns: int, attempt: in
     and a retry after a resume, sees the same ones.
     """
     return torch.from_numpy(np.random.default_rng([seed, step, attempt]).random((rows, columns)))
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw one token for each row of logits (B, V) at `uniforms` (B,); return them and their log-probabilities.
+
+    On a CPU, a few rows at a time go through all that is done with them, so that they stay in its cache.
+    """
+    rows = max(1, IN_CACHE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    parts = []
+    for some, of_some in zip(logits.split(rows), uniforms.split(rows), strict=True):
+        probabilities = scaled(some, temperature).softmax(-1)
+        tokens = sample_inverse_cdf(probabilities, of_some)
+        parts.append((tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()))
+    tokens, logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
+    return tokens, logprobs
 
 
 def sample_inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:

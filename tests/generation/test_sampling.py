@@ -4,8 +4,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from grpo.generation import sampling
 from grpo.generation.capabilities import ModelCapabilities
-from grpo.generation.sampling import Generator, SamplingParams, sample_inverse_cdf, sampling_uniforms
+from grpo.generation.sampling import Generator, SamplingParams, draw, sample_inverse_cdf, sampling_uniforms
 from grpo.model.loading import load
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.tokens import Tokens, common_prefix_length, left_pad
@@ -33,6 +34,18 @@ def test_the_inverse_of_the_cumulative_softmax_by_hand():
     probabilities = torch.tensor([[0.25, 0.0, 0.25, 0.5]]).log().softmax(-1).expand(6, -1)
     uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.4999, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert sample_inverse_cdf(probabilities, uniforms).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("in_cache", [1, 14, 10**6])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rows_drawn_a_few_at_a_time_are_those_drawn_at_once(in_cache, temperature, monkeypatch):
+    monkeypatch.setattr(sampling, "IN_CACHE", in_cache)
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    uniforms = sampling_uniforms(0, 0, 5, 1)[:, 0]
+    tokens, logprobs = draw(logits, uniforms, temperature)
+    probabilities = (logits / temperature).softmax(-1)
+    assert torch.equal(tokens, sample_inverse_cdf(probabilities, uniforms))
+    assert torch.equal(logprobs, probabilities[range(5), tokens].log())
 
 
 def test_uniforms_are_a_function_of_seed_and_step_only():
