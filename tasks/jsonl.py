@@ -4,7 +4,8 @@
 
 An answer that is a number is compared as one (1,234 and 1234.0 are the same), any other as text. A column `solution`
 is the working that stands before the answer in worked examples. All other columns go to the user's rewards. A hash of
-the question holds out a tenth for validation and another for test.
+the question holds out a tenth for validation and another for test. Where many answers are right, `--correct
+FILE.py:FUNCTION` decides (`tasks/common/user_file.py`); the answer in the file is then one of them.
 """
 
 from functools import partial
@@ -14,6 +15,7 @@ from tasks.base import Option, Problem
 from tasks.common.parsing import PARSERS, parse_answer
 from tasks.common.prompts import ideal_completion
 from tasks.common.rows import Row, Rows, kind_of, kind_of_all, read_rows, split_rows, text_of
+from tasks.common.user_file import Judge
 
 FIELDS = (("question", "answer"), ("prompt", "response"))
 
@@ -22,22 +24,27 @@ def load(
     data: Annotated[str, Option("JSON Lines file with the problems", inheritable=False)] = "",
     style: str = "answer",
     system_prompt: str = "",
+    correct: Annotated[
+        str, Option("FILE.py:FUNCTION that decides what is right, not equality", inheritable=False)
+    ] = "",
 ) -> Rows:
     """Load the task of a file. Raises ValueError, in one line, if the file is malformed or too small."""
     if not data:
         raise ValueError("--task jsonl needs --data FILE: JSON Lines with question and answer")
-    problems, sha256 = read_rows(data, partial(problem_of, style=style))
+    judge = Judge.load(correct) if correct else None
+    problems, sha256 = read_rows(data, partial(problem_of, style=style, judge=judge))
     return Rows(
         name="jsonl",
         problems=split_rows(problems, data),
-        files={data: sha256},
+        files={data: sha256, **({judge.file.path: judge.file.sha256} if judge else {})},
+        judge=judge,
         style=style,
         kind=kind_of_all(problems),
         system_prompt=system_prompt,
     )
 
 
-def problem_of(row: Row, style: str) -> Problem:
+def problem_of(row: Row, style: str, judge: Judge | None = None) -> Problem:
     """Return the problem in a row. Raises ValueError with the reason if there is none."""
     question, answer = next((pair for pair in FIELDS if pair[0] in row), FIELDS[0])
     columns = {name: value for name, value in row.items() if name not in (question, answer)}
@@ -47,4 +54,6 @@ def problem_of(row: Row, style: str) -> Problem:
     gold = PARSERS[kind](problem.answer)
     if gold is None or parse_answer(ideal_completion(problem.answer, style), kind) != gold:
         raise ValueError(f"{answer!r} is a text that cannot stand between the tags <answer> and </answer>")
+    if judge is not None and not judge(problem, gold):
+        raise ValueError(f"{answer!r} is not right by --correct {judge.name!r}")
     return problem

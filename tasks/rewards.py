@@ -7,7 +7,6 @@ linear in its length. To try another reward, write it here and name it in REWARD
 """
 
 import math
-import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from tasks.base import Answer, Attempt, Reward, one_line
 from tasks.common.parsing import CLOSE, OPEN, PARSERS
-from tasks.common.user_file import UserFile, load_file
+from tasks.common.user_file import UserFile, load_file, place_of
 
 CLOSE_ENOUGH = 1  # "close" pays for a number that is off by at most this
 ALPHABETS = 100  # different letters; a text with more is of a language with thousands
@@ -284,7 +283,4 @@ def _number(reward: RewardFunction, value: Any, attempt: Attempt) -> float | Non
 
 def _what_happened(reward: RewardFunction, error: BaseException) -> str:
     """Describe the exception of a reward function in one line, with the line of the user's file it came from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename == reward.path]
-    place = own[-1] if own else reward.path or f"{frames[-1].filename}:{frames[-1].lineno}"
-    return f"reward function {reward.name!r} raised {one_line(error)} ({place})"
+    return f"reward function {reward.name!r} raised {one_line(error)} ({place_of(error, reward.path)})"

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from tasks.base import SPLITS, Problem, seeded_rng, split_of
+from tasks.base import SPLITS, Answer, Problem, seeded_rng, split_of
 from tasks.common.parsing import PARSERS, parse_number
 from tasks.common.qa_task import QATask
+from tasks.common.user_file import Judge
 
 NAMED = 5  # how many malformed lines an error names
 Row = Mapping[str, Any]
@@ -26,7 +27,8 @@ class Rows(QATask):
 
     name: str
     problems: Mapping[str, Sequence[Problem]]
-    files: Mapping[str, str]  # the SHA-256 of each source of the problems, by its name
+    files: Mapping[str, str]  # the SHA-256 of each source of the problems, by its name, and of the judge
+    judge: Judge | None = None  # decides what is right, instead of equality with the problem's own answer
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
         """Sample the training problem of a row of a step uniformly."""
@@ -37,6 +39,10 @@ class Rows(QATask):
         """Return up to `limit` problems of a held-out split, no question twice."""
         different = list({normal(problem.question): problem for problem in reversed(self.problems[split])}.values())
         return seeded_rng(self.name, split).sample(different, min(limit, len(different)))
+
+    def is_correct(self, problem: Problem, answer: Answer) -> bool:
+        """Return whether a parsed answer is right. Raises ValueError if a judge fails."""
+        return super().is_correct(problem, answer) if self.judge is None else self.judge(problem, answer)
 
     def kind_of(self, problem: Problem) -> str:
         """Return the kind of a problem's answer: a file may hold numbers and texts."""

@@ -1,13 +1,13 @@
-"""Reward functions in a user's file: `--reward FILE.py:FUNCTION=WEIGHT`.
+"""Functions in a user's file: rewards (`--reward FILE.py:FUNCTION=WEIGHT`), a judge (`--correct FILE.py:FUNCTION`).
 
-The signature is TRL's, so that functions written for TRL work unchanged:
+The signature of a reward is TRL's, so that functions written for TRL work unchanged:
 
     def mentions_steps(prompts, completions, **columns):
         return [float("step" in completion[0]["content"]) for completion in completions]
 
 `prompts` are lists of messages, `completions` lists of one assistant message; `columns` are question, answer, the
 other columns of the data, and completion_ids. A function returns a number, or None if it does not apply,
-for each completion.
+for each completion. A judge of what is right is called for each answer; see `Judge`.
 
 This is the only place where the project runs code that is not its own, and only a file that the command line names:
 a model's folder can name none (grpo/config.py).
@@ -15,6 +15,7 @@ a model's folder can name none (grpo/config.py).
 
 import hashlib
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
@@ -23,7 +24,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-from tasks.base import one_line
+from tasks.base import Answer, Problem, one_line
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,63 @@ def load_file(path: str) -> UserFile:
     try:
         text = Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot read the rewards in {path!r}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        raise ValueError(f"cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from None
     sha256 = hashlib.sha256(text).hexdigest()
-    loader = _Source(f"user_rewards_{sha256}", path, text)
+    loader = _Source(f"user_file_{sha256}", path, text)
     module = module_from_spec(spec_from_loader(loader.name, loader))
     sys.modules[loader.name] = module  # dataclasses look up their module there
     try:
         loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"cannot run the rewards in {path!r}: {one_line(error)}") from error
+        raise ValueError(f"cannot run {path!r}: {one_line(error)}") from error
     return UserFile(path, module, sha256)
+
+
+def place_of(error: BaseException, path: str) -> str:
+    """Return `file:line` of an exception in the user's code, that of the last of its lines; else of the innermost."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename == path]
+    return own[-1] if own else path or f"{frames[-1].filename}:{frames[-1].lineno}"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A user's function that decides whether an answer is right.
+
+        def correct(given, question, answer, **columns):
+            return set(given.split()) == set(answer.split())
+
+    `given` is the parsed answer of a completion: an int, a Decimal or a text, as the kind of the problem is. `answer`
+    is the problem's own, a text; `columns` are the other columns of the data.
+    """
+
+    name: str
+    file: UserFile
+    function: Callable[..., Any]
+
+    @classmethod
+    def load(cls, spec: str) -> "Judge":
+        """Return the judge that FILE.py:FUNCTION names. Raises ValueError, in one line, if there is none."""
+        path, colon, name = spec.rpartition(":")
+        if not colon or not path or not name:
+            raise ValueError(f"correct is {spec!r}; write FILE.py:FUNCTION")
+        file = load_file(path)
+        return cls(name, file, file.function(name))
+
+    def __call__(self, problem: Problem, given: Answer) -> bool:
+        """Return whether an answer is right. Raises ValueError, in one line, if the function does not say so."""
+        known = {"given": given, "question": problem.question, "answer": problem.answer}
+        try:
+            verdict = self.function(**{**problem.columns, **known})
+            return _as_bool(verdict)
+        except (Exception, SystemExit) as error:
+            what = f"on {str(given)[:80]!a} for {problem.question[:80]!a}"
+            place = place_of(error, self.file.path)
+            raise ValueError(f"--correct {self.name!r} raised {one_line(error)} {what} ({place})") from error
+
+
+def _as_bool(verdict: Any) -> bool:
+    """Return True or False, of numpy too. Raises TypeError for anything else: a number or None may mean anything."""
+    if type(verdict).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"it returned {repr(verdict)[:80]}, not True or False")
+    return bool(verdict)

@@ -62,7 +62,7 @@ def another(field, folder):
     special = {"time_limit": "1h", "device": "auto", "model": folder / "other", "output_dir": folder / "elsewhere"}
     special |= {"group_schedule": "8:4", "num_iterations": 4, "target_accuracy": 1.0, "patience": 9}
     special |= {"lora_targets": "q_proj", "task": "reverse", "system_prompt": "Answer.", "reward": "exact=1"}
-    special |= {"data": folder / "unused.jsonl"}
+    special |= {"data": folder / "unused.jsonl", "correct": folder / "unused.py:judge"}
     if field.name in special:
         return special[field.name]
     if field.metadata["choices"]:
@@ -82,10 +82,10 @@ def test_a_run_continues_with_a_changed_setting_or_names_and_refuses_it(field, h
     if field.name == "output_dir":
         (folder / "run").rename(value)
     before = snapshot(folder)
-    if field.name == "data":  # an option of another task is refused before anything else
-        refused = train(folder, model=half / "model", data=value)
+    if field.name in ("data", "correct"):  # an option of another task is refused before anything else
+        refused = train(folder, **{"model": half / "model", field.name: value})
         assert refused.exit_code == 1
-        assert "--data" in refused.stderr
+        assert f"--{field.name}" in refused.stderr
         assert snapshot(folder) == before
         return
     result = train(folder, **{"model": half / "model", "num_iterations": 3, field.name: value})

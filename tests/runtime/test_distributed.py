@@ -123,6 +123,14 @@ def test_two_processes_train_what_one_does(settings, model, alone, tmp_path):
 
 
 @pytest.mark.parametrize("shard", [False, True])
+def test_the_fused_output_layer_does_so_too(shard, model, alone, tmp_path, monkeypatch):
+    one = alone()
+    monkeypatch.setattr("grpo.model.output_layer.CHUNK", 64)  # fewer logits are held, all at once
+    train_in_two(model, tmp_path / "run", shard=shard)
+    assert largest_difference(one, tmp_path / "run") < SAME
+
+
+@pytest.mark.parametrize("shard", [False, True])
 def test_groups_that_are_sampled_again_are_shared_out_too(shard, model, alone, tmp_path):
     settings = {"resample_tied": 2, "scale_rewards": "batch", "mask_truncated_completions": True}
     one = alone(**settings)

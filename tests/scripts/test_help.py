@@ -70,8 +70,8 @@ def test_help_lists_each_setting_once_under_its_group(tmp_path):
 
 def test_help_lists_the_options_of_the_tasks_under_task(tmp_path):
     text = invoke(train_grpo.main, "--help", folder=tmp_path).stdout
-    assert {"data", "min_operand", "max_operand"} == set(task_options())
-    assert {"--data", "--min-operand", "--max-operand"} <= options_by_group(text)["Task"]
+    assert {"data", "correct", "min_operand", "max_operand"} == set(task_options())
+    assert {"--data", "--correct", "--min-operand", "--max-operand"} <= options_by_group(text)["Task"]
     words = " ".join(text.split())
     for tasks, name in (("arithmetic", "max-operand"), ("arithmetic", "min-operand"), ("gsm8k, jsonl", "data")):
         assert re.search(rf"--{name} [A-Z]+ {tasks}: \w", words), name  # says which tasks take it

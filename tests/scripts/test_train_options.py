@@ -28,6 +28,7 @@ VALID = {
     "cuda_graphs": True,
     "task": "reverse",
     "data": "problems.jsonl",
+    "correct": "judge.py:right",
     "min_operand": -2,
     "lora_rank": 8,
     "lora_alpha": 16.0,

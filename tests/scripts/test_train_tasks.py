@@ -105,6 +105,28 @@ def test_a_run_does_not_continue_with_changed_data(tmp_path):
     assert "sums.jsonl changed" in result.stderr
 
 
+def test_a_judge_of_ones_own_decides_accuracy_and_may_not_change(tmp_path):
+    sums_file(tmp_path / "sums.jsonl")
+    # right is what ends like the answer of the file: "so\n#### 12" is a text, and 12 alone does not equal it
+    judge = "def ends_alike(given, answer, **columns):\n    return answer.split()[-1] == given.split()[-1]\n"
+    (tmp_path / "judge.py").write_text(judge, encoding="utf-8")
+    args = ["--task", "jsonl", "--data", "sums.jsonl", "--num-inner-updates", 1]
+    train(*args, folder=tmp_path)
+    without = load_metrics(tmp_path)["evals"][0]
+    train(*args, "--correct", "judge.py:ends_alike", "--output-dir", "judged", folder=tmp_path)
+    judged = load_metrics(tmp_path / "judged")["evals"][0]
+    assert (without["split"], judged["split"]) == ("test", "test")
+    assert without["accuracy"] == 0
+    assert judged["accuracy"] > 0
+    card = json.loads((tmp_path / "judged/saved_model" / CARD).read_text(encoding="utf-8"))
+    assert "correct" not in card["settings"]  # a downloaded model must not make anybody run a file
+    (tmp_path / "judge.py").write_text(judge + "# another\n", encoding="utf-8")
+    again = [*args, "--correct", "judge.py:ends_alike", "--output-dir", "judged", "--num-iterations", 3]
+    result = invoke(train_grpo.main, *TINY, *again, folder=tmp_path)
+    assert result.exit_code == 1
+    assert "judge.py changed" in result.stderr
+
+
 def test_a_users_function_that_raises_ends_the_run_in_one_line(tmp_path):
     (tmp_path / "mine.py").write_text("def f(completions, **columns):\n    return [1 / 0]\n", encoding="utf-8")
     result = invoke(train_grpo.main, *TINY, "--reward", "mine.py:f=1", folder=tmp_path)

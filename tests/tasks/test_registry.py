@@ -102,11 +102,13 @@ def test_a_file_with_annotations_from_the_future_declares_its_options_too(monkey
 
 def test_the_options_are_those_that_the_tasks_declare():
     data = "gsm8k, jsonl: JSON Lines file with the problems"
+    correct = "jsonl: FILE.py:FUNCTION that decides what is right, not equality"
     smallest = "arithmetic: smallest operand; a negative one is written in brackets"
     assert task_options() == {
         "max_operand": TaskOption(("arithmetic",), int, 10, "arithmetic: largest operand", 1, True),
         "min_operand": TaskOption(("arithmetic",), int, 0, smallest, None, True),
         "data": TaskOption(("gsm8k", "jsonl"), str, "", data, None, False),
+        "correct": TaskOption(("jsonl",), str, "", correct, None, False),
     }
 
 
