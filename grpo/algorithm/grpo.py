@@ -79,6 +79,7 @@ class GRPO:
         """Take step number `step`, from 1; return its rollout and its metrics."""
         c, clock, updates = scheduled(self.config, step, self.beta), Stopwatch(), []
         weights = watched_weights(self.policy)
+        self.update.optimizer.zero_grad(set_to_none=True)  # the memory of the last gradient serves the rollout
         with clock("total"):
             rollout = self.sampler.rollout(step, c, clock)  # o_i ~ π_old, r_i, A_i
             batch = Batch.from_rollout(rollout, c)

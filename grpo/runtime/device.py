@@ -40,8 +40,11 @@ def set_deterministic(enabled: bool) -> None:
 def disable_malloc_trim() -> None:
     """Tell glibc to keep freed memory for the next tensors; do nothing with another C library.
 
-    By default glibc returns it to the system, which hands it out again page by page: on 2 cores updates took 5% to
-    25% longer, at no less memory.
+    By default glibc returns it to the system, which hands it out again page by page: on 2 cores updates of the
+    starter took 5% to 25% longer, at no less memory. Tensors above 32 MiB have mappings of their own, unless there
+    may be none: without them the fifth step of smollm2, 8 x 8 in bfloat16, takes 8.9 s instead of 9.7. It holds 6.3
+    GiB then, of 3.5 that are in use at a time; with a mapping for each tensor from 1 MiB on it would hold those, and
+    take 15.5 s.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
