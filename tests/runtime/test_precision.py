@@ -36,13 +36,9 @@ def test_a_model_that_was_never_asked_is_in_float32():
     assert product(tiny_model("llama")) == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("has_instructions", "is_faster", "expected"),
-    [(True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")],
-)
-def test_auto_on_a_cpu_asks_the_cpu_and_a_trial(has_instructions, is_faster, expected, monkeypatch):
+@pytest.mark.parametrize(("has_instructions", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_on_a_cpu_asks_for_its_instructions(has_instructions, expected, monkeypatch):
     monkeypatch.setattr(module, "cpu_multiplies_bfloat16", lambda: has_instructions)
-    monkeypatch.setattr(module, "_faster_in_bfloat16", lambda outputs, inputs: is_faster)
     model = tiny_model("llama")
     set_precision(model, "auto", CPU)
     assert precision(model) == expected
@@ -50,26 +46,21 @@ def test_auto_on_a_cpu_asks_the_cpu_and_a_trial(has_instructions, is_faster, exp
     assert precision(model) == "float32"
 
 
-@pytest.mark.parametrize(
-    ("capability", "expected"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")]
-)
+@pytest.mark.parametrize("names", [{"_is_amx_tile_supported"}, {"_is_avx512_bf16_supported"}, set()])
+def test_the_instructions_are_amx_or_avx512_bf16(names, monkeypatch):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in names, raising=False)
+    assert module.cpu_multiplies_bfloat16() == bool(names)
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # as in another version of torch
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert not module.cpu_multiplies_bfloat16()
+
+
 def test_auto_on_cuda_asks_the_card(capability, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     model = tiny_model("llama")
     set_precision(model, "auto", torch.device("cuda"))
     assert precision(model) == expected
-
-
-def test_the_trial_is_of_the_largest_layer_but_the_output(monkeypatch):
-    model, tried = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 6), torch.nn.Linear(6, 100)), []
-    monkeypatch.setattr(module, "cpu_multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(module, "_faster_in_bfloat16", lambda *shape: tried.append(shape) or True)
-    set_precision(model, "auto", CPU)
-    assert tried == [(6, 8)]
-
-
-def test_the_trial_measures_both():
-    assert module._faster_in_bfloat16(64, 32) in (True, False)
 
 
 def test_the_starter_stays_in_float32_and_so_does_what_is_trained_from_it():
