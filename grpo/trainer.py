@@ -128,15 +128,12 @@ class Trainer:
         """Before the first step, fine-tune if asked to, look ahead and measure; return a reason to stop, or None."""
         if self.progress.before:
             return None
-        if not self.config.sft_steps:
-            self._look_ahead()  # before all that takes time: its user may want to stop here
         if not self.progress.sft_step:
             self.evaluator.remember_start(self.lm)
-            self._checkpoint()  # to return to
-        if self.config.sft_steps:
-            if reason := self._fine_tune(interrupts):
-                return reason
-            self._look_ahead()
+            self._checkpoint()  # to return to, also where the look ahead fails: a reward of the user's, say
+        if self.config.sft_steps and (reason := self._fine_tune(interrupts)):
+            return reason
+        self._look_ahead()
         self.progress.before = self._test(self.lm, 0)
         if self.config.sft_steps:
             report.show_fine_tuning(self.progress.before, "after")

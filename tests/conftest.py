@@ -1,4 +1,4 @@
-"""Fixtures of all tests: offline, one thread, and settings that make a run quick."""
+"""Fixtures of all tests: offline, one thread, float32, and settings that make a run quick."""
 
 import os
 
@@ -9,6 +9,7 @@ import torch
 
 from grpo import trainer
 from grpo.evaluation import evaluator
+from grpo.runtime import precision
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,6 +19,14 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _float32():
+    """Make a tiny run the same on CPUs that multiply bfloat16 and on others, unless a test asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "cpu_multiplies_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="module")

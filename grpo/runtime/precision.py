@@ -3,7 +3,7 @@
 Weights, optimizer, log-softmax and loss are float32 either way.
 
 What did not work: a trial product in both precisions, the faster one to be taken. After it the first pass in float32
-was off by 2e-3 nats in 7 of 13 launches on a CPU with AMX, torch 2.13, and in none of 17 without it; then a model was
+was off by 2e-3 nats in 4 of 10 launches on a CPU with AMX, torch 2.13, and in none of 17 without it; then a model was
 held to be unable to share its prompts.
 """
 

@@ -61,7 +61,9 @@ def load_file(path: str) -> UserFile:
     try:
         text = Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(
+            f"cannot read the rewards or the judge in {path!r}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     sha256 = hashlib.sha256(text).hexdigest()
     loader = _Source(f"user_file_{sha256}", path, text)
     module = module_from_spec(spec_from_loader(loader.name, loader))
@@ -69,7 +71,7 @@ def load_file(path: str) -> UserFile:
     try:
         loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"cannot run {path!r}: {one_line(error)}") from error
+        raise ValueError(f"cannot run the rewards or the judge in {path!r}: {one_line(error)}") from error
     return UserFile(path, module, sha256)
 
 

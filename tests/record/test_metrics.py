@@ -25,7 +25,7 @@ def strict_json(path):
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    metrics = Metrics(tmp_path, CONFIG, environment(torch.device("cpu"), 1))
+    metrics = Metrics(tmp_path, CONFIG, environment(torch.device("cpu"), "float32", 1))
     metrics.add_step({"step": 1, "loss": 0.25, "kl": 1e-300, "skipped_updates": 0})
     metrics.add_eval({"step": 1, **EVALUATION})
     assert load_metrics(tmp_path) == metrics.record

@@ -9,7 +9,7 @@ from grpo.model.loading import load
 from grpo.model.logprobs import completion_logprobs
 from grpo.model_card import resolve
 from grpo.runtime import precision as module
-from grpo.runtime.precision import autocast, precision, set_precision
+from grpo.runtime.precision import autocast, cpu_multiplies_bfloat16, precision, set_precision
 from tests.helpers.models import ragged_tokens, tiny_model
 
 CPU = torch.device("cpu")
@@ -50,12 +50,13 @@ def test_auto_on_a_cpu_asks_for_its_instructions(has_instructions, expected, mon
 def test_the_instructions_are_amx_or_avx512_bf16(names, monkeypatch):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name in names, raising=False)
-    assert module.cpu_multiplies_bfloat16() == bool(names)
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # as in another version of torch
+    assert cpu_multiplies_bfloat16() == bool(names)
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # as in another torch
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
-    assert not module.cpu_multiplies_bfloat16()
+    assert not cpu_multiplies_bfloat16()
 
 
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
 def test_auto_on_cuda_asks_the_card(capability, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     model = tiny_model("llama")

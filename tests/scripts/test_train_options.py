@@ -24,6 +24,7 @@ OLD_OPTIONS = [
 VALID = {
     "model": "no/such-model",
     "device": "cpu",
+    "precision": "bfloat16",
     "deterministic": True,
     "cuda_graphs": True,
     "task": "reverse",
