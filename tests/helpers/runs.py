@@ -30,7 +30,7 @@ from tasks.arithmetic import Arithmetic
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SETTINGS = {"num_iterations": 6, "batch_size": 2, "num_generations": 8, "num_inner_updates": 2, "device": "cpu"}
-SETTINGS |= {"eval_every": 2, "eval_problems": 4, "save_every": 2, "show_every": 0}
+SETTINGS |= {"precision": "float32", "eval_every": 2, "eval_problems": 4, "save_every": 2, "show_every": 0}
 SETTINGS |= {"min_operand": -1, "max_operand": 1, "max_new_tokens": 6}
 SETTINGS |= {"learning_rate": 2e-3}  # better than the start at step 4
 
