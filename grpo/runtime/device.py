@@ -42,9 +42,8 @@ def disable_malloc_trim() -> None:
 
     By default glibc returns it to the system, which hands it out again page by page: on 2 cores updates of the
     starter took 5% to 25% longer, at no less memory. Tensors above 32 MiB have mappings of their own, unless there
-    may be none: without them the fifth step of smollm2, 8 x 8 in bfloat16, takes 8.9 s instead of 9.7. It holds 6.3
-    GiB then, of 3.5 that are in use at a time; with a mapping for each tensor from 1 MiB on it would hold those, and
-    take 15.5 s.
+    may be none: without them the first five steps of smollm2, 8 x 8 in bfloat16, take 52 s instead of 58, and a step
+    from the fifth on about as long as with them. What is kept lies in pieces: 6.3 GiB where 3.5 are in use at a time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
