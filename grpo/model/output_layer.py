@@ -21,8 +21,6 @@ from grpo.runtime.precision import product_dtype
 
 CHUNK = 2**24  # logits of a product; fewer are held, all at once
 IN_CACHE = 2**19  # logits in float32 on a CPU: 2 MiB
-
-
 _PLAIN: WeakSet[nn.Module] = WeakSet()  # output layers whose logits the model changes afterwards
 
 

@@ -12,15 +12,20 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 def set_precision(model: nn.Module, name: str, device: torch.device) -> None:
     """Let `autocast` run a model's passes on `device` in this precision; "auto" takes the faster one.
 
-    That is bfloat16 on CUDA cards of capability 8 and up, and on CPUs that multiply it in hardware.
+    That is bfloat16 on CUDA cards of capability 8 and up, and on CPUs that multiply it in hardware. Raises ValueError
+    for another name: a model's folder may have any.
     """
     if name == "auto":
         name = "bfloat16" if _multiplies_bfloat16(device) else "float32"
-    model.autocast_dtype = getattr(torch, name)
+    if name not in DTYPES:
+        raise ValueError(f"precision is {name!r}; it must be auto, float32 or bfloat16")
+    model.autocast_dtype = DTYPES[name]
 
 
 def precision(model: nn.Module) -> str:

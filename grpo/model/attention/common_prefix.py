@@ -13,6 +13,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from grpo.runtime.precision import product_dtype
 
+SCORES = 2**21  # scores in memory at a time, 8 MiB
+
 
 @dataclass(frozen=True)
 class CommonPrefix:
@@ -42,9 +44,6 @@ class CommonPrefix:
         of_prefix = of_prefix.transpose(0, 1).reshape(key_heads, -1, prefix_keys.shape[1]) @ prefix_values
         out = of_prefix.view(key_heads, b, repeats * length, -1).transpose(0, 1) + of_own @ value
         return out.reshape(b, heads, length, -1).transpose(1, 2)
-
-
-SCORES = 2**21  # scores in memory at a time, 8 MiB
 
 
 def attend_with_sums(
