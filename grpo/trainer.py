@@ -27,7 +27,7 @@ from grpo.resume import Progress, RunState
 from grpo.runtime import distributed
 from grpo.runtime.atomic_io import name_in_errors
 from grpo.runtime.console import ProgressBar
-from grpo.runtime.device import choose_device, environment, peak_memory, set_deterministic
+from grpo.runtime.device import choose_device, environment, keep_freed_memory, peak_memory, set_deterministic
 from grpo.runtime.precision import precision
 from grpo.sft import SupervisedTrainer
 from tasks.base import Task
@@ -50,6 +50,8 @@ class Trainer:
         files = {**task.files, **{reward.path: reward.sha256 for reward in rewards if reward.path}}
         set_deterministic(config.deterministic)
         device = distributed.start(choose_device(config.device))
+        if device.type == "cpu":
+            keep_freed_memory()
         distributed.check_batch_divisible(config.batch_size, config.shard)
         if config.sft_steps:
             distributed.check_batch_divisible(config.sft_batch_size, config.shard, "--sft-batch-size")

@@ -23,7 +23,6 @@ from grpo.model.language_model import LanguageModel
 from grpo.model.lora import has_adapter, trainable
 from grpo.runtime import distributed
 from grpo.runtime.checks import check_entries, is_count, is_number
-from grpo.runtime.device import disable_malloc_trim
 from grpo.runtime.distributed import gather_to_rank0
 from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.stopwatch import Stopwatch
@@ -44,8 +43,6 @@ class GRPO:
     ) -> None:
         """Without `rewards`, use those of the settings. `device` is where a model goes that is to be sharded."""
         self.config, self.policy = config, lm.model
-        if lm.device.type == "cpu":
-            disable_malloc_trim()
         adapted = has_adapter(lm.model)  # then the reference is the policy without it
         frozen = frozen_copy(lm.model) if config.beta > 0 and not adapted else None
         if config.shard:

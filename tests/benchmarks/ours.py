@@ -8,6 +8,7 @@ import torch
 from grpo.algorithm.grpo import GRPO
 from grpo.model.language_model import LanguageModel
 from grpo.model.tokens import shared_beginning
+from grpo.runtime.device import keep_freed_memory
 from grpo.runtime.precision import precision
 from tests.benchmarks.flops import Dimensions, update_flops
 from tests.benchmarks.work import Channel, Spec, record
@@ -41,6 +42,8 @@ def rates(of: Dimensions, rows: int, lm: LanguageModel) -> dict[str, float]:
 def main() -> None:
     """Take turns until there are no more."""
     spec = Spec.of_arguments()
+    if spec.device == "cpu":
+        keep_freed_memory()
     config, task, lm = spec.config, spec.task, spec.language_model()
     grpo, channel = GRPO(config, task, lm, spec.rewards), Channel(spec, lm)
     of, step, rows = Dimensions.of(lm.model.config), 0, 1

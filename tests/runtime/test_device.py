@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo.runtime import device
-from grpo.runtime.device import disable_malloc_trim, peak_memory
+from grpo.runtime.device import keep_freed_memory, peak_memory
 
 
 def test_peak_memory_is_that_of_this_process():
@@ -23,10 +23,10 @@ def test_glibc_accepts_the_options(monkeypatch):
             answers.append((option, library.mallopt(option, value)))
 
     monkeypatch.setattr(device.ctypes, "CDLL", lambda _: Library())
-    disable_malloc_trim()
+    keep_freed_memory()
     assert answers == [(-4, 1), (-1, 1)], "M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h; 1 is yes"
 
 
 def test_another_c_library_is_left_unchanged(monkeypatch):
     monkeypatch.setattr(device.ctypes, "CDLL", lambda _: object())
-    disable_malloc_trim()
+    keep_freed_memory()
