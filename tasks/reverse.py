@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 
-from tasks.base import Problem, seeded_rng, split_of
-from tasks.common.qa_task import QATask
+from tasks.base import Problem
+from tasks.common.drawn_task import DrawnTask
 
 CONSONANTS, VOWELS = "bcdfghklmnprstvz", "aeiou"
 SHORTEST, LONGEST = 4, 8
@@ -21,26 +21,21 @@ HINTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reverse(QATask):
+class Reverse(DrawnTask):
     """The task of words backwards (`tasks.base.Task`)."""
 
     name: str = "reverse"
     kind: str = "text"
     hints: Mapping[str, str] = field(default_factory=lambda: HINTS)
 
-    def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem of a row of a step."""
-        rng = seeded_rng("reverse", seed, step, row)
-        while True:
-            word = made_up_word(rng)
-            if _split(word) == "train":
-                return _problem(word)
+    def draw(self, rng: Random) -> Problem:
+        """Return a random problem."""
+        word = made_up_word(rng)
+        return Problem(f"Spell {word} backwards.", word[::-1])
 
-    def held_out(self, split: str, limit: int) -> list[Problem]:
-        """Return up to `limit` different problems of a held-out split."""
-        rng = seeded_rng("reverse", split)
-        words = (made_up_word(rng) for _ in range(100 * limit))
-        return [_problem(word) for word in dict.fromkeys(w for w in words if _split(w) == split)][:limit]
+    def key(self, problem: Problem) -> str:
+        """Return a text that a word shares with the word spelled backwards."""
+        return min(problem.answer, problem.answer[::-1])
 
 
 def made_up_word(rng: Random) -> str:
@@ -50,12 +45,3 @@ def made_up_word(rng: Random) -> str:
         word = "".join(rng.choice(letters[i % 2]) for i in range(rng.randint(SHORTEST, LONGEST)))
         if word != word[::-1]:
             return word
-
-
-def _split(word: str) -> str:
-    """Return the split of a word, which it shares with the word spelled backwards."""
-    return split_of(min(word, word[::-1]))
-
-
-def _problem(word: str) -> Problem:
-    return Problem(f"Spell {word} backwards.", word[::-1])

@@ -15,17 +15,17 @@ from dataclasses import KW_ONLY, dataclass, replace
 from random import Random
 
 from tasks.arithmetic import OPERATORS, apply
-from tasks.base import Attempt, Message, Problem, seeded_rng, split_of
+from tasks.base import Attempt, Message, Problem
+from tasks.common.drawn_task import DrawnTask
 from tasks.common.prompts import chat, ideal_completion, system_prompt
-from tasks.common.qa_task import QATask
 
 
 @dataclass(frozen=True)
-class Skill(QATask):
-    """A neighbouring skill (`tasks.base.Task`); `draw` makes a problem of any split."""
+class Skill(DrawnTask):
+    """A neighbouring skill (`tasks.base.Task`); `make` makes a problem of any split."""
 
     name: str
-    draw: Callable[[Random], Problem]
+    make: Callable[[Random], Problem]
     tagged: bool  # whether it is asked with the system prompt of the `answer` style and answered in its tags
     _: KW_ONLY
     kind: str = "text"
@@ -36,20 +36,13 @@ class Skill(QATask):
         """Return names and weights of the rewards: a skill is right or wrong."""
         return {"exact": 1.0}
 
-    def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Sample a problem that is not held out."""
-        rng = seeded_rng(self.name, seed, step, row)
-        while True:
-            problem = self.draw(rng)
-            if _split(problem) == "train":
-                return problem
+    def draw(self, rng: Random) -> Problem:
+        """Return a random problem."""
+        return self.make(rng)
 
-    def held_out(self, split: str, limit: int) -> list[Problem]:
-        """Return up to `limit` different problems of a held-out split."""
-        rng = seeded_rng(self.name, split)
-        draws = (self.draw(rng) for _ in range(100 * limit))
-        chosen = {p.question: p for p in draws if _split(p) == split}
-        return list(chosen.values())[:limit]
+    def key(self, problem: Problem) -> str:
+        """Return a text that questions of the same letters share, as `47 or 83` and `83 or 47`."""
+        return "".join(sorted(problem.question))
 
     def messages(self, question: str) -> list[Message]:
         """Return the chat that asks `question`."""
@@ -66,11 +59,6 @@ class Skill(QATask):
         if self.tagged:
             return super().grade(problem, completion)
         return replace(super().grade(problem, ideal_completion(completion, self.style)), completion=completion)
-
-
-def _split(problem: Problem) -> str:
-    """Return the split of a question; questions of the same letters share one, as `47 or 83` and `83 or 47`."""
-    return split_of("".join(sorted(problem.question)))
 
 
 def _single(rng: Random) -> Problem:

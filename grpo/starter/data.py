@@ -65,7 +65,7 @@ def _wide_single(rng: Random) -> Problem:
     return Problem(f"What is {a} {operator} {b}?", str(apply(operator, a, b)))
 
 
-WIDE_SINGLE = replace(SKILLS["single"], draw=_wide_single)
+WIDE_SINGLE = replace(SKILLS["single"], make=_wide_single)
 # Every wording of the project's own prompts; the first is the one that `python train_grpo.py` uses.
 PROMPTS = [(style, kind) for style in STYLES for kind in KINDS]
 ARITHMETIC = {
