@@ -62,9 +62,10 @@ def _option(f: Field, name: str, **more: Any) -> Callable[[click.Command], click
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @setting_options
+@click.option("--seeds", help="several, such as 0,1,2: one run each, in seed-0/ and so on below --output-dir")
 @click.option("--fresh", is_flag=True, help="start over; what an earlier run wrote is moved to earlier_runs/")
 @click.pass_context
-def main(ctx: click.Context, fresh: bool, **settings: Any) -> None:
+def main(ctx: click.Context, seeds: str | None, fresh: bool, **settings: Any) -> None:
     """Train a small instruct model with GRPO, on arithmetic or another task.
 
     The defaults shown are the published ones, for models of the Hub. The starter has settings of its own,
@@ -80,6 +81,8 @@ def main(ctx: click.Context, fresh: bool, **settings: Any) -> None:
     )
     try:
         config = resolve(given)
+        if seeds is not None:
+            ctx.exit(train_seeds(seeds, given, fresh))
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     rank = int(os.environ.get("RANK", "0"))  # torchrun starts one process a device
@@ -103,6 +106,17 @@ def with_deprecated(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def train_seeds(text: str, given: dict[str, Any], fresh: bool) -> int:
+    """Train with each of some seeds and return the exit status. Raises ValueError if that cannot be."""
+    from grpo.seeds import parse_seeds, run_seeds
+
+    if "seed" in given:
+        raise ValueError("--seed and --seeds say the same; give one of them")
+    if "RANK" in os.environ:
+        raise ValueError("--seeds starts a run for each seed; under torchrun give --seed, one launch each")
+    return run_seeds(__file__, parse_seeds(text), given, fresh)
+
+
 @contextmanager
 def silenced() -> Iterator[None]:
     """Suppress what all ranks would print alike: rank 0 prints it."""
@@ -112,6 +126,7 @@ def silenced() -> Iterator[None]:
 
 def train(config: TrainConfig, launched: float) -> int:
     """Run the training and return the exit status; the heavy imports come after the folder is locked."""
+    from tasks.common.user_file import naming_own_code
     from tasks.registry import make_task
 
     task = make_task(config)  # first, so that an error in its data is reported at once
@@ -122,7 +137,8 @@ def train(config: TrainConfig, launched: float) -> int:
     from tasks.skills import SKILLS
 
     try:
-        status = Trainer(config, task, SKILLS, launched).run()
+        with naming_own_code():
+            status = Trainer(config, task, SKILLS, launched).run()
         distributed.leave()  # not after an error: the other ranks may be waiting in another place
         return status
     except RuntimeError as error:

@@ -1,10 +1,13 @@
-"""Estimates from counts with their uncertainty: a proportion, a paired difference, pass@k. Pure functions."""
+"""Estimates with their uncertainty: a proportion, a paired difference, a mean; pass@k and maj@k. Pure functions."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from math import comb, sqrt
+from statistics import fmean, stdev
 from typing import Any
 
 Z = 1.959963984540054  # the normal distribution's 97.5% quantile
+T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764)  # of Student's t with 1 to 4 degrees of freedom
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
@@ -70,3 +73,44 @@ def accuracy_text(entry: Mapping[str, Any]) -> str:
     """Format an accuracy with its interval and n: 97.2% [95.4, 98.3], n = 500."""
     low, high = 100 * entry["ci_low"], 100 * entry["ci_high"]
     return f"{100 * entry['accuracy']:.1f}% [{low:.1f}, {high:.1f}], n = {entry['n']}"
+
+
+def majority(answers: Sequence[Hashable | None]) -> int | None:
+    """Return the place of the answer that most samples gave, the earliest of equals; None if no sample gave any."""
+    votes = Counter(answer for answer in answers if answer is not None)
+    return answers.index(max(votes, key=votes.__getitem__)) if votes else None
+
+
+def maj_at_k(answers: Sequence[Hashable | None], right: Sequence[bool], k: int) -> float:
+    """Return how often the majority of k samples is right (Wang et al., arXiv:2203.11171), None being no vote.
+
+    It is the mean over the n // k groups of k that the n samples fall into, in order.
+    """
+    if not 1 <= k <= len(answers) or len(answers) != len(right):
+        raise ValueError(f"maj@{k} cannot be had from {len(answers)} answers")
+    starts = range(0, len(answers) - k + 1, k)
+    chosen = [(start, majority(answers[start : start + k])) for start in starts]
+    return fmean(place is not None and right[start + place] for start, place in chosen)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of two or more values with its 95% interval by Student's t: mean, low, high."""
+    n, mean = len(values), fmean(values)
+    error = stdev(values) / sqrt(n)
+    return mean, mean - t_quantile(n - 1) * error, mean + t_quantile(n - 1) * error
+
+
+def t_quantile(degrees: int) -> float:
+    """Return the 97.5% quantile of Student's t: from tables up to 4 degrees of freedom, off by 0.2% at most above.
+
+    The expansion is Abramowitz and Stegun's 26.7.5.
+    """
+    if degrees <= len(T_QUANTILES):
+        return T_QUANTILES[degrees - 1]
+    v, z = degrees, Z
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / v ** (i + 1) for i, term in enumerate(terms))

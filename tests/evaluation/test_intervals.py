@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from grpo.evaluation.intervals import paired_interval, pass_at_k, wilson_interval
+from grpo.evaluation.intervals import maj_at_k, majority, paired_interval, pass_at_k, wilson_interval
 
 N = 500
 EASY = (0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99)
@@ -112,3 +112,41 @@ def test_pass_at_k_is_unbiased():
 def test_counts_that_give_no_pass_at_k_are_refused(n, correct, k):
     with pytest.raises(ValueError, match="pass@"):
         pass_at_k(n, correct, k)
+
+
+@pytest.mark.parametrize(
+    ("answers", "place"),
+    [
+        ([], None),
+        ([None, None], None),
+        ([3], 0),
+        ([None, 3], 1),
+        ([3, 4, 4], 1),
+        ([4, 3, 3, 4], 0),
+        ([1, 2, 3, None], 0),
+    ],
+)
+def test_the_majority_by_hand(answers, place):
+    assert majority(answers) == place
+
+
+def test_maj_at_k_by_hand():
+    answers, right = [3, 4, 4, None, 5, 3], [False, True, True, False, False, False]
+    assert maj_at_k(answers, right, 1) == pytest.approx(2 / 6)  # as pass@1
+    assert maj_at_k(answers, right, 2) == pytest.approx(1 / 3)  # 3 or 4: the earlier; 4; 5 or 3
+    assert maj_at_k(answers, right, 3) == pytest.approx(1 / 2)  # 4 of three; 5 of two
+    assert maj_at_k(answers, right, 4) == 1.0  # 4; the last two are left over
+    assert maj_at_k([None] * 4, [False] * 4, 2) == 0.0
+
+
+def test_maj_at_k_of_independent_samples_is_the_chance_of_the_majority():
+    rng = np.random.default_rng(0)
+    samples = rng.random((4000, 3)) < 0.6  # right with 60%: two of three are with 0.6³ + 3 · 0.6² · 0.4
+    found = np.mean([maj_at_k([1 if x else 2 for x in some], list(map(bool, some)), 3) for some in samples])
+    assert found == pytest.approx(0.648, abs=0.03)
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_samples_that_give_no_maj_at_k_are_refused(k):
+    with pytest.raises(ValueError, match="maj@"):
+        maj_at_k([1, 2, 3], [True, True, False], k)
