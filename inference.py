@@ -2,7 +2,7 @@
 
     python inference.py "What is (4 - 9) * 6?"
     python inference.py --compare "What is (4 - 9) * 6?"        before and after training
-    python inference.py --temperature 1 --samples 4 "What is (4 - 9) * 6?"
+    python inference.py --temperature 1 --samples 16 --vote "What is (4 - 9) * 6?"
     python inference.py < questions.txt                          one question a line
     python inference.py --evaluate --compare                     accuracy on held-out problems, before and after
 
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grpo.config import DEVICES, MOST_TOKENS
+from grpo.evaluation.intervals import majority
 from grpo.model_card import read_card, resolve
 from grpo.runtime.console import printable
 from tasks.common.parsing import has_form, parse_answer
@@ -52,13 +53,15 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--compare", is_flag=True, help="the model before training too, side by side")
 @click.option("--evaluate", is_flag=True, help="measure accuracy on held-out problems instead of asking")
 @click.option("--split", type=click.Choice(("validation", "test")), help="to --evaluate on  [default: test]")
-@click.option("--task", type=click.Choice(tuple(TASKS)), help="to --evaluate on  [default: the model's own]")
+@click.option("--task", help=f"{', '.join(TASKS)} or FILE.py:NAME, to --evaluate on  [default: the model's own]")
+@click.option("--task-arg", multiple=True, help="key=value, an argument of the --task in your file")
 @task_setting_options
 @click.option("--prompt-style", type=click.Choice(STYLES), help="to --evaluate in  [default: the model's own]")
 @click.option("--shots", type=click.IntRange(0), help="worked examples, with --evaluate  [default: the model's own]")
-@click.option("--pass-at-k", type=click.IntRange(0), help="also pass@k by sampling, with --evaluate")
+@click.option("--pass-at-k", type=click.IntRange(0), help="also pass@k and maj@k by sampling, with --evaluate")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="completions a question")
+@click.option("--vote", is_flag=True, help="answer with what most of the samples say, and their share")
 @click.option(
     "--max-new-tokens", type=click.IntRange(1, MOST_TOKENS), help="longest completion  [default: the model's own]"
 )
@@ -71,15 +74,18 @@ def main(
     evaluate: bool,
     temperature: float,
     samples: int,
+    vote: bool,
     max_new_tokens: int | None,
     seed: int,
     device: str,
     **exam: Any,
 ) -> None:
     """Answer QUESTIONS (or one a line on standard input) and print completion and parsed answer."""
-    given = {name: value for name, value in exam.items() if value is not None}
-    if evaluate and (questions or temperature != 0 or samples > 1):
-        raise click.UsageError("--evaluate takes no questions, --temperature or --samples: it answers greedily")
+    given = {name: value for name, value in exam.items() if value not in (None, ())}
+    if evaluate and (questions or temperature != 0 or samples > 1 or vote):
+        raise click.UsageError(
+            "--evaluate takes no questions, --temperature, --samples or --vote: it answers greedily"
+        )
     if compare and len(models) > 1:
         raise click.UsageError("--compare finds the other model itself; give one --model")
     if not evaluate and (given or len(models) > 1):
@@ -92,6 +98,8 @@ def main(
     if samples > 1 and temperature == 0:
         raise click.UsageError("--samples above 1 needs --temperature above 0: greedy completions are all alike")
     name = models[-1] if models else "saved_model" if Path("saved_model").is_dir() else "starter"
+    if vote and samples == 1:
+        raise click.UsageError("--vote is among samples; give --samples N and a --temperature")
     try:
         if evaluate:
             names = [before_training(name), name] if compare else list(models or [name])
@@ -113,7 +121,9 @@ def main(
     for i, question in enumerate(asked):
         click.echo(printable(question))
         for label, completions in zip(labels, answers, strict=True):
-            for text in completions[i]:
+            if vote:
+                show_vote(label, completions[i], kind)
+            for text in () if vote else completions[i]:
                 show(label, text, style, kind)
 
 
@@ -125,6 +135,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
+    from tasks.common.user_file import naming_own_code
     from tasks.registry import make_task
     from tasks.skills import SKILLS
 
@@ -137,7 +148,8 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
     from grpo.evaluation.model_comparison import measure, table
 
     skills = {skill: SKILLS[skill] for skill in card.get("skills", []) if skill in SKILLS}
-    found = measure(names, config, task, skills, split)
+    with naming_own_code():
+        found = measure(names, config, task, skills, split)
     click.echo(f"{task.name}, {split} problems, style {task.style}, greedy, up to {config.max_new_tokens} tokens")
     click.echo("\n".join(table(found, split)))
 
@@ -197,17 +209,29 @@ def sampled(lm: "LanguageModel", prompts: Sequence[Sequence[int]], limit: int, s
     """Return random completions of each prompt."""
     from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
     from grpo.model.tokens import left_pad
-    from grpo.runtime.precision import autocast
+    from grpo.runtime.precision import in_precision
 
     generator = Generator(lm.model)
     params = SamplingParams(limit, lm.end_ids, sampling.samples, sampling.temperature)
     texts = []
     for number, prompt in enumerate(prompts):
         uniforms = sampling_uniforms(sampling.seed, number, sampling.samples, limit)
-        with autocast(lm.model):
+        with in_precision(lm.model):
             completions = generator(*left_pad([prompt], lm.pad_id, lm.device), params, uniforms)
         texts.append(lm.decode(completions.rows(with_end=False)))
     return texts
+
+
+def show_vote(label: str, texts: Sequence[str], kind: str) -> None:
+    """Print the answer that most completions give, and how many do."""
+    answers = [parse_answer(text, kind) for text in texts]
+    place = majority(answers)
+    if place is None:
+        click.echo(f"  {label}none of {len(texts)} samples gives an answer")
+        return
+    count = answers.count(answers[place])
+    share = f"{count} of {len(texts)} samples ({count / len(texts):.0%})"
+    click.echo(f"  {label}{printable(str(answers[place]))}   [{share}]")
 
 
 def show(label: str, text: str, style: str, kind: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
 from typing import Any
 
 from tasks.common.prompts import STYLES
+from tasks.common.user_file import names_a_file
 from tasks.registry import DEFAULT_TASK, TASKS, task_options
 
 SFT, VARIANTS, OUTPUT = "SFT before GRPO", "Variants and schedules", "Evaluation and output"
@@ -20,6 +21,7 @@ DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "float32", "bfloat16")
 # the choices of a variant; each is one function in algorithm/loss.py or algorithm/advantages.py
 AVERAGES, RATIOS, SCALES = ("completion", "token", "constant"), ("token", "sequence"), ("group", "batch", "none")
+SURROGATES, AGGREGATIONS = ("clip", "cispo", "gmpo"), ("sum_then_normalize", "normalize_then_sum")
 KL_ESTIMATORS = ("k3", "k3-corrected")
 DECAYS = ("none", "linear", "cosine")
 TRACKERS = ("none", "trackio", "wandb")
@@ -29,6 +31,7 @@ MOST_TOKENS = 10**6  # of a completion: no model has so many positions, and memo
 # from anywhere, so it can name no file either
 NOT_INHERITED = (
     *("model", "device", "deterministic", "cuda_graphs", "shard", "seed", "output_dir", "time_limit", "track"),
+    "task_arg",
     "sft_steps",  # its model has been through them
     *(name for name, option in task_options().items() if not option.inheritable),
 )
@@ -80,7 +83,8 @@ class TrainConfig(TaskOptions):
     gradient_checkpointing: bool = setting(False, "Model", "save memory: recompute activations in the backward pass")
     shard: bool = setting(False, "Model", "spread weights, gradients and optimizer over the processes of torchrun")
 
-    task: str = setting(DEFAULT_TASK, "Task", "kind of problems", None, tuple(TASKS))
+    task: str = setting(DEFAULT_TASK, "Task", f"{', '.join(TASKS)}, or FILE.py:NAME, one of your own")
+    task_arg: tuple[str, ...] = setting((), "Task", "key=value, an argument of the --task in your file")
     prompt_style: str = setting("answer", "Task", "form of the answer that the prompt asks for", None, STYLES)
     system_prompt: str = setting("", "Task", "system prompt instead of the style's own")
     shots: int = setting(0, "Task", "worked examples in the prompt, solved training problems as turns", 0)
@@ -110,6 +114,9 @@ class TrainConfig(TaskOptions):
     sft_batch_size: int = setting(16, SFT, "problems, each with its completion, in such a step", 1)
     sft_learning_rate: float = setting(1e-5, SFT, "their learning rate, linear up to it and down to 0", 0.0)
 
+    surrogate: str = setting(
+        "clip", VARIANTS, "what the loss makes of ratio and advantage; cispo and gmpo: as published", None, SURROGATES
+    )
     loss_average: str = setting(
         "completion", VARIANTS, "what the loss is averaged over; token: DAPO, constant: Dr. GRPO", None, AVERAGES
     )
@@ -121,10 +128,20 @@ class TrainConfig(TaskOptions):
     scale_rewards: str = setting(
         "group", VARIANTS, "std that advantages are divided by; none: Dr. GRPO", None, SCALES
     )
+    multi_objective_aggregation: str = setting(
+        "sum_then_normalize", VARIANTS, "order for several rewards; normalize_then_sum: GDPO", None, AGGREGATIONS
+    )
+    entropy_bonus: float = setting(0.0, VARIANTS, "weight of the entropy, nats a token, that the loss rewards")
+    overlong_buffer: int = setting(
+        0, VARIANTS, "tokens below the limit over which a reward of 0 falls to -1 (DAPO); 0: none", 0
+    )
     mask_truncated_completions: bool = setting(
         False, VARIANTS, "leave completions that the token limit cut off out of the loss"
     )
     resample_tied: int = setting(0, VARIANTS, "redraw groups that are all right or all wrong, at most this often", 0)
+    curriculum: bool = setting(
+        False, VARIANTS, "draw problems of levels that the policy solves sometimes, by its own rollouts"
+    )
     target_kl: float = setting(0.0, VARIANTS, "adapt beta towards this KL, nats a token; 0: beta is constant", 0.0)
     warmup_steps: int = setting(0, VARIANTS, "steps in which the learning rate rises linearly to its value", 0)
     learning_rate_decay: str = setting(
@@ -137,7 +154,9 @@ class TrainConfig(TaskOptions):
 
     eval_every: int = setting(50, OUTPUT, "steps between evaluations on validation", 1)
     eval_problems: int = setting(500, OUTPUT, "validation problems in each evaluation", 1)
-    pass_at_k: int = setting(0, OUTPUT, "also measure pass@k by sampling on the test problems; 0: do not", 0)
+    pass_at_k: int = setting(
+        0, OUTPUT, "also measure pass@k and maj@k by sampling on the test problems; 0: do not", 0
+    )
     save_every: int = setting(25, OUTPUT, "steps between checkpoints", 1)
     patience: int = setting(0, OUTPUT, "stop after this many evaluations without a better one; 0: never", 0)
     target_accuracy: float = setting(0.0, OUTPUT, "stop at this validation accuracy, up to 1; 0: never", 0.0)
@@ -147,10 +166,15 @@ class TrainConfig(TaskOptions):
     output_dir: str = setting(".", OUTPUT, "folder that everything is written to")
 
     def __post_init__(self) -> None:
-        if isinstance(self.reward, list):  # as JSON has it
-            object.__setattr__(self, "reward", tuple(self.reward))
+        for name in ("reward", "task_arg"):
+            if isinstance(getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for f in fields(self):
             _check(f.name, getattr(self, f.name), f.type, f.metadata)
+        if self.task not in TASKS and not names_a_file(self.task):
+            raise ValueError(f"task is {self.task!r}; it must be one of {', '.join(TASKS)}, or FILE.py:NAME")
+        if self.task_arg and not names_a_file(self.task):
+            raise ValueError(f"task_arg is for a task in a file, --task FILE.py:NAME; this one is {self.task}")
         if self.time_limit:
             parse_duration(self.time_limit)
         if self.group_schedule:
@@ -173,6 +197,10 @@ class TrainConfig(TaskOptions):
             raise ValueError("shard cannot be with load_in_4bit: weights in 4 bits cannot be spread")
         if self.max_new_tokens > MOST_TOKENS:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at most {MOST_TOKENS}")
+        if self.overlong_buffer > self.max_new_tokens:
+            raise ValueError(f"overlong_buffer is {self.overlong_buffer}; it must be at most max_new_tokens")
+        if self.surrogate == "gmpo" and self.ratio != "token":
+            raise ValueError("surrogate gmpo has a ratio of its own; leave --ratio token")
         if self.warmup_steps >= self.num_iterations:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below num_iterations")
 
@@ -193,7 +221,7 @@ class TrainConfig(TaskOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
-        return {**asdict(self), "reward": list(self.reward)}
+        return {**asdict(self), "reward": list(self.reward), "task_arg": list(self.task_arg)}
 
     def inheritable_settings(self) -> dict[str, Any]:
         """Return what a saved model hands to a run that starts from it: all but place, model, seed and files."""
@@ -204,11 +232,6 @@ class TrainConfig(TaskOptions):
 def _shown(value: Any) -> str:
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text or "none"
-
-
-def names_a_file(reward: str) -> bool:
-    """Return whether a --reward is a function in a file."""
-    return ":" in reward
 
 
 def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from grpo.config import MOST_TOKENS, NOT_INHERITED, TrainConfig, names_a_file, with_new_names
+from grpo.config import MOST_TOKENS, NOT_INHERITED, TrainConfig, with_new_names
 from tasks.base import KINDS
 from tasks.common.prompts import STYLE_TOKENS, STYLES
+from tasks.common.user_file import names_a_file
 
 STARTER = Path(__file__).parent / "starter" / "model"
 RECIPES = Path(__file__).parent / "recipes"
@@ -92,6 +93,10 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
         raise ValueError(f"the model's {CARD} has settings that it cannot have: {', '.join(unknown)}")
     if any(isinstance(spec, str) and names_a_file(spec) for spec in _as_list(card.get("reward"))):
         raise ValueError(f"the model's {CARD} names a reward in a file, which a model cannot; remove it there")
+    if isinstance(card.get("task"), str) and names_a_file(card["task"]) and "task" not in given:
+        raise ValueError(
+            f"the model was trained on {card['task']!a}, a task in a file, which a model cannot name; give --task"
+        )
     defaults = TrainConfig()
     carried = {"task": defaults.task, "prompt_style": defaults.prompt_style, **card}
     style = given.get("prompt_style", carried["prompt_style"])

@@ -19,6 +19,10 @@ from tasks.registry import task_options
 PHASES = {"sample": "sampling", "reference": "reference", "update": "update"}
 HUB_EXAMPLE = "python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"
 SHOWN = 4  # completions each time
+BY_REWARD = (
+    "The best policy is that of the highest mean reward on validation: all rewards are your own functions, and\n"
+    "accuracy counts only answers that equal the problem's own. --correct FILE.py:FUNCTION decides what is right.\n"
+)
 
 
 def introduce(
@@ -90,6 +94,8 @@ def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
     """Print one line about an evaluation on the way."""
     best = "  best so far, saved" if improved and entry["step"] else ""
     more = f"{100 * entry['well_formed']:.0f}% well-formed"
+    if "reward" in entry:
+        more = f"reward {entry['reward']:.3f}, {more}"
     if entry.get("drift") is not None:
         more += f", drift {nats(entry['drift'])}"
     say(f"step {entry['step']:>4}  validation {accuracy_text(entry)}, {more}{best}")
@@ -131,7 +137,7 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: s
         say(f"  {name:<18} {accuracy_text(was):>32}  ->  {accuracy_text(now)}")
     if was := record.get("before_sft"):
         say(f"  before fine-tuning {accuracy_text(was):>32}")
-    for line in by_category(before, after) + pass_at_k(before, after) + drifted(after):
+    for line in by_category(before, after) + sampled(before, after) + drifted(after):
         say(f"  {line}")
     if kl:
         say(f"  KL to reference    {fmean(kl):.3f} nats a token (mean of the last {len(kl)} steps)")
@@ -172,11 +178,14 @@ def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     ]
 
 
-def pass_at_k(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Format pass@k before and after, if it was measured."""
-    was, now = before.get("pass_at_k", {}), after.get("pass_at_k", {})
-    both = [f"pass@{k} {100 * was[k]:.1f}% -> {100 * now[k]:.1f}%" for k in now if k in was]
-    return ["sampled:  " + ", ".join(both)] if both else []
+def sampled(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Format pass@k and maj@k before and after, if they were measured."""
+    lines = []
+    for name in ("pass", "maj"):
+        was, now = before.get(f"{name}_at_k", {}), after.get(f"{name}_at_k", {})
+        both = [f"{name}@{k} {100 * was[k]:.1f}% -> {100 * now[k]:.1f}%" for k in now if k in was]
+        lines += ["sampled:  " + ", ".join(both)] if both else []
+    return lines
 
 
 def nats(value: float) -> str:
@@ -236,7 +245,8 @@ def model_card(
         f"# A model trained with GRPO on {config.task}",
         "",
         f"Started from `{config.model}`; the policy of step {best['step']}, the best on validation problems: "
-        f"{accuracy_text(best)}.",
+        + (f"mean reward {best['reward']:.3f}, accuracy " if "reward" in best else "")
+        + f"{accuracy_text(best)}.",
         "",
         "Greedy decoding, exact answers, Wilson 95% intervals, on problems that were not trained on:",
         "",
@@ -251,7 +261,7 @@ def model_card(
     if config.sft_steps:
         lines += ["", f'"Before" is after {config.sft_steps} supervised steps on ideal completions.']
     if after:
-        lines += ["", *(f"{line}.  " for line in drifted(after) + pass_at_k(before, after))]
+        lines += ["", *(f"{line}.  " for line in drifted(after) + sampled(before, after))]
     lines += ["", "Settings:", "", "```"]
     lines += [f"{name} = {value}" for name, value in config.to_dict().items() if name != "output_dir"]
     lines += [

@@ -32,6 +32,11 @@ class Progress:
     before: Mapping[str, Any] = field(default_factory=dict)  # the starting model on the test problems
     best: Mapping[str, Any] | None = None  # the evaluation of the best policy, with its step
 
+    def is_better(self, entry: Mapping[str, Any]) -> bool:
+        """Return whether an evaluation is better than the best so far: by mean reward if that was measured."""
+        measure = "reward" if "reward" in entry else "accuracy"
+        return self.best is None or entry[measure] > self.best[measure]
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps besides the step."""
         return {"sft_step": self.sft_step, "before": self.before, "best": self.best}

@@ -21,7 +21,7 @@ from grpo.model.logprobs import completion_logprobs
 from grpo.model.tokens import Tokens, tokens_of
 from grpo.runtime import distributed
 from grpo.runtime.microbatch import AdaptiveMicrobatch, oom_is_fatal, split_microbatches
-from grpo.runtime.precision import autocast
+from grpo.runtime.precision import in_precision
 from grpo.runtime.stopwatch import Stopwatch
 from tasks.base import Message, Task
 from tasks.common.shots import solved_problem
@@ -88,9 +88,9 @@ def supervised_gradient(model: PreTrainedModel, tokens: Tokens, counted: int, pa
     model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=tokens.completion_ids.device)
     for rows in split_microbatches(len(tokens.completion_ids), 1, max_rows):
-        with autocast(model):
+        with in_precision(model):
             logprobs, _ = completion_logprobs(model, tokens.slice_rows(rows), 1.0, packed=packed)  # 0 on padding
-        loss = -logprobs.sum() / counted
-        loss.backward()
+            loss = -logprobs.sum() / counted
+            loss.backward()
         total += loss.detach()
     return total

@@ -26,12 +26,12 @@ from grpo.record.tracker import Tracker
 from grpo.resume import Progress, RunState
 from grpo.runtime import distributed
 from grpo.runtime.atomic_io import name_in_errors
-from grpo.runtime.console import ProgressBar
+from grpo.runtime.console import ProgressBar, say
 from grpo.runtime.device import choose_device, environment, keep_freed_memory, peak_memory, set_deterministic
 from grpo.runtime.precision import precision
 from grpo.sft import SupervisedTrainer
 from tasks.base import Task
-from tasks.rewards import parse_rewards
+from tasks.rewards.scoring import decides_by_reward, rewards_of
 
 MOST_SKIPPED = 10  # updates in a row that were not finite, before the run ends
 
@@ -46,7 +46,7 @@ class Trainer:
         self.config, self.task = config, task
         self.folder = Path(config.output_dir)
         self.saved_model = self.folder / SAVED_MODEL
-        rewards = parse_rewards(config.reward, task.default_rewards)
+        rewards = rewards_of(config, task)
         files = {**task.files, **{reward.path: reward.sha256 for reward in rewards if reward.path}}
         set_deterministic(config.deterministic)
         device = distributed.start(choose_device(config.device))
@@ -59,7 +59,8 @@ class Trainer:
         check_examples_fit(config, self.lm, task)
         self.grpo = GRPO(config, task, self.lm, rewards, device)
         own_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
-        self.evaluator = Evaluator(config, task, own_skills, self.grpo.capabilities)
+        choosing = rewards if decides_by_reward(rewards, task) else ()
+        self.evaluator = Evaluator(config, task, own_skills, self.grpo.capabilities, choosing)
         folder = self.folder if distributed.is_main_process() else None  # the other ranks write nothing
         where = environment(device, precision(self.lm.model), distributed.world_size())
         self.metrics = Metrics(folder, config.to_dict(), where)
@@ -136,6 +137,8 @@ class Trainer:
         if self.config.sft_steps and (reason := self._fine_tune(interrupts)):
             return reason
         self._look_ahead()
+        if self.evaluator.rewards:
+            say(report.BY_REWARD)
         self.progress.before = self._test(self.lm, 0)
         if self.config.sft_steps:
             report.show_fine_tuning(self.progress.before, "after")
@@ -238,7 +241,7 @@ class Trainer:
         """Measure on the validation problems; a new best policy goes to saved_model/."""
         progress = self.progress
         entry = self._evaluate(self.evaluator.validate, self.lm, progress.step, "validation")
-        improved = progress.best is None or entry["accuracy"] > progress.best["accuracy"]
+        improved = progress.is_better(entry)
         if improved:
             progress.best = entry
             if progress.step:

@@ -154,4 +154,11 @@ class Arithmetic(QATask):
 
 def _problem(expression: Expression) -> Problem:
     category = expression.op + expression.op2
-    return Problem(f"What is {expression}?", str(expression.value), category=category, working=expression.steps)
+    largest = max(abs(expression.a), abs(expression.b), abs(expression.c))
+    return Problem(
+        f"What is {expression}?",
+        str(expression.value),
+        category=category,
+        level=f"{category} to {largest}",
+        working=expression.steps,
+    )

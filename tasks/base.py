@@ -35,6 +35,7 @@ class Problem:
     answer: str
     columns: Mapping[str, Any] = field(default_factory=dict)
     category: str = ""  # accuracy is reported by category too
+    level: str = ""  # problems of a level are about equally hard; "": nothing is known of it
     working: str = ""  # how to get to the answer, if that is known: for worked examples
 
 
@@ -50,6 +51,7 @@ class Attempt:
     answer: Answer | None  # the parsed answer; None if the completion gives none of the right kind
     gold: Answer | None  # the problem's own answer, parsed in the same way
     correct: bool  # the task's judgement of the answer, which accuracy counts, whatever the form
+    close: bool  # whether the answer is nearly right, by the task's judgement
     well_formed: bool  # whether the completion gives an answer in the form that the prompt asked for
 
 
@@ -80,6 +82,7 @@ class Task(Protocol):
     files: Mapping[str, str]  # SHA-256 of each file that its problems come from
     example: str  # a question to try on the trained model
     hints: Mapping[str, str]  # advice to add to a finding, by the name of the finding
+    knows_right: bool  # whether `correct` is right by its word, not only equality with one answer of many
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
         """Return the training problem of a row of a step, a pure function of the three numbers."""

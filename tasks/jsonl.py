@@ -38,6 +38,7 @@ def load(
         problems=split_rows(problems, data),
         files={data: sha256, **({judge.file.path: judge.file.sha256} if judge else {})},
         judge=judge,
+        knows_right=judge is not None,  # the answer in the file may be one of many
         style=style,
         kind=kind_of_all(problems),
         system_prompt=system_prompt,

@@ -1,19 +1,23 @@
-"""The tasks of --task, one line each, and their options as settings of a run."""
+"""The tasks of --task, one line each, their options as settings of a run, and the way to a task in a file."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tasks import gsm8k, jsonl
 from tasks.arithmetic import Arithmetic
 from tasks.base import Task
+from tasks.common.own_task import load_task
 from tasks.common.shots import with_shots
+from tasks.common.user_file import names_a_file
+from tasks.countdown import Countdown
 from tasks.reverse import Reverse
 
 # what makes each task, by name; its parameters that are annotated with a `tasks.base.Option` become options
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": Arithmetic,
+    "countdown": Countdown,
     "gsm8k": gsm8k.load,
     "jsonl": jsonl.load,
     "reverse": Reverse,
@@ -25,6 +29,7 @@ class TaskSettings(Protocol):
     """The settings that every task is made from; `grpo.config.TrainConfig` has them and the options of all tasks."""
 
     task: str
+    task_arg: Sequence[str]
     prompt_style: str
     system_prompt: str
     shots: int
@@ -67,8 +72,11 @@ def make_task(settings: TaskSettings) -> Task:
                 f"--task {settings.task} has no use for --{name.replace('_', '-')}, which is for --task "
                 f"{' and '.join(option.tasks)}"
             )
-    own = {name: getattr(settings, name) for name, option in options.items() if settings.task in option.tasks}
-    task = TASKS[settings.task](**own, style=settings.prompt_style, system_prompt=settings.system_prompt)
+    if names_a_file(settings.task):
+        task = load_task(settings.task, settings.task_arg, settings.prompt_style, settings.system_prompt)
+    else:
+        own = {name: getattr(settings, name) for name, option in options.items() if settings.task in option.tasks}
+        task = TASKS[settings.task](**own, style=settings.prompt_style, system_prompt=settings.system_prompt)
     return with_shots(task, settings.shots) if settings.shots else task
 
 

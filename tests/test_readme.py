@@ -14,7 +14,7 @@ from grpo.config import ordered_fields
 from grpo.diagnostics.findings import CHECKS
 from grpo.model_card import STARTER, read_card
 from tasks.arithmetic import Arithmetic
-from tasks.rewards import parse_rewards
+from tasks.rewards.scoring import parse_rewards
 
 ROOT = Path(__file__).parents[1]
 READMES = sorted(path for path in ROOT.rglob("README.md") if not {".venv", "fixtures"} & set(path.parts))

@@ -35,6 +35,18 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str = "group"
     return torch.where(~tied_groups(groups)[:, None] & counts, advantages, 0.0).view(-1).float()
 
 
+def decoupled_advantages(parts: Tensor, weights: Tensor, num_generations: int, scale: str = "group") -> Tensor:
+    """Return advantages, (B,) float32, of reward parts (B, K) that are compared in the group one by one.
+
+    Each part gets its own group-relative advantage. They are added with |`weights`| (K,), for parts are weighted
+    already and keep their sign. The sum, whose mean is 0, is divided by its standard deviation over the batch: GDPO,
+    arXiv:2601.05242, as in TRL. Two completions of equal total differ here if their parts do.
+    """
+    columns = [group_advantages(part, num_generations, scale).double() for part in parts.unbind(1)]
+    total = torch.stack(columns, 1) @ weights.double().abs()
+    return (total / (total.std() + STD_FLOOR)).float()
+
+
 def tied_groups(groups: Tensor) -> Tensor:
     """Return which groups (N, G) have equal rewards, (N,) bool; NaN, which is no reward, has no part in it."""
     return groups.nan_to_num(nan=-torch.inf).amax(1) <= groups.nan_to_num(nan=torch.inf).amin(1)

@@ -5,7 +5,7 @@ Per token (DeepSeekMath, arXiv:2402.03300, equation 3; Schulman's k3 from equati
     objective = min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) − β · KL
 
 averaged over a completion's tokens, then over the completions; the loss is its negative. The published variants are
-settings: each is a function in RATIOS, AVERAGES or KL_ESTIMATORS and a choice in `grpo/config.py`. All arguments are
+settings: each is a function here and a choice in `grpo/config.py`. All arguments are
 (B, C) float32 unless said otherwise, all results finite wherever the inputs are.
 """
 
@@ -84,6 +84,31 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, epsilon: float, epsilon
     return torch.minimum(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon_high) * a)
 
 
+def cispo_surrogate(logprobs: Tensor, ratio: Tensor, advantages: Tensor, epsilon_high: float) -> Tensor:
+    """Return sg(min(ratio, 1 + ε_high)) · A · logprobs, to be maximised; `advantages` is (B,).
+
+    The ratio is a weight without gradient, bounded from above alone, so that no token is left out: CISPO,
+    arXiv:2506.13585, section 3.1, equations 4 and 5, without a lower bound as there.
+    """
+    return ratio.clamp(max=1 + epsilon_high).detach() * advantages.unsqueeze(-1) * logprobs
+
+
+def gmpo_surrogate(
+    log_ratio: Tensor, advantages: Tensor, mask: Tensor, epsilon: float, epsilon_high: float
+) -> tuple[Tensor, Tensor]:
+    """Return A times the geometric mean of a completion's clipped ratios, in every column, to be maximised.
+
+    Also return which tokens are clipped, (B, C) bool. The logarithm of a ratio is clipped, to at most ε_high where
+    A > 0 and to at least −ε elsewhere, so --epsilon 0.4 is the (e^−0.4, e^0.4) of the paper: GMPO, arXiv:2507.20673,
+    equation 4 and algorithm 1.
+    """
+    a = advantages.unsqueeze(-1)  # (B, 1)
+    clipped = torch.where(a > 0, log_ratio.clamp(max=epsilon_high), log_ratio.clamp(min=-epsilon))
+    total = torch.where(mask, clipped, 0.0).sum(-1, keepdim=True)
+    surrogate = a * _exp(total / mask.sum(-1, keepdim=True).clamp(min=1))
+    return surrogate.expand_as(log_ratio), (clipped != log_ratio) & mask
+
+
 @dataclass(frozen=True)
 class StepSizes:
     """Denominators of a whole step, over all its micro-batches and processes.
@@ -136,7 +161,7 @@ class TokenLoss:
     loss: Tensor  # with gradient
     kl: Tensor  # no gradient
     ratio: Tensor  # no gradient
-    clipped: Tensor  # bool: the clipped term is the smaller one, so this token has no gradient
+    clipped: Tensor  # bool: the clipped term is the smaller one, so this token has no gradient (CISPO: a bounded one)
 
 
 def grpo_loss(
@@ -154,8 +179,15 @@ def grpo_loss(
     assert logprobs.shape == old_logprobs.shape == completion_mask.shape
     assert advantages.shape == logprobs.shape[:1]
     ratio = RATIOS[config.ratio](logprobs, old_logprobs, completion_mask)
-    surrogate = clipped_surrogate(ratio, advantages, config.epsilon, config.epsilon_high or config.epsilon)
+    high = config.epsilon_high or config.epsilon
+    if config.surrogate == "cispo":
+        surrogate, clipped = cispo_surrogate(logprobs, ratio, advantages, high), ratio > 1 + high
+    elif config.surrogate == "gmpo":
+        log_ratio = logprobs - old_logprobs
+        surrogate, clipped = gmpo_surrogate(log_ratio, advantages, completion_mask, config.epsilon, high)
+    else:
+        surrogate = clipped_surrogate(ratio, advantages, config.epsilon, high)
+        clipped = ratio * advantages.unsqueeze(-1) > surrogate
     kl = torch.zeros_like(logprobs) if ref_logprobs is None else token_kl(logprobs, ref_logprobs)
     penalty = KL_ESTIMATORS[config.kl_estimator](kl, logprobs, old_logprobs)
-    clipped = (ratio * advantages.unsqueeze(-1) > surrogate) & completion_mask
-    return TokenLoss(config.beta * penalty - surrogate, kl.detach(), ratio.detach(), clipped)
+    return TokenLoss(config.beta * penalty - surrogate, kl.detach(), ratio.detach(), clipped & completion_mask)

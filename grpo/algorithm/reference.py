@@ -13,12 +13,14 @@ from grpo.model.logprobs import completion_logprobs
 from grpo.model.tokens import Tokens
 from grpo.runtime.distributed import distribute_like
 from grpo.runtime.microbatch import AdaptiveMicrobatch, split_microbatches
-from grpo.runtime.precision import autocast
+from grpo.runtime.precision import in_precision, lower_weights
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy that is never trained."""
-    return copy.deepcopy(model).requires_grad_(False)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    lower_weights(frozen)
+    return frozen
 
 
 class Reference:
@@ -67,7 +69,7 @@ def reference_logprobs(
     """Return a model's log-probabilities of a rollout, (B, C), at most `max_rows` rows in a pass."""
     logprobs = torch.zeros(tokens.completion_ids.shape, device=tokens.completion_ids.device)
     for rows in split_microbatches(logprobs.shape[0], tokens.num_generations, max_rows):
-        with autocast(reference):
+        with in_precision(reference):
             part, _ = completion_logprobs(reference, tokens.slice_rows(rows), temperature, packed=packed)
         logprobs[rows, : part.shape[1]] = part
     return logprobs

@@ -1,7 +1,7 @@
 """One step's data: sample completions, score them, keep everything that belongs together in one place."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grpo.algorithm.advantages import group_advantages, tied_groups
+from grpo.algorithm.advantages import decoupled_advantages, group_advantages
 from grpo.config import TrainConfig
 from grpo.generation.sampling import Completions, Generator, SamplingParams, concatenate, sampling_uniforms
 from grpo.model.language_model import LanguageModel
 from grpo.model.tokens import Tokens, shared_beginning
 from grpo.runtime import distributed
 from grpo.runtime.microbatch import AdaptiveMicrobatch
-from grpo.runtime.precision import autocast
+from grpo.runtime.precision import in_precision
 from grpo.runtime.stopwatch import Stopwatch
 from tasks.base import Problem, Reward, Task
-from tasks.rewards import RewardFunction, score
+from tasks.rewards.scoring import RewardFunction, score
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,12 @@ class Rollout:
     advantages: Tensor  # (B,) float32
     truncated: Tensor  # (B,) bool: cut off by the token limit
     sample_logprobs: Tensor  # (B, C) float32, as the sampler computed them
-    resampled: int  # groups that were drawn again because all completions were right or all wrong
+    sampled: Sequence[tuple[Problem, int, int]]  # all that were drawn, with their right and wrong completions
+
+    @property
+    def resampled(self) -> int:
+        """Return how many groups were drawn again because all completions were right or all wrong."""
+        return len(self.sampled) - len(self.problems)
 
     @cached_property
     def totals(self) -> Tensor:
@@ -53,8 +58,8 @@ class Rollout:
 
     @cached_property
     def tied(self) -> Tensor:
-        """Return which groups have equal rewards and so teach nothing, (N,) bool."""
-        return tied_groups(self.totals)
+        """Return which groups teach nothing, (N,) bool: those of equal rewards."""
+        return (self.advantages.view(len(self.problems), -1) == 0).all(1).cpu()
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -117,6 +122,13 @@ class ScoredGroups:
         groups = [self.rewards[i : i + g] for i in range(0, len(self.rewards), g)]
         return [len({reward.correct for reward in group}) == 1 for group in groups]
 
+    def counts(self) -> list[tuple[Problem, int, int]]:
+        """Return each problem with the number of its right and its wrong completions."""
+        g = len(self.rewards) // len(self.problems)
+        groups = (self.rewards[i : i + g] for i in range(0, len(self.rewards), g))
+        right = (sum(reward.correct for reward in group) for group in groups)
+        return [(problem, n, g - n) for problem, n in zip(self.problems, right, strict=True)]
+
     def to(self, device: torch.device | str) -> "ScoredGroups":
         """Return a copy with all tensors on `device`."""
         ids, mask = self.prompt_ids.to(device), self.prompt_mask.to(device)
@@ -132,24 +144,26 @@ class RolloutSampler:
     rewards: Sequence[RewardFunction]
     generator: Generator
     microbatch: AdaptiveMicrobatch
+    training_problem: Callable[[int, int, int], Problem]  # of a seed, a step and a row
 
     def rollout(self, step: int, config: TrainConfig, clock: Stopwatch) -> Rollout:
         """Sample and score the groups of a step; draw tied ones again with other problems if the settings say so."""
         found: list[ScoredGroups] = []
+        drawn: list[tuple[Problem, int, int]] = []
         chosen = [0] * config.batch_size  # the group of each place in the batch, counted through `found`
-        places, resampled = list(range(config.batch_size)), 0
+        places = list(range(config.batch_size))
         for attempt in range(config.resample_tied + 1):
             known = sum(len(groups.problems) for groups in found)
             new = self._sample_across_ranks(step, attempt, places, config, clock)
             found += new
+            drawn += [counts for groups in new for counts in groups.counts()][: len(places)]  # without padding
             tied = [alike for groups in new for alike in groups.all_alike()]
             for number, place in enumerate(places):
                 chosen[place] = known + number
             places = [place for number, place in enumerate(places) if tied[number]]
-            if not places or attempt == config.resample_tied:
+            if not places:
                 break
-            resampled += len(places)
-        return build_rollout(found, chosen, resampled, config)
+        return build_rollout(found, chosen, drawn, config, self.rewards)
 
     def _sample_across_ranks(
         self, step: int, attempt: int, places: Sequence[int], config: TrainConfig, clock: Stopwatch
@@ -161,7 +175,7 @@ class RolloutSampler:
         padded = distributed.pad_to_world_size(places)
         own, g = distributed.local_slice(len(padded)), config.num_generations
         numbers = [attempt * config.batch_size + place for place in padded[own]]
-        problems = [self.task.training_problem(config.seed, step, number) for number in numbers]
+        problems = [self.training_problem(config.seed, step, number) for number in numbers]
         uniforms = sampling_uniforms(config.seed, step, own.stop * g, config.max_new_tokens, attempt)[own.start * g :]
         # around what a rank does alone: it may repeat that with fewer rows
         local = self.microbatch.run(self._sample_groups, problems, uniforms, config, clock)
@@ -173,7 +187,7 @@ class RolloutSampler:
         self, problems: Sequence[Problem], uniforms: Tensor, config: TrainConfig, clock: Stopwatch, max_rows: int
     ) -> ScoredGroups:
         """Sample and score a group for each problem."""
-        with clock("sample"), autocast(self.lm.model):
+        with clock("sample"), in_precision(self.lm.model):
             prompt_ids, prompt_mask = self.lm.encode([self.task.messages(p.question) for p in problems])
             params = SamplingParams(
                 config.max_new_tokens, self.lm.end_ids, config.num_generations, config.temperature
@@ -190,9 +204,16 @@ class RolloutSampler:
 
 
 def build_rollout(
-    found: Sequence[ScoredGroups], chosen: Sequence[int], resampled: int, config: TrainConfig
+    found: Sequence[ScoredGroups],
+    chosen: Sequence[int],
+    drawn: Sequence[tuple[Problem, int, int]],
+    config: TrainConfig,
+    functions: Sequence[RewardFunction],
 ) -> Rollout:
-    """Make a rollout of the chosen groups, counted through all of `found`."""
+    """Make a rollout of the chosen groups, counted through all of `found`.
+
+    `drawn` are all problems, with their right and wrong completions; `functions` are those of the rewards.
+    """
     g, width = config.num_generations, max(groups.prompt_ids.shape[1] for groups in found)
     prompt_ids, prompt_mask = (
         torch.cat([pad(tensor, (width - tensor.shape[1], 0)) for tensor in tensors])[chosen]
@@ -204,7 +225,12 @@ def build_rollout(
     texts = [text for groups in found for text in groups.texts]
     all_rewards = [reward for groups in found for reward in groups.rewards]
     rewards = [all_rewards[row] for row in rows]
-    advantages = group_advantages(_totals(rewards), g, config.scale_rewards)
+    if config.multi_objective_aggregation == "normalize_then_sum":
+        parts = torch.tensor([[_number(reward.parts[f.name]) for f in functions] for reward in rewards])
+        weights = torch.tensor([f.weight for f in functions])
+        advantages = decoupled_advantages(parts, weights, g, config.scale_rewards)
+    else:
+        advantages = group_advantages(_totals(rewards), g, config.scale_rewards)
     return Rollout(
         problems=[problems[group] for group in chosen],
         tokens=Tokens(prompt_ids, prompt_mask, completions.ids, completions.mask),
@@ -213,11 +239,14 @@ def build_rollout(
         advantages=advantages.to(prompt_ids.device),
         truncated=~completions.ended,
         sample_logprobs=completions.logprobs,
-        resampled=resampled,
+        sampled=drawn,
     )
 
 
 def _totals(rewards: Sequence[Reward]) -> Tensor:
     """Return the total rewards, (B,) float64, on the CPU; NaN where none applies."""
-    totals = [math.nan if reward.total is None else reward.total for reward in rewards]
-    return torch.tensor(totals, dtype=torch.float64)
+    return torch.tensor([_number(reward.total) for reward in rewards], dtype=torch.float64)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

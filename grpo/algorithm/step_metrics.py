@@ -10,7 +10,7 @@ from math import isfinite
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from tasks.rewards import repeats_an_ending
+from tasks.rewards.functions import repeats_an_ending
 
 if TYPE_CHECKING:
     from grpo.algorithm.rollout import Rollout

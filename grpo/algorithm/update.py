@@ -19,7 +19,7 @@ from grpo.runtime import distributed
 from grpo.runtime.console import suppress_warnings
 from grpo.runtime.distributed import distribute_like, full_tensor, gather_to_rank0, local_tensor, sum_gradients
 from grpo.runtime.microbatch import AdaptiveMicrobatch, oom_is_fatal, split_microbatches
-from grpo.runtime.precision import autocast
+from grpo.runtime.precision import in_precision
 
 WATCHED = 10_000  # weights that `watched_weights` copies
 
@@ -208,16 +208,23 @@ def _accumulate(policy: PreTrainedModel, batch: Batch, config: TrainConfig, pack
     for rows in split_microbatches(batch.advantages.shape[0], batch.tokens.num_generations, max_rows):
         micro = batch.slice_rows(rows)
         mask = micro.tokens.completion_mask
-        with autocast(policy):
+        with in_precision(policy):
             logprobs, entropy = completion_logprobs(
-                policy, micro.tokens, config.temperature, packed=packed, entropy=first
+                policy,
+                micro.tokens,
+                config.temperature,
+                packed=packed,
+                entropy=first or bool(config.entropy_bonus),
+                entropy_gradient=bool(config.entropy_bonus),
             )
+            old_logprobs = logprobs.detach() if first else micro.old_logprobs
+            tokens = grpo_loss(logprobs, old_logprobs, micro.ref_logprobs, micro.advantages, mask, config)
+            loss = average(tokens.loss, mask, batch.sizes)
+            if config.entropy_bonus:
+                loss = loss - config.entropy_bonus * average(entropy, mask, batch.sizes)
+            loss.backward()
         totals.logprobs[rows, : mask.shape[1]] = logprobs.detach()
-        old_logprobs = logprobs.detach() if first else micro.old_logprobs
-        tokens = grpo_loss(logprobs, old_logprobs, micro.ref_logprobs, micro.advantages, mask, config)
-        loss = average(tokens.loss, mask, batch.sizes)
-        loss.backward()
-        by_token = (tokens.kl, entropy if first else torch.zeros_like(tokens.kl), tokens.clipped.float())
+        by_token = (tokens.kl, entropy.detach() if first else torch.zeros_like(tokens.kl), tokens.clipped.float())
         totals.sums += torch.stack([loss.detach(), *(torch.where(mask, x, 0.0).sum() for x in by_token)])
         totals.ratio_min = torch.minimum(totals.ratio_min, torch.where(mask, tokens.ratio, torch.inf).min())
         totals.ratio_max = torch.maximum(totals.ratio_max, torch.where(mask, tokens.ratio, -torch.inf).max())

@@ -17,6 +17,8 @@ CHECKS: dict[str, Callable[[RunSnapshot], CheckResult]] = {
     check.__name__: check for check in (*groups.CHECKS, *learning.CHECKS, *stability.CHECKS)
 }
 
+OF_ACCURACY = ("collapsed", "reward_hacking", "format_only", "overfitting", "past_peak")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -43,7 +45,9 @@ def new_findings(record: Mapping[str, Any], known: Collection[str]) -> list[Find
 
 def _check(now: RunSnapshot, known: Collection[str]) -> list[Finding]:
     step = now.steps[-1]["step"] if now.steps else 0
-    seen = [(name, check(now)) for name, check in CHECKS.items() if name not in known]
+    # where the mean reward chooses the best policy, it is not known what is right
+    passed = known if not any("reward" in e for e in now.evals) else {*known, *OF_ACCURACY}
+    seen = [(name, check(now)) for name, check in CHECKS.items() if name not in passed]
     return [Finding(name, step, float(result[0]), result[1]) for name, result in seen if result]
 
 

@@ -23,7 +23,7 @@ from grpo.model.language_model import LanguageModel
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.tokens import Tokens, left_pad, length_mask
 from grpo.runtime.checks import is_count, is_list_of
-from grpo.runtime.precision import autocast
+from grpo.runtime.precision import in_precision
 
 ANSWER_TOKENS = 24  # of each answer at most
 
@@ -90,7 +90,7 @@ def answer_logprobs(
         lengths = torch.tensor([len(answer) for answer in some], device=lm.device)
         mask = length_mask(lengths, width)
         tokens = Tokens(*left_pad(prompts[start : start + max_rows], lm.pad_id, lm.device), ids, mask)
-        with autocast(lm.model):
+        with in_precision(lm.model):
             logprobs, _ = completion_logprobs(lm.model, tokens, 1.0, packed=False)
         rows += [row[: len(answer)] for row, answer in zip(logprobs.tolist(), some, strict=True)]
     return rows

@@ -1,7 +1,7 @@
-"""Held-out accuracy with its confidence interval, greedy, on problems that training never sees; and pass@k."""
+"""Held-out accuracy with its confidence interval, greedy, on problems that training never sees; pass@k and maj@k."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -10,16 +10,19 @@ import torch
 
 from grpo.config import TrainConfig
 from grpo.evaluation.drift import DriftBaseline
-from grpo.evaluation.intervals import pass_at_k, wilson_interval
+from grpo.evaluation.intervals import maj_at_k, pass_at_k, wilson_interval
 from grpo.generation.capabilities import ModelCapabilities
 from grpo.generation.greedy import MAX_ROWS, greedy_across_ranks
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
 from grpo.model.language_model import LanguageModel
 from grpo.model.tokens import common_prefix_length, left_pad
+from grpo.runtime import distributed
 from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.microbatch import AdaptiveMicrobatch
-from grpo.runtime.precision import autocast
+from grpo.runtime.precision import in_precision
+from grpo.runtime.stopwatch import Stopwatch
 from tasks.base import Attempt, Problem, Task
+from tasks.rewards.scoring import RewardFunction, score
 from tasks.unrelated import QUESTIONS
 
 TEST_PROBLEMS = 1000  # or all there are
@@ -34,6 +37,7 @@ class Evaluation:
 
     problems: Sequence[Problem]
     attempts: Sequence[Attempt]  # one a problem
+    completion_ids: Sequence[Sequence[int]] = ()
 
     @property
     def n(self) -> int:
@@ -69,13 +73,19 @@ def proportion(right: Sequence[bool]) -> dict[str, float | int]:
 
 
 class Evaluator:
-    """Measures policies on the same problems each time, all greedily except for pass@k."""
+    """Measures policies on the same problems each time, all greedily except for pass@k and maj@k."""
 
     def __init__(
-        self, config: TrainConfig, task: Task, skills: Mapping[str, Task], capabilities: ModelCapabilities
+        self,
+        config: TrainConfig,
+        task: Task,
+        skills: Mapping[str, Task],
+        capabilities: ModelCapabilities,
+        rewards: Sequence[RewardFunction] = (),
     ) -> None:
-        """`skills` are the neighbouring skills that the starting model has."""
+        """`skills` are the neighbouring skills of the starting model; `rewards`, if any, choose the best policy."""
         self.config, self.task, self.skills, self.capabilities = config, task, skills, capabilities
+        self.rewards = rewards
         self.microbatch = AdaptiveMicrobatch("the evaluation", MAX_ROWS, 1, config.shard)
         self.start: DriftBaseline | None = None  # what drift is measured from, if known
         self._held_out: dict[tuple[str, str, int], list[Problem]] = {}
@@ -87,13 +97,14 @@ class Evaluator:
 
     def validate(self, lm: LanguageModel) -> dict[str, Any]:
         """Measure on the validation problems, which choose the policy that is kept; and the drift from the start."""
-        return {**self.evaluate(lm, self.task, self.problems("validation")).to_dict(), "drift": self._drift(lm)}
+        found = self.evaluate(lm, self.task, self.problems("validation"))
+        return {**found.to_dict(), **self._reward(found), "drift": self._drift(lm)}
 
     def test(self, lm: LanguageModel) -> dict[str, Any]:
         """Measure on the test problems, which are what is quoted, and on the neighbouring skills."""
         result = self.evaluate(lm, self.task, self.problems("test")).to_dict()
         skills = {name: self.evaluate(lm, skill, self._of(skill)).to_dict() for name, skill in self.skills.items()}
-        return {**result, "drift": self._drift(lm), **self.pass_at_k(lm, "test"), "skills": skills}
+        return {**result, "drift": self._drift(lm), **self.sampled(lm, "test"), "skills": skills}
 
     def problems(self, split: str) -> list[Problem]:
         """Return the problems of the task that a split is measured on."""
@@ -114,13 +125,14 @@ class Evaluator:
         prompts = [self._prompts[task.name, p.question] for p in problems]
         limit, capabilities = self.config.max_new_tokens, self.capabilities
         completions = self.microbatch.run(greedy_across_ranks, lm, prompts, limit, capabilities=capabilities)
-        return graded(lm, task, problems, completions.rows(with_end=False))
+        found = graded(lm, task, problems, completions.rows(with_end=False))
+        return replace(found, completion_ids=completions.rows())
 
-    def pass_at_k(self, lm: LanguageModel, split: str) -> dict[str, Any]:
-        """Estimate pass@k on a split by sampling, if the settings ask for it."""
+    def sampled(self, lm: LanguageModel, split: str) -> dict[str, dict[str, float]]:
+        """Estimate pass@k and maj@k on a split by sampling, if the settings ask for it."""
         if not self.config.pass_at_k:
             return {}
-        return {"pass_at_k": self.microbatch.run(self._pass_at_k, lm, self.problems(split))}
+        return self.microbatch.run(self._sampled, lm, self.problems(split))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as JSON values."""
@@ -133,8 +145,8 @@ class Evaluator:
         self.microbatch.max_rows = limit
         self.start = None if start is None else DriftBaseline(**start)
 
-    def _pass_at_k(self, lm: LanguageModel, problems: Sequence[Problem], max_rows: int) -> dict[str, float]:
-        """Return pass@1, pass@2, pass@4, …, pass@k, means over the problems, from 2k samples of each.
+    def _sampled(self, lm: LanguageModel, problems: Sequence[Problem], max_rows: int) -> dict[str, dict[str, float]]:
+        """Return pass@j and maj@j for j = 1, 2, 4, …, k, means over the problems, from 2k samples of each.
 
         A problem's samples, at temperature 1, are a function of the seed and its place in the list.
         """
@@ -142,7 +154,7 @@ class Evaluator:
         n = SAMPLES_PER_K * k
         params = SamplingParams(c.max_new_tokens, lm.end_ids, n)
         generator, step = Generator(lm.model, self.capabilities), max(1, max_rows // n)
-        correct: list[int] = []
+        answers, right = [], []  # of all samples, by problem
         for first in range(0, len(problems), step):
             some = problems[first : first + step]
             places = range(first, first + len(some))
@@ -150,15 +162,29 @@ class Evaluator:
             prompts = lm.prompts([self.task.messages(p.question) for p in some])
             shares = self.capabilities.supports_common_prefix and len(prompts) > 1
             prefix = common_prefix_length(prompts) if shares else 0
-            with autocast(lm.model):
+            with in_precision(lm.model):
                 padded = left_pad(prompts, lm.pad_id, lm.device)
                 completions = generator(*padded, params, torch.cat(uniforms), max_rows, prefix)
             texts = lm.decode(completions.rows(with_end=False))
             for i, problem in enumerate(some):
                 attempts = [self.task.grade(problem, text) for text in texts[i * n : (i + 1) * n]]
-                correct.append(sum(attempt.correct for attempt in attempts))
+                answers.append([attempt.answer for attempt in attempts])
+                right.append([attempt.correct for attempt in attempts])
         ks = sorted({2**i for i in range(k.bit_length())} | {k})
-        return {str(j): fmean(pass_at_k(n, c, j) for c in correct) for j in ks}
+        votes = list(zip(answers, right, strict=True))
+        return {
+            "pass_at_k": {str(j): fmean(pass_at_k(n, sum(some), j) for some in right) for j in ks},
+            "maj_at_k": {str(j): fmean(maj_at_k(*some, j) for some in votes) for j in ks},
+        }
+
+    def _reward(self, found: Evaluation) -> dict[str, float]:
+        """Return the mean reward of the answers, if that chooses the best policy; 0 if no reward applies to any."""
+        if not self.rewards:
+            return {}
+        scored = score(self.rewards, found.attempts, {"completion_ids": found.completion_ids}, Stopwatch())
+        totals = [reward.total for reward in scored if reward.total is not None]
+        # a user's function may be random
+        return {"reward": distributed.broadcast_from_rank0(fmean(totals) if totals else 0.0)}
 
     def _drift(self, lm: LanguageModel) -> float | None:
         return None if self.start is None else self.microbatch.run(self.start.drift, lm)

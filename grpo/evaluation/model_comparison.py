@@ -25,7 +25,7 @@ class Measured:
 
     name: str
     evaluations: Mapping[str, Evaluation]  # of the task first, then of the skills
-    pass_at_k: Mapping[str, float] = field(default_factory=dict)  # by k
+    sampled: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # pass_at_k and maj_at_k, by k
     drift: float | None = None  # from the first model, on unrelated questions
 
 
@@ -42,13 +42,13 @@ def measure(
         lm = load(name, choose_device(config.device), config.precision)
         evaluator = Evaluator(config, task, skills if split == "test" else {}, ModelCapabilities.probe(lm, task))
         evaluations = evaluator.by_name(lm, split)
-        pass_at_k = evaluator.pass_at_k(lm, split).get("pass_at_k", {})
+        sampled = evaluator.sampled(lm, split)
         if start is None:
             evaluator.remember_start(lm)
             start, drift = evaluator.start, None
         else:
             drift = _drift(evaluator, start, lm)
-        found.append(Measured(name, evaluations, pass_at_k, drift))
+        found.append(Measured(name, evaluations, sampled, drift))
         del lm
     return found
 
@@ -72,8 +72,10 @@ def table(found: Sequence[Measured], split: str) -> list[str]:
             lines.append(row("  well-formed", [f"{100 * e.to_dict()['well_formed']:.1f}%" for e in several]))
             for category in several[0].categories:
                 lines.append(accuracy_row(f"  {category}", [e.categories[category] for e in several]))
-            for k in found[0].pass_at_k:
-                lines.append(row(f"  pass@{k}, sampled", [f"{100 * model.pass_at_k[k]:.1f}%" for model in found]))
+            for measure, of_first in found[0].sampled.items():
+                for k in of_first:
+                    label = f"  {measure.partition('_')[0]}@{k}, sampled"
+                    lines.append(row(label, [f"{100 * model.sampled[measure][k]:.1f}%" for model in found]))
     if any(model.drift is not None for model in found):
         drifts = ["" if model.drift is None else f"{model.drift:.3f} nats a token" for model in found]
         lines.append(row("drift from the first", drifts))

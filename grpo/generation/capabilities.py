@@ -18,7 +18,7 @@ from grpo.model.logprobs import completion_logprobs
 from grpo.model.tokens import Tokens, common_prefix_length, left_pad
 from grpo.runtime.console import say
 from grpo.runtime.microbatch import matches_reference
-from grpo.runtime.precision import autocast
+from grpo.runtime.precision import in_precision
 from tasks.base import Task
 
 PROBED = 4  # prompts, each with two completions
@@ -99,7 +99,7 @@ def supports_cuda_graphs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> b
     """Return whether a CUDA graph decodes as plain passes do; False on other devices."""
     if ids.device.type != "cuda":
         return False
-    with autocast(model):
+    with in_precision(model):
         cache, logits = prefill(model, ids, mask)
         logits = logits.repeat_interleave(GRAPH_GROUP, 0)
         return graph_matches_cached(model, cache, mask, GRAPH_GROUP, logits)

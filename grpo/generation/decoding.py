@@ -15,7 +15,6 @@ from grpo.model.attention.common_prefix import CommonPrefix
 from grpo.model.attention.packed import enable
 from grpo.model.tokens import position_ids
 from grpo.runtime.microbatch import is_unsupported
-from grpo.runtime.precision import product_dtype
 
 CAPACITY_STEP = 32  # tokens; the cache grows by this many at a time
 WARM_UP = 2  # tokens run on a side stream before one is recorded, as CUDA's libraries need to initialise
@@ -86,8 +85,10 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        self._buffers = tuple(x[indices] for x in self._buffers)
+        """Keep these rows, in the same memory."""
+        for x in self._buffers:
+            x[: len(indices), :, : self._length] = x[:, :, : self._length][indices]
+        self._buffers = tuple(x[: len(indices)] for x in self._buffers)
         self._update_views()
 
     def _update_views(self) -> None:
@@ -95,13 +96,9 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def reserve(x: Tensor, repeats: int, more: int = 0) -> Tensor:
-    """Copy (N, heads, length, size) with each row `repeats` times and room for CAPACITY_STEP or `more` tokens.
-
-    The copy is in the type of products: keys are turned in float32, and a cast of all of them a token would take
-    longer than the product.
-    """
+    """Copy (N, heads, length, size) with each row `repeats` times and room for CAPACITY_STEP or `more` tokens."""
     n, heads, length, size = x.shape
-    buffer = x.new_empty(n, repeats, heads, length + max(CAPACITY_STEP, more), size, dtype=product_dtype(x))
+    buffer = x.new_empty(n, repeats, heads, length + max(CAPACITY_STEP, more), size)
     buffer[..., :length, :] = x[:, None]
     return buffer.flatten(0, 1)
 
@@ -174,7 +171,7 @@ def split_off_prefix(cache: DynamicCache, mask: Tensor, length: int) -> tuple[Co
     row = mask.sum(-1).argmax()
     columns = int((~mask[row]).sum()) + torch.arange(length, device=mask.device)
     keys, values = (
-        [x[row][:, columns].to(product_dtype(x)) for x in of_layers]
+        [x[row][:, columns] for x in of_layers]
         for of_layers in ([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
     )
     others = mask & (position_ids(mask) >= length)
@@ -195,7 +192,6 @@ class CudaGraphDecoder:
         for i, (layer, static) in enumerate(zip(cache.layers, self.cache.layers, strict=True)):
             keys, values = (x.repeat_interleave(repeats, 0) for x in (layer.keys, layer.values))
             static.lazy_initialization(keys, values)
-            static.values = static.values.to(values.dtype)  # under autocast that of the keys is another
             self.cache.update(keys, values, i)
         self.position = mask.sum(-1, keepdim=True)  # (B, 1), of the next token
         self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], columns)], 1)  # (B, P + columns)

@@ -7,7 +7,7 @@ from grpo.generation.sampling import Completions, Generator, SamplingParams, con
 from grpo.model.language_model import LanguageModel
 from grpo.model.tokens import common_prefix_length, left_pad
 from grpo.runtime import distributed
-from grpo.runtime.precision import autocast
+from grpo.runtime.precision import in_precision
 
 MAX_ROWS = 256  # greedy completions in one pass
 
@@ -27,7 +27,7 @@ def greedy(
     for start in range(0, len(order), max_rows):
         some = [prompts[i] for i in order[start : start + max_rows]]
         shared = common_prefix_length(some) if capabilities.supports_common_prefix and len(some) > 1 else 0
-        with autocast(lm.model):
+        with in_precision(lm.model):
             parts.append(generator(*left_pad(some, lm.pad_id, lm.device), params, common_prefix=shared))
     return concatenate(parts).pick(sorted(range(len(order)), key=order.__getitem__))
 

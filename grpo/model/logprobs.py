@@ -2,7 +2,7 @@
 
 All G completions of a group share their prompt, and prompts begin alike: with a system prompt, with worked examples.
 `packed_logits` runs them through the model as one row of real tokens, with gradient: a common beginning of S tokens
-once, the rest of each prompt once, at most S + N · (P - S) + B · C tokens instead of B · (P + C), exact in float32;
+once, the rest of each prompt once, about S + N · (P - S) + B · C tokens instead of B · (P + C), exact in float32;
 `packed_attention.py` decides who attends to whom. `dense_logits` runs every row in full: the oracle of the tests, and
 the fallback for models that do not support packing.
 """
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from grpo.model.attention.layout import Layout
 from grpo.model.attention.packed import enable
-from grpo.model.output_layer import CHUNK, fused_logprobs
+from grpo.model.output_layer import CHUNK, LEAST_LOG, fused_logprobs
 from grpo.model.tokens import Tokens, position_ids, shared_beginning
 
 
@@ -45,15 +45,19 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
-@torch.no_grad()
 def token_entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Return the entropy of softmax(logits / temperature), nats, without gradient; (…, V) to (…)."""
+    """Return the entropy of softmax(logits / temperature), nats; (…, V) to (…). Rows are processed in chunks."""
     rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
-    parts = []
-    for some in logits.split(rows):
-        p = scaled(some, temperature).softmax(-1)
-        parts.append(torch.special.entr(p).sum(-1))  # 0 for a token of probability 0, whose logit may be -inf
+    parts = [checkpoint(_token_entropy, some, temperature, use_reentrant=False) for some in logits.split(rows)]
     return torch.cat(parts)
+
+
+def _token_entropy(logits: Tensor, temperature: float) -> Tensor:
+    logits = scaled(logits, temperature)
+    p = logits.softmax(-1)
+    if not torch.is_grad_enabled():
+        return torch.special.entr(p).sum(-1)  # 0 for a token of probability 0, whose logit may be -inf
+    return -(p * logits.log_softmax(-1).clamp(min=LEAST_LOG)).sum(-1)  # the gradient of entr at 0 is infinite
 
 
 def packed_inputs(tokens: Tokens) -> dict[str, Any]:
@@ -68,7 +72,13 @@ def packed_inputs(tokens: Tokens) -> dict[str, Any]:
     own_positions = starts + torch.arange(ids.shape[1], device=ids.device)  # (B, C - 1)
     # in the order of the layout; prompts are left-padded, so the last column has the last token of each
     input_ids, packed_positions = (
-        [of_prompts[0][beginning[0]], of_prompts[:, :-1][own], of_prompts[:, -1], of_completions[inputs]]
+        [
+            of_prompts[0][beginning[0]],
+            of_prompts[0, -1:].expand(layout.filler),
+            of_prompts[:, :-1][own],
+            of_prompts[:, -1],
+            of_completions[inputs],
+        ]
         for of_prompts, of_completions in ((tokens.prompt_ids, ids), (positions, own_positions))
     )
     return {
@@ -126,16 +136,23 @@ def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor
 
 
 def completion_logprobs(
-    model: PreTrainedModel, tokens: Tokens, temperature: float, *, packed: bool = True, entropy: bool = False
+    model: PreTrainedModel,
+    tokens: Tokens,
+    temperature: float,
+    *,
+    packed: bool = True,
+    entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return log-probabilities of the completions' tokens, (B, C) float32; column j scores completion token j.
 
-    With `entropy`, also return the entropy of the distribution of each token, nats, (B, C), without gradient; else
-    None. Both are 0 on padding.
+    With `entropy`, also return the entropy of the distribution of each token, nats, (B, C), with a gradient if
+    `entropy_gradient`; else None. Both are 0 on padding.
     """
     ids, mask = tokens.completion_ids, tokens.completion_mask
     if packed and (scores := _packed_scores(model, tokens, temperature)):
         logprobs, entropies = (_columns(*x.tensor_split([len(ids)]), mask) for x in scores)
+        entropies = entropies if entropy_gradient else entropies.detach()
         return logprobs, entropies if entropy else None
     if packed:
         first, rest = packed_logits(model, tokens)
@@ -146,7 +163,8 @@ def completion_logprobs(
     logprobs = token_logprobs(first, ids[:, 0], temperature), token_logprobs(rest, rest_ids, temperature)
     if not entropy:
         return _columns(*logprobs, mask), None
-    entropies = token_entropy(first, temperature), token_entropy(rest, temperature)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropies = token_entropy(first, temperature), token_entropy(rest, temperature)
     return _columns(*logprobs, mask), _columns(*entropies, mask)
 
 

@@ -17,9 +17,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel
 
 from grpo.runtime.console import say
-from grpo.runtime.precision import product_dtype
 
 CHUNK = 2**24  # logits of a product; fewer are held, all at once
+LEAST_LOG = -1e4  # stands for the logarithm of 0, to be multiplied by 0
 IN_CACHE = 2**19  # logits in float32 on a CPU: 2 MiB
 _PLAIN: WeakSet[nn.Module] = WeakSet()  # output layers whose logits the model changes afterwards
 
@@ -64,8 +64,8 @@ def fused_logprobs(
 def linear_logprobs(layer: nn.Linear, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return log softmax(layer(hidden) / temperature) of `ids`, and the entropy of each row, nats: (M,) float32.
 
-    `hidden` is (M, D), `ids` (M,). The product is in the precision of autocast, all else in float32. The entropy has
-    no gradient.
+    `hidden` is (M, D), `ids` (M,). The product is in their own precision, all else in float32. The entropy has a
+    gradient too.
     """
     return _LinearLogprobs.apply(hidden, layer.weight, layer.bias, ids, temperature)
 
@@ -81,45 +81,51 @@ class _LinearLogprobs(torch.autograd.Function):
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies, (M,)."""
-        dtype = product_dtype(hidden)
         ctx.save_for_backward(hidden, weight, bias, ids)
-        ctx.dtype, ctx.temperature = dtype, temperature
+        ctx.temperature = temperature
         logprobs, entropies = (torch.zeros(len(ids), device=hidden.device) for _ in range(2))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows, logits in _logits(hidden.to(dtype), weight.to(dtype), bias):
-                for some, block in _blocks(rows, logits, temperature):
-                    p, (top, at) = block.softmax(-1), block.max(-1, keepdim=True)
-                    total = top - p.gather(-1, at).log()  # log of the sum of exp(logits)
-                    logprobs[some] = (block.gather(-1, ids[some, None]) - total).squeeze(-1)
-                    entropies[some] = total.squeeze(-1) - torch.linalg.vecdot(p, block)
-        ctx.mark_non_differentiable(entropies)
+        for rows, logits in _logits(hidden, weight, bias):
+            for some, block in _blocks(rows, logits, temperature):
+                p, (top, at) = block.softmax(-1), block.max(-1, keepdim=True)
+                total = top - p.gather(-1, at).log()  # log of the sum of exp(logits)
+                logprobs[some] = (block.gather(-1, ids[some, None]) - total).squeeze(-1)
+                entropies[some] = total.squeeze(-1) - torch.linalg.vecdot(p, block)
+        ctx.set_materialize_grads(False)  # the entropy is often not a part of the loss
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of hidden states, weight and bias; `grad` is (M,)."""
+    def backward(ctx: FunctionCtx, grad: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of hidden states, weight and bias; both arguments are (M,) or None."""
         hidden, weight, bias, ids = ctx.saved_tensors
         for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
-        x, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-        of_hidden = torch.empty_like(x) if for_hidden else None
-        of_weight = torch.zeros_like(weight) if for_weight else None
-        of_bias = torch.zeros_like(bias) if for_bias else None
-        grad = grad / ctx.temperature
-        for rows, logits in _logits(x, w, bias):
+        of_hidden = torch.empty_like(hidden) if for_hidden else None
+        # sums of many parts, so not in 16 bits
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        of_weight = torch.zeros_like(weight, dtype=precise) if for_weight else None
+        of_bias = torch.zeros_like(bias, dtype=precise) if for_bias else None
+        grad = torch.zeros(len(ids), device=hidden.device) if grad is None else grad / ctx.temperature
+        for rows, logits in _logits(hidden, weight, bias):
             for some, block in _blocks(rows, logits, ctx.temperature):
-                p = block.softmax(-1).mul_(-grad[some, None])
+                p = block.softmax(-1)
+                weights = -grad[some, None]
+                if of_entropy is not None:  # dH/dz = -p (log p + H)
+                    log_p = block.log_softmax(-1).clamp(min=LEAST_LOG)
+                    entropy = -torch.linalg.vecdot(p, log_p)[:, None]
+                    weights = weights - (of_entropy[some, None] / ctx.temperature) * (log_p + entropy)
+                p.mul_(weights)
                 p.scatter_add_(-1, ids[some, None], grad[some, None])
                 logits[some.start - rows.start : some.stop - rows.start] = p  # their gradient, in their place
             if for_hidden:
-                torch.mm(logits, w, out=of_hidden[rows])
+                torch.mm(logits, weight, out=of_hidden[rows])
             if for_weight and logits.dtype == of_weight.dtype:
-                of_weight.addmm_(logits.T, x[rows])
+                of_weight.addmm_(logits.T, hidden[rows])
             elif for_weight:
-                of_weight += logits.T @ x[rows]
+                of_weight += logits.T @ hidden[rows]
             if for_bias:
                 of_bias += logits.sum(0, dtype=of_bias.dtype)
-        of_hidden = of_hidden.to(hidden.dtype) if for_hidden else None
+        of_weight = of_weight.to(weight.dtype) if for_weight else None
+        of_bias = of_bias.to(bias.dtype) if for_bias else None
         return of_hidden, of_weight, of_bias, None, None
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 Value = TypeVar("Value")
@@ -154,10 +154,13 @@ def main_process_first() -> Iterator[None]:
 def shard(model: nn.Module, device: torch.device) -> None:
     """Spread a model, which every rank holds on the CPU, over the ranks' devices, in place, layer by layer."""
     mesh = init_device_mesh(device.type, (world_size(),))
+    # passes are in the model's precision, gradients are summed in float32
+    policy = MixedPrecisionPolicy(getattr(model, "compute_dtype", None), torch.float32)
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in [module for module in model.modules() if type(module).__name__ in names]:
-        fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # its parameters are shards between passes
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    # its parameters are shards between passes
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -1,22 +1,27 @@
-"""The precision of passes through a model: float32, or bfloat16 by autocast.
+"""The precision of passes through a model: float32, or bfloat16.
 
 Weights, optimizer, log-softmax and loss are float32 either way.
+
+Passes are in bfloat16 throughout, between products too. Under torch.autocast, as before, products alone are: that
+casts the input of each of seven products a layer, and holds all casts for the backward pass.
 
 What did not work: a trial product in both precisions, the faster one to be taken. After it the first pass in float32
 was off by 2e-3 nats in 4 of 10 launches on a CPU with AMX, torch 2.13, and in none of 17 without it; then a model was
 held to be unable to share its prompts.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def set_precision(model: nn.Module, name: str, device: torch.device) -> None:
-    """Let `autocast` run a model's passes on `device` in this precision; "auto" takes the faster one.
+    """Let `in_precision` run a model's passes on `device` in this precision; "auto" takes the faster one.
 
     That is bfloat16 on CUDA cards of capability 8 and up, and on CPUs that multiply it in hardware. Raises ValueError
     for another name: a model's folder may have any.
@@ -25,25 +30,45 @@ def set_precision(model: nn.Module, name: str, device: torch.device) -> None:
         name = "bfloat16" if _multiplies_bfloat16(device) else "float32"
     if name not in list(DTYPES):  # it may be of any type
         raise ValueError(f"precision is {name!r}; it must be auto, float32 or bfloat16")
-    model.autocast_dtype = DTYPES[name]
+    model.compute_dtype = DTYPES[name]
 
 
 def precision(model: nn.Module) -> str:
     """Return the precision of a model's passes."""
-    return str(getattr(model, "autocast_dtype", torch.float32)).removeprefix("torch.")
+    return str(getattr(model, "compute_dtype", torch.float32)).removeprefix("torch.")
 
 
-def autocast(model: nn.Module) -> AbstractContextManager:
-    """Run passes of a model in the precision that it was loaded with. A cast of a weight is kept until the end."""
-    if precision(model) == "float32":
-        return nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, model.autocast_dtype)
+@contextmanager
+def in_precision(model: nn.Module) -> Iterator[None]:
+    """Run passes of a model in the precision that it was loaded with, the backward pass too if there is one.
+
+    In bfloat16 each float32 weight is replaced by a cast of itself until the end, so that all that is computed from
+    them has their type; the gradient goes to the weight, in float32. A sharded model casts its shards itself.
+    """
+    if precision(model) == "float32" or isinstance(model, FSDPModule):
+        yield
+        return
+    weights = [
+        (module._parameters, name, weight)
+        for module in model.modules()
+        for name, weight in module._parameters.items()
+        if weight is not None and weight.dtype == torch.float32
+    ]
+    casts = {weight: weight.to(model.compute_dtype) for _, _, weight in weights}  # one of a weight with two places
+    try:
+        for parameters, name, weight in weights:
+            parameters[name] = casts[weight]
+        yield
+    finally:
+        for parameters, name, weight in weights:
+            parameters[name] = weight
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the type in which `x` takes part in a product of matrices here: that of autocast, or its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+@torch.no_grad()
+def lower_weights(model: nn.Module) -> None:
+    """Hold the weights of a model that is not trained in the precision of its passes."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(getattr(model, "compute_dtype", weight.dtype))
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

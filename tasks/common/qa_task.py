@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from tasks.base import Answer, Attempt, Message, Problem
 from tasks.common.parsing import PARSERS, has_form, parse_answer
 from tasks.common.prompts import STYLES, chat, system_prompt
-from tasks.rewards import default_rewards
+from tasks.rewards.functions import default_rewards
+
+CLOSE_ENOUGH = 1  # a number that is off by at most this is close
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +16,7 @@ class QATask:
     """The base of a task: a prompt style, the kind of its answers, a system prompt, and perhaps worked examples.
 
     The default system prompt is that of style and kind. A subclass adds `name`, `training_problem` and `held_out`,
-    and overrides `is_correct` if many answers are right.
+    and overrides `is_correct` if many answers are right, and `is_close`.
     """
 
     style: str = "answer"
@@ -24,6 +26,7 @@ class QATask:
     example: str = "..."
     hints: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    knows_right: bool = True
 
     def __post_init__(self) -> None:
         if self.style not in STYLES or self.kind not in PARSERS:
@@ -53,12 +56,25 @@ class QATask:
             answer=answer,
             gold=self.gold(problem),
             correct=answer is not None and self.is_correct(problem, answer),
+            close=answer is not None and self.is_close(problem, answer),
             well_formed=answer is not None and has_form(completion, self.style),
         )
 
     def is_correct(self, problem: Problem, answer: Answer) -> bool:
         """Return whether a parsed answer is right; by default, whether it equals the problem's own answer."""
         return answer == self.gold(problem)
+
+    def is_close(self, problem: Problem, answer: Answer) -> bool:
+        """Return whether a parsed answer is nearly right, by default like the problem's own.
+
+        That is a number within ±1 of it, or a text that differs from it in case at most.
+        """
+        gold = self.gold(problem)
+        if gold is None:
+            return False
+        if isinstance(answer, str):
+            return answer.casefold() == str(gold).casefold()
+        return abs(answer - gold) <= CLOSE_ENOUGH
 
     def gold(self, problem: Problem) -> Answer | None:
         """Return the problem's own answer, parsed like a completion's."""

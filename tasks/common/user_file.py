@@ -1,4 +1,5 @@
-"""Functions in a user's file: rewards (`--reward FILE.py:FUNCTION=WEIGHT`), a judge (`--correct FILE.py:FUNCTION`).
+"""What is in a user's file: rewards (`--reward FILE.py:FUNCTION=WEIGHT`), a judge (`--correct FILE.py:FUNCTION`), and
+tasks (`--task FILE.py:NAME`, see `own_task.py`).
 
 The signature of a reward is TRL's, so that functions written for TRL work unchanged:
 
@@ -16,7 +17,8 @@ a model's folder can name none (grpo/config.py).
 import hashlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -25,6 +27,8 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from tasks.base import Answer, Problem, one_line
+
+PREFIX = "user_file_"  # of the names of the modules
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class UserFile:
             there = [n for n, value in vars(self.module).items() if callable(value) and not n.startswith("_")]
             raise ValueError(f"{self.path} has no function {name!r}; it has {', '.join(there) or 'none'}")
         return found
+
+
+def names_a_file(spec: str) -> bool:
+    """Return whether a task or a reward is one in a file."""
+    return ":" in spec
 
 
 class _Source(SourceFileLoader):
@@ -62,16 +71,16 @@ def load_file(path: str) -> UserFile:
         text = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot read the rewards or the judge in {path!r}: {getattr(error, 'strerror', None) or error}"
+            f"cannot read the rewards, judge or task in {path!r}: {getattr(error, 'strerror', None) or error}"
         ) from None
     sha256 = hashlib.sha256(text).hexdigest()
-    loader = _Source(f"user_file_{sha256}", path, text)
+    loader = _Source(f"{PREFIX}{sha256}", path, text)
     module = module_from_spec(spec_from_loader(loader.name, loader))
     sys.modules[loader.name] = module  # dataclasses look up their module there
     try:
         loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"cannot run the rewards or the judge in {path!r}: {one_line(error)}") from error
+        raise ValueError(f"cannot run the rewards, judge or task in {path!r}: {one_line(error)}") from error
     return UserFile(path, module, sha256)
 
 
@@ -80,6 +89,19 @@ def place_of(error: BaseException, path: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename == path]
     return own[-1] if own else path or f"{frames[-1].filename}:{frames[-1].lineno}"
+
+
+@contextmanager
+def naming_own_code() -> Iterator[None]:
+    """Turn an exception that comes through a user's code into a ValueError, in one line with its place."""
+    try:
+        yield
+    except Exception as error:
+        loaded = {module.__file__ for name, module in list(sys.modules.items()) if name.startswith(PREFIX)}
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in loaded]
+        if not own:
+            raise
+        raise ValueError(f"your code raised {one_line(error)} ({own[-1].filename}:{own[-1].lineno})") from error
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.runtime.stopwatch import Stopwatch
 from tasks.arithmetic import Arithmetic
-from tasks.rewards import RewardFunction
+from tasks.rewards.scoring import RewardFunction
 
 CONFIG = resolve({"model": "starter", "batch_size": 2, "num_generations": 4, "num_inner_updates": 1})
 

@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo.runtime.precision import precision
 from tasks.base import Problem
-from tasks.rewards import score
+from tasks.rewards.scoring import score
 from tests.benchmarks.work import NEVER, Channel, Spec, record
 
 

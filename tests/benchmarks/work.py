@@ -26,7 +26,7 @@ from grpo.runtime.device import choose_device, peak_memory
 from tasks.base import Message, Problem, Task, seeded_rng
 from tasks.common.qa_task import QATask
 from tasks.registry import make_task
-from tasks.rewards import RewardFunction, parse_rewards
+from tasks.rewards.scoring import RewardFunction, parse_rewards
 
 NEVER = 10**6  # an end token that no vocabulary here has, so that every completion is of full length
 FRAME = 8  # tokens of the starter's chat template around a user's message

@@ -1,8 +1,12 @@
 """JSON Lines files of problems, and the line that a malformed one is refused with."""
 
 import json
+import textwrap
+from pathlib import Path
 
 import pytest
+
+import tasks
 
 PEOPLE = ("Ann", "Ben", "Cleo", "Dan")
 GSM8K_ROWS = [  # in the published format, made up here
@@ -26,6 +30,14 @@ def write(path, rows):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
+
+
+def example_task():
+    """Return the file that the page of tasks shows as a task of one's own."""
+    page = (Path(tasks.__file__).parent / "README.md").read_text(encoding="utf-8")
+    return textwrap.dedent(
+        page[page.index('    """Name a multiple') : page.index("    python train_grpo.py --task mul")]
+    )
 
 
 def refusal(load, *args, **more):

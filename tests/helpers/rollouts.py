@@ -12,13 +12,14 @@ def a_rollout(groups=3, per_group=2, completion=ODD):
     """Return a rollout of wrong completions, all the same, without tokens."""
     rows = groups * per_group
     reward = Reward(0.4, {"format": 0.2, "close": 0.2, "mine": None}, correct=False, well_formed=True)
+    problems = [Problem(f"What is {i}?", "1") for i in range(groups)]
     return Rollout(
-        problems=[Problem(f"What is {i}?", "1") for i in range(groups)],
+        problems=problems,
         tokens=None,
         completion_texts=[completion] * rows,
         rewards=[reward] * rows,
         advantages=torch.arange(rows) / 2,
         truncated=torch.zeros(rows, dtype=torch.bool),
         sample_logprobs=torch.zeros(rows, 1),
-        resampled=0,
+        sampled=[(problem, 0, per_group) for problem in problems],
     )

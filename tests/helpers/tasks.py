@@ -8,7 +8,8 @@ from functools import cache
 from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
 from tasks.common.rows import Rows
-from tasks.rewards import REWARDS, parse_rewards, score
+from tasks.rewards.functions import REWARDS
+from tasks.rewards.scoring import parse_rewards, score
 
 TASK = Arithmetic()
 SUM = Problem("What is (4 - 9) * 6?", "-30")

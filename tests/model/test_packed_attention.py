@@ -13,6 +13,7 @@ from grpo.model.attention import packed as module
 from grpo.model.attention.layout import Layout
 from grpo.model.attention.packed import disable, enable, packed_attention
 from grpo.model.logprobs import completion_logprobs
+from grpo.runtime.precision import in_precision, set_precision
 from tests.helpers.models import ragged_tokens, tiny_model
 
 MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=2)  # what transformers' own attention asks of a module
@@ -38,7 +39,8 @@ def by_loop(query, key, value, layout, window):
         group = row // layout.num_generations
         p = int(layout.prompt_lengths[group])
         s = layout.common_prefix
-        seen = [*range(s), *(s + i for i in layout.prompt_index[group, :p].tolist() + own[row][:c])]
+        first = s + layout.filler
+        seen = [*range(s), *(first + i for i in layout.prompt_index[group, :p].tolist() + own[row][:c])]
         for last, token in enumerate(seen):
             keys = seen[max(0, last + 1 - window) : last + 1]
             for head in range(HEADS):
@@ -75,13 +77,15 @@ def test_a_layout_with_a_common_beginning_by_hand():
     # prompts xyab and xyc, completions of 1 and 2 inputs: the row is x y | a | b c | A C C
     layout = a_layout((4, 3), (1, 2), common=2)
     assert layout.prompt_lengths.tolist() == [2, 1]  # all else is about the row after x y
-    assert layout.prompt_index[0].tolist() == [0, 1]
+    assert layout.prompt_index[0, :2].tolist() == [0, 1]
     assert layout.prompt_index[1, 0] == 2
     assert layout.completion_index[0, 0] == 3
-    assert layout.completion_index[1].tolist() == [4, 5]
+    assert layout.completion_index[1, :2].tolist() == [4, 5]
+    # rows of 8 columns: those of the first prompt are vectors 0 to 7
+    assert layout.prompt_index.shape == layout.completion_index.shape == (2, 8)
     maps = layout.maps(1)
-    assert maps.from_prompts.tolist() == [0, 1, 2]
-    assert maps.prompt_padding.tolist() == [3]
+    assert maps.from_prompts.tolist() == [0, 1, 8]
+    assert maps.prompt_padding.tolist() == [*range(2, 8), *range(9, 16)]
     assert layout.beginning_bias(None, 1) is None
     # a window of 3 tokens: a sees x and y, b only y; c as a; A is the fifth token, the first C the fourth
     seen = layout.beginning_bias(3, 1)[0] == 0
@@ -105,10 +109,11 @@ def test_attention_is_that_of_a_loop_over_tokens_in_value_and_gradient(
 ):
     monkeypatch.setattr(module, "SCORES", scores)
     layout = a_layout(prompts, completions, common)
-    length = sum(prompts) + sum(completions) - common * (len(prompts) - 1)
+    length = sum(prompts) + sum(completions) - common * (len(prompts) - 1) + layout.filler
     inputs = vectors(length, HEADS, 0), vectors(length, KEY_HEADS, 1), vectors(length, KEY_HEADS, 2)
     out, _ = packed_attention(MODULE, *inputs, None, sliding_window=window, layout=layout)
     expected = by_loop(*inputs, layout, window or length)
+    out, expected = (torch.cat([x[:, :common], x[:, common + layout.filler :]], 1) for x in (out, expected))
     torch.testing.assert_close(out, expected)
     weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
     for a, b in zip(*(torch.autograd.grad((x * weights).sum(), inputs) for x in (out, expected)), strict=True):
@@ -165,10 +170,11 @@ def test_a_copy_packs_too_and_a_saved_model_does_not_mention_packing(tmp_path):
 
 
 @pytest.mark.parametrize("scores", [module.SCORES, 0], ids=["in memory", "fused"])
-def test_under_autocast_packed_and_dense_differ_by_the_rounding_of_bf16(scores, monkeypatch):
+def test_in_bfloat16_packed_and_dense_differ_by_the_rounding_of_bf16(scores, monkeypatch):
     monkeypatch.setattr(module, "SCORES", scores)
     model, tokens = tiny_model("qwen2"), ragged_tokens()
-    with torch.autocast("cpu", torch.bfloat16):
+    set_precision(model, "bfloat16", torch.device("cpu"))
+    with in_precision(model):
         packed, dense = (completion_logprobs(model, tokens, 1.0, packed=packed)[0] for packed in (True, False))
         packed.sum().backward()
     exact, _ = completion_logprobs(model, tokens, 1.0, packed=False)
@@ -197,3 +203,12 @@ def test_no_tensor_is_as_large_as_the_row_squared():
         completion_logprobs(model, tokens, 1.0)[0].sum().backward()
     assert any(length in shape for shape in shapes.seen)
     assert not [shape for shape in shapes.seen if sum(n >= length / 2 for n in shape if n not in (64, 128)) > 1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "filler"), [(31, 0), (33, 1), (34, 0), (65, 3), (1025, 63), (4095, 1), (4097, 255)]
+)
+def test_rows_with_a_common_beginning_come_in_few_lengths(tokens, filler):
+    # in units of 1/32 to 1/16 of the row: 2 from 32 tokens on, 64 from 1024, 256 from 4096
+    assert a_layout((tokens - 3,), (3,), common=2).filler == filler
+    assert a_layout((tokens - 3,), (3,)).filler == 0

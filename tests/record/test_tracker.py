@@ -6,7 +6,7 @@ import types
 import pytest
 
 from grpo.record.tracker import Tracker
-from tasks.rewards import REWARDS
+from tasks.rewards.functions import REWARDS
 from tests.helpers.malformed import train
 
 pytestmark = pytest.mark.usefixtures("quick_runs")

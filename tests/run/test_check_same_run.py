@@ -62,6 +62,7 @@ def another(field, folder):
     special = {"time_limit": "1h", "device": "auto", "model": folder / "other", "output_dir": folder / "elsewhere"}
     special |= {"group_schedule": "8:4", "num_iterations": 4, "target_accuracy": 1.0, "patience": 9}
     special |= {"lora_targets": "q_proj", "task": "reverse", "system_prompt": "Answer.", "reward": "exact=1"}
+    special |= {"task_arg": "largest=3"}
     special |= {"data": folder / "unused.jsonl", "correct": folder / "unused.py:judge"}
     if field.name in special:
         return special[field.name]
@@ -90,6 +91,10 @@ def test_a_run_continues_with_a_changed_setting_or_names_and_refuses_it(field, h
         return
     result = train(folder, **{"model": half / "model", "num_iterations": 3, field.name: value})
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    if field.name == "task_arg":  # of a task in a file alone
+        assert result.exit_code == 2
+        assert "task in a file" in result.stderr
+        return
     if field.name == "load_in_4bit":  # needs an adapter, so it never comes alone
         assert result.exit_code == 2
         assert "lora_rank" in result.stderr

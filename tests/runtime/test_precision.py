@@ -5,20 +5,21 @@ import copy
 import pytest
 import torch
 
+from grpo.algorithm.reference import frozen_copy
 from grpo.model.loading import load
 from grpo.model.logprobs import completion_logprobs
 from grpo.model_card import resolve
 from grpo.runtime import precision as module
-from grpo.runtime.precision import autocast, cpu_multiplies_bfloat16, precision, set_precision
+from grpo.runtime.precision import cpu_multiplies_bfloat16, in_precision, precision, set_precision
 from tests.helpers.models import ragged_tokens, tiny_model
 
 CPU = torch.device("cpu")
 
 
 def product(model) -> torch.dtype:
-    """Return the type of a product in a pass of the model."""
-    with autocast(model):
-        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+    """Return the type of what is computed in a pass of the model."""
+    with in_precision(model):
+        return model(torch.ones(1, 2, dtype=torch.long)).logits.dtype
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
@@ -86,12 +87,68 @@ def test_in_bfloat16_log_probabilities_and_gradients_differ_by_its_rounding_alon
     for name in ("float32", "bfloat16"):
         model = tiny_model(kind)
         set_precision(model, name, CPU)
-        with autocast(model):
+        with in_precision(model):
             logprobs, entropy = completion_logprobs(model, tokens, 1.0, packed=packed, entropy=True)
-        assert logprobs.dtype == entropy.dtype == torch.float32
-        logprobs.sum().backward()
+            assert logprobs.dtype == entropy.dtype == torch.float32
+            logprobs.sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         found[name] = logprobs.detach(), entropy, gradient
     for a, b in zip(found["float32"], found["bfloat16"], strict=True):
         difference = ((a - b).norm() / a.norm()).item()
         assert 0 < difference < 0.1  # bfloat16 has 8 bits: each of many roundings is off by at most 0.4%
+
+
+def test_weights_are_the_models_own_after_a_pass_and_their_gradient_is_float32():
+    model = tiny_model("llama")
+    set_precision(model, "bfloat16", CPU)
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="in the middle"), in_precision(model):
+        raise RuntimeError("in the middle")
+    with in_precision(model):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        model(torch.ones(1, 3, dtype=torch.long)).logits.float().sum().backward()
+    for name, p in model.named_parameters():
+        assert p is before[name][0]
+        assert torch.equal(p, before[name][1])
+        assert p.grad.dtype == torch.float32
+
+
+def test_a_weight_with_two_places_gets_the_gradient_of_both():
+    model, ids = tiny_model("llama"), torch.tensor([[1, 2, 3]])
+    model.lm_head.weight = model.model.embed_tokens.weight
+    gradients = []
+    for name in ("float32", "bfloat16"):
+        set_precision(model, name, CPU)
+        model.zero_grad()
+        with in_precision(model):
+            model(ids).logits.float().log_softmax(-1)[..., 0].sum().backward()
+        gradients.append(model.lm_head.weight.grad.clone())
+    difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert 0 < difference < 0.05
+
+
+def test_recomputed_activations_are_in_the_same_precision():
+    model, tokens, found = tiny_model("llama"), ragged_tokens((9, 7, 12)), []
+    set_precision(model, "bfloat16", CPU)
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
+        model.zero_grad()
+        with in_precision(model):
+            completion_logprobs(model, tokens, 1.0)[0].sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(*found)
+
+
+def test_a_model_that_is_not_trained_is_held_in_its_precision_and_computes_the_same():
+    model, tokens = tiny_model("gemma3"), ragged_tokens((9, 7, 12))
+    set_precision(model, "bfloat16", CPU)
+    frozen = frozen_copy(model)
+    assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in frozen.buffers()} == {b.dtype for b in model.buffers()}
+    scores = []
+    for each in (model, frozen):
+        with torch.no_grad(), in_precision(each):
+            scores.append(completion_logprobs(each, tokens, 1.0)[0])
+    assert torch.equal(*scores)

@@ -1,6 +1,7 @@
 """inference.py as a user meets it, in this process and as one of its own."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -84,6 +85,8 @@ def test_before_and_after_stand_side_by_side(run):
         lines[1].removeprefix("  before: ").strip() == ask("--model", "starter", QUESTION, folder=run[0])[1].strip()
     )
     assert lines[2].removeprefix("  after:  ").strip() == ask(QUESTION, folder=run[0])[1].strip()
+    [_, line] = ask("--samples", 5, "--temperature", 1, "--vote", QUESTION, folder=run[0])
+    assert re.fullmatch(r"  -?\d+   \[[1-5] of 5 samples \(\d+%\)\]|  none of 5 samples gives an answer", line)
     lines = ask("--compare", "--samples", 2, "--temperature", 1, QUESTION, folder=run[0])
     assert [line.split()[0] for line in lines] == ["What", "before:", "before:", "after:", "after:"]
 
@@ -132,6 +135,8 @@ def test_a_question_that_is_not_unicode_is_no_traceback(tmp_path):
         ([QUESTION, ""], "empty"),
         (["--samples", "2", QUESTION], "--temperature"),
         (["--samples", "0", QUESTION], "--samples"),
+        (["--vote", QUESTION], "--samples"),
+        (["--vote", "--evaluate"], "--vote"),
         (["--samples", "-1", "--temperature", "1", QUESTION], "--samples"),
         (["--max-new-tokens", "0", QUESTION], "--max-new-tokens"),
         (["--max-new-tokens", "-1", QUESTION], "--max-new-tokens"),

@@ -18,7 +18,7 @@ from grpo.model.loading import load
 from grpo.model.saving import save
 from grpo.record.metrics import load_metrics
 from grpo.run_folder import EARLIER, WRITTEN
-from tasks.rewards import REWARDS
+from tasks.rewards.functions import REWARDS
 from tests.helpers.scripts import (
     EVERYTHING,
     QUESTION,

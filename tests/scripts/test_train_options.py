@@ -57,6 +57,10 @@ VALID = {
     "clip_grad_norm": 1.25,
     "micro_batch_size": 2,
     "seed": 11,
+    "surrogate": "cispo",
+    "multi_objective_aggregation": "normalize_then_sum",
+    "entropy_bonus": 0.001,
+    "overlong_buffer": 4,
     "loss_average": "constant",
     "ratio": "sequence",
     "kl_estimator": "k3-corrected",
@@ -64,6 +68,10 @@ VALID = {
     "scale_rewards": "none",
     "mask_truncated_completions": True,
     "resample_tied": 3,
+    "curriculum": True,
+    "task_arg": ("largest=3",),
+    "numbers": 4,
+    "largest_number": 9,
     "target_kl": 0.02,
     "warmup_steps": 5,
     "learning_rate_decay": "cosine",
@@ -124,7 +132,7 @@ def test_every_option_of_training_reaches_the_run(name, resolved):
     option = f"--{name.replace('_', '-')}"
     values = VALID[name] if isinstance(VALID[name], tuple) else [VALID[name]]
     args = [option] if VALID[name] is True else [arg for value in values for arg in (option, value)]
-    needed = {"lora_rank": 4} if name == "load_in_4bit" else {}
+    needed = {"load_in_4bit": {"lora_rank": 4}, "task_arg": {"task": "mine.py:Task"}}.get(name, {})
     more = [f"--{other.replace('_', '-')}={value}" for other, value in needed.items()]
     config, _ = resolved(*args, *more)
     assert getattr(config, name) == VALID[name] != FIELDS[name].default

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+import inference
 import train_grpo
 from grpo.model_card import CARD
 from grpo.record.metrics import load_metrics
-from tasks.rewards import DEMO
+from tasks.rewards.functions import DEMO
+from tests.helpers.data import example_task
 from tests.helpers.scripts import (
     TINY,
     ask,
@@ -34,6 +36,14 @@ def shows_work(prompts, completions, answer, **columns):
 
 def never(completions, **columns):
     return [None] * len(completions)
+"""
+RISING = """
+calls = []
+
+def rising(completions, **columns):
+    assert len(columns["completion_ids"]) == len(completions)
+    calls.append(1)
+    return [len(calls) + i / 100 for i, _ in enumerate(completions)]
 """
 
 
@@ -127,6 +137,47 @@ def test_a_judge_of_ones_own_decides_accuracy_and_may_not_change(tmp_path):
     assert "judge.py changed" in result.stderr
 
 
+def test_a_task_in_a_file_trains_and_a_model_cannot_name_it(tmp_path):
+    example = example_task()
+    (tmp_path / "multiples.py").write_text(example, encoding="utf-8")
+    own = ["--task", "multiples.py:Multiples", "--task-arg", "largest=3"]
+    result = train(*own, "--reward", "exact=1", folder=tmp_path)
+    assert "task=multiples.py:Multiples task_arg=largest=3" in " ".join(result.output.split())
+    assert load_metrics(tmp_path)["config"]["task_arg"] == ["largest=3"]
+    evaluated = invoke(inference.main, "--evaluate", *own, folder=tmp_path)
+    assert evaluated.exit_code == 0
+    assert "multiples, test problems" in evaluated.output
+    assert "answer" in invoke(inference.main, "Name a multiple of 2 above 5.", folder=tmp_path).output
+    line = refusal(invoke(inference.main, "--evaluate", folder=tmp_path))
+    assert "'multiples.py:Multiples', a task in a file, which a model cannot name; give --task" in line
+    (tmp_path / "multiples.py").write_text(example + "# another\n", encoding="utf-8")
+    again = invoke(train_grpo.main, *TINY, *own, "--reward", "exact=1", "--num-iterations", 3, folder=tmp_path)
+    assert again.exit_code == 1
+    assert "multiples.py changed" in again.stderr
+
+
+def test_rewards_of_ones_own_choose_the_best_policy_where_nobody_judges(tmp_path, capsys):
+    rows = [{"question": f"Say something about {i}.", "answer": "anything"} for i in range(120)]
+    (tmp_path / "open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "mine.py").write_text(RISING, encoding="utf-8")
+    args = ["--task", "jsonl", "--data", "open.jsonl", "--reward", "mine.py:rising=0.5", "--eval-every", 1]
+    result = train(*args, folder=tmp_path)
+    assert "The best policy is that of the highest mean reward on validation" in result.output
+    record = load_metrics(tmp_path)
+    rewards = [e["reward"] for e in record["evals"] if e["split"] == "validation"]
+    assert rewards == sorted(set(rewards))  # it rises with each call, so the last policy is the best
+    assert [e["accuracy"] for e in record["evals"]] == [0.0] * len(record["evals"])
+    best = json.loads((tmp_path / "saved_model" / CARD).read_text(encoding="utf-8"))
+    assert best["step"] == record["steps"][-1]["step"] > 0
+    assert f"mean reward {rewards[-1]:.3f}" in (tmp_path / "saved_model/README.md").read_text(encoding="utf-8")
+    # with a judge, or a named reward, accuracy chooses
+    (tmp_path / "judge.py").write_text("def ok(given, **columns):\n    return True\n", encoding="utf-8")
+    for more in (["--correct", "judge.py:ok"], ["--reward", "format=1"]):
+        result = train(*args, *more, "--output-dir", more[0][2:], folder=tmp_path)
+        assert "The best policy is that" not in result.output
+        assert "reward" not in load_metrics(tmp_path / more[0][2:])["evals"][1]
+
+
 def test_a_users_function_that_raises_ends_the_run_in_one_line(tmp_path):
     (tmp_path / "mine.py").write_text("def f(completions, **columns):\n    return [1 / 0]\n", encoding="utf-8")
     result = invoke(train_grpo.main, *TINY, "--reward", "mine.py:f=1", folder=tmp_path)
@@ -144,6 +195,9 @@ BAD_TASKS = [
     (["--data", "plain.jsonl"], "--task arithmetic has no use for --data"),
     (["--task", "reverse", "--data", "plain.jsonl"], "no use for --data, which is for --task gsm8k and jsonl"),
     (["--min-operand", 11], "min_operand"),
+    (["--task", "sums"], "task is 'sums'; it must be one of"),
+    (["--task", "missing.py:Sums"], "cannot read the rewards, judge or task in 'missing.py': No such file"),
+    (["--task-arg", "largest=3"], "task_arg is for a task in a file"),
     (["--reward", "excat=1"], "excat"),
     (["--reward", "exact"], "NAME=WEIGHT"),
     (["--reward", "missing.py:f=1"], "missing.py"),

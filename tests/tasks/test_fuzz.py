@@ -14,7 +14,7 @@ from tasks.base import KINDS, Problem
 from tasks.common.parsing import parse_answer
 from tasks.common.prompts import STYLES, ideal_completion
 from tasks.common.qa_task import QATask
-from tasks.rewards import REWARDS
+from tasks.rewards.functions import REWARDS
 
 LIMIT = 1e-3  # seconds a call
 TAGS = ["<answer>", "</answer>", "<think>", "</think>", "<reasoning>", "</reasoning>"]

@@ -5,7 +5,7 @@ import pytest
 from tasks import jsonl
 from tasks.common.prompts import STYLES, ideal_completion, system_prompt
 from tasks.common.rows import normal
-from tasks.rewards import parse_rewards
+from tasks.rewards.scoring import parse_rewards
 from tests.helpers.data import refusal, town_rows, write
 
 

@@ -8,7 +8,7 @@ import pytest
 from tasks import jsonl
 from tasks.common.prompts import ideal_completion
 from tasks.common.user_file import Judge
-from tasks.rewards import parse_rewards, score
+from tasks.rewards.scoring import parse_rewards, score
 from tests.helpers.data import refusal, write
 from tests.helpers.tasks import untimed
 

@@ -107,6 +107,8 @@ def test_the_options_are_those_that_the_tasks_declare():
     assert task_options() == {
         "max_operand": TaskOption(("arithmetic",), int, 10, "arithmetic: largest operand", 1, True),
         "min_operand": TaskOption(("arithmetic",), int, 0, smallest, None, True),
+        "numbers": TaskOption(("countdown",), int, 3, "countdown: how many numbers to make another of", 2, True),
+        "largest_number": TaskOption(("countdown",), int, 20, "countdown: largest of them", 2, True),
         "data": TaskOption(("gsm8k", "jsonl"), str, "", data, None, False),
         "correct": TaskOption(("jsonl",), str, "", correct, None, False),
     }

@@ -1,6 +1,7 @@
 """The named rewards by hand, their bounds on any text, and the specifications of --reward."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,8 @@ from tasks.common.parsing import PARSERS
 from tasks.common.prompts import STYLES, ideal_completion
 from tasks.common.rows import Rows
 from tasks.reverse import Reverse
-from tasks.rewards import DEMO, REWARDS, SHAPED, parse_rewards, repeats_an_ending, score
+from tasks.rewards.functions import DEMO, REWARDS, SHAPED, repeats_an_ending
+from tasks.rewards.scoring import parse_rewards, rewards_of, score
 from tests.helpers.tasks import SUM, WORD, numbers_task, untimed, value
 
 PERFECT = "<reasoning>\n4 - 9 = -5\n</reasoning>\n<answer>\n-30\n</answer>\n"
@@ -246,3 +248,16 @@ def test_a_malformed_specification_is_refused_in_one_line(specs, word, tmp_path,
         parse_rewards(specs, SHAPED)
     assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(1, 0.0), (12, 0.0), (13, -0.25), (14, -0.5), (16, -1.0), (20, -1.0)]
+)
+def test_the_soft_overlong_punishment_by_hand(tokens, expected):
+    # 16 tokens at most, a buffer of 4: nothing up to 12, then a quarter a token
+    settings = SimpleNamespace(reward=("exact=1",), overlong_buffer=4, max_new_tokens=16)
+    [exact, penalty] = rewards_of(settings, Arithmetic())
+    assert (exact.name, penalty.name, penalty.weight) == ("exact", "overlong", 1.0)
+    assert penalty.function([None], {"completion_ids": [[7] * tokens]}) == [expected]
+    settings.overlong_buffer = 0
+    assert [reward.name for reward in rewards_of(settings, Arithmetic())] == ["exact"]

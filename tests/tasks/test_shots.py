@@ -10,6 +10,7 @@ from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
 from tasks.common.prompts import STYLES
 from tasks.common.shots import solution, with_shots
+from tasks.countdown import Countdown
 from tasks.registry import TASKS
 from tasks.reverse import Reverse
 from tests.helpers.data import GSM8K_ROWS, town_rows, write
@@ -23,7 +24,7 @@ def a_task(name, style, folder):
         return gsm8k.load(write(folder / "g.jsonl", GSM8K_ROWS), style)
     if name == "jsonl":
         return jsonl.load(write(folder / "t.jsonl", town_rows()), style)
-    return {"arithmetic": Arithmetic, "reverse": Reverse}[name](style=style)
+    return {"arithmetic": Arithmetic, "countdown": Countdown, "reverse": Reverse}[name](style=style)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -38,7 +39,7 @@ def test_examples_are_right_answers_to_training_problems_as_turns_before_the_que
     held_out = {
         p.question
         for split in ("validation", "test")
-        for p in plain.held_out(split, 10**6 if name != "reverse" else 500)
+        for p in plain.held_out(split, 500 if name in ("reverse", "countdown") else 10**6)
     }
     asked = [turn["content"] for turn in turns[::2]]
     assert len(set(asked)) == 3

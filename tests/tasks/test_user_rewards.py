@@ -12,7 +12,8 @@ from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
 from tasks.common.prompts import ideal_completion
 from tasks.gsm8k import problem_of
-from tasks.rewards import DEMO, parse_rewards, score
+from tasks.rewards.functions import DEMO
+from tasks.rewards.scoring import parse_rewards, score
 from tests.helpers.tasks import SUM, WORD, numbers_task, untimed
 
 # The reward functions of the well-known GSM8K demo for TRL, unchanged.

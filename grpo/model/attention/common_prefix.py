@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from grpo.runtime.precision import product_dtype
-
 SCORES = 2**21  # scores in memory at a time, 8 MiB
 
 
@@ -53,9 +51,8 @@ def attend_with_sums(
 
     Query is (M, L, d), key and value (M, T, d), bias (M or 1, L, T). With the sums, attention to two sets of keys can
     be joined to that to both of them. Scores are computed again in the backward pass and not held; products are in
-    the precision of autocast, all else in float32.
+    the precision of the vectors, all else in float32.
     """
-    query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
     return _AttendWithSums.apply(query, key, value, bias, scaling)
 
 
@@ -67,11 +64,10 @@ class _AttendWithSums(torch.autograd.Function):
         """Return attention and sums."""
         out = query.new_empty(*query.shape[:2], value.shape[-1])
         sums = query.new_empty(query.shape[:2], dtype=_precise(query))
-        with torch.autocast(query.device.type, enabled=False):
-            for some in _parts(query, key):
-                scores = _scores(query[some], key[some], bias, some, scaling)
-                sums[some] = scores.logsumexp(-1)
-                torch.bmm(_weights(scores, sums[some]).to(value.dtype), value[some], out=out[some])
+        for some in _parts(query, key):
+            scores = _scores(query[some], key[some], bias, some, scaling)
+            sums[some] = scores.logsumexp(-1)
+            torch.bmm(_weights(scores, sums[some]).to(value.dtype), value[some], out=out[some])
         ctx.save_for_backward(query, key, value, bias, out, sums)
         ctx.scaling = scaling
         return out, sums

@@ -27,6 +27,9 @@ class Layout:
     In the split form, the own tokens of prompts (N, P) and completions (B, C) are padded on the right. The last token
     of a prompt comes with the completions because its logits are needed too: so the tokens whose logits are read are
     at the end. Indices and lengths are those of the row without the common beginning.
+
+    A row with a common beginning comes in few lengths and widths, so that a device's allocator finds what it had:
+    after the beginning are `filler` tokens that no other token attends to, at most 1/16 of the row.
     """
 
     prompt_lengths: Tensor  # (N,) int64, from 1
@@ -34,6 +37,7 @@ class Layout:
     prompt_index: Tensor  # (N, P) int64, index in the row; any index for padding
     completion_index: Tensor  # (B, C) int64, index in the row; any index for padding
     common_prefix: int = 0  # S, at most all but the last token of each prompt
+    filler: int = 0
     # computed by one layer, reused by the others
     _of_layers: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -42,13 +46,16 @@ class Layout:
         """Make the layout of prompts (N,) and completions (B,), group-major, of these lengths."""
         prompt_lengths = prompt_lengths - common_prefix
         p, c = prompt_lengths[:, None], completion_lengths[:, None]
-        i = torch.arange(int(p.max()), device=p.device)
-        j = torch.arange(max(1, int(c.max())), device=p.device)  # a column of padding where no completion has any
+        total = common_prefix + int(p.sum() + c.sum())
+        unit, columns = (max(1, 2 ** (total.bit_length() - 5)), 8) if common_prefix else (1, 1)
+        i = torch.arange(_round_up(int(p.max()), columns), device=p.device)
+        j = torch.arange(_round_up(max(1, int(c.max())), columns), device=p.device)  # one at least, if of padding
         body = p - 1
         last = body.sum() + torch.arange(len(p), device=p.device)[:, None]
         prompts = torch.where(i < body, body.cumsum(0) - body + i, last)
         completions = torch.where(j < c, last[-1] + 1 + c.cumsum(0) - c + j, 0)
-        return cls(prompt_lengths, completion_lengths, prompts, completions, common_prefix)
+        filler = _round_up(total, unit) - total
+        return cls(prompt_lengths, completion_lengths, prompts, completions, common_prefix, filler)
 
     def maps(self, heads: int) -> IndexMaps:
         """Return the indices of the vectors of `heads` heads."""
@@ -115,6 +122,10 @@ class Layout:
     def num_generations(self) -> int:
         """G."""
         return len(self.completion_lengths) // len(self.prompt_lengths)
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
 
 
 def causal(i: Tensor, reach: float) -> Tensor:

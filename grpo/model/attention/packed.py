@@ -118,9 +118,10 @@ def packed_attention(
 
 def _attend_tree(module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None) -> Tensor:
     """Attend over a row that has a common beginning: that to itself, all others to it and to their own tokens."""
-    first, own = zip(*(x.tensor_split([layout.common_prefix], 2) for x in row), strict=True)
-    (_, first_k, first_v), q = first, own[0]
-    mask = None if window is None else causal(torch.arange(layout.common_prefix, device=q.device), window)
+    common = layout.common_prefix
+    first, own = zip(*(x.tensor_split([common + layout.filler], 2) for x in row), strict=True)
+    (first_k, first_v), q = (x[:, :, :common] for x in first[1:]), own[0]
+    mask = None if window is None else causal(torch.arange(common + layout.filler, device=q.device), window)
     beginning = _torch_attend(module, *first, mask, scaling)  # (1, H, S, d)
     key_heads, shape = first_k.shape[1], (1, *q.shape[1:3], -1)
     bias = layout.beginning_bias(window, q.shape[1] // key_heads)

@@ -1,0 +1,150 @@
+"""The named reward functions and their weights.
+
+Each takes an `Attempt` and returns a number from 0 to 1. It accepts any completion and takes time linear in its
+length. To try another reward, write it here and name it in REWARDS, or keep it in a file of your own
+(`--reward FILE.py:FUNCTION=WEIGHT`, see `tasks/common/user_file.py`): its mean appears in the metrics as
+`reward/<name>`.
+"""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+from tasks.base import Answer, Attempt
+from tasks.common.parsing import CLOSE, OPEN, PARSERS
+
+ALPHABETS = 100  # different letters; a text with more is of a language with thousands
+LONG = 1000  # characters at which "length" pays nothing
+REASONING_OPEN, REASONING_CLOSE = "<reasoning>", "</reasoning>"
+TAGS = (OPEN, CLOSE, "<think>", "</think>", REASONING_OPEN, REASONING_CLOSE)
+END_MARKERS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
+ENDINGS = (*(tag for tag in TAGS if tag.startswith("</")), *END_MARKERS)
+SHAPED = {"format": 0.2, "close": 0.2, "exact": 0.6}
+# the weights of the well-known GSM8K demo for TRL (https://gist.github.com/willccbb, grpo_demo.py)
+DEMO = {"correctness": 2.0, "integer": 0.5, "strict_format": 0.5, "soft_format": 0.5, "xml_count": 0.5}
+
+
+def default_rewards(style: str, kind: str) -> Mapping[str, float]:
+    """Return names and weights of the rewards of a task that asks in this style for answers of this kind."""
+    if style != "reasoning":
+        return SHAPED
+    return {name: weight for name, weight in DEMO.items() if name != "integer" or kind != "text"}
+
+
+def format_reward(attempt: Attempt) -> float:
+    """Return 1 for a well-formed completion, whatever it answers."""
+    return float(attempt.well_formed)
+
+
+def close_reward(attempt: Attempt) -> float:
+    """Return 1 for a nearly right answer: of most tasks, a number within ±1 of the problem's own."""
+    return float(attempt.close)
+
+
+def exact_reward(attempt: Attempt) -> float:
+    """Return 1 for the right answer, whatever stands before it."""
+    return float(attempt.correct)
+
+
+def _last_answer(attempt: Attempt) -> Answer | None:
+    """Parse the text between the last <answer> and the next </answer>; return None if there is none."""
+    _, opening, rest = attempt.completion.rpartition(OPEN)
+    text, closing, _ = rest.partition(CLOSE)
+    return PARSERS[attempt.kind](text.strip()) if opening and closing else None
+
+
+def correctness(attempt: Attempt) -> float:
+    """Return 1 if the last answer block holds the problem's own answer, whatever is around it."""
+    answer = _last_answer(attempt)
+    return float(answer is not None and answer == attempt.gold)
+
+
+def integer(attempt: Attempt) -> float:
+    """Return 1 if the last answer block holds a whole number (any number, if the right answer is not whole)."""
+    answer, gold = _last_answer(attempt), attempt.gold
+    if answer is None or isinstance(answer, str):
+        return 0.0
+    return float(answer % 1 == 0 or (gold is not None and gold % 1 != 0))
+
+
+def strict_format(attempt: Attempt) -> float:
+    r"""Return 1 for `<reasoning>\n…\n</reasoning>\n<answer>\n…\n</answer>`, a line feed after it or not."""
+    text = attempt.completion.removesuffix("\n")
+    middle = f"\n{REASONING_CLOSE}\n{OPEN}\n"
+    once = all(text.count(tag) == 1 for tag in (REASONING_OPEN, REASONING_CLOSE, OPEN, CLOSE, middle))
+    inside = text.removeprefix(f"{REASONING_OPEN}\n").removesuffix(f"\n{CLOSE}")
+    framed = len(text) - len(inside) == len(REASONING_OPEN) + len(CLOSE) + 2
+    return float(once and framed and middle in inside)
+
+
+def soft_format(attempt: Attempt) -> float:
+    """Return 1 for a reasoning block at the start, then an answer block; white space may separate them."""
+    text = attempt.completion.lstrip()
+    _, closing, rest = text.partition(REASONING_CLOSE)
+    rest = rest.lstrip()
+    return float(text.startswith(REASONING_OPEN) and bool(closing) and rest.startswith(OPEN) and CLOSE in rest)
+
+
+def xml_count(attempt: Attempt) -> float:
+    """Return 0.25 for each of the four tags that is on a line of its own once, less 0.001 a character after the end.
+
+    The end is the last closing answer tag with its line feed.
+    """
+    text = attempt.completion
+    marks = (f"{REASONING_OPEN}\n", f"\n{REASONING_CLOSE}\n", f"\n{OPEN}\n", f"\n{CLOSE}")
+    after = text.rpartition(CLOSE)[2].removeprefix("\n") if CLOSE in text else ""
+    return max(0.0, 0.25 * sum(text.count(mark) == 1 for mark in marks) - 0.001 * len(after))
+
+
+@lru_cache(maxsize=1 << 16)
+def _script(letter: str) -> str:
+    """Return the first word of a letter's Unicode name: LATIN, CYRILLIC, CJK, …; "" if it is not a letter."""
+    return unicodedata.name(letter, "").partition(" ")[0] if letter.isalpha() else ""
+
+
+def language(attempt: Attempt) -> float:
+    """Return the share of the completion's letters, tags aside, in the scripts that the question is written in.
+
+    Return 1 if the question or the completion has no letters.
+    """
+    scripts = {_script(c) for c in attempt.problem.question} - {""}
+    text = attempt.completion
+    for tag in TAGS:
+        text = text.replace(tag, " ")
+    letters = {c for c in set(text) if _script(c)}
+    counts = Counter(text) if len(letters) > ALPHABETS else {c: text.count(c) for c in letters}  # the faster one
+    inside = sum(counts[c] for c in letters if _script(c) in scripts)
+    return inside / sum(counts[c] for c in letters) if letters and scripts else 1.0
+
+
+def one_ending(attempt: Attempt) -> float:
+    """Return 1 if the one answer block ends the completion: white space after it at most, no tag twice, no marker."""
+    text = attempt.completion.rstrip()
+    repeated = any(text.count(tag) > 1 for tag in TAGS) or any(marker in text for marker in END_MARKERS)
+    return float(text.endswith(CLOSE) and not repeated)
+
+
+def repeats_an_ending(completion: str) -> bool:
+    """Return whether a closing tag or an end marker occurs twice, as if the model does not know where to stop."""
+    return any(completion.count(ending) > 1 for ending in ENDINGS)
+
+
+def length(attempt: Attempt) -> float:
+    """Return 1 − characters / 1000, at least 0; 0 if the completion is not well-formed."""
+    return max(0.0, 1 - len(attempt.completion) / LONG) if attempt.well_formed else 0.0
+
+
+REWARDS: dict[str, Callable[[Attempt], float]] = {
+    "format": format_reward,
+    "close": close_reward,
+    "exact": exact_reward,
+    "correctness": correctness,
+    "integer": integer,
+    "strict_format": strict_format,
+    "soft_format": soft_format,
+    "xml_count": xml_count,
+    "language": language,
+    "one_ending": one_ending,
+    "length": length,
+}

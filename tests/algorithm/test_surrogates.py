@@ -1,0 +1,118 @@
+"""CISPO and GMPO against hand-derived values and gradients in the four quadrants, and rewards normalised apart."""
+
+import math
+
+import pytest
+import torch
+
+from grpo.algorithm.advantages import decoupled_advantages, group_advantages
+from grpo.algorithm.loss import cispo_surrogate, gmpo_surrogate, grpo_loss
+from grpo.config import AGGREGATIONS, SURROGATES, TrainConfig
+
+ONE = torch.ones(1, 1, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "weight"),
+    [(1.5, 2.0, 1.2), (0.5, 2.0, 0.5), (1.5, -2.0, 1.2), (0.5, -2.0, 0.5)],  # min(ratio, 1.2), whatever the sign
+)
+def test_the_four_quadrants_of_cispo(ratio, advantage, weight):
+    logprobs = torch.tensor([[-0.7]], requires_grad=True)
+    old = logprobs.detach() - math.log(ratio)
+    config = TrainConfig(surrogate="cispo", epsilon=0.2, beta=0.0)
+    tokens = grpo_loss(logprobs, old, None, torch.tensor([advantage]), ONE, config)
+    tokens.loss.sum().backward()
+    assert tokens.loss.item() == pytest.approx(-weight * advantage * -0.7, abs=1e-6)
+    assert logprobs.grad.item() == pytest.approx(-weight * advantage, abs=1e-6)  # the weight has no gradient
+    assert tokens.clipped.item() == (ratio > 1.2)
+
+
+def test_cispo_has_an_upper_bound_alone_and_its_own_epsilon():
+    logprobs, ratio = torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[0.01, 4.9, 9.0]])
+    surrogate = cispo_surrogate(logprobs, ratio, torch.tensor([1.0]), 4.0)
+    assert surrogate[0].tolist() == pytest.approx([-0.01, -4.9, -5.0])
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "kept", "gradient"),
+    [
+        (0.5, 2.0, 0.4, 0.0),  # good and already more likely: stop
+        (-0.5, 2.0, -0.5, 2.0 * math.exp(-0.5)),  # good but less likely: full pull back
+        (0.5, -2.0, 0.5, -2.0 * math.exp(0.5)),  # bad but more likely: full push down
+        (-0.5, -2.0, -0.4, 0.0),  # bad and already less likely: stop
+    ],
+)
+def test_the_four_quadrants_of_gmpo(log_ratio, advantage, kept, gradient):
+    x = torch.tensor([[log_ratio]], requires_grad=True)
+    surrogate, clipped = gmpo_surrogate(x, torch.tensor([advantage]), ONE, 0.4, 0.4)
+    surrogate.sum().backward()
+    assert surrogate.item() == pytest.approx(advantage * math.exp(kept), abs=1e-6)
+    assert x.grad.item() == pytest.approx(gradient, abs=1e-6)
+    assert clipped.item() == (kept != log_ratio)
+
+
+def test_gmpo_is_the_geometric_mean_of_a_completions_ratios():
+    # ratios 2 (clipped to e^0.4), 0.5 and, on padding, 9; A = 3: surrogate 3 · (e^0.4 · 0.5)^(1/2) in each column,
+    # so its average is that whatever the tokens; the gradient of the second log-ratio is half of it, of the others 0
+    x = torch.tensor([[math.log(2.0), math.log(0.5), math.log(9.0)]], requires_grad=True)
+    mask = torch.tensor([[True, True, False]])
+    surrogate, clipped = gmpo_surrogate(x, torch.tensor([3.0]), mask, 0.4, 0.4)
+    value = 3 * math.sqrt(math.exp(0.4) * 0.5)
+    assert surrogate[0].tolist() == pytest.approx([value] * 3, abs=1e-6)
+    surrogate[mask].mean().backward()
+    assert x.grad[0].tolist() == pytest.approx([0.0, value / 2, 0.0], abs=1e-6)
+    assert clipped.tolist() == [[True, False, False]]
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_on_the_first_pass_all_have_the_policy_gradient(surrogate):
+    logprobs = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], requires_grad=True)
+    mask, advantages = torch.ones(2, 2, dtype=torch.bool), torch.tensor([1.5, -0.5])
+    config = TrainConfig(surrogate=surrogate, beta=0.0)
+    tokens = grpo_loss(logprobs, logprobs.detach(), None, advantages, mask, config)
+    tokens.loss.mean(1).sum().backward()  # by completion
+    torch.testing.assert_close(logprobs.grad, -advantages[:, None].expand(2, 2) / 2)
+
+
+def test_gmpo_refuses_another_ratio():
+    with pytest.raises(ValueError, match="ratio of its own"):
+        TrainConfig(surrogate="gmpo", ratio="sequence")
+
+
+def test_rewards_normalised_apart_by_hand():
+    # one group of 4; part a is 1, 0, 0, 0 (weighted 1), part b 0, 0, 0.2, 0.2 (weighted 0.2)
+    parts = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.2], [0.0, 0.2]], dtype=torch.float64)
+    a = [0.75 / 0.5, -0.25 / 0.5, -0.25 / 0.5, -0.25 / 0.5]  # std with n - 1: sqrt((0.5625 + 3 · 0.0625) / 3) = 0.5
+    b = [x / (0.2 / math.sqrt(3)) for x in (-0.1, -0.1, 0.1, 0.1)]  # std 0.2 · sqrt(1/3)
+    total = [x + 0.2 * y for x, y in zip(a, b, strict=True)]
+    std = math.sqrt(sum(x * x for x in total) / 3)
+    found = decoupled_advantages(parts, torch.tensor([1.0, 0.2]), 4)
+    assert found.tolist() == pytest.approx([x / std for x in total], abs=2e-3)  # the floors are 1e-4
+    # a total is the same for the sums 1 + 0 and 0 + 1, their advantages are not
+    even = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    summed = group_advantages(even.sum(1), 6)
+    apart = decoupled_advantages(even, torch.ones(2), 6)
+    assert summed[0] == summed[1]
+    assert (apart[0] - apart[1]).abs() > 0.05
+
+
+def test_a_negative_weight_keeps_its_sign_and_what_does_not_apply_has_no_part():
+    parts = torch.tensor([[0.0, math.nan], [-2.0, 1.0], [0.0, 0.0], [-2.0, math.nan]], dtype=torch.float64)
+    found = decoupled_advantages(parts, torch.tensor([-2.0, 1.0]), 4)
+    alone = decoupled_advantages(parts[:, :1], torch.tensor([-2.0]), 4)
+    assert (alone[[0, 2]] > 0).all()
+    assert found[0] > 0 > found[3]
+    assert found.isfinite().all()
+
+
+def test_tied_groups_are_exactly_zero_and_all_tied_are_finite():
+    parts = torch.tensor([[0.2, 0.6]] * 4 + [[0.2, 0.0], [0.0, 0.6], [0.2, 0.6], [0.0, 0.0]], dtype=torch.float64)
+    found = decoupled_advantages(parts, torch.tensor([0.2, 0.6]), 4)
+    assert found[:4].tolist() == [0.0] * 4
+    assert (found[4:] != 0).all()
+    assert decoupled_advantages(parts[:4], torch.tensor([0.2, 0.6]), 4).tolist() == [0.0] * 4
+
+
+def test_the_choices_are_those_of_the_command_line():
+    assert SURROGATES == ("clip", "cispo", "gmpo")
+    assert AGGREGATIONS == ("sum_then_normalize", "normalize_then_sum")
