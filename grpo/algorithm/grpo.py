@@ -148,9 +148,12 @@ class GRPO:
 def check_tensor_shapes(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
     """Raise ValueError if the tensors of a state are not of a model with these parameters."""
     expected = {name: (p.shape, p.dtype) for name, p in parameters.items()}
-    for kind, tensors in (("weights", state["policy"]), ("reference", state["reference"])):
-        if tensors is not None and {name: (t.shape, t.dtype) for name, t in tensors.items()} != expected:
-            raise ValueError(f"its {kind} cannot be of this model")
+    if {name: (t.shape, t.dtype) for name, t in state["policy"].items()} != expected:
+        raise ValueError("its weights cannot be of this model")
+    # a reference is held in the precision of passes
+    shapes_of_reference = {name: t.shape for name, t in (state["reference"] or {}).items()}
+    if state["reference"] is not None and shapes_of_reference != {name: p.shape for name, p in parameters.items()}:
+        raise ValueError("its reference cannot be of this model")
     shapes = [p.shape for p in parameters.values()]
     found = {key: tensor.shape for key, tensor in state["optimizer"].items()}
     touched = [i for i in range(len(shapes)) if f"{i}.step" in found]  # a parameter without a gradient has no moments

@@ -68,6 +68,14 @@ def test_a_run_stopped_between_the_steps_of_grpo_keeps_its_reference(whole, mode
     assert kl[0] == kl[1]
 
 
+def test_a_reference_that_is_held_in_bfloat16_is_continued_with_to_the_same_bits(model, tmp_path):
+    folders = tmp_path / "whole", tmp_path / "parts"
+    for folder, lengths in zip(folders, ([4], [2, 4]), strict=True):
+        for steps in lengths:
+            trained(model, folder, **{**FIRST, "precision": "bfloat16", "num_iterations": steps})
+    assert fingerprint(folders[0]) == fingerprint(folders[1])
+
+
 def test_a_signal_in_a_supervised_step_saves_and_says_where(whole, model, tmp_path, monkeypatch):
     true_step = SupervisedTrainer.step
 
