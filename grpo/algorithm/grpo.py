@@ -147,13 +147,21 @@ class GRPO:
 
 def check_tensor_shapes(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
     """Raise ValueError if the tensors of a state are not of a model with these parameters."""
-    expected = {name: (p.shape, p.dtype) for name, p in parameters.items()}
-    if {name: (t.shape, t.dtype) for name, t in state["policy"].items()} != expected:
-        raise ValueError("its weights cannot be of this model")
-    # a reference is held in the precision of passes
-    shapes_of_reference = {name: t.shape for name, t in (state["reference"] or {}).items()}
-    if state["reference"] is not None and shapes_of_reference != {name: p.shape for name, p in parameters.items()}:
-        raise ValueError("its reference cannot be of this model")
+    expected, types = {name: p.shape for name, p in parameters.items()}, {p.dtype for p in parameters.values()}
+    of_reference = {*types, torch.bfloat16}  # it is held in the precision of passes
+    for kind, tensors, allowed in (
+        ("weights", state["policy"], types),
+        ("reference", state["reference"], of_reference),
+    ):
+        if tensors is None:
+            continue
+        found = {tensor.dtype for tensor in tensors.values()}  # one type
+        if (
+            len(found) > 1
+            or not found <= allowed
+            or {name: tensor.shape for name, tensor in tensors.items()} != expected
+        ):
+            raise ValueError(f"its {kind} cannot be of this model")
     shapes = [p.shape for p in parameters.values()]
     found = {key: tensor.shape for key, tensor in state["optimizer"].items()}
     touched = [i for i in range(len(shapes)) if f"{i}.step" in found]  # a parameter without a gradient has no moments
