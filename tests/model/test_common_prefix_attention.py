@@ -81,3 +81,20 @@ def test_of_bfloat16_products_are_in_it_and_sums_in_float32():
     assert (out.dtype, sums.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(out.float(), exact, atol=0.03, rtol=0.03)
     torch.testing.assert_close(sums, exact_sums, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_own_attention_gives_the_same_as_scores_in_memory(dtype, monkeypatch):
+    generator, found = torch.Generator().manual_seed(0), []
+    vectors = [torch.randn(2, n, 16, generator=generator).to(dtype) for n in (40, 9, 9)]
+    for types in (module.FUSED_TYPES, ()):
+        monkeypatch.setattr(module, "FUSED_TYPES", types)
+        inputs = [x.clone().requires_grad_() for x in vectors]
+        out, sums = attend_with_sums(*inputs, None, 0.3)
+        assert (out.dtype, sums.dtype, out.is_contiguous()) == (dtype, torch.float32, True)
+        gradients = torch.autograd.grad((out.float() * 0.7).sum() + (sums * 0.2).sum(), inputs)
+        found.append([out.detach(), sums.detach(), *gradients])
+    assert module.FUSED_TYPES == ()
+    off = 1e-5 if dtype == torch.float32 else 0.03
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=off, rtol=off)
