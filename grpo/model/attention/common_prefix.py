@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 SCORES = 2**21  # scores in memory at a time, 8 MiB
-# torch's own attention on a CPU returns the sums too, and takes 5 ms where scores in memory take 24 (3 heads of 11,400
-# queries, 250 keys, bfloat16). Its backward pass has no gradient for the sums, so that is done here
+# torch's own attention on a CPU returns the sums too, and takes 5 ms where scores in memory take 24 (3 heads of
+# 11,400 queries, 250 keys, bfloat16). Its backward pass has no gradient for the sums, so that is done here
 FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 FUSED_TYPES = (torch.bfloat16, torch.float32) if FUSED else ()
 
