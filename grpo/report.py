@@ -19,10 +19,6 @@ from tasks.registry import task_options
 PHASES = {"sample": "sampling", "reference": "reference", "update": "update"}
 HUB_EXAMPLE = "python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"
 SHOWN = 4  # completions each time
-BY_REWARD = (
-    "The best policy is that of the highest mean reward on validation: all rewards are your own functions, and\n"
-    "accuracy counts only answers that equal the problem's own. --correct FILE.py:FUNCTION decides what is right.\n"
-)
 
 
 def introduce(
@@ -81,6 +77,12 @@ def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory:
     )
     held = f", {memory / 2**20:,.0f} MiB of memory so far" if memory else ""
     say(f"  about {seconds:.2g} s a step, {duration(seconds * steps)} for all of them{held}\n")
+
+
+def show_choice_by_reward() -> None:
+    """Print that the mean reward chooses the best policy, and what would decide what is right."""
+    say("The best policy is that of the highest mean reward on validation: all rewards are your own functions,")
+    say("and accuracy counts only answers that equal the problem's own. What is right, --correct decides.\n")
 
 
 def show_fine_tuning(entry: Mapping[str, Any], when: str, teaches_working: bool = True) -> None:

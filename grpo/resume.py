@@ -35,7 +35,8 @@ class Progress:
     def is_better(self, entry: Mapping[str, Any]) -> bool:
         """Return whether an evaluation is better than the best so far: by mean reward if that was measured."""
         measure = "reward" if "reward" in entry else "accuracy"
-        return self.best is None or entry[measure] > self.best[measure]
+        known = (self.best or {}).get(measure)  # an earlier version measured no reward
+        return known is None or entry[measure] > known
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps besides the step."""

@@ -26,7 +26,7 @@ from grpo.record.tracker import Tracker
 from grpo.resume import Progress, RunState
 from grpo.runtime import distributed
 from grpo.runtime.atomic_io import name_in_errors
-from grpo.runtime.console import ProgressBar, say
+from grpo.runtime.console import ProgressBar
 from grpo.runtime.device import choose_device, environment, keep_freed_memory, peak_memory, set_deterministic
 from grpo.runtime.precision import precision
 from grpo.sft import SupervisedTrainer
@@ -138,7 +138,7 @@ class Trainer:
             return reason
         self._look_ahead()
         if self.evaluator.rewards:
-            say(report.BY_REWARD)
+            report.show_choice_by_reward()
         self.progress.before = self._test(self.lm, 0)
         if self.config.sft_steps:
             report.show_fine_tuning(self.progress.before, "after")

@@ -14,11 +14,11 @@ from typing import Annotated
 
 from tasks.base import Answer, Option, Problem
 from tasks.common.drawn_task import DrawnTask
+from tasks.common.qa_task import CLOSE_ENOUGH
 
 LARGEST_TARGET = 100
 LONGEST = 300  # characters of an expression; one of 8 numbers, each in brackets of its own, has 100
 MOST_DIGITS = 6  # of a number in it
-CLOSE_ENOUGH = 1
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 SPELLINGS = str.maketrans("×·÷−–", "**/--")
 _TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")

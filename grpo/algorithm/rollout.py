@@ -226,7 +226,8 @@ def build_rollout(
     all_rewards = [reward for groups in found for reward in groups.rewards]
     rewards = [all_rewards[row] for row in rows]
     if config.multi_objective_aggregation == "normalize_then_sum":
-        parts = torch.tensor([[_number(reward.parts[f.name]) for f in functions] for reward in rewards])
+        values = [[_number(reward.parts[f.name]) for f in functions] for reward in rewards]
+        parts = torch.tensor(values, dtype=torch.float64)
         weights = torch.tensor([f.weight for f in functions])
         advantages = decoupled_advantages(parts, weights, g, config.scale_rewards)
     else:

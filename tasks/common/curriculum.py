@@ -48,11 +48,6 @@ class Curriculum:
             both[0] += right
             both[1] += wrong
 
-    def solve_rate(self, problems: Iterable[Problem]) -> float:
-        """Return the mean of the expected solve rates of some problems."""
-        posteriors = [self.posterior(level_of(problem)) for problem in problems]
-        return sum(a / (a + b) for a, b in posteriors) / len(posteriors)
-
     def state_dict(self) -> dict[str, list[float]]:
         """Return what a checkpoint keeps, as JSON values."""
         return self.counts

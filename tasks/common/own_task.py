@@ -12,7 +12,7 @@ from typing import Any
 from tasks.base import Attempt, Problem, Task, one_line
 from tasks.common.prompts import ideal_completion
 from tasks.common.qa_task import QATask
-from tasks.common.user_file import load_file, place_of
+from tasks.common.user_file import as_bool, load_file, place_of
 
 TRIED = 8  # problems of each split
 RESERVED = {f.name for f in fields(QATask)} | {"name"}  # parameters with settings of their own, or of no use
@@ -113,8 +113,6 @@ def _check(task: Task, problem: Any) -> None:
         raise TypeError(f"question and answer must be texts, of {repr(problem)[:160]}")
     for completion in (ideal_completion(problem.answer, task.style), ""):
         attempt = task.grade(problem, completion)
-        verdict = attempt.correct if isinstance(attempt, Attempt) else attempt
-        if type(verdict).__name__ not in ("bool", "bool_"):
-            raise TypeError(f"it judges an answer to be {repr(verdict)[:80]}, not True or False")
-        if completion and not attempt.correct:
+        right = as_bool(attempt.correct if isinstance(attempt, Attempt) else attempt)
+        if completion and not right:
             raise ValueError(f"its own answer {problem.answer[:80]!a} to {problem.question[:80]!a} is not right")

@@ -133,14 +133,14 @@ class Judge:
         known = {"given": given, "question": problem.question, "answer": problem.answer}
         try:
             verdict = self.function(**{**problem.columns, **known})
-            return _as_bool(verdict)
+            return as_bool(verdict)
         except (Exception, SystemExit) as error:
             what = f"on {str(given)[:80]!a} for {problem.question[:80]!a}"
             place = place_of(error, self.file.path)
             raise ValueError(f"--correct {self.name!r} raised {one_line(error)} {what} ({place})") from error
 
 
-def _as_bool(verdict: Any) -> bool:
+def as_bool(verdict: Any) -> bool:
     """Return True or False, of numpy too. Raises TypeError for anything else: a number or None may mean anything."""
     if type(verdict).__name__ not in ("bool", "bool_"):
         raise TypeError(f"it returned {repr(verdict)[:80]}, not True or False")

@@ -7,7 +7,11 @@ import torch
 
 from grpo.algorithm.advantages import decoupled_advantages, group_advantages
 from grpo.algorithm.loss import cispo_surrogate, gmpo_surrogate, grpo_loss
+from grpo.algorithm.rollout import ScoredGroups, build_rollout
 from grpo.config import AGGREGATIONS, SURROGATES, TrainConfig
+from grpo.generation.sampling import Completions
+from tasks.base import Problem, Reward
+from tasks.rewards.scoring import RewardFunction
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
 
@@ -116,3 +120,16 @@ def test_tied_groups_are_exactly_zero_and_all_tied_are_finite():
 def test_the_choices_are_those_of_the_command_line():
     assert SURROGATES == ("clip", "cispo", "gmpo")
     assert AGGREGATIONS == ("sum_then_normalize", "normalize_then_sum")
+
+
+def test_rewards_of_a_run_that_differ_in_the_ninth_digit_are_compared():
+    rewards = [Reward(r, {"a": r}, correct=False, well_formed=True) for r in (1e8, 1e8 + 1, 1e8, 1e8)]
+    ones = torch.ones(4, 1, dtype=torch.long)
+    completions = Completions(ones, ones[:, 0], ones[:, 0].bool(), torch.zeros(4, 1))
+    groups = ScoredGroups(
+        [Problem("q", "1")], torch.zeros(1, 1), torch.ones(1, 1).bool(), completions, [""] * 4, rewards
+    )
+    config = TrainConfig(num_generations=4, multi_objective_aggregation="normalize_then_sum")
+    rollout = build_rollout([groups], [0], groups.counts(), config, [RewardFunction("a", 1.0, None)])
+    assert rollout.advantages[1] > 1
+    assert rollout.advantages[0] < 0
