@@ -20,8 +20,8 @@ import click
 from click.core import ParameterSource
 
 from grpo.config import GROUPS, OLD_NAMES, TrainConfig, ordered_fields
+from grpo.launch.run_folder import claim_folder
 from grpo.model_card import resolve
-from grpo.run_folder import claim_folder
 
 
 class GroupedCommand(click.Command):
@@ -108,7 +108,7 @@ def with_deprecated(given: dict[str, Any]) -> dict[str, Any]:
 
 def train_seeds(text: str, given: dict[str, Any], fresh: bool) -> int:
     """Train with each of some seeds and return the exit status. Raises ValueError if that cannot be."""
-    from grpo.seeds import parse_seeds, run_seeds
+    from grpo.launch.seeds import parse_seeds, run_seeds
 
     if "seed" in given:
         raise ValueError("--seed and --seeds say the same; give one of them")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from grpo import report
 from grpo.algorithm.grpo import GRPO
 from grpo.config import TrainConfig
 from grpo.evaluation.evaluator import Evaluator
@@ -16,6 +15,7 @@ from grpo.record.checkpoint import RECOVERY_HINT, Checkpoint, newest_checkpoint,
 from grpo.record.metrics import Metrics
 from grpo.record.samples import Samples
 from grpo.record.schema import is_evaluation
+from grpo.report.opening import show_continuation
 from grpo.runtime import distributed
 from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.console import say
@@ -130,7 +130,7 @@ class RunState:
             self.metrics.load_state_dict(checkpoint.metrics, self.progress.step, self.progress.sft_step)
             self.grpo.load_state_dict(state, keep_limits=same_passes)
         samples.truncate(self.progress.step)
-        report.continuing(self.progress.named(), state["threads"], torch.get_num_threads())
+        show_continuation(self.progress.named(), state["threads"], torch.get_num_threads())
         return True
 
 

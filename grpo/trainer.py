@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grpo import report
 from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.outlook import check_examples_fit, outlook
 from grpo.algorithm.rollout import Rollout
@@ -23,6 +22,10 @@ from grpo.plots.figures import draw_all
 from grpo.record.metrics import Metrics, ended_with
 from grpo.record.samples import GROUPS, Samples
 from grpo.record.tracker import Tracker
+from grpo.report.ending import conclude, show_already_finished, show_interruption
+from grpo.report.opening import introduce, show_choice_by_reward, show_fine_tuning, show_outlook
+from grpo.report.progress import show_completions, show_evaluation, show_finding
+from grpo.report.saved_readme import saved_readme
 from grpo.resume import Progress, RunState
 from grpo.runtime import distributed
 from grpo.runtime.atomic_io import name_in_errors
@@ -76,10 +79,10 @@ class Trainer:
         """Continue from the newest checkpoint, or begin; train; measure the best policy. Return the exit status."""
         with InterruptHandler(self.config.time_limit, self.launched) as interrupts:
             record = self.metrics.record
-            report.introduce(self.config, self.lm, record["environment"], self.grpo.capabilities)
+            introduce(self.config, self.lm, record["environment"], self.grpo.capabilities)
             ended = self._restore()
             if ended and self.state.why_done():
-                report.already_finished(self.folder, ended)
+                show_already_finished(self.folder, ended)
                 self._draw(ended)
                 return 0
             with self.tracker.tracking(self.folder, self.config.to_dict()):
@@ -95,7 +98,7 @@ class Trainer:
             raise
         self._checkpoint()
         if interrupts.interrupted() or self.progress.best is None:
-            report.interrupted(self.folder, self.progress.named(), reason)
+            show_interruption(self.folder, self.progress.named(), reason)
             self.metrics.write()
         else:
             self._finish(reason)
@@ -116,7 +119,7 @@ class Trainer:
                 bar.update(progress.step, shown)
                 self._stop_if_broken()
                 if c.show_every and progress.step % c.show_every == 0:
-                    report.show_completions(progress.step, self.rollout)
+                    show_completions(progress.step, self.rollout)
                 if progress.step % c.eval_every == 0 or progress.step == c.num_iterations:
                     self._validate()
                 self.slowest = max(self.slowest, time.monotonic() - start)
@@ -138,10 +141,10 @@ class Trainer:
             return reason
         self._look_ahead()
         if self.evaluator.rewards:
-            report.show_choice_by_reward()
+            show_choice_by_reward()
         self.progress.before = self._test(self.lm, 0)
         if self.config.sft_steps:
-            report.show_fine_tuning(self.progress.before, "after")
+            show_fine_tuning(self.progress.before, "after")
         self._validate()
         return None
 
@@ -151,7 +154,7 @@ class Trainer:
         steps = SupervisedTrainer(c, self.lm, self.task, self.grpo.update)
         if record["before_sft"] is None:
             record["before_sft"] = {"step": 0, "split": "test", **self.evaluator.test(self.lm)}
-        report.show_fine_tuning(record["before_sft"], "before", steps.teaches_working)
+        show_fine_tuning(record["before_sft"], "before", steps.teaches_working)
         bar = ProgressBar(progress.sft_step, c.sft_steps, "fine-tuning")
         try:
             while progress.sft_step < c.sft_steps:
@@ -175,7 +178,7 @@ class Trainer:
         """Say what GRPO will have to work with, and at once if that is nothing; train as asked all the same."""
         found, seconds = outlook(self.grpo, self.config)
         self.metrics.record["outlook"] = found
-        report.show_outlook(found, seconds, self.config.num_iterations, peak_memory(self.lm.device))
+        show_outlook(found, seconds, self.config.num_iterations, peak_memory(self.lm.device))
         self._diagnose()
 
     def _record(self, entry: dict[str, Any]) -> None:
@@ -196,7 +199,7 @@ class Trainer:
             distributed.shard(best.model, device)
         after = self._test(best, progress.best["step"])
         if distributed.is_main_process():
-            readme = report.model_card(self.config, progress.best, progress.before, after)
+            readme = saved_readme(self.config, progress.best, progress.before, after)
             with name_in_errors(self.saved_model / "README.md"):
                 (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
         self.metrics.record["finished"] = {
@@ -205,7 +208,7 @@ class Trainer:
             "peak_memory": peak_memory(device),
         }
         self.metrics.write()
-        report.conclude(self.folder, self.metrics.record, time.monotonic() - self.launched, self.task.example)
+        conclude(self.folder, self.metrics.record, time.monotonic() - self.launched, self.task.example)
 
     def _stop_if_broken(self) -> None:
         skipped = self.grpo.update.skipped_in_a_row
@@ -247,7 +250,7 @@ class Trainer:
             if progress.step:
                 self._checkpoint()  # first, so that saved_model/ is never ahead of what a run can continue from
             self._save()
-        report.show_evaluation(entry, improved)
+        show_evaluation(entry, improved)
 
     def _test(self, lm: LanguageModel, step: int) -> dict[str, Any]:
         """Measure a model on the test problems and the neighbouring skills."""
@@ -273,7 +276,7 @@ class Trainer:
             if finding.name in SHOW_EXAMPLES and self.rollout is not None:
                 record[-1]["examples"] = self.rollout.top_rewarded_wrong()
             if aloud:
-                report.show_finding(record[-1])
+                show_finding(record[-1])
 
     def _save(self) -> None:
         """Write the policy as it is now to saved_model/, with what a reader and a next run need."""
@@ -291,6 +294,6 @@ class Trainer:
             "skills": list(self.evaluator.skills),
             "settings": c.inheritable_settings(),
         }
-        readme = report.model_card(c, self.progress.best, self.progress.before, None)
+        readme = saved_readme(c, self.progress.best, self.progress.before, None)
         save(self.saved_model, self.lm, card, readme)
         self.metrics.add_time("save", time.perf_counter() - start)

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo import report
 from grpo.diagnostics import groups, learning, stability
 from grpo.diagnostics.findings import CHECKS, findings, new_findings
+from grpo.report.progress import show_finding
 from grpo.trainer import Trainer
 from tasks.arithmetic import Arithmetic
 from tasks.reverse import Reverse
@@ -69,7 +69,7 @@ def test_a_finding_is_a_paragraph_as_wide_as_the_terminal_and_a_model_cannot_col
     finding = {"name": "reward_hacking", "step": 7, "text": "word --some-option " * 30, "examples": ["a\x1b[31mb\nc"]}
     for columns, widest in (("60", 60), ("250", 100)):
         monkeypatch.setenv("COLUMNS", columns)
-        report.show_finding(finding)
+        show_finding(finding)
         lines = capsys.readouterr().out.splitlines()
         assert widest - 20 <= max(map(len, lines)) <= widest
         assert lines[0].startswith("step    7  reward_hacking: word")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from grpo import report
-from grpo.report import seconds_by_phase, tokens_per_second
+from grpo.report.ending import seconds_by_phase, tokens_per_second
+from grpo.report.progress import nats, show_completions
 from tests.helpers.rollouts import ODD, a_rollout
 
 
@@ -39,7 +39,7 @@ def test_the_time_of_a_run_by_hand():
 @pytest.mark.parametrize("columns", [40, 60, 100, 200])
 def test_the_table_of_completions_fits_the_terminal_and_moves_no_cursor(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
-    report.show_completions(7, a_rollout(completion="x" * 300 + ODD))
+    show_completions(7, a_rollout(completion="x" * 300 + ODD))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert all(line.isprintable() for line in lines)
@@ -47,4 +47,9 @@ def test_the_table_of_completions_fits_the_terminal_and_moves_no_cursor(columns,
 
 
 def test_no_minus_stands_before_a_zero():
-    assert [report.nats(value) for value in (-0.0004, 0.0, 0.0096, -0.0021)] == ["0.000", "0.000", "0.010", "-0.002"]
+    assert [nats(value) for value in (-0.0004, 0.0, 0.0096, -0.0021)] == [
+        "0.000",
+        "0.000",
+        "0.010",
+        "-0.002",
+    ]

@@ -12,9 +12,9 @@ import pytest
 import train_grpo
 from grpo.config import TrainConfig
 from grpo.evaluation.intervals import mean_interval, t_quantile
+from grpo.launch.seeds import as_arguments, parse_seeds, table
 from grpo.plots.comparison import COMPARISON
 from grpo.record.metrics import load_metrics
-from grpo.seeds import as_arguments, parse_seeds, table
 from tests.helpers.scripts import ROOT, TINY, invoke, refusal
 from tests.scripts.test_train_options import VALID
 

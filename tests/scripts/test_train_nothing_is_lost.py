@@ -14,10 +14,10 @@ import inference
 import train_grpo
 from grpo.algorithm.grpo import GRPO
 from grpo.evaluation.evaluator import Evaluator
+from grpo.launch.run_folder import EARLIER, WRITTEN
 from grpo.model.loading import load
 from grpo.model.saving import save
 from grpo.record.metrics import load_metrics
-from grpo.run_folder import EARLIER, WRITTEN
 from tasks.rewards.functions import REWARDS
 from tests.helpers.scripts import (
     EVERYTHING,

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import trainer
 from grpo.evaluation.evaluator import Evaluator
+from grpo.launch.run_folder import WRITTEN
 from grpo.model_card import CARD, STARTER, resolve
 from grpo.plots.figures import CURVE, KL, OVERVIEW
 from grpo.record.metrics import FILE_NAME, load_metrics
 from grpo.record.samples import FILE_NAME as SAMPLES
-from grpo.run_folder import WRITTEN
 from tests.helpers.scripts import (
     EVERYTHING,
     FIELDS,

@@ -1,0 +1,92 @@
+"""What a run prints before its first step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from grpo.config import TrainConfig, ordered_fields
+from grpo.evaluation.intervals import accuracy_text
+from grpo.generation.capabilities import ModelCapabilities
+from grpo.model.language_model import LanguageModel
+from grpo.model_card import recipe_of
+from grpo.runtime.console import duration, printable, say
+from tasks.registry import task_options
+
+HUB_EXAMPLE = "python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def introduce(
+    config: TrainConfig, lm: LanguageModel, environment: Mapping[str, Any], capabilities: ModelCapabilities
+) -> None:
+    """Print the model, the device, the resolved settings, and what the model does not support."""
+    millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
+    where = environment["device"]
+    if lm.device.type == "cpu":
+        where = f"cpu, {environment['threads']} threads"
+    where += f", {environment['precision']}"
+    if environment["processes"] > 1:
+        where = f"{environment['processes']} processes, each {where}"
+    if config.model == "starter":
+        say(f"Training the bundled starter model ({millions:.1f}M parameters) on {where}.")
+        say(f"To train a Hub model instead: {HUB_EXAMPLE}")
+    else:
+        say(f"Training {printable(config.model)} ({millions:,.1f}M parameters) on {where}.")
+    for note in lm.notes:
+        say(note)
+    if recipe := recipe_of(config.model):
+        say(f"Its recipe is grpo/recipes/{recipe.name}; the command line overrides it.")
+    _say_settings(config)
+    shared = {"the update": capabilities.supports_packing, "sampling": capabilities.supports_cache_expansion}
+    if unshared := " and ".join(work for work, is_shared in shared.items() if not is_shared):
+        say(f"This model's prompts cannot be shared by a group: in {unshared} each is run once a completion.\n")
+
+
+def _say_settings(config: TrainConfig) -> None:
+    """Print the settings of algorithm and task, and of the others those that are not the default."""
+    line, options = "Settings:", task_options()
+    for f in ordered_fields():
+        value = getattr(config, f.name)
+        if f.name in ("model", "output_dir") or value in ("", ()):
+            continue
+        if f.name in options and config.task not in options[f.name].tasks:
+            continue
+        if f.metadata["group"] not in ("Task", "Algorithm") and value == f.default:
+            continue
+        text = " ".join(value) if isinstance(value, tuple) else str(value)
+        item = f"{f.name}={printable(text)}"
+        if len(line) + len(item) > 99:
+            say(line)
+            line = "         "
+        line += " " + item
+    say(line + "\n")
+
+
+def show_continuation(place: str, threads_then: int, threads_now: int) -> None:
+    """Print, at the start of a launch that continues a run, where it continues, such as "step 25"."""
+    say(f"Continuing from the checkpoint of {place}.")
+    if threads_then != threads_now:
+        say(f"It was computed with {threads_then} threads, now there are {threads_now}: the last digits may differ.")
+
+
+def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory: int | None) -> None:
+    """Print what a look before the first step found, with the expected seconds of a step and the memory so far."""
+    o, g = outlook, outlook["num_generations"]
+    say(f"Outlook: {o['teaching']:.0%} of {o['groups']} groups of {g} completions teach something.")
+    say(
+        f"  pass@1 {o['pass_at_1']:.0%}, pass@{g} {o['pass_at_g']:.0%}, "
+        f"{o['well_formed']:.0%} well-formed, {o['truncated']:.0%} cut off by the token limit"
+    )
+    held = f", {memory / 2**20:,.0f} MiB of memory so far" if memory else ""
+    say(f"  about {seconds:.2g} s a step, {duration(seconds * steps)} for all of them{held}\n")
+
+
+def show_choice_by_reward() -> None:
+    """Print that the mean reward chooses the best policy, and what would decide what is right."""
+    say("The best policy is that of the highest mean reward on validation: all rewards are your own functions,")
+    say("and accuracy counts only answers that equal the problem's own. What is right, --correct decides.\n")
+
+
+def show_fine_tuning(entry: Mapping[str, Any], when: str, teaches_working: bool = True) -> None:
+    """Print the test of the model before or after the supervised steps."""
+    say(f"{when} fine-tuning: test {accuracy_text(entry)}, {100 * entry['well_formed']:.0f}% well-formed")
+    if not teaches_working:
+        say("The task's training problems have no working: answers alone are taught.")
