@@ -1,4 +1,4 @@
-"""Attention of a decoding step to what all prompts begin with, held once for all rows.
+"""Attention in decoding to what all prompts begin with, held once for all rows.
 
 With worked examples, most of each prompt is the same. Copied for each row, its keys and values are as much to read a
 token as the weights of a small model; held once, all rows read the same ones, as one product of matrices. Prefix and
@@ -17,6 +17,16 @@ class CommonPrefix:
 
     keys: list[Tensor]
     values: list[Tensor]
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return self.keys[0].shape[1]
+
+    def bias(self, seen: Tensor) -> Tensor:
+        """Return `own_bias` of `attend`, from which own tokens each sees, (B, L, T): a model leaves it as it is."""
+        bias = torch.zeros(seen.shape, dtype=self.keys[0].dtype, device=seen.device)
+        return bias.masked_fill_(~seen, -torch.inf)[:, None]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, own_bias: Tensor, scaling: float
