@@ -27,8 +27,8 @@ from grpo.runtime.distributed import gather_to_rank0
 from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.stopwatch import Stopwatch
 from tasks.base import Task
-from tasks.common.curriculum import Curriculum
 from tasks.rewards.scoring import RewardFunction, rewards_of
+from tasks.selection.curriculum import Curriculum
 
 
 class GRPO:

@@ -6,7 +6,7 @@ import pytest
 
 from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
-from tasks.common.curriculum import FORGETTING, Curriculum, level_of, mixed
+from tasks.selection.curriculum import FORGETTING, Curriculum, level_of, mixed
 
 EASY, MIXED, HARD = (Problem(f"Solve {level}.", "1", level=level) for level in ("easy", "mixed", "hard"))
 
