@@ -23,8 +23,8 @@ LIGHT = (
 SHARED = ("tasks.common", "tasks.rewards", "tasks.selection")  # by all tasks
 # what grpo/ may know of tasks/: no concrete task
 ANY_TASK = {
-    *("base", "registry", "unrelated", "common.prompts", "common.shots", "common.user_file", "selection.curriculum"),
-    *("rewards.functions", "rewards.scoring"),
+    *("base", "registry", "unrelated", "common.prompts", "common.shots", "common.user_file"),
+    *("rewards.functions", "rewards.scoring", "selection.curriculum", "selection.mixture"),
 }
 
 # The folders and files of grpo/ that each may import, besides itself.

@@ -26,6 +26,7 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: s
     reason = record["finished"]["reason"]
     say(f"\nDone after step {len(steps)} ({reason}), in {duration(seconds)}. The best policy: step {after['step']}.")
     rows = [("test accuracy", before, after)]
+    rows += [(f"  {name}", was, after["tasks"][name]) for name, was in before.get("tasks", {}).items()]
     rows += [(f"skill: {name}", before["skills"][name], after["skills"][name]) for name in after["skills"]]
     for name, was, now in rows:
         say(f"  {name:<18} {accuracy_text(was):>32}  ->  {accuracy_text(now)}")
