@@ -117,14 +117,15 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     card = {name: value for name, value in card.items() if name not in of_another}
     limit = {"max_new_tokens": STYLE_TOKENS[style]} if style in STYLES else {}
     given_alone = TrainConfig(**{**limit, **given})  # errors here are the caller's, later ones the card's
-    if len(given_alone.task) > 1 and (unused := unused_options(given_alone.task, given)):
-        raise ValueError(f"{', '.join(unused)}: none of the tasks of the mixture has this option; leave it out")
     try:
-        return replace(given_alone, **{name: value for name, value in card.items() if name not in given})
+        config = replace(given_alone, **{name: value for name, value in card.items() if name not in given})
     except ValueError as error:
         if recipe := recipe_of(given_alone.model):
             raise ValueError(f"{error}. The model's recipe, {recipe}, has settings of its own; give both") from None
         raise ValueError(f"{model_folder(given_alone.model) / CARD}: {error}; restore or delete it") from None
+    if len(config.task) > 1 and (unused := unused_options(config.task, given)):
+        raise ValueError(f"{', '.join(unused)}: none of the tasks of the mixture has this option; leave it out")
+    return config
 
 
 def _as_list(value: Any) -> Sequence:

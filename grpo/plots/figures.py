@@ -145,7 +145,8 @@ def overview(record: Record) -> Figure:
     last = max([1, *(s["step"] for s in record["steps"]), *(e["step"] for e in record["evals"])])
     for number, (title, draw) in enumerate(panels):
         over_steps = draw is not skills
-        one = figure.add_subplot(grid[number // 2, number % 2], sharex=axes[0] if axes and over_steps else None)
+        place = number if number < len(panels) - 2 else number + len(panels) % 2  # the last two share a row
+        one = figure.add_subplot(grid[place // 2, place % 2], sharex=axes[0] if axes and over_steps else None)
         axes.append(one)
         tidy(one)
         one.tick_params(labelsize=SMALL)

@@ -86,7 +86,7 @@ def _say_times(record: Mapping[str, Any]) -> None:
 
 def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Format accuracies by category before and after, at most twelve, those that are lowest now, in their order."""
-    now = after.get("categories", {})
+    now = {} if after.get("tasks") else after.get("categories", {})  # of a mixture, the tasks are shown
     shown = sorted(sorted(now, key=lambda name: now[name]["accuracy"])[:12])
     if not shown:
         return []
