@@ -182,7 +182,7 @@ def test_what_is_no_mixture_is_refused_in_one_line(specs, said):
     [
         ({"numbers": 4}, "--numbers"),
         ({"data": "x.jsonl"}, "--data"),
-        ({"task": ("a.py:A=1", "b.py:B=1"), "task_arg": ("x=1",)}, "one task in a file"),
+        ({"task": ("a.py:A=1", "b.py:B=1"), "task_arg": ("x=1",)}, "and for one"),
     ],
 )
 def test_an_option_of_none_of_the_tasks_is_refused(given, said):
