@@ -179,7 +179,7 @@ class TrainConfig(TaskOptions):
         object.__setattr__(self, "task", tuple(map(str, shares)))  # a weight has one spelling
         if self.task_arg and sum(names_a_file(share.spec) for share in shares) != 1:
             raise ValueError(
-                f"task_arg is for a task in a file, --task FILE.py:NAME, and for one; the task is {' '.join(self.task)}"
+                f"task_arg is for a task in a file, --task FILE.py:NAME, and for one; here is {' '.join(self.task)}"
             )
         if self.time_limit:
             parse_duration(self.time_limit)
