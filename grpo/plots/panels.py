@@ -207,7 +207,8 @@ def _stack(axes: Axes, record: Record, layers: Sequence[tuple[str, np.ndarray, s
 def _optional(metric: StepMetric, record: Record) -> Callable[[Axes, Record], str] | None:
     """Return the panel of a metric that some runs have; None if this one does not."""
     family = metric.name.removesuffix("*") if metric.name.endswith("/*") else None
-    names = sorted({name for step in record["steps"] for name in step if family and name.startswith(family)})
+    known = dict.fromkeys(name for step in record["steps"] for name in step)
+    names = [name for name in known if family and name.startswith(family)]
     if not any(np.isfinite(column(record, name)).any() for name in names or [metric.name]):
         return None
 

@@ -55,7 +55,7 @@ def test_a_panel_that_some_runs_have_is_drawn_for_them_only():
         "Curriculum: level drawn (0 solved most, 1 least)",
     ]
     [axes] = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("Accuracy by")]
-    assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == ["_sums", "reverse"]
+    assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == ["reverse", "_sums"]
     assert any(list(line.get_ydata()) == [0.5] * len(line.get_xdata()) for line in axes.lines)
 
 
