@@ -29,6 +29,7 @@ from tasks.registry import TASKS, task_options
 
 if TYPE_CHECKING:
     from grpo.model.language_model import LanguageModel
+    from tasks.base import Task
 
 LEAST_TEMPERATURE = 1e-3  # below it, logits / temperature overflow float32
 TOKENS_WITHOUT_CARD = 128  # for a model without a limit of its own
@@ -53,7 +54,12 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--compare", is_flag=True, help="the model before training too, side by side")
 @click.option("--evaluate", is_flag=True, help="measure accuracy on held-out problems instead of asking")
 @click.option("--split", type=click.Choice(("validation", "test")), help="to --evaluate on  [default: test]")
-@click.option("--task", help=f"{', '.join(TASKS)} or FILE.py:NAME, to --evaluate on  [default: the model's own]")
+@click.option(
+    "--task",
+    multiple=True,
+    help=f"{', '.join(TASKS)} or FILE.py:NAME, to --evaluate on; which prompt to ask with, of a mixture's "
+    "[default: the model's own]",
+)
 @click.option("--task-arg", multiple=True, help="key=value, an argument of the --task in your file")
 @task_setting_options
 @click.option("--prompt-style", type=click.Choice(STYLES), help="to --evaluate in  [default: the model's own]")
@@ -88,6 +94,7 @@ def main(
         )
     if compare and len(models) > 1:
         raise click.UsageError("--compare finds the other model itself; give one --model")
+    asks_as = given.pop("task", ()) if not evaluate else ()
     if not evaluate and (given or len(models) > 1):
         too_much = ", ".join(f"--{option.replace('_', '-')}" for option in given) or "--model given twice"
         raise click.UsageError(f"{too_much} is for --evaluate")
@@ -110,7 +117,7 @@ def main(
         names = [before_training(name), name] if compare else [name]
         click.echo("Model: " + " -> ".join(printable(n) for n in names), err=True)
         sampling = Sampling(temperature, samples, max_new_tokens, seed)
-        card = read_card(name)
+        card = as_task(read_card(name), asks_as)
         answers = [complete(n, card, asked, device, sampling) for n in names]
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
@@ -142,8 +149,8 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
     task = make_task(config)
     card = read_card(names[-1])
     other = {"task", "shots", "prompt_style"} & set(given)
-    if card.get("examples") and not other:  # those of the run, whatever its data are now
-        task = replace(task, examples=card["examples"])
+    if not other:  # the examples of the run, whatever its data are now
+        task = with_examples(task, card)
 
     from grpo.evaluation.model_comparison import measure, table
 
@@ -152,6 +159,29 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
         found = measure(names, config, task, skills, split)
     click.echo(f"{task.name}, {split} problems, style {task.style}, greedy, up to {config.max_new_tokens} tokens")
     click.echo("\n".join(table(found, split)))
+
+
+def with_examples(task: "Task", card: Mapping[str, Any]) -> "Task":
+    """Return the task with the worked examples of a card, if it has some; each task of a mixture with its own."""
+    if task.parts:
+        cards = card.get("tasks", {})
+        return replace(task, parts={name: with_examples(p, cards.get(name, {})) for name, p in task.parts.items()})
+    return replace(task, examples=card["examples"]) if card.get("examples") else task
+
+
+def as_task(card: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
+    """Return a card that asks as one task of a mixture does: the one in `names`, or the first.
+
+    Raises UsageError if there is none of that name.
+    """
+    known = card.get("tasks", {})
+    if len(names) > 1 or any(name not in known for name in names):
+        of = f"has {printable(', '.join(known))}" if known else "was trained on no mixture"
+        raise click.UsageError(f"--task is for --evaluate, or names one task of a mixture to ask as; this model {of}")
+    if known and not names:
+        first, *others = map(printable, known)
+        click.echo(f"Asked as a problem of {first}; --task {' or '.join(others)} asks as one of those", err=True)
+    return {**card, **known[names[0]]} if names else card
 
 
 def read_questions(questions: Sequence[str]) -> list[str]:

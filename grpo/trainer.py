@@ -33,7 +33,7 @@ from grpo.runtime.console import ProgressBar
 from grpo.runtime.device import choose_device, environment, keep_freed_memory, peak_memory, set_deterministic
 from grpo.runtime.precision import precision
 from grpo.sft import SupervisedTrainer
-from tasks.base import Task
+from tasks.base import Task, asked
 from tasks.rewards.scoring import decides_by_reward, rewards_of
 
 MOST_SKIPPED = 10  # updates in a row that were not finite, before the run ends
@@ -285,10 +285,7 @@ class Trainer:
         card = {
             "task": self.task.name,
             "step": self.progress.best["step"],
-            "kind": self.task.kind,
-            "prompt_style": self.task.style,
-            "system_prompt": self.task.system_prompt,
-            "examples": list(self.task.examples),
+            **asked(self.task),
             "max_new_tokens": c.max_new_tokens,
             "base_model": str(Path(c.model).resolve()) if on_disk else c.model,
             "skills": list(self.evaluator.skills),

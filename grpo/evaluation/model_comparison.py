@@ -70,6 +70,8 @@ def table(found: Sequence[Measured], split: str) -> list[str]:
         lines.append(accuracy_row(split if name == task else name, [e.right for e in several]))
         if name == task:
             lines.append(row("  well-formed", [f"{100 * e.to_dict()['well_formed']:.1f}%" for e in several]))
+            for part in several[0].tasks:
+                lines.append(accuracy_row(f"  {part}", [e.tasks[part].right for e in several]))
             for category in several[0].categories:
                 lines.append(accuracy_row(f"  {category}", [e.categories[category] for e in several]))
             for measure, of_first in found[0].sampled.items():

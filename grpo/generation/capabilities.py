@@ -19,7 +19,7 @@ from grpo.model.tokens import Tokens, common_prefix_length, left_pad
 from grpo.runtime.console import say
 from grpo.runtime.microbatch import matches_reference
 from grpo.runtime.precision import in_precision
-from tasks.base import Task
+from tasks.base import Task, prompt_of
 
 PROBED = 4  # prompts, each with two completions
 GRAPH_GROUP = 2  # completions a prompt, for the probe of CUDA graphs
@@ -39,7 +39,7 @@ class ModelCapabilities:
     def probe(cls, lm: LanguageModel, task: Task, cuda_graphs: bool = False) -> "ModelCapabilities":
         """Try a model on prompts of some validation problems; `cuda_graphs` tries those too."""
         problems = task.held_out("validation", PROBED)
-        prompts = lm.prompts([task.messages(problem.question) for problem in problems])
+        prompts = lm.prompts([prompt_of(task, problem) for problem in problems])
         ids, mask = left_pad(prompts, lm.pad_id, lm.device)
         packing = supports_packing(lm.model, ids, mask)
         found = cls(

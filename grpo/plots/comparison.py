@@ -32,7 +32,12 @@ SMALL, TEXT, LARGE = 7.5, 8.5, 11  # points
 LONGEST_LABEL = 80
 STYLES = ("-", "--", ":")
 Metric = str | tuple[str, str]  # a metric of a step, or (split, metric) of an evaluation
-STEPS = [(metric_title(metric.name), metric.name, metric.scale) for metric in STEP_METRICS if metric.title]
+STEPS = [
+    (metric_title(metric.name), metric.name, metric.scale)
+    for metric in STEP_METRICS
+    if metric.title and not metric.name.endswith("/*")
+]
+OPTIONAL = {metric.name for metric in STEP_METRICS if metric.optional}
 PANELS: tuple[tuple[str, Metric, str], ...] = (  # title, metric, scale
     STEPS[0],
     ("Validation accuracy (% of problems)", ("validation", "accuracy"), "share"),
@@ -49,26 +54,32 @@ def draw_comparison(groups: Sequence[Group], folder: Path) -> list[Path]:
 
 def comparison(groups: Sequence[Group]) -> Figure:
     """Draw each metric over the steps, in a colour for each group."""
-    rows = -(-len(PANELS) // 2)
+    panels = [panel for panel in PANELS if panel[1] not in OPTIONAL or _has(groups, panel[1])]
+    rows = -(-len(panels) // 2)
     head = 0.8 + TEXT_LINE * len(groups)
     height = head + rows * ROW + FOOT
     figure = plt.figure(figsize=(WIDTH, height))
     box = {"left": 0.065, "right": 0.985, "top": 1 - head / height, "bottom": FOOT / height}
     grid = figure.add_gridspec(rows, 2, hspace=0.42, wspace=0.16, **box)
     first = None
-    for number, (title, metric, scale) in enumerate(PANELS):
+    for number, (title, metric, scale) in enumerate(panels):
         axes = figure.add_subplot(grid[number // 2, number % 2], sharex=first)
         first = first or axes
         tidy(axes)
-        axes.tick_params(labelsize=SMALL, labelbottom=number >= len(PANELS) - 2)
+        axes.tick_params(labelsize=SMALL, labelbottom=number >= len(panels) - 2)
         said = _panel(axes, groups, metric, scale)
         axes.set_title(title + said, loc="left", fontsize=TEXT, weight="bold", pad=4)
         axes.set_xlim(0, max(1, *(group.steps for group in groups)) * 1.01)
         whole_steps(axes)
-        if number >= len(PANELS) - 2:
+        if number >= len(panels) - 2:
             axes.set_xlabel("step", fontsize=TEXT, labelpad=1)
     _explain(figure, groups, height)
     return figure
+
+
+def _has(groups: Sequence[Group], name: str) -> bool:
+    """Return whether a run has a value of a metric."""
+    return any(np.isfinite(column(record, name)).any() for group in groups for record in group.records)
 
 
 def _panel(axes: Axes, groups: Sequence[Group], metric: Metric, scale: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grpo.plots.panels import MOST_PARTS, PANELS, short, skills
+from grpo.plots.panels import MOST_PARTS, panels_of, short, skills
 from grpo.plots.series import SMOOTHED_FROM, Record, column, evaluations, findings, reward_parts, window_for
 from grpo.plots.style import (
     BLACK,
@@ -133,7 +133,8 @@ def overview(record: Record) -> Figure:
     found, words = findings(record)[:MOST_FINDINGS], _in_words(record)
     labels = [*(short(name) for name in reward_parts(record)[:MOST_PARTS]), "all"]
     head = HEAD + 0.16 * ((len(labels) - 1) // _columns(labels))
-    rows = -(-len(PANELS) // 2)
+    panels = panels_of(record)
+    rows = -(-len(panels) // 2)
     height = head + rows * ROW + FOOT + TEXT_LINE * (len(words) + bool(words))
     figure = plt.figure(figsize=(WIDTH, height))
     below = (FOOT + TEXT_LINE * (len(words) + bool(words))) / height
@@ -142,9 +143,10 @@ def overview(record: Record) -> Figure:
     )
     axes: list[Axes] = []
     last = max([1, *(s["step"] for s in record["steps"]), *(e["step"] for e in record["evals"])])
-    for number, (title, draw) in enumerate(PANELS):
+    for number, (title, draw) in enumerate(panels):
         over_steps = draw is not skills
-        one = figure.add_subplot(grid[number // 2, number % 2], sharex=axes[0] if axes and over_steps else None)
+        place = number if number < len(panels) - 2 else number + len(panels) % 2  # the last two share a row
+        one = figure.add_subplot(grid[place // 2, place % 2], sharex=axes[0] if axes and over_steps else None)
         axes.append(one)
         tidy(one)
         one.tick_params(labelsize=SMALL)
@@ -153,7 +155,7 @@ def overview(record: Record) -> Figure:
             aside = 0.35 if last < SMOOTHED_FROM else 0.01 * last  # half a bar
             one.set_xlim(-aside, last + aside)
             whole_steps(one)
-            one.tick_params(labelbottom=number >= len(PANELS) - 3)
+            one.tick_params(labelbottom=number >= len(panels) - 3)
             _mark(one, found, last)
     axes[-2].set_xlabel("step", fontsize=TEXT, labelpad=1)
     _write(figure, record, words, height)

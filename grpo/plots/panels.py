@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from grpo.algorithm.step_metrics import metric_title
+from grpo.algorithm.step_metrics import STEP_METRICS, StepMetric, metric_title
 from grpo.plots.series import SMOOTHED_FROM, Record, column, evaluations, phases, reward_parts, smooth, window_for
 from grpo.plots.style import (
     AMBER,
@@ -202,6 +202,40 @@ def _stack(axes: Axes, record: Record, layers: Sequence[tuple[str, np.ndarray, s
         steps, heights, labels=[n for n, _, _ in layers], colors=[c for _, _, c in layers], alpha=0.85, linewidth=0
     )
     return True
+
+
+def _optional(metric: StepMetric, record: Record) -> Callable[[Axes, Record], str] | None:
+    """Return the panel of a metric that some runs have; None if this one does not."""
+    family = metric.name.removesuffix("*") if metric.name.endswith("/*") else None
+    known = dict.fromkeys(name for step in record["steps"] for name in step)
+    names = [name for name in known if family and name.startswith(family)]
+    if not any(np.isfinite(column(record, name)).any() for name in names or [metric.name]):
+        return None
+
+    def draw(axes: Axes, record: Record) -> str:
+        for i, name in enumerate(names[:MOST_PARTS]):
+            task, colour = name.removeprefix(family), COLOURS[i % len(COLOURS)]
+            line(axes, record, name, colour, short(task))
+            if metric.name == "accuracy/*":
+                points = [e for e in evaluations(record, "validation") if task in e.get("tasks", {})]
+                held = [e["tasks"][task]["accuracy"] for e in points]
+                axes.plot([e["step"] for e in points], held, color=colour, marker="o", markersize=3, linestyle=":")
+        values = np.concatenate([drawable(column(record, name)) for name in names])
+        known = values[np.isfinite(values)]
+        axes.set_ylim(min([0, *(1.05 * known)]), max([1.05, *(1.05 * known)]))
+        if metric.scale == "share":
+            shares(axes)
+        return ", dots: validation" if metric.name == "accuracy/*" else ""
+
+    if family:
+        return draw
+    return _share(metric.name, BLUE) if metric.scale == "share" else _number(metric.name, BLUE)
+
+
+def panels_of(record: Record) -> list[tuple[str, Callable[[Axes, Record], str]]]:
+    """Return the panels of a run's overview: those of all runs, and before the last two those it alone may have."""
+    own = [(metric_title(m.name), _optional(m, record)) for m in STEP_METRICS if m.optional]
+    return [*PANELS[:-2], *((title, draw) for title, draw in own if draw), *PANELS[-2:]]
 
 
 def _or_note(axes: Axes, drawn: bool, record: Record) -> str:

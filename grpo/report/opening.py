@@ -9,7 +9,7 @@ from grpo.generation.capabilities import ModelCapabilities
 from grpo.model.language_model import LanguageModel
 from grpo.model_card import recipe_of
 from grpo.runtime.console import duration, printable, say
-from tasks.registry import task_options
+from tasks.registry import task_options, task_shares
 
 HUB_EXAMPLE = "python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"
 
@@ -43,11 +43,12 @@ def introduce(
 def _say_settings(config: TrainConfig) -> None:
     """Print the settings of algorithm and task, and of the others those that are not the default."""
     line, options = "Settings:", task_options()
+    tasks = {share.spec for share in task_shares(config.task)}
     for f in ordered_fields():
         value = getattr(config, f.name)
         if f.name in ("model", "output_dir") or value in ("", ()):
             continue
-        if f.name in options and config.task not in options[f.name].tasks:
+        if f.name in options and not tasks & set(options[f.name].tasks):
             continue
         if f.metadata["group"] not in ("Task", "Algorithm") and value == f.default:
             continue

@@ -18,6 +18,8 @@ def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
         more = f"reward {entry['reward']:.3f}, {more}"
     if entry.get("drift") is not None:
         more += f", drift {nats(entry['drift'])}"
+    for name, of_task in entry.get("tasks", {}).items():
+        more += f", {printable(name)} {100 * of_task['accuracy']:.1f}%"
     say(f"step {entry['step']:>4}  validation {accuracy_text(entry)}, {more}{best}")
 
 

@@ -40,6 +40,25 @@ def test_findings_are_numbered_lines_and_words():
     assert f"{27 - MOST_FINDINGS} more" in many.texts[-1].get_text()
 
 
+def test_a_panel_that_some_runs_have_is_drawn_for_them_only():
+    record = a_full_record(60, [])
+    assert [title for title, _ in panels.panels_of(record)] == [title for title, _ in PANELS]
+    of_task = {"accuracy": 0.5, "n": 10, "ci_low": 0.2, "ci_high": 0.8}
+    for row in record["steps"]:
+        row |= {"accuracy/reverse": None if row["step"] % 3 else 0.25, "accuracy/_sums": 0.5, "level": 0.5}
+    for entry in record["evals"]:
+        entry["tasks"] = {"reverse": of_task}
+    figure = overview(record)
+    assert len(figure.axes) == len(PANELS) + 2
+    assert [title for title in titles(figure) if title.startswith(("Accuracy by", "Curriculum"))] == [
+        "Accuracy by task (% of completions), dots: validation",
+        "Curriculum: level drawn (0 solved most, 1 least)",
+    ]
+    [axes] = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("Accuracy by")]
+    assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == ["reverse", "_sums"]
+    assert any(list(line.get_ydata()) == [0.5] * len(line.get_xdata()) for line in axes.lines)
+
+
 def test_saving_which_follows_a_step_takes_nothing_from_its_other_time(monkeypatch):
     drawn = {}
     monkeypatch.setattr(panels, "_stack", lambda axes, record, layers: drawn.update({x[0]: x[1] for x in layers}))

@@ -27,7 +27,7 @@ VALID = {
     "precision": "bfloat16",
     "deterministic": True,
     "cuda_graphs": True,
-    "task": "reverse",
+    "task": ("reverse=1", "arithmetic=0.5"),
     "data": "problems.jsonl",
     "correct": "judge.py:right",
     "min_operand": -2,
