@@ -54,9 +54,8 @@ def _say_accuracies(rows: Sequence[tuple[str, Any, Any]], before_sft: Mapping[st
     table += [("before fine-tuning", accuracy_text(before_sft), "")] if before_sft else []
     lines = [f"  {name:<18} {was:>32}{now}" for name, was, now in table]
     if max(map(len, lines)) >= width():
-        lines = [
-            f"  {name}\n    {was}{now.replace('->  ', '-> ')}" for name, was, now in table
-        ]  # arrow and figure stay
+        apart, together = "->  ", "-> "  # an arrow is not parted from its figure where a line breaks
+        lines = [f"  {name}\n    {was}{now.replace(apart, together)}" for name, was, now in table]
     for line in lines:
         say(line)
 

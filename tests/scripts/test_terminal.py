@@ -8,7 +8,6 @@ import pytest
 import inference
 import plot_metrics
 import train_grpo
-from tests.helpers.runs import a_tiny_model
 from tests.helpers.scripts import QUESTION, TINY, ask, invoke, train
 
 SCRIPTS = [train_grpo.main, inference.main, plot_metrics.main]
@@ -148,12 +147,12 @@ def test_check_and_seeds_do_not_go_together(tmp_path):
     assert "--seed" in result.stderr
 
 
-def test_check_of_problems_without_a_known_solution(tmp_path):
-    rows = "".join(f'{{"question": "Say {n}", "answer": "{n}"}}\n' for n in range(60))
-    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
-    (tmp_path / "judge.py").write_text("def right(given, **columns):\n    return False\n", encoding="utf-8")
-    model = a_tiny_model(tmp_path / "model")
-    small = [*TINY, "--model", model, "--task", "jsonl", "--data", "rows.jsonl", "--correct", "judge.py:right"]
-    result = invoke(train_grpo.main, *small, "--max-new-tokens", 4, "--check", folder=tmp_path)
+@pytest.mark.usefixtures("no_plots")
+def test_check_of_problems_without_a_known_solution(tmp_path, monkeypatch):
+    def unknown(*args):
+        raise ValueError("no training problem was found that the task knows a right completion of")
+
+    monkeypatch.setattr("grpo.launch.check.solved_problem", unknown)
+    result = invoke(train_grpo.main, *TINY, "--check", folder=tmp_path)
     assert result.exit_code == 0, result.output
     assert "A solution of this problem is not known" in result.stdout
