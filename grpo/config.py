@@ -174,7 +174,7 @@ class TrainConfig(TaskOptions):
             if isinstance(getattr(self, name), list):  # as JSON has it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for f in fields(self):
-            _check(f.name, getattr(self, f.name), f.type, f.metadata)
+            check_setting(f.name, getattr(self, f.name), f.type, f.metadata)
         shares = task_shares(self.task)
         object.__setattr__(self, "task", tuple(map(str, shares)))  # a weight has one spelling
         if self.task_arg and sum(names_a_file(share.spec) for share in shares) != 1:
@@ -252,7 +252,8 @@ def ordered_fields() -> list[Field]:
     return sorted(fields(TrainConfig), key=lambda f: (GROUPS.index(f.metadata["group"]), f.name in own))
 
 
-def _check(name: str, value: Any, kind: type, metadata: Any) -> None:
+def check_setting(name: str, value: Any, kind: type, metadata: Any) -> None:
+    """Raise ValueError if a value cannot be that of a field of this name, type and metadata."""
     if kind == tuple[str, ...]:
         if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"{name} is {value!r}; it must be a list of texts")

@@ -11,6 +11,7 @@ import torch
 
 from grpo.config import parse_duration
 from grpo.runtime import distributed
+from grpo.runtime.console import for_terminal
 
 TOO_LATE = 1  # among signals of at least 2
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -77,5 +78,6 @@ class InterruptHandler:
                 os._exit(128 + byte[0])
             self.signal = signal.Signals(byte[0])
             name = NAMES[self.signal]
-            print(f"\n{name}: finishing this step, then saving; once more quits at once", file=sys.stderr, flush=True)
+            said = for_terminal(f"\n{name}: finishing this step, then saving; once more quits at once")
+            print(said, file=sys.stderr, flush=True)
         os.close(self._read)

@@ -17,6 +17,8 @@ LIGHT = (
     "grpo.config",
     "grpo.model_card",
     "grpo.launch.run_folder",
+    "grpo.launch.command",
+    "grpo.launch.config_file",
     "grpo.runtime.atomic_io",
     "grpo.runtime.console",
 )  # imported before --help answers
@@ -40,11 +42,11 @@ MAY_IMPORT = {
     "algorithm": {*SETTINGS, "runtime", "model", "generation"},
     "evaluation": {*SETTINGS, "runtime", "model", "generation"},
     "plots": {*SETTINGS, "runtime", "record", "algorithm.step_metrics"},
-    "launch": {*SETTINGS, "runtime", "record", "evaluation", "plots"},
     "interrupts": {*SETTINGS, "runtime"},
     "sft": {*SETTINGS, "runtime", "model", "algorithm"},
     "report": {*SETTINGS, "runtime", "record", "model", "generation", "algorithm", "evaluation"},
 }
+MAY_IMPORT["launch"] = MAY_IMPORT["report"] | {"report", "sft", "plots"}
 MAY_IMPORT["resume"] = MAY_IMPORT["report"] | {"report"}
 MAY_IMPORT["trainer"] = {*MAY_IMPORT}
 

@@ -46,7 +46,6 @@ class StepMetric:
     title: str = ""  # of its panel in a comparison of runs; "" draws none
     unit: str = ""
     scale: str = "number"  # of its axis: "share" from 0 to 1, "number" from 0, "reward" around 0 to 1
-    optional: bool = False  # drawn only for runs that have it
 
 
 def metric_title(name: str) -> str:
@@ -115,9 +114,9 @@ def _spread(part: Sequence[Value], groups: int) -> float | None:
 
 
 BY_TASK: tuple[tuple[Any, ...], ...] = (  # name, formula, how it is drawn
-    ("accuracy", partial(_by_task, lambda r: r.correct), "Accuracy by task", "% of completions", "share", True),
-    ("reward_mean", partial(_by_task, lambda r: r.totals), "Reward by task", "mean of the step", "reward", True),
-    ("tied_groups_fraction", partial(_by_task, lambda r: r.tied), "Ties by task", "% of groups", "share", True),
+    ("accuracy", partial(_by_task, lambda r: r.correct), "Accuracy by task", "% of completions", "share"),
+    ("reward_mean", partial(_by_task, lambda r: r.totals), "Reward by task", "mean of the step", "reward"),
+    ("tied_groups_fraction", partial(_by_task, lambda r: r.tied), "Ties by task", "% of groups", "share"),
     ("tied_all_right_fraction", partial(_by_task, lambda r: r.tied & r.correct.all(1))),
     ("tied_all_wrong_fraction", partial(_by_task, lambda r: r.tied & ~r.correct.any(1))),
 )
@@ -217,13 +216,13 @@ STEP_METRICS: tuple[StepMetric, ...] = (
         "mean place of the drawn levels among those seen lately, from 0 (solved most) to 1 (solved least); null "
         "without `--curriculum` and while less than two are known",
         lambda s: s.estimates.get("level"),
-        *("Curriculum: level drawn", "0 solved most, 1 least", "number", True),
+        *("Curriculum: level drawn", "0 solved most, 1 least", "number"),
     ),
     StepMetric(
         "solve_rate",
         "mean solve rate that the curriculum expects of the drawn problems, before they are sampled; null without it",
         lambda s: s.estimates.get("solve_rate"),
-        *("Curriculum: expected solve rate", "% of completions", "share", True),
+        *("Curriculum: expected solve rate", "% of completions", "share"),
     ),
     StepMetric(
         "loss",
