@@ -11,7 +11,6 @@ from grpo.plots.figures import MOST_FINDINGS, overview
 from grpo.plots.panels import PANELS
 from tests.helpers.records import FINDINGS, a_full_record, a_record
 
-
 # of mixtures and curricula
 OF_SOME_RUNS = ("Accuracy by task", "Reward by task", "Ties by task", "Curriculum")
 OF_ALL_RUNS = [title for title, _ in PANELS if not title.startswith(OF_SOME_RUNS)]
