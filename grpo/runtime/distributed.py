@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -152,8 +152,12 @@ def main_process_first() -> Iterator[None]:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Spread a model, which every rank holds on the CPU, over the ranks' devices, in place, layer by layer."""
-    mesh = init_device_mesh(device.type, (world_size(),))
+    """Spread a model, which every rank holds on the CPU, over the ranks' devices, in place, layer by layer.
+
+    With several machines, each has the whole model, spread over its own devices: weights travel within a machine,
+    and only gradients between them (FSDP2's hybrid sharding).
+    """
+    mesh = _mesh(device)
     # passes are in the model's precision, gradients are summed in float32
     policy = MixedPrecisionPolicy(getattr(model, "compute_dtype", None), torch.float32)
     names = set(getattr(model, "_no_split_modules", None) or ())
@@ -161,6 +165,15 @@ def shard(model: nn.Module, device: torch.device) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     # its parameters are shards between passes
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    """Return machines by processes of one, if each has the same number of several; else all processes in a row."""
+    local = gather(int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+    if len(set(local)) > 1 or not 1 < local[0] < world_size():
+        return init_device_mesh(device.type, (world_size(),))
+    shape = (world_size() // local[0], local[0])
+    return init_device_mesh(device.type, shape, mesh_dim_names=("machine", "process"))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -199,7 +212,7 @@ def gather_to_rank0(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum the gradients of all ranks. Their losses have the denominators of the whole step, so this is its gradient.
 
-    FSDP has averaged those of sharded parameters already.
+    FSDP has averaged those of sharded parameters already, over all ranks, with one machine or several.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if world_size() == 1 or not gradients:
