@@ -10,11 +10,12 @@ groups, and in keeping the best policy instead of the last; README.md says why.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import Field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -79,15 +80,19 @@ def main(ctx: click.Context, seeds: str | None, fresh: bool, **settings: Any) ->
             if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
         }
     )
+    rank = int(os.environ.get("RANK", "0"))  # torchrun starts one process a device
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        config = resolve(given)
         if seeds is not None:
+            resolve(given)
             ctx.exit(train_seeds(seeds, given, fresh))
+        config = None if several else resolve(given)  # a mistake in one of several processes concerns all
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    rank = int(os.environ.get("RANK", "0"))  # torchrun starts one process a device
     try:
-        with claim_folder(config, fresh) if rank == 0 else silenced():
+        if config is None:
+            train_with_others(given, fresh, launched)
+        with claim_folder(config, fresh):
             ctx.exit(train(config, launched))
     except (ValueError, OSError) as error:
         raise click.ClickException(f"process {rank}: {error}" if rank else str(error)) from None
@@ -124,6 +129,26 @@ def silenced() -> Iterator[None]:
         yield
 
 
+def train_with_others(given: dict[str, Any], fresh: bool, launched: float) -> NoReturn:
+    """Train as one of the processes that torchrun started, and end this process when all are done."""
+    from grpo.launch.agreement import agree, claim_shared_folder
+    from grpo.runtime import distributed
+    from grpo.runtime.device import choose_device
+    from grpo.runtime.rendezvous import Heartbeat
+
+    with nullcontext() if os.environ["RANK"] == "0" else silenced():
+        config, meeting = agree(given)
+        with Heartbeat(meeting, distributed.RESUME_HINT), failures_in_words(config):
+            distributed.connect(meeting, distributed.own_device(choose_device(config.device)))
+            before = meeting.seconds_before()  # the launch began, which torchrun restarted
+            with claim_shared_folder(config, meeting, fresh and before is None):
+                meeting.begin()
+                status = train(config, launched - (before or 0.0))
+            distributed.barrier()  # torchrun could not restart one that dies now without one that has ended
+    sys.stdout.flush()
+    os._exit(status)
+
+
 def train(config: TrainConfig, launched: float) -> int:
     """Run the training and return the exit status; the heavy imports come after the folder is locked."""
     from tasks.common.user_file import naming_own_code
@@ -131,23 +156,30 @@ def train(config: TrainConfig, launched: float) -> int:
 
     task = make_task(config)  # first, so that an error in its data is reported at once
 
-    from grpo.runtime import distributed
-    from grpo.runtime.microbatch import is_out_of_memory
     from grpo.trainer import Trainer
     from tasks.skills import SKILLS
 
+    with failures_in_words(config), naming_own_code():
+        return Trainer(config, task, SKILLS, launched).run()
+
+
+@contextmanager
+def failures_in_words(config: TrainConfig) -> Iterator[None]:
+    """Raise ValueError with a message for users if memory runs out, or another process ends."""
+    from grpo.runtime import distributed
+    from grpo.runtime.microbatch import is_out_of_memory
+
     try:
-        with naming_own_code():
-            status = Trainer(config, task, SKILLS, launched).run()
-        distributed.leave()  # not after an error: the other ranks may be waiting in another place
-        return status
+        yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise ValueError(
                 f"{config.model} does not fit into memory; take a smaller one, or --device cpu"
             ) from None
         if distributed.is_peer_failure(error):
-            raise ValueError(f"another process of this run has ended; {distributed.RESUME_HINT}") from None
+            raise ValueError(
+                f"another process of this run has ended: look for its last message. {distributed.RESUME_HINT}"
+            ) from None
         raise
 
 

@@ -52,13 +52,14 @@ class Trainer:
         rewards = rewards_of(config, task)
         files = {**task.files, **{reward.path: reward.sha256 for reward in rewards if reward.path}}
         set_deterministic(config.deterministic)
-        device = distributed.start(choose_device(config.device))
+        device = distributed.own_device(choose_device(config.device))
         if device.type == "cpu":
             keep_freed_memory()
         distributed.check_batch_divisible(config.batch_size, config.shard)
         if config.sft_steps:
             distributed.check_batch_divisible(config.sft_batch_size, config.shard, "--sft-batch-size")
         self.lm = load_policy(config, device)
+        distributed.check_same_model(self.lm.model)
         check_examples_fit(config, self.lm, task)
         self.grpo = GRPO(config, task, self.lm, rewards, device)
         own_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
