@@ -23,6 +23,9 @@ from click.core import ParameterSource
 from grpo.config import GROUPS, OLD_NAMES, TrainConfig, ordered_fields
 from grpo.launch.run_folder import claim_folder
 from grpo.model_card import resolve
+from tasks.base import Task
+from tasks.common.user_file import naming_own_code
+from tasks.registry import make_task
 
 
 class GroupedCommand(click.Command):
@@ -137,24 +140,21 @@ def train_with_others(given: dict[str, Any], fresh: bool, launched: float) -> No
     from grpo.runtime.rendezvous import Heartbeat
 
     with nullcontext() if os.environ["RANK"] == "0" else silenced():
-        config, meeting = agree(given)
-        with Heartbeat(meeting, distributed.RESUME_HINT), failures_in_words(config):
+        config, task, meeting = agree(given)
+        with failures_in_words(config), Heartbeat(meeting, distributed.RESUME_HINT):
             distributed.connect(meeting, distributed.own_device(choose_device(config.device)))
             before = meeting.seconds_before()  # the launch began, which torchrun restarted
             with claim_shared_folder(config, meeting, fresh and before is None):
                 meeting.begin()
-                status = train(config, launched - (before or 0.0))
+                status = train(config, launched - (before or 0.0), task)
             distributed.barrier()  # torchrun could not restart one that dies now without one that has ended
     sys.stdout.flush()
     os._exit(status)
 
 
-def train(config: TrainConfig, launched: float) -> int:
+def train(config: TrainConfig, launched: float, task: Task | None = None) -> int:
     """Run the training and return the exit status; the heavy imports come after the folder is locked."""
-    from tasks.common.user_file import naming_own_code
-    from tasks.registry import make_task
-
-    task = make_task(config)  # first, so that an error in its data is reported at once
+    task = make_task(config) if task is None else task  # first, so that an error in its data is reported at once
 
     from grpo.trainer import Trainer
     from tasks.skills import SKILLS

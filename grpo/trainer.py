@@ -59,7 +59,6 @@ class Trainer:
         if config.sft_steps:
             distributed.check_batch_divisible(config.sft_batch_size, config.shard, "--sft-batch-size")
         self.lm = load_policy(config, device)
-        distributed.check_same_model(self.lm.model)
         check_examples_fit(config, self.lm, task)
         self.grpo = GRPO(config, task, self.lm, rewards, device)
         own_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}

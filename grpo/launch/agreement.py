@@ -21,8 +21,8 @@ from grpo.runtime import distributed
 from grpo.runtime.console import printable
 from grpo.runtime.device import choose_device
 from grpo.runtime.rendezvous import Meeting, meet
+from tasks.base import Task
 from tasks.registry import make_task
-from tasks.rewards.scoring import rewards_of
 
 ROOT = Path(__file__).parents[2]
 SHARED = ".grpo.shared"  # there for a moment, while the others look for it
@@ -31,21 +31,23 @@ SIGHT_PATIENCE = 5.0  # seconds: a network disk may show a new file late
 SHOWN = 5  # differences
 
 
-def agree(given: Mapping[str, Any]) -> tuple[TrainConfig, Meeting]:
-    """Resolve the settings of this process, meet the others, and return both if they agree.
+def agree(given: Mapping[str, Any]) -> tuple[TrainConfig, Task, Meeting]:
+    """Resolve the settings of this process, make the task, meet the others, and return all three if they agree.
 
     Raises ValueError, the same on all processes, if they differ, or if one has a mistake or does not come.
     """
-    config, statement = None, {"host": socket.gethostname()}
+    config, task, statement = None, None, {"host": socket.gethostname()}
     try:
         config = resolve(given)
-        statement |= {"device": distributed.own_device(choose_device(config.device)).type, **_content(config)}
+        device = distributed.own_device(choose_device(config.device))
+        task = make_task(config)
+        statement |= {"device": device.type, **_content(config, task)}
     except (ValueError, OSError) as error:
         statement["error"] = str(error)
     meeting = meet(statement)
     _refuse_errors(meeting.statements)
     _refuse_differences(meeting.statements)
-    return config, meeting
+    return config, task, meeting
 
 
 @contextmanager
@@ -59,7 +61,6 @@ def claim_shared_folder(config: TrainConfig, meeting: Meeting, fresh: bool) -> I
         if distributed.is_main_process():
             try:
                 held.enter_context(claim_folder(config, fresh, LOCK_PATIENCE))
-                held.callback((folder / SHARED).unlink, missing_ok=True)
                 (folder / SHARED).write_text(token, encoding="utf-8")
             except (ValueError, OSError) as problem:
                 error = str(problem)
@@ -67,6 +68,8 @@ def claim_shared_folder(config: TrainConfig, meeting: Meeting, fresh: bool) -> I
         if error:
             raise ValueError(error)
         sees = distributed.gather(distributed.is_main_process() or _has_token(folder / SHARED, token))
+        if distributed.is_main_process():
+            (folder / SHARED).unlink(missing_ok=True)
         if blind := [rank for rank, seen in enumerate(sees) if not seen]:
             raise ValueError(
                 f"--output-dir {printable(place)} of {_named([0], meeting.statements)} is not what "
@@ -88,10 +91,11 @@ def _has_token(path: Path, token: str) -> bool:
         time.sleep(0.1)
 
 
-def _content(config: TrainConfig) -> dict[str, Any]:
+def _content(config: TrainConfig, task: Task) -> dict[str, Any]:
     """Return what decides the result of a run: value by name, in three groups."""
-    task = make_task(config)
-    files = {**task.files, **{reward.path: reward.sha256 for reward in rewards_of(config, task) if reward.path}}
+    # reward files are only read here: to run one may load a model
+    paths = [spec.rpartition("=")[0].rpartition(":")[0] for spec in config.reward]
+    files = {**task.files, **{path: _sha256(path) for path in paths if path}}
     settings = config.to_dict()
     del settings["output_dir"]  # another machine may have the folder in another place
     program = {f"the version of {name}": version(name) for name in ("torch", "transformers")}
@@ -100,8 +104,15 @@ def _content(config: TrainConfig) -> dict[str, Any]:
         *sorted((ROOT / "grpo").rglob("*.py")),
         *sorted((ROOT / "tasks").rglob("*.py")),
     ):
-        program[str(path.relative_to(ROOT))] = hashlib.sha256(path.read_bytes()).hexdigest()
+        program[str(path.relative_to(ROOT))] = _sha256(path)
     return {"settings": settings, "files": files, "program": program}
+
+
+def _sha256(path: str | Path) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _refuse_errors(statements: Sequence[Mapping[str, Any]]) -> None:

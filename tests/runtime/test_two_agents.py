@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 REWARD = (
     "def pay(prompts, completions, **columns):\n    return [float('1' in c[0]['content']) for c in completions]\n"
 )
-PROBLEM = '{"question": "What is (1 + 0) - 1?", "answer": "0"}\n'
 KILLS = 20
 
 
@@ -86,6 +85,11 @@ def refusals(log):
     return [line for line in log.splitlines() if line.startswith("Error: ")]
 
 
+def problems(number):
+    rows = ({"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(number))
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def write(folder, **files):
     folder.mkdir(exist_ok=True)
     for name, text in files.items():
@@ -114,8 +118,8 @@ DIFFERENT = {
 def test_machines_that_differ_are_refused_in_one_line_on_both(first, second, word, model, tmp_path, request):
     common = {"model": model, "output_dir": tmp_path / "run"}
     for node in range(2):
-        write(tmp_path / f"agent-{node}", mine_py=REWARD + "#" * node, d_jsonl=PROBLEM * (30 + node))
-    write(tmp_path / "agent-0", e_jsonl=PROBLEM * 30)
+        write(tmp_path / f"agent-{node}", mine_py=REWARD + "#" * node, d_jsonl=problems(300 + node))
+    write(tmp_path / "agent-0", e_jsonl=problems(300))
     (tmp_path / "agent-0/model").symlink_to(model)
     (tmp_path / "agent-1/model").symlink_to(a_tiny_model(tmp_path / "other", hidden_size=8))
     scripts = [ROOT, ROOT]
@@ -181,6 +185,22 @@ def test_a_run_whose_processes_are_killed_ends_as_one_that_nobody_disturbed(sett
         assert fingerprint(tmp_path / f"run-{runs}") == expected, (seed, *logs)
         assert not (tmp_path / f"run-{runs}/earlier_runs").exists(), "a restart is no fresh start"
     print(f"{total} kills in {runs} runs, seed {seed}: all ended, with the same bits")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("delay", [0.0, 0.2, 0.4])
+def test_a_process_that_is_killed_in_the_last_moments_takes_nothing_with_it(rank, delay, model, tmp_path):
+    agents = Agents(tmp_path, lambda node: options(model=model, output_dir=tmp_path / "run"), restarts=2)
+    metrics = tmp_path / "run/grpo_metrics.json"
+    while not (metrics.exists() and json.loads(metrics.read_text())["finished"]):
+        time.sleep(0.01)
+    time.sleep(delay)
+    pid = agents.workers().get(rank)
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+    statuses, logs = agents.wait()
+    print(f"rank {rank} killed {delay} s after the run was finished" if pid else "it had ended")
+    assert statuses == [0, 0], logs
 
 
 def test_a_process_that_is_stopped_is_replaced(model, tmp_path):
