@@ -132,12 +132,13 @@ def test_two_machines_of_two_processes_that_shard_within_each_do_so_too(model, a
 
     monkeypatch.setattr(distributed, "fully_shard", on_a_mesh_of_two_by_two)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    forks = together(train_grpo.main, arguments(model, tmp_path / "run", shard=True), processes=4)
+    few = {"num_iterations": 6, "eval_every": 6}
+    forks = together(train_grpo.main, arguments(model, tmp_path / "run", shard=True, **few), processes=4)
     ends = [fork.wait() for fork in forks]
     assert [status for status, _, _ in ends] == [0] * 4, ends
     for name in ("policy.safetensors", "optimizer.safetensors"):
-        assert largest_difference(alone(), tmp_path / "run", name) < SAME
-    assert_same_run(alone(), tmp_path / "run")
+        assert largest_difference(alone(**few), tmp_path / "run", name) < SAME
+    assert_same_run(alone(**few), tmp_path / "run")
 
 
 @pytest.mark.parametrize("shard", [False, True])
