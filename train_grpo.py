@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import Field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -29,6 +30,9 @@ from grpo.launch.config_file import read_settings, resolve_with_file
 from grpo.launch.run_folder import claim_folder
 from grpo.model_card import resolve
 from grpo.runtime.console import say
+from tasks.base import Task
+from tasks.common.user_file import naming_own_code
+from tasks.registry import make_task
 
 
 class GroupedCommand(Script):
@@ -88,21 +92,25 @@ def main(ctx: click.Context, file: Path | None, check: bool, seeds: str | None, 
             if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
         }
     )
+    rank = int(os.environ.get("RANK", "0"))  # torchrun starts one process a device
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        in_file = read_settings(file) if file else {}
-        if seeds is not None:
-            in_file.pop("seed", None)
-        config = resolve_with_file(file, in_file, given) if file else resolve(given)
         if seeds is not None and check:
             raise ValueError("--check looks at one run; give it a --seed, not --seeds")
         if seeds is not None:
+            in_file = read_settings(file) if file else {}
+            in_file.pop("seed", None)
+            resolve_with_file(file, in_file, given)
             ctx.exit(train_seeds(seeds, {**in_file, **given}, fresh))
+        settle = partial(settings_of, file, given)
+        config = None if several else settle()  # a mistake in one of several processes concerns all
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    rank = int(os.environ.get("RANK", "0"))  # torchrun starts one process a device
     try:
-        with silenced() if rank else nullcontext() if check else claim_folder(config, fresh):
-            ctx.exit(train(config, launched, check))
+        if config is None:
+            train_with_others(settle, launched, fresh, check)
+        with nullcontext() if check else claim_folder(config, fresh):
+            ctx.exit(train(config, launched, check=check))
     except (ValueError, OSError) as error:
         raise click.ClickException(f"process {rank}: {error}" if rank else str(error)) from None
     except KeyboardInterrupt:
@@ -138,37 +146,67 @@ def silenced() -> Iterator[None]:
         yield
 
 
-def train(config: TrainConfig, launched: float, check: bool) -> int:
+def settings_of(file: Path | None, given: dict[str, Any]) -> TrainConfig:
+    """Return the settings of a run: those `given`, over those of a file. Raises ValueError if they cannot be."""
+    return resolve_with_file(file, read_settings(file), given) if file else resolve(given)
+
+
+def train_with_others(settle: Callable[[], TrainConfig], launched: float, fresh: bool, check: bool) -> NoReturn:
+    """Train as one of the processes that torchrun started, and end this process when all are done."""
+    from grpo.launch.agreement import agree, claim_shared_folder
+    from grpo.runtime import distributed
+    from grpo.runtime.device import choose_device
+    from grpo.runtime.rendezvous import Heartbeat
+
+    with nullcontext() if os.environ["RANK"] == "0" else silenced():
+        config, task, meeting = agree(settle)
+        with failures_in_words(config), Heartbeat(meeting, distributed.RESUME_HINT):
+            distributed.connect(meeting, distributed.own_device(choose_device(config.device)))
+            before = meeting.seconds_before()  # the launch began, which torchrun restarted
+            with nullcontext() if check else claim_shared_folder(config, meeting, fresh and before is None):
+                meeting.begin()
+                status = train(config, launched - (before or 0.0), task, check)
+            distributed.barrier()  # torchrun could not restart one that dies now without one that has ended
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def train(config: TrainConfig, launched: float, task: Task | None = None, check: bool = False) -> int:
     """Run the training, or only check it, and return the exit status.
 
     The heavy imports come after the folder is locked.
     """
-    from tasks.common.user_file import naming_own_code
-    from tasks.registry import make_task
-
-    task = make_task(config)  # first, so that an error in its data is reported at once
+    task = make_task(config) if task is None else task  # first, so that an error in its data is reported at once
 
     from grpo.launch.check import check as look
-    from grpo.runtime import distributed
-    from grpo.runtime.microbatch import is_out_of_memory
     from grpo.trainer import Trainer
     from tasks.skills import SKILLS
 
+    with failures_in_words(config), naming_own_code():
+        trainer = Trainer(config, task, SKILLS, launched)
+        if check:
+            look(trainer.grpo, trainer.evaluator, trainer.metrics.record["environment"], launched)
+            return 0
+        return trainer.run()
+
+
+@contextmanager
+def failures_in_words(config: TrainConfig) -> Iterator[None]:
+    """Raise ValueError with a message for users if memory runs out, or another process ends."""
+    from grpo.runtime import distributed
+    from grpo.runtime.microbatch import is_out_of_memory
+
     try:
-        with naming_own_code():
-            trainer = Trainer(config, task, SKILLS, launched)
-            if check:
-                look(trainer.grpo, trainer.evaluator, trainer.metrics.record["environment"], launched)
-            status = 0 if check else trainer.run()
-        distributed.leave()  # not after an error: the other ranks may be waiting in another place
-        return status
+        yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise ValueError(
                 f"{config.model} does not fit into memory; take a smaller one, or --device cpu"
             ) from None
         if distributed.is_peer_failure(error):
-            raise ValueError(f"another process of this run has ended; {distributed.RESUME_HINT}") from None
+            raise ValueError(
+                f"another process of this run has ended: look for its last message. {distributed.RESUME_HINT}"
+            ) from None
         raise
 
 

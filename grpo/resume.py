@@ -111,6 +111,7 @@ class RunState:
         """
         with distributed.main_process_first():  # rank 0 sets damaged ones aside
             checkpoint, problems = newest_checkpoint(folder)
+        distributed.check_alike("the newest checkpoint", f"of step {checkpoint.step}" if checkpoint else "none")
         for problem in problems:
             say(f"Warning: {problem}")
         if checkpoint is None:

@@ -52,7 +52,7 @@ class Trainer:
         rewards = rewards_of(config, task)
         files = {**task.files, **{reward.path: reward.sha256 for reward in rewards if reward.path}}
         set_deterministic(config.deterministic)
-        device = distributed.start(choose_device(config.device))
+        device = distributed.own_device(choose_device(config.device))
         if device.type == "cpu":
             keep_freed_memory()
         distributed.check_batch_divisible(config.batch_size, config.shard)

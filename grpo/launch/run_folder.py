@@ -27,11 +27,11 @@ EARLIER = "earlier_runs"
 
 
 @contextmanager
-def claim_folder(config: TrainConfig, fresh: bool) -> Iterator[None]:
+def claim_folder(config: TrainConfig, fresh: bool, patience: float = 0.0) -> Iterator[None]:
     """Make the output folder and lock it for this process; with `fresh`, move an earlier run aside.
 
-    The system releases the lock when the process ends, however it ends. Raises ValueError if another process holds
-    the folder, or if it cannot be written.
+    The system releases the lock when the process ends, however it ends. Raises ValueError if another process still
+    holds the folder after `patience` seconds, or if it cannot be written.
     """
     folder = Path(config.output_dir)
     try:
@@ -42,7 +42,7 @@ def claim_folder(config: TrainConfig, fresh: bool) -> Iterator[None]:
         raise ValueError(f"cannot write to --output-dir {folder}: no permission, or a read-only disk")
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise ValueError(f"{folder.resolve()} is in use by {_holder(folder)}; give another --output-dir") from None
     except OSError as error:

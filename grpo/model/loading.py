@@ -29,6 +29,7 @@ from grpo.model.lora import add_adapter, four_bits
 from grpo.model.saving import SENTENCEPIECE
 from grpo.model_card import PACKAGED, model_folder
 from grpo.runtime.console import printable
+from grpo.runtime.distributed import check_same_model
 from grpo.runtime.precision import set_precision
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -243,7 +244,11 @@ def switch_off_dropout(model: PreTrainedModel) -> dict[str, float]:
 
 
 def load_policy(config: TrainConfig, device: torch.device) -> LanguageModel:
-    """Load the model to train, with its adapter if the settings ask for one; on the CPU if it is to be sharded."""
+    """Load the model to train, with its adapter if the settings ask for one; on the CPU if it is to be sharded.
+
+    Raises ValueError if another process loaded another model.
+    """
     quantization = four_bits(device) if config.load_in_4bit else {}
     lm = load(config.model, device, config.precision, config.shard, **quantization)
+    check_same_model(lm.model)
     return replace(lm, model=add_adapter(lm.model, config)) if config.lora_rank else lm

@@ -9,6 +9,7 @@ when it computes and dropped afterwards, so all processes must make the same pas
 evaluations, in the decode loop.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,22 +19,27 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from grpo.runtime.rendezvous import Meeting
+
 Value = TypeVar("Value")
-RESUME_HINT = "its last message says why. The last checkpoint is good: the same command continues from it"
+RESUME_HINT = "The last checkpoint is good: the same command continues from it"
 BUCKET = 2**24  # numbers in one all-reduce
-TIMEOUT = timedelta(hours=12)  # the other ranks wait while rank 0 writes, or while one computes a slow reward
+# the others wait while rank 0 writes, or while one computes a slow reward; for one that is stopped, less
+# (`grpo.runtime.rendezvous.Heartbeat`)
+TIMEOUT = timedelta(minutes=30)
+SAMPLED = 10_000  # weights that are compared
 
 
-def start(device: torch.device) -> torch.device:
-    """Join the other processes of the launch, if there are any; return the device of this one.
+def own_device(device: torch.device) -> torch.device:
+    """Return the device of this process: of several, each has a CUDA device of its own.
 
     Raises ValueError if there are more processes than devices, or devices that cannot be joined.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     if device.type == "mps":
         raise ValueError(
@@ -45,17 +51,18 @@ def start(device: torch.device) -> torch.device:
             raise ValueError(
                 f"there are more processes than CUDA devices on this machine ({available}); start {available}"
             )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    barrier()  # one that refuses a setting and ends while another still joins would cut it off
+        return torch.device("cuda", local_rank)
     return device
 
 
-def leave() -> None:
-    """Leave the process group at the end of a run."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def connect(meeting: Meeting, device: torch.device) -> None:
+    """Open the connections between the processes that have met; `device` is this one's own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    size = len(meeting.statements)
+    dist.init_process_group(backend, timeout=TIMEOUT, store=meeting.round_store, rank=meeting.rank, world_size=size)
+    barrier()  # one that refuses a setting and ends while another still joins would cut it off
 
 
 def check_batch_divisible(batch_size: int, sharded: bool, option: str = "--batch-size") -> None:
@@ -70,8 +77,8 @@ def check_batch_divisible(batch_size: int, sharded: bool, option: str = "--batch
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """Return whether `error` says that another process is gone; gloo has no class for it."""
-    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    """Return whether `error` says that another process is gone, also while it joins; gloo has no class for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def world_size() -> int:
@@ -135,6 +142,29 @@ def any_rank(value: bool) -> bool:
     return bool(all_reduce_max(torch.tensor(int(value))))
 
 
+def check_alike(what: str, value: Any) -> None:
+    """Raise ValueError if a value, which is called `what`, is not the same on all ranks; all must call this."""
+    values = gather(value)
+    if other := [place for place, found in enumerate(values) if found != values[0]]:
+        raise ValueError(
+            f"{what} is {values[0]} on process 0 and {values[other[0]]} on process {other[0]}; all must have the same"
+        )
+
+
+@torch.no_grad()
+def check_same_model(model: nn.Module) -> None:
+    """Raise ValueError unless all ranks loaded the same model: the same precision, shapes and sampled weights."""
+    if world_size() == 1:
+        return
+    digest = hashlib.sha256()
+    stride = max(1, sum(p.numel() for p in model.parameters()) // SAMPLED) | 1  # odd, so that it meets every column
+    for name, p in model.named_parameters():
+        some = p.flatten()[::stride].contiguous().cpu()
+        digest.update(f"{name} {tuple(p.shape)} {some.dtype}".encode() + bytes(some.view(torch.uint8).tolist()))
+    check_alike("the precision of passes", str(getattr(model, "compute_dtype", torch.float32)))
+    check_alike("the model", f"one with the hash {digest.hexdigest()[:12]}")
+
+
 def barrier() -> None:
     """Wait until all ranks are here."""
     if world_size() > 1:
@@ -152,8 +182,12 @@ def main_process_first() -> Iterator[None]:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Spread a model, which every rank holds on the CPU, over the ranks' devices, in place, layer by layer."""
-    mesh = init_device_mesh(device.type, (world_size(),))
+    """Spread a model, which every rank holds on the CPU, over the ranks' devices, in place, layer by layer.
+
+    With several machines, each has the whole model, spread over its own devices: weights travel within a machine,
+    and only gradients between them (FSDP2's hybrid sharding).
+    """
+    mesh = _mesh(device)
     # passes are in the model's precision, gradients are summed in float32
     policy = MixedPrecisionPolicy(getattr(model, "compute_dtype", None), torch.float32)
     names = set(getattr(model, "_no_split_modules", None) or ())
@@ -161,6 +195,15 @@ def shard(model: nn.Module, device: torch.device) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     # its parameters are shards between passes
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    """Return machines by processes of one, if each has the same number of several; else all processes in a row."""
+    local = gather(int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+    if len(set(local)) > 1 or not 1 < local[0] < world_size():
+        return init_device_mesh(device.type, (world_size(),))
+    shape = (world_size() // local[0], local[0])
+    return init_device_mesh(device.type, shape, mesh_dim_names=("machine", "process"))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -199,7 +242,7 @@ def gather_to_rank0(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum the gradients of all ranks. Their losses have the denominators of the whole step, so this is its gradient.
 
-    FSDP has averaged those of sharded parameters already.
+    FSDP has averaged those of sharded parameters already, over all ranks, with one machine or several.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if world_size() == 1 or not gradients:

@@ -134,7 +134,10 @@ def forked(command, arguments, before=lambda: None, folder=None):
 
 
 def together(command, arguments, processes=2, before=lambda rank: None):
-    """The same in several forks, as torchrun starts them; a Fork for each, to `wait` for."""
+    """The same in several forks, as torchrun starts them; a Fork for each, to `wait` for.
+
+    `arguments` may be a function of the rank.
+    """
 
     def start(rank):
         os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -144,7 +147,8 @@ def together(command, arguments, processes=2, before=lambda rank: None):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    return [Fork(command, arguments, partial(start, rank)) for rank in range(processes)]
+    own = arguments if callable(arguments) else lambda rank: arguments
+    return [Fork(command, own(rank), partial(start, rank)) for rank in range(processes)]
 
 
 def spawned(script, arguments, before=None, folder=None):

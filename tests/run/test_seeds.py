@@ -1,5 +1,6 @@
 """Several seeds by one command: what is run, what a stop leaves, and the table of what was reached."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def test_the_interval_of_a_mean_by_hand():
 
 def test_a_run_a_seed_then_a_table_and_a_picture(tmp_path):
     command = [sys.executable, ROOT / "train_grpo.py", *map(str, TINY), "--seeds", "0,3", "--output-dir", "many"]
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    environment = dict(os.environ)  # without the COLUMNS that a library of a terminal may have set for children
+    first = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert first.returncode == 0, first.stderr
     records = [load_metrics(tmp_path / f"many/seed-{seed}") for seed in (0, 3)]
     assert [record["config"]["seed"] for record in records] == [0, 3]

@@ -122,6 +122,25 @@ def test_two_processes_train_what_one_does(settings, model, alone, tmp_path):
     assert files[0] == files[1]
 
 
+def test_two_machines_of_two_processes_that_shard_within_each_do_so_too(model, alone, tmp_path, monkeypatch):
+    true_shard = distributed.fully_shard
+
+    def on_a_mesh_of_two_by_two(module, mesh, **more):
+        assert mesh.shape == (2, 2)
+        assert mesh.get_local_rank("process") == int(os.environ["RANK"]) % 2
+        return true_shard(module, mesh=mesh, **more)
+
+    monkeypatch.setattr(distributed, "fully_shard", on_a_mesh_of_two_by_two)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    few = {"num_iterations": 6, "eval_every": 6}
+    forks = together(train_grpo.main, arguments(model, tmp_path / "run", shard=True, **few), processes=4)
+    ends = [fork.wait() for fork in forks]
+    assert [status for status, _, _ in ends] == [0] * 4, ends
+    for name in ("policy.safetensors", "optimizer.safetensors"):
+        assert largest_difference(alone(**few), tmp_path / "run", name) < SAME
+    assert_same_run(alone(**few), tmp_path / "run")
+
+
 @pytest.mark.parametrize("shard", [False, True])
 def test_the_fused_output_layer_does_so_too(shard, model, alone, tmp_path, monkeypatch):
     one = alone()
