@@ -113,7 +113,7 @@ def main(
         card = read_card(name)
         answers = [complete(n, card, asked, device, sampling) for n in names]
     except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(printable(str(error))) from None
     except KeyboardInterrupt:
         sys.exit(130)
     style, kind = card.get("prompt_style", "answer"), card.get("kind", "integer")
@@ -133,7 +133,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
     try:
         config = resolve({"model": names[-1], "pass_at_k": 0, **given})
     except ValueError as error:
-        raise click.UsageError(str(error)) from None
+        raise click.UsageError(printable(str(error))) from None
 
     from tasks.common.user_file import naming_own_code
     from tasks.registry import make_task
@@ -200,6 +200,12 @@ def complete(
     )
     prompts = lm.prompts([chat(question, system, card.get("examples", [])) for question in questions])
     limit = sampling.max_new_tokens or card.get("max_new_tokens", TOKENS_WITHOUT_CARD)
+    longest = max(map(len, prompts))
+    if lm.positions is not None and longest + limit > lm.positions:
+        raise ValueError(
+            f"a question has {longest:,} tokens with its prompt, and up to {limit} follow: more than the "
+            f"{lm.positions:,} positions of {name}"
+        )
     if sampling.temperature == 0:
         return [[text] for text in lm.decode(greedy(lm, prompts, limit).rows(with_end=False))]
     return sampled(lm, prompts, limit, sampling)

@@ -22,6 +22,7 @@ from click.core import ParameterSource
 from grpo.config import GROUPS, OLD_NAMES, TrainConfig, ordered_fields
 from grpo.launch.run_folder import claim_folder
 from grpo.model_card import resolve
+from grpo.runtime.console import printable
 
 
 class GroupedCommand(click.Command):
@@ -84,13 +85,13 @@ def main(ctx: click.Context, seeds: str | None, fresh: bool, **settings: Any) ->
         if seeds is not None:
             ctx.exit(train_seeds(seeds, given, fresh))
     except ValueError as error:
-        raise click.UsageError(str(error)) from None
+        raise click.UsageError(printable(str(error))) from None
     rank = int(os.environ.get("RANK", "0"))  # torchrun starts one process a device
     try:
         with claim_folder(config, fresh) if rank == 0 else silenced():
             ctx.exit(train(config, launched))
     except (ValueError, OSError) as error:
-        raise click.ClickException(f"process {rank}: {error}" if rank else str(error)) from None
+        raise click.ClickException(printable(f"process {rank}: {error}" if rank else str(error))) from None
     except KeyboardInterrupt:
         ctx.exit(130)
 
