@@ -36,6 +36,9 @@ GGUF_TEXT, GGUF_ARRAY = 8, 9
 
 def check_folder(folder: Path) -> None:
     """Raise ValueError, in one line, if the JSON files of a model's folder are not what they should be."""
+    for path in folder.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path.name!a} is no file; a pipe or a device may never end")
     if (folder / "adapter_config.json").exists():
         raise ValueError("it is an adapter (adapter_config.json), not a model; merge it into its model first")
     for name in ("config.json", "generation_config.json"):

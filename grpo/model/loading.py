@@ -109,19 +109,16 @@ class HubSource:
         try:
             if not unavailable and not isinstance(try_to_load_from_cache(self.name, "config.json"), str):
                 print(f"Downloading {printable(self.name)} from the Hugging Face Hub", file=sys.stderr, flush=True)
-            loaded = _from_pretrained(self.name, self._sizes, local_files_only=bool(unavailable), **options)
+            folder = Path(hf_hub_download(self.name, "config.json", local_files_only=bool(unavailable))).parent
+            check_folder(folder)
+            sizes = partial(read_headers, folder)
+            loaded = _from_pretrained(self.name, sizes, local_files_only=bool(unavailable), **options)
         except Exception as error:  # the libraries raise a dozen kinds
             raise ValueError(self._message(unavailable, error)) from error
         if not unavailable:
             with suppress(Exception):  # few models have one, and only saving passes it on
                 hf_hub_download(self.name, SENTENCEPIECE)
         return loaded
-
-    def _sizes(self) -> tuple[int, int]:
-        """Check the files, which have been downloaded, and return how many tensors and numbers they have."""
-        folder = Path(hf_hub_download(self.name, "config.json", local_files_only=True)).parent
-        check_folder(folder)
-        return read_headers(folder)
 
     def _message(self, unavailable: str, error: Exception) -> str:
         name = printable(self.name)

@@ -1,6 +1,7 @@
 """Model folders of strangers, each hostile in one way: what changes a copy of the starter's folder into one."""
 
 import json
+import os
 import shutil
 import struct
 
@@ -95,6 +96,16 @@ def a_folder_for(name):
     def change(folder):
         (folder / name).unlink()
         (folder / name).mkdir()
+
+    return change
+
+
+def a_pipe_for(name):
+    """Put a pipe that nobody writes to where a file should be."""
+
+    def change(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
 
     return change
 
@@ -210,6 +221,9 @@ MODELS = {
     ),
     "weights: pickled": pickled,
     "weights: in a folder": a_folder_for("model.safetensors"),
+    "weights: from a pipe": a_pipe_for("model.safetensors"),
+    "config: from a pipe": a_pipe_for("config.json"),
+    "tokenizer: from a pipe": a_pipe_for("tokenizer.json"),
     "weights: outside the folder": sharded_elsewhere,
     "an adapter": put("adapter_config.json", b'{"base_model_name_or_path": "../other", "peft_type": "LORA"}'),
 }

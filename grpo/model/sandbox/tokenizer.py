@@ -23,7 +23,8 @@ from grpo.model_card import CARD, STARTER
 from grpo.runtime.console import printable
 from tasks.base import Message
 
-SECONDS, SECONDS_PER_MB = 5, 4  # of computing, for a load or a request, and more for each MB of files or request
+SECONDS, SECONDS_PER_MB = 5, 4  # of computing, to load a tokenizer, and more for each MB of its files or of a text
+SECONDS_PER_TEXT = 2
 MEMORY, MEMORY_PER_BYTE = 600 * 2**20, 12  # bytes, and more for each byte of the files
 MOST_BYTES = 512 * 2**20  # of all files of a tokenizer; that of Gemma 3 has 33 MB
 UNKNOWN_BYTES = 40 * 2**20  # taken for those of a Hub model, before they are downloaded
@@ -79,7 +80,7 @@ class Child:
         what = "chat template or tokenizer" if work == "chat" else "tokenizer"
         request = {"work": work, "value": value, "options": options}
         line = json.dumps(request)
-        seconds = SECONDS + SECONDS_PER_MB * len(line) / 1e6
+        seconds = SECONDS_PER_TEXT + SECONDS_PER_MB * len(line) / 1e6
         try:
             self.process.stdin.write(json.dumps(request | {"seconds": seconds}) + "\n")
             self.process.stdin.flush()
@@ -106,7 +107,7 @@ class Child:
     def _ending(self, status: int, seconds: float) -> str:
         """Return why the process ended."""
         if status == -getattr(signal, "SIGPROF", 0):
-            return f"takes more than {seconds:.0f} s for one text, so it was stopped"
+            return f"takes more than {seconds:.2g} s for one text, so it was stopped"
         return f"needs more than {self.memory / 2**20:.0f} MB of memory, or crashes, so it was stopped"
 
 
@@ -118,6 +119,8 @@ class SandboxedTokenizer:
         vars(self).update(_tokenizer=tokenizer, _child=child)
 
     def __getattr__(self, name: str) -> Any:
+        if "_tokenizer" not in vars(self):  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(vars(self)["_tokenizer"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
