@@ -147,9 +147,7 @@ def check_finite(model: nn.Module) -> None:
         # the sum is one pass without a copy; that of large finite numbers may overflow
         if weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all():
             bad = int((~weight.isfinite()).sum())
-            raise ValueError(
-                f"{bad:,} of {weight.numel():,} numbers of the weight {name} are not finite (NaN, infinity)"
-            )
+            raise ValueError(f"{bad:,} of {weight.numel():,} numbers of the weight {name} are NaN or infinite")
 
 
 def check_gguf(path: Path) -> tuple[int, int]:

@@ -39,8 +39,15 @@ class LanguageModel:
         return most if isinstance(most, int) and most > 0 else None
 
     def prompts(self, chats: Sequence[Sequence[Message]]) -> list[list[int]]:
-        """Return the prompt of each chat as token ids. Control tokens in a message stay text."""
-        return [encode_chat(self.tokenizer, chat) for chat in chats]
+        """Return the prompt of each chat as token ids. Control tokens in a message stay text.
+
+        Raises ValueError if the tokenizer has tokens that the model does not.
+        """
+        prompts = [encode_chat(self.tokenizer, chat) for chat in chats]
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if (largest := max(map(max, filter(None, prompts)), default=0)) >= rows:
+            raise ValueError(f"the model's tokenizer makes the token id {largest}; its embedding has {rows} rows")
+        return prompts
 
     def encode(self, chats: Sequence[Sequence[Message]]) -> tuple[Tensor, Tensor]:
         """Return the prompts of chats, left-padded: (N, P) ids and bool mask."""

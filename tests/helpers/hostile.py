@@ -178,6 +178,13 @@ MODELS = {
     "tokenizer: its configuration a list": put("tokenizer_config.json", b"[]"),
     "tokenizer: its configuration nested": put("tokenizer_config.json", DEEP),
     "tokenizer: an end that is a number": tokenizer_config(eos_token=5),
+    "tokenizer: more tokens than the embedding": lambda folder: (
+        config(vocab_size=316)(folder),
+        replaced("model.embed_tokens.weight", lambda tensor: tensor[:316].clone())(folder),
+        template("{% for m in messages %}{{ m['role'] + m['content'] }}<think><reasoning><|im_end|>{% endfor %}")(
+            folder
+        ),
+    ),
     "tokenizer: no end": lambda folder: (
         tokenizer_config(eos_token=None)(folder),
         config(eos_token_id=None)(folder),
@@ -197,7 +204,7 @@ MODELS = {
     "config: nested": put("config.json", DEEP),
     "config: a list": put("config.json", b"[1, 2]"),
     "config: odd rotary settings": config(rope_parameters={"rope_type": "\x1b[2J", "factor": "x"}),
-    "config: quantised in no known way": config(quantization_config={"quant_method": "\x1b[2J"}),
+    "config: quantised": config(quantization_config={"quant_method": "gptq", "bits": 4, "x": "\x1b[2J"}),
     "config: four positions": config(max_position_embeddings=4),
     "config: wide layers": config(intermediate_size=10**8),
     "config: an end out of the vocabulary": edit("generation_config.json", eos_token_id=[314, 10**6]),

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from grpo.model.chat_template import encode_chat
+from grpo.model.chat_template import render
 from grpo.model.loading import load
 from grpo.model.sandbox import tokenizer as sandbox
 from grpo.model.sandbox.tokenizer import SandboxedTokenizer, child_of
@@ -66,7 +66,7 @@ def test_what_was_saved_of_the_starter_needs_no_process(starter, tmp_path):
 def test_a_template_that_waits_for_its_question_is_stopped_in_one_line(word, reason, stranger, monkeypatch):
     monkeypatch.setattr(sandbox, "SECONDS_PER_TEXT", 0.5)
     with pytest.raises(ValueError, match=reason) as error:
-        encode_chat(stranger.tokenizer, [{"role": "user", "content": word}])
+        render(stranger.tokenizer, [{"role": "user", "content": word}])
     assert str(error.value).isprintable()
 
 

@@ -21,10 +21,12 @@ from tests.helpers.runs import ENVIRONMENT, ROOT, forked, options
 from tests.helpers.smollm2 import is_installed
 
 needs_gguf = pytest.mark.skipif(not is_installed("gguf"), reason="pip install gguf accelerate")
-# refused before any other process is started, and a few that need one
-QUICK = [name for name in MODELS if name.startswith(("config: ", "weights: ", "an adapter"))]
-SANDBOXED = ["template: escape sequences", "template: 3 GB of x", "template: only questions of training"]
-SANDBOXED += ["tokenizer: chained replacements"]
+# one of each kind; the last two need a process with limits
+QUICK_MODELS = ["config: 10**6 layers", "config: a size of 10**9", "config: of an unknown kind", "an adapter"]
+QUICK_MODELS += ["weights: not a number", "weights: a header of 2**60 bytes", "weights: of another shape"]
+QUICK_MODELS += ["weights: names with escape sequences", "weights: from a pipe", "config: attention from elsewhere"]
+QUICK_MODELS += ["template: only questions of training", "tokenizer: chained replacements"]
+QUICK_FILES = ["301 times one question", "a question of 5 MB", "escape sequences as a line", "all NUL", "a pipe"]
 BASE_MEMORY = 600  # MB that a run of the starter takes at most
 SMALL = {"batch_size": 1, "num_generations": 2, "num_iterations": 1, "num_inner_updates": 1, "eval_problems": 2}
 
@@ -46,7 +48,7 @@ def short_limits():
     tokenizer.SECONDS, tokenizer.SECONDS_PER_TEXT = 2, 0.5
 
 
-@pytest.mark.parametrize("name", QUICK + SANDBOXED)
+@pytest.mark.parametrize("name", QUICK_MODELS)
 def test_a_hostile_model_is_refused_in_one_line(name, tmp_path):
     a_hostile_model(tmp_path / "m", name)
     result = forked(
@@ -55,7 +57,7 @@ def test_a_hostile_model_is_refused_in_one_line(name, tmp_path):
     assert "m" in the_line(*result)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", QUICK_FILES)
 def test_a_hostile_data_file_is_refused_in_one_line(name, tmp_path):
     content, expected = FILES[name]
     data = write_file(tmp_path / "data.jsonl", content)
