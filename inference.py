@@ -200,12 +200,6 @@ def complete(
     )
     prompts = lm.prompts([chat(question, system, card.get("examples", [])) for question in questions])
     limit = sampling.max_new_tokens or card.get("max_new_tokens", TOKENS_WITHOUT_CARD)
-    longest = max(map(len, prompts))
-    if lm.positions is not None and longest + limit > lm.positions:
-        raise ValueError(
-            f"a question has {longest:,} tokens with its prompt, and up to {limit} follow: more than the "
-            f"{lm.positions:,} positions of {name}"
-        )
     if sampling.temperature == 0:
         return [[text] for text in lm.decode(greedy(lm, prompts, limit).rows(with_end=False))]
     return sampled(lm, prompts, limit, sampling)

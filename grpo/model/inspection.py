@@ -66,8 +66,13 @@ def check_config(value: Any, place: str) -> None:
 def read_headers(folder: Path) -> tuple[int, int]:
     """Return how many tensors, and how many numbers in them, the safetensors files of a folder have.
 
-    Raises ValueError if a file is damaged.
+    Raises ValueError if a file is damaged, or if an index leads to another kind of file or out of the folder.
     """
+    for path in folder.glob("*.safetensors.index.json"):
+        names = _read_json(path).get("weight_map")
+        for name in set(names.values()) if isinstance(names, dict) else {None}:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{path.name} names {str(name)[:80]!a}, no safetensors file of the folder")
     tensors = numbers = 0
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb") as file:

@@ -244,7 +244,9 @@ def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _reason(error: Exception) -> str:
-    return printable(" ".join(str(error).split()))[:300] or type(error).__name__
+    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    message = printable(" ".join(str(error).split()))[:300]
+    return kind + message if message else type(error).__name__
 
 
 def _why_not_on_the_hub(name: str) -> str:

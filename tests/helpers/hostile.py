@@ -110,11 +110,17 @@ def a_pipe_for(name):
     return change
 
 
-def sharded_elsewhere(folder):
-    """Name a shard outside the folder."""
-    (folder / "model.safetensors").rename(folder.parent / "outside.bin")
-    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "../outside.bin"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+def sharded(shard, make=None):
+    """Name this file as that of all weights; `make` makes it of the tensors."""
+
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        (make or save_file)(tensors, folder / shard)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+    return change
 
 
 def replace_chain(factor, times, pattern=None):
@@ -145,9 +151,9 @@ MODELS = {
     "template: 3 GB of x": template("{{ 'x' * 3000000000 }}" + PROBE),
     "template: a range of 10**9": template("{% for i in range(10**9) %}{% endfor %}" + PROBE),
     "template: nested loops": template(LOOPS + PROBE),
-    "template: a power tower": template("{{ 9 ** 9 ** 9 }}" + PROBE),
+    "template: a power tower": template("{{ 9 ** (9 ** 9) }}" + PROBE),
     "template: a power tower that is not constant": template(
-        "{% set n = messages|length + 8 %}{{ n ** n ** n }}" + PROBE
+        "{% set n = messages|length + 8 %}{{ n ** (n ** n) }}" + PROBE
     ),
     "template: centred in 10**10": template("{{ 'x'.center(10**10) }}" + PROBE),
     "template: filters to 10**10": template("{{ 'x\n'|indent(10**10) }}{{ 'x'|center(10**10) }}" + PROBE),
@@ -166,7 +172,10 @@ MODELS = {
     "template: the message left out": template("hello"),
     "tokenizer: chained replacements": tokenizer(normalizer=replace_chain(1000, 4)),
     "tokenizer: replaced nothing": tokenizer(normalizer=replace_chain(1000, 3, {"Regex": ""})),
-    "tokenizer: a pattern of all time": tokenizer(pre_tokenizer=SPLIT),
+    "tokenizer: a pattern of all time": lambda folder: (
+        tokenizer(pre_tokenizer=SPLIT)(folder),
+        template("{{ 'e' * 60 + 'b' }}" + PROBE)(folder),
+    ),
     "tokenizer: decoded to 10**15": tokenizer(decoder={"type": "Sequence", "decoders": MANY_A}),
     "tokenizer: cut short": put("tokenizer.json", (STARTER / "tokenizer.json").read_bytes()[:5000]),
     "tokenizer: nested": put("tokenizer.json", DEEP),
@@ -231,7 +240,9 @@ MODELS = {
     "weights: from a pipe": a_pipe_for("model.safetensors"),
     "config: from a pipe": a_pipe_for("config.json"),
     "tokenizer: from a pipe": a_pipe_for("tokenizer.json"),
-    "weights: outside the folder": sharded_elsewhere,
+    "weights: outside the folder": sharded("../outside.safetensors"),
+    "weights: pickled shards": sharded("model-1.bin", torch.save),
+    "weights: an index that is a list": put("model.safetensors.index.json", b'{"weight_map": [1]}'),
     "an adapter": put("adapter_config.json", b'{"base_model_name_or_path": "../other", "peft_type": "LORA"}'),
 }
 GGUFS = {
