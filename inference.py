@@ -135,7 +135,7 @@ def main(
             say(printable(question))
             show(completions, card, vote)
     except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(printable(str(error))) from None
     except KeyboardInterrupt:
         say("", sys.stderr)  # the shell's prompt begins on a line of its own
         sys.exit(130)
@@ -149,7 +149,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
     try:
         config = resolve({"model": names[-1], "pass_at_k": 0, **given})
     except ValueError as error:
-        raise click.UsageError(str(error)) from None
+        raise click.UsageError(printable(str(error))) from None
 
     from tasks.common.user_file import naming_own_code
     from tasks.registry import make_task

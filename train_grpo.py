@@ -29,7 +29,7 @@ from grpo.launch.command import Script
 from grpo.launch.config_file import read_settings, resolve_with_file
 from grpo.launch.run_folder import claim_folder
 from grpo.model_card import resolve
-from grpo.runtime.console import say
+from grpo.runtime.console import printable, say
 from tasks.base import Task
 from tasks.common.user_file import naming_own_code
 from tasks.registry import make_task
@@ -105,14 +105,14 @@ def main(ctx: click.Context, file: Path | None, check: bool, seeds: str | None, 
         settle = partial(settings_of, file, given)
         config = None if several else settle()  # a mistake in one of several processes concerns all
     except ValueError as error:
-        raise click.UsageError(str(error)) from None
+        raise click.UsageError(printable(str(error))) from None
     try:
         if config is None:
             train_with_others(settle, launched, fresh, check)
         with nullcontext() if check else claim_folder(config, fresh):
             ctx.exit(train(config, launched, check=check))
     except (ValueError, OSError) as error:
-        raise click.ClickException(f"process {rank}: {error}" if rank else str(error)) from None
+        raise click.ClickException(printable(f"process {rank}: {error}" if rank else str(error))) from None
     except KeyboardInterrupt:
         ctx.exit(130)
 

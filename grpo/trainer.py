@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from grpo.algorithm.grpo import GRPO
-from grpo.algorithm.outlook import check_examples_fit, outlook
+from grpo.algorithm.outlook import outlook
 from grpo.algorithm.rollout import Rollout
 from grpo.config import TrainConfig
 from grpo.diagnostics.findings import SHOW_EXAMPLES, new_findings
 from grpo.evaluation.evaluator import Evaluator
 from grpo.interrupts import InterruptHandler
-from grpo.model.language_model import LanguageModel
+from grpo.model.language_model import LanguageModel, check_prompts_fit
 from grpo.model.loading import load, load_policy
 from grpo.model.saving import SAVED_MODEL, save
 from grpo.model_card import NAMED, read_card
@@ -59,7 +59,7 @@ class Trainer:
         if config.sft_steps:
             distributed.check_batch_divisible(config.sft_batch_size, config.shard, "--sft-batch-size")
         self.lm = load_policy(config, device)
-        check_examples_fit(config, self.lm, task)
+        check_prompts_fit(self.lm, task, config)
         self.grpo = GRPO(config, task, self.lm, rewards, device)
         own_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
         choosing = rewards if decides_by_reward(rewards, task) else ()
@@ -79,7 +79,7 @@ class Trainer:
         """Continue from the newest checkpoint, or begin; train; measure the best policy. Return the exit status."""
         with InterruptHandler(self.config.time_limit, self.launched) as interrupts:
             record = self.metrics.record
-            introduce(self.config, self.lm, record["environment"], self.grpo.capabilities)
+            introduce(self.config, self.lm, record["environment"], self.grpo.capabilities, self.task.notes)
             ended = self._restore()
             if ended and self.state.why_done():
                 show_already_finished(self.folder, ended)

@@ -6,7 +6,7 @@ reward can be read, changed and tested without a model.
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ class Problem:
     level: str = ""  # problems of a level are about equally hard; "": nothing is known of it
     working: str = ""  # how to get to the answer, if that is known: for worked examples
     task: str = ""  # which task of a mixture it is of; "" outside of one
+    place: str = field(default="", compare=False)  # the line of the file that it was read from
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Task(Protocol):
     default_rewards: Mapping[str, float]  # names and weights
     files: Mapping[str, str]  # SHA-256 of each file that its problems come from
     example: str  # a question to try on the trained model
+    notes: Sequence[str]  # remarks on the problems, for the start of a run
     hints: Mapping[str, str]  # advice to add to a finding, by the name of the finding
     knows_right: bool  # whether `correct` is right by its word, not only equality with one answer of many
 
@@ -91,6 +93,9 @@ class Task(Protocol):
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
         """Return up to `limit` different problems of 'validation' or 'test', always the same ones."""
+
+    def listed(self) -> Iterable[Problem]:
+        """Return all problems, if they are not drawn but listed, in a file for instance."""
 
     def messages(self, question: str) -> list[Message]:
         """Return the chat that asks `question`."""

@@ -15,7 +15,7 @@ from typing import Annotated
 
 from tasks.base import Option, Problem, one_line, split_of
 from tasks.common.parsing import parse_number
-from tasks.common.rows import Row, Rows, kind_of_all, normal, read_rows, split_rows, text_of
+from tasks.common.rows import Row, Rows, kind_of_all, normal, notes_on, read_rows, split_rows, text_of
 
 HUB = "openai/gsm8k"
 MARK = "####"
@@ -31,14 +31,17 @@ def load(
     if data:
         problems, sha256 = read_rows(data, problem_of)
         of_split = split_rows(problems, data)
+        notes = notes_on(problems)
     else:
         of_split, sha256 = from_hub()
+        notes = []
     return Rows(
         name="gsm8k",
         problems=of_split,
         files={data or HUB: sha256},
         style=style,
         kind=kind_of_all(chain.from_iterable(of_split.values())),
+        notes=notes,
         system_prompt=system_prompt,
     )
 

@@ -14,7 +14,7 @@ from typing import Annotated
 from tasks.base import Option, Problem
 from tasks.common.parsing import PARSERS, parse_answer
 from tasks.common.prompts import ideal_completion
-from tasks.common.rows import Row, Rows, kind_of, kind_of_all, read_rows, split_rows, text_of
+from tasks.common.rows import Row, Rows, kind_of, kind_of_all, notes_on, read_rows, split_rows, text_of
 from tasks.common.user_file import Judge
 
 FIELDS = (("question", "answer"), ("prompt", "response"))
@@ -41,6 +41,7 @@ def load(
         knows_right=judge is not None,  # the answer in the file may be one of many
         style=style,
         kind=kind_of_all(problems),
+        notes=notes_on(problems, compare_answers=judge is None),
         system_prompt=system_prompt,
     )
 

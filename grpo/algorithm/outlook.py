@@ -9,9 +9,7 @@ from grpo.algorithm.reference import reference_logprobs
 from grpo.algorithm.rollout import Rollout
 from grpo.algorithm.schedules import scheduled
 from grpo.config import TrainConfig
-from grpo.model.language_model import LanguageModel
 from grpo.runtime.stopwatch import Stopwatch
-from tasks.base import Task, prompt_of
 
 GROUPS = 8  # that are looked at, or as many as a step has: it costs no more than the sampling of a step
 BACKWARD = 2  # passes forward that a pass backward takes as long as
@@ -41,21 +39,6 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
         "truncated": float(rollout.truncated.float().mean()),
     }
     return shares, seconds * config.batch_size / groups
-
-
-def check_examples_fit(config: TrainConfig, lm: LanguageModel, task: Task) -> None:
-    """Raise ValueError if a prompt with worked examples, and a completion, are longer than the model's context."""
-    most = getattr(lm.model.config, "max_position_embeddings", None)
-    if not task.examples or most is None:
-        return
-    for one in task.parts.values() or [task]:
-        [prompt] = lm.prompts([prompt_of(one, one.training_problem(config.seed, 1, 0))])
-        if len(prompt) + config.max_new_tokens <= most:
-            continue
-        raise ValueError(
-            f"a prompt with {config.shots} worked examples has {len(prompt)} tokens, and max_new_tokens is "
-            f"{config.max_new_tokens}: more than the {most} positions of {config.model}; take fewer --shots"
-        )
 
 
 def _seconds_of_a_pass(grpo: GRPO, config: TrainConfig, rollout: Rollout) -> float:

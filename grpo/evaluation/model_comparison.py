@@ -10,7 +10,7 @@ from grpo.evaluation.drift import DriftBaseline
 from grpo.evaluation.evaluator import Evaluation, Evaluator, proportion
 from grpo.evaluation.intervals import accuracy_text, paired_interval
 from grpo.generation.capabilities import ModelCapabilities
-from grpo.model.language_model import LanguageModel
+from grpo.model.language_model import LanguageModel, check_prompts_fit
 from grpo.model.loading import load
 from grpo.runtime.console import printable
 from grpo.runtime.device import choose_device
@@ -41,6 +41,7 @@ def measure(
     start = None
     for name in names:
         lm = load(name, choose_device(config.device), config.precision)
+        check_prompts_fit(lm, task, config)
         evaluator = Evaluator(config, task, skills if split == "test" else {}, ModelCapabilities.probe(lm, task))
         evaluations = evaluator.by_name(lm, split)
         sampled = evaluator.sampled(lm, split)

@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo.runtime.console import printable
 from tasks.base import Message
 
 # for a base model, which has no chat template; `bos_token` is put before it if the tokenizer adds one
@@ -33,6 +34,8 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     The tokenizer keeps it, so that a saved model is asked in the same way. Returns a remark on what was done, or "".
     Raises ValueError if the template leaves the user's message out.
     """
+    if not isinstance(tokenizer.chat_template or "", (str, dict)):
+        raise ValueError(f"the model's chat template is {type(tokenizer.chat_template).__name__}, not a text")
     if not tokenizer.chat_template:
         adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
@@ -51,11 +54,12 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], **options: Any) -> Any:
-    """Render a chat by the template. Raises ValueError if the template refuses it."""
+    """Render a chat by the template. Raises ValueError, in one printable line, if the template refuses it."""
     try:
         return tokenizer.apply_chat_template(list(chat), **({"tokenize": False} | options))
     except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses the prompt: {error}") from None
+        reason = printable(" ".join(str(error).split()))[:300]
+        raise ValueError(f"the model's chat template refuses the prompt: {reason}") from None
 
 
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

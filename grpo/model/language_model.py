@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo.config import TrainConfig
 from grpo.model.chat_template import encode_chat, encode_completion
 from grpo.model.tokens import left_pad
-from tasks.base import Message
+from tasks.base import Message, Task
+
+CHARACTERS = 64  # of a token, at most: of a longer text a beginning tells whether it fits
+NAMED = 5  # how many questions an error names
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,22 @@ class LanguageModel:
         """Return the device of the weights."""
         return self.model.device
 
+    @property
+    def positions(self) -> int | None:
+        """Return how many tokens prompt and completion may have together, if the configuration says so."""
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        return most if isinstance(most, int) and most > 0 else None
+
     def prompts(self, chats: Sequence[Sequence[Message]]) -> list[list[int]]:
-        """Return the prompt of each chat as token ids. Control tokens in a message stay text."""
-        return [encode_chat(self.tokenizer, chat) for chat in chats]
+        """Return the prompt of each chat as token ids. Control tokens in a message stay text.
+
+        Raises ValueError if the tokenizer has tokens that the model does not.
+        """
+        prompts = [encode_chat(self.tokenizer, chat) for chat in chats]
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if (largest := max(map(max, filter(None, prompts)), default=0)) >= rows:
+            raise ValueError(f"the model's tokenizer makes the token id {largest}; its embedding has {rows} rows")
+        return prompts
 
     def encode(self, chats: Sequence[Sequence[Message]]) -> tuple[Tensor, Tensor]:
         """Return the prompts of chats, left-padded: (N, P) ids and bool mask."""
@@ -43,3 +60,55 @@ class LanguageModel:
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, special tokens included."""
         return self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def switch_off_dropout(model: PreTrainedModel) -> dict[str, float]:
+    """Set all dropout to 0, so that train mode computes what eval mode does; return the rates of the configuration.
+
+    GPT-2 has 0.1 in modules of their own; others keep a number in a module, or read the configuration.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
+    rates = {name: x for name, x in model.config.to_dict().items() if "drop" in name and isinstance(x, float) and x}
+    for name in rates:
+        setattr(model.config, name, 0.0)
+    return rates
+
+
+def check_prompts_fit(lm: LanguageModel, task: Task, config: TrainConfig) -> None:
+    """Raise ValueError, with the place in the file, if a question and a completion have more tokens than fit.
+
+    Of a task that draws its problems, one is looked at. A question of fewer bytes than tokens are left cannot be too
+    long, so that few are encoded.
+    """
+    if lm.positions is None:
+        return
+    for part in task.parts.values():
+        check_prompts_fit(lm, part, config)
+    if task.parts:
+        return
+    room = lm.positions - config.max_new_tokens
+    [frame] = lm.prompts([task.messages("?")])
+    listed = list(task.listed())
+    too_long = []
+    for problem in listed or [task.training_problem(config.seed, 1, 0)]:
+        if not listed or len(frame) + len(problem.question.encode()) > room:
+            [prompt] = lm.prompts([task.messages(problem.question[: CHARACTERS * lm.positions])])
+            if len(prompt) > room:
+                too_long.append((problem, len(prompt)))
+    if not too_long:
+        return
+    problem, tokens = too_long[0]
+    cut = len(problem.question) > CHARACTERS * lm.positions
+    more = [other.place for other, _ in too_long[1:NAMED]]
+    others = f" (and {len(too_long) - 1} more: {', '.join(more)}{', …' * (len(too_long) > NAMED)})" if more else ""
+    examples = f" with {len(task.examples) // 2} worked examples" if task.examples else ""
+    advice = "take fewer --shots" if examples and len(frame) > room / 2 else "shorten or remove the question"
+    raise ValueError(
+        f"{problem.place}{': ' * bool(problem.place)}the prompt{examples} has {'more than ' * cut}{tokens:,} tokens, "
+        f"and max_new_tokens is {config.max_new_tokens}: more than the {lm.positions:,} positions of {config.model}; "
+        f"{advice}{others}"
+    )

@@ -3,10 +3,13 @@
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +27,10 @@ from transformers.utils import logging as transformers_logging
 
 from grpo.config import TrainConfig
 from grpo.model.chat_template import end_of_turn_ids, ensure_chat_template
-from grpo.model.language_model import LanguageModel
+from grpo.model.inspection import check_finite, check_folder, check_gguf, limited_size, read_headers, silent
+from grpo.model.language_model import LanguageModel, switch_off_dropout
 from grpo.model.lora import add_adapter, four_bits
+from grpo.model.sandbox.tokenizer import SandboxedTokenizer, child_of
 from grpo.model.saving import SENTENCEPIECE
 from grpo.model_card import PACKAGED, model_folder
 from grpo.runtime.console import printable
@@ -56,7 +61,8 @@ class FolderSource:
     def load(self, **options: Any) -> Loaded:
         """Load model, in float32, and tokenizer. Raises ValueError, in one line, if that fails."""
         try:
-            return _from_pretrained(str(self.folder), local_files_only=True, **options)
+            check_folder(self.folder)
+            return _from_pretrained(str(self.folder), partial(read_headers, self.folder), **options)
         except Exception as error:  # the libraries raise a dozen kinds
             raise ValueError(f"cannot load the model in folder {printable(self.name)}: {_reason(error)}") from error
 
@@ -75,10 +81,15 @@ class GgufSource:
         if missing := [package for package in GGUF_PACKAGES if not _is_installed(package.partition(">")[0])]:
             raise ValueError(f"a GGUF file needs pip install {' '.join(map(repr, missing))}")
         try:
+            sizes = check_gguf(self.path)
             with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # a progress bar of a few seconds
-                model, tokenizer = _from_pretrained(
-                    str(self.path.parent), local_files_only=True, gguf_file=self.path.name
-                )
+                model, tokenizer = _from_pretrained(str(self.path.parent), lambda: sizes, gguf_file=self.path.name)
+            if self.name not in PACKAGED:
+                with TemporaryDirectory() as folder:
+                    tokenizer.save_pretrained(folder)
+                    child = child_of(folder)
+                    child.check()
+                tokenizer = SandboxedTokenizer(tokenizer, child)
         except Exception as error:  # the libraries raise a dozen kinds
             raise ValueError(
                 f"cannot load the GGUF file {printable(self.name)} (cut short, of a kind that transformers does not "
@@ -99,7 +110,10 @@ class HubSource:
         try:
             if not unavailable and not isinstance(try_to_load_from_cache(self.name, "config.json"), str):
                 print(f"Downloading {printable(self.name)} from the Hugging Face Hub", file=sys.stderr, flush=True)
-            loaded = _from_pretrained(self.name, local_files_only=bool(unavailable), **options)
+            folder = Path(hf_hub_download(self.name, "config.json", local_files_only=bool(unavailable))).parent
+            check_folder(folder)
+            sizes = partial(read_headers, folder)
+            loaded = _from_pretrained(self.name, sizes, local_files_only=bool(unavailable), **options)
         except Exception as error:  # the libraries raise a dozen kinds
             raise ValueError(self._message(unavailable, error)) from error
         if not unavailable:
@@ -127,15 +141,34 @@ def load(
     line, if the model cannot be loaded or cannot be asked anything.
     """
     model, tokenizer = _source_of(name).load(**quantization)
-    note = ensure_chat_template(tokenizer)
+    note, ends, pad = _prepare(tokenizer, model, printable(name))
     model = (model if quantization or sharded else model.to(device)).eval()
-    ends = end_of_turn_ids(model, tokenizer)
-    if not ends:
-        raise ValueError(f"model {name} names no token that ends a turn; completions would never end")
-    pad = tokenizer.pad_token_id
-    pad = ends[0] if pad is None else pad
     set_precision(model, precision, device)
     return LanguageModel(model, tokenizer, ends, pad, (note,) if note else (), switch_off_dropout(model))
+
+
+def _prepare(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str
+) -> tuple[str, tuple[int, ...], int]:
+    """Return the remark on the chat template, the ids that end a turn, and that of padding.
+
+    Raises ValueError, in one line, if the model cannot be asked anything.
+    """
+    try:
+        note = ensure_chat_template(tokenizer)
+        ends = end_of_turn_ids(model, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"model {name}: {error}") from error
+    except Exception as error:  # what a stranger's files hold may be of any type
+        raise ValueError(f"model {name} cannot be asked anything: {_reason(error)}") from error
+    if not ends:
+        raise ValueError(f"model {name} names no token that ends a turn; completions would never end")
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    rows = model.get_input_embeddings().weight.shape[0]
+    for what, i in (*(("the end of a turn", end) for end in ends), ("padding", pad)):
+        if not isinstance(i, int) or not 0 <= i < rows:
+            raise ValueError(f"model {name} has {str(i)[:40]!r} as the id of {what}; its embedding has {rows} rows")
+    return note, ends, pad
 
 
 def _source_of(name: str) -> ModelSource:
@@ -168,22 +201,36 @@ def _is_installed(package: str) -> bool:
     return False
 
 
-def _from_pretrained(source: str, local_files_only: bool, gguf_file: str | None = None, **options: Any) -> Loaded:
+def _from_pretrained(
+    source: str,
+    sizes: Callable[[], tuple[int, int]],
+    local_files_only: bool = True,
+    gguf_file: str | None = None,
+    **options: Any,
+) -> Loaded:
+    """Load the model and tokenizer in `source`, which are not trusted; `sizes` is that of `limited_size`."""
     where = {"local_files_only": local_files_only, "gguf_file": gguf_file}
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=torch.float32,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        **where,
-        **options,
-    )
+    child = None if gguf_file else child_of(source, local_files_only)  # starts while the model is built
+    with limited_size(sizes), silent():
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the error below names them
+            **where,
+            **options,
+        )
     if loading["missing_keys"] or loading["mismatched_keys"]:  # these weights are random numbers now
         lacking = ", ".join(sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))[:3])
-        raise ValueError(f"weights are missing ({lacking}, ...)")
-    return model, tokenizer
+        raise ValueError(f"weights are missing, or of another shape than config.json says ({lacking}, ...)")
+    check_finite(model)
+    if child:
+        child.check()  # what cannot be loaded within its limits should not be loaded here
+    with silent():
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
+    return model, SandboxedTokenizer(tokenizer, child) if child else tokenizer
 
 
 def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
@@ -198,7 +245,9 @@ def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    message = printable(" ".join(str(error).split()))[:300]
+    return kind + message if message else type(error).__name__
 
 
 def _why_not_on_the_hub(name: str) -> str:
@@ -225,22 +274,6 @@ def _why_not_on_the_hub(name: str) -> str:
         else:
             return ""
     return "the Hugging Face Hub cannot be reached (offline?)"
-
-
-def switch_off_dropout(model: PreTrainedModel) -> dict[str, float]:
-    """Set all dropout to 0, so that train mode computes what eval mode does; return the rates of the configuration.
-
-    GPT-2 has 0.1 in modules of their own; others keep a number in a module, or read the configuration.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
-            setattr(module, name, 0.0)
-    rates = {name: x for name, x in model.config.to_dict().items() if "drop" in name and isinstance(x, float) and x}
-    for name in rates:
-        setattr(model.config, name, 0.0)
-    return rates
 
 
 def load_policy(config: TrainConfig, device: torch.device) -> LanguageModel:

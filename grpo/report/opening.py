@@ -1,6 +1,6 @@
 """What a run prints before its first step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo.config import TrainConfig, ordered_fields
@@ -15,7 +15,11 @@ HUB_EXAMPLE = ("python", "train_grpo.py", "--model", "Qwen/Qwen2.5-0.5B-Instruct
 
 
 def introduce(
-    config: TrainConfig, lm: LanguageModel, environment: Mapping[str, Any], capabilities: ModelCapabilities
+    config: TrainConfig,
+    lm: LanguageModel,
+    environment: Mapping[str, Any],
+    capabilities: ModelCapabilities,
+    task_notes: Sequence[str] = (),
 ) -> None:
     """Print the model, the device, the resolved settings, and what the model does not support."""
     millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
@@ -30,8 +34,8 @@ def introduce(
         say(command_line("To train a Hub model instead:", HUB_EXAMPLE))
     else:
         say(f"Training {printable(config.model)} ({millions:,.1f}M parameters) on {where}.")
-    for note in lm.notes:
-        say(note)
+    for note in (*lm.notes, *task_notes):
+        say(printable(note))
     if recipe := recipe_of(config.model):
         say(f"Its recipe is grpo/recipes/{recipe.name}; the command line overrides it.")
     _say_settings(config)

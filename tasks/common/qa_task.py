@@ -1,6 +1,6 @@
 """The base of a task: how it asks a question, and how it parses and grades the completion."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -29,6 +29,7 @@ class QATask:
     hints: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     knows_right: bool = True
+    notes: Sequence[str] = ()  # remarks on the problems, for the start of a run
 
     def __post_init__(self) -> None:
         if self.style not in STYLES or self.kind not in PARSERS:
@@ -40,6 +41,10 @@ class QATask:
     def default_rewards(self) -> Mapping[str, float]:
         """Return names and weights of the rewards that apply unless --reward is given."""
         return default_rewards(self.style, self.kind)
+
+    def listed(self) -> Iterable[Problem]:
+        """Return all problems, if they are not drawn but listed, in a file for instance."""
+        return ()
 
     def messages(self, question: str) -> list[Message]:
         """Return the chat that asks `question`."""

@@ -7,9 +7,12 @@ A file is read once, before training starts, line by line; a hash of the questio
 
 import hashlib
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
+from itertools import chain
 from typing import Any
 
 from tasks.base import SPLITS, Answer, Problem, seeded_rng, split_of
@@ -17,7 +20,8 @@ from tasks.common.parsing import PARSERS, parse_number
 from tasks.common.qa_task import QATask
 from tasks.common.user_file import Judge
 
-NAMED = 5  # how many malformed lines an error names
+NAMED = 5  # how many lines an error or a remark names
+MOST_BYTES = 32 * 2**20  # of a line
 Row = Mapping[str, Any]
 
 
@@ -40,6 +44,10 @@ class Rows(QATask):
         different = list({normal(problem.question): problem for problem in reversed(self.problems[split])}.values())
         return seeded_rng(self.name, split).sample(different, min(limit, len(different)))
 
+    def listed(self) -> Iterable[Problem]:
+        """Return all problems."""
+        return chain.from_iterable(self.problems.values())
+
     def is_correct(self, problem: Problem, answer: Answer) -> bool:
         """Return whether a parsed answer is right. Raises ValueError if a judge fails."""
         return super().is_correct(problem, answer) if self.judge is None else self.judge(problem, answer)
@@ -61,6 +69,37 @@ def kind_of_all(problems: Iterable[Problem]) -> str:
     return next((kind for kind in special if all(PARSERS[kind](answer) is not None for answer in answers)), "text")
 
 
+def notes_on(problems: Sequence[Problem], compare_answers: bool = True) -> list[str]:
+    """Return remarks on problems that a file may not be meant to have, with the lines.
+
+    That is few answers that decide the kind of all, and, if `compare_answers`, one question with several answers.
+    """
+    notes = []
+    for kind, found in (("integer", "number"), ("integer", "text"), ("number", "text")):
+        others = [problem for problem in problems if PARSERS[kind](problem.answer) is None]
+        if kind_of_all(problems) == found and 0 < len(others) < len(problems) / 2:
+            shown = ", ".join(f"{problem.place} {problem.answer[:20]!a}" for problem in others[:NAMED])
+            more = ", …" * (len(others) > NAMED)
+            few = f"{len(others)} of {len(problems)}"
+            notes.append(f"The kind of the answers is {found}, not {kind}, because of {few}: {shown}{more}.")
+            break
+    first: dict[str, Problem] = {}
+    if compare_answers:
+        pairs = [(first.setdefault(normal(problem.question), problem), problem) for problem in problems]
+        if differing := [pair for pair in pairs if _gold(pair[0]) != _gold(pair[1])]:
+            shown = ", ".join(
+                f"{again.place} {again.answer[:20]!a} (before: {before.place} {before.answer[:20]!a})"
+                for before, again in differing[:NAMED]
+            )
+            more = ", …" * (len(differing) > NAMED)
+            notes.append(f"Asked again with another answer, in {len(differing)} lines: {shown}{more}.")
+    return notes
+
+
+def _gold(problem: Problem) -> Answer | None:
+    return PARSERS[kind_of(problem.answer)](problem.answer)
+
+
 def normal(question: str) -> str:
     """Return one text for all spellings of a question that differ in case and white space only."""
     return " ".join(question.casefold().split())
@@ -72,7 +111,15 @@ def split_rows(problems: Iterable[Problem], source: str) -> dict[str, list[Probl
     for problem in problems:
         of_split[split_of(normal(problem.question))].append(problem)
     if missing := [split for split, rows in of_split.items() if not rows]:
-        n = sum(map(len, of_split.values()))
+        asked = Counter(normal(problem.question) for rows in of_split.values() for problem in rows)
+        n = asked.total()
+        if len(asked) < n:
+            question, times = asked.most_common(1)[0]
+            raise ValueError(
+                f"{source} has too few different questions: {len(asked)} in {n} rows; {question[:60]!a} comes "
+                f"{times} times. A hash of the question puts a tenth each aside for validation and test, and leaves "
+                f"none for {' and '.join(missing)}; provide a few hundred different ones"
+            )
         raise ValueError(
             f"{source} has too few problems ({n}): a hash of the question puts a tenth each aside for validation and "
             f"test, and leaves none for {' and '.join(missing)}; provide a few hundred"
@@ -89,16 +136,23 @@ def read_rows(path: str, problem_of: Callable[[Row], Problem]) -> tuple[list[Pro
     """
     problems, malformed, digest = [], [], hashlib.sha256()
     try:
+        if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
+            raise ValueError("it is no file; a pipe or a device may never end")
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES + 1), b""), 1):
                 digest.update(line)
+                if len(line) > MOST_BYTES:
+                    malformed.append((number, f"the line has more than {MOST_BYTES // 2**20} MB"))
+                    break
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if not line.strip():
                     continue
                 try:
-                    problems.append(problem_of(parse_row(line)))
+                    problem = problem_of(parse_row(line))
                 except ValueError as error:
                     malformed.append((number, str(error)))
+                else:
+                    problems.append(replace(problem, place=f"{path}:{number}"))
     except (OSError, ValueError) as error:  # a path with a NUL raises a ValueError
         raise ValueError(f"cannot read --data {path!r}: {getattr(error, 'strerror', None) or error}") from None
     if malformed:

@@ -89,6 +89,10 @@ class Mixture:
             found += [replace(problem, task=name) for problem in own]
         return found
 
+    def listed(self) -> list[Problem]:
+        """Return all problems of the tasks that list theirs."""
+        return [replace(problem, task=name) for name, part in self.parts.items() for problem in part.listed()]
+
     def messages(self, question: str) -> list[Message]:
         """Return the chat that asks `question` as one of the first task."""
         return self.first.messages(question)
@@ -141,6 +145,11 @@ class Mixture:
     def files(self) -> Mapping[str, str]:
         """Return the SHA-256 of each file of a task."""
         return {path: sha256 for part in self.parts.values() for path, sha256 in part.files.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """Return the remarks on the problems of each task."""
+        return [f"{name}: {note}" for name, part in self.parts.items() for note in part.notes]
 
     @cached_property
     def hints(self) -> Mapping[str, str]:

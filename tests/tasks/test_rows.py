@@ -1,6 +1,7 @@
 """Rows of JSON Lines files: what is read, what is refused and how, and fuzzing of the readers."""
 
 import json
+import os
 import random
 import time
 
@@ -8,9 +9,10 @@ import pytest
 
 from tasks import gsm8k, jsonl
 from tasks.base import split_of
+from tasks.common import rows
 from tasks.common.parsing import parse_number
 from tasks.common.rows import normal, parse_row, read_rows
-from tests.helpers.data import GSM8K_ROWS, refusal, town_rows
+from tests.helpers.data import GSM8K_ROWS, refusal, town_rows, write
 
 
 def read(tmp_path, content):
@@ -218,3 +220,52 @@ def test_fuzz_of_the_readers_for_5_seconds(tmp_path):
 @pytest.mark.timeout(900)
 def test_fuzz_of_the_readers_for_5_minutes(tmp_path):
     print(fuzz(300, time.time_ns(), tmp_path / "f.jsonl"), "mutants")
+
+
+NUMBERS = [{"question": f"How many are {i}?", "answer": i} for i in range(300)]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "q", "answer": 1e300}, "is text, not integer, because of 1 of 301: {0}:4 '1000"),
+        (
+            {"question": "q", "answer": "\x1b[2Jmany"},
+            "is text, not integer, because of 1 of 301: {0}:4 '\\x1b[2Jmany'.",
+        ),
+        ({"question": "q", "answer": 0.5}, "is number, not integer, because of 1 of 301: {0}:4 '0.5'."),
+        ({"question": " how many ARE 2?", "answer": 3}, "{0}:4 '3' (before: {0}:3 '2')."),
+        ({"question": "How many are 2?", "answer": "2.0"}, None),  # the same number
+        ({"question": "q", "answer": 5}, None),
+    ],
+)
+def test_a_remark_names_the_lines_that_decide_the_kind_or_contradict_others(row, expected, tmp_path):
+    data = write(tmp_path / "d.jsonl", [*NUMBERS[:3], row, *NUMBERS[3:]])
+    notes = jsonl.load(data).notes
+    if expected is None:
+        assert notes == []
+    else:
+        [note] = notes
+        assert expected.format(data) in note
+        assert note.isprintable()
+
+
+def test_words_and_numbers_alike_get_no_remark(tmp_path):
+    assert jsonl.load(write(tmp_path / "d.jsonl", [*NUMBERS[:200], *town_rows()])).notes == []
+
+
+def test_many_copies_of_one_question_are_said_to_be_one(tmp_path):
+    data = write(tmp_path / "d.jsonl", [{"question": "What?", "answer": "5"}] * 300 + [NUMBERS[0]])
+    text = refusal(jsonl.load, data)
+    assert "2 in 301 rows; 'what?' comes 300 times" in text
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_may_never_end_is_not_read(make, tmp_path):
+    make(tmp_path / "d.jsonl")
+    assert "pipe or a device" in refusal(jsonl.load, str(tmp_path / "d.jsonl"))
+
+
+def test_a_line_without_end_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "MOST_BYTES", 100)
+    assert ":2: the line has more than" in refusal(read, tmp_path, GOOD + b" " * 200 + GOOD)
