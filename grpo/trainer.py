@@ -1,30 +1,23 @@
 """The run: step by step, with evaluations, checkpoints and an end. A step itself is `grpo/algorithm/grpo.py`."""
 
-import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.outlook import check_examples_fit, outlook
-from grpo.algorithm.rollout import Rollout
 from grpo.config import TrainConfig
-from grpo.diagnostics.findings import SHOW_EXAMPLES, new_findings
 from grpo.evaluation.evaluator import Evaluator
 from grpo.interrupts import InterruptHandler
-from grpo.model.language_model import LanguageModel
+from grpo.measurer import Measurer
 from grpo.model.loading import load, load_policy
-from grpo.model.saving import SAVED_MODEL, save
-from grpo.model_card import NAMED, read_card
+from grpo.model.saving import SAVED_MODEL
+from grpo.model_card import read_card
 from grpo.plots.figures import draw_all
 from grpo.record.metrics import Metrics, ended_with
-from grpo.record.samples import GROUPS, Samples
-from grpo.record.tracker import Tracker
 from grpo.report.ending import conclude, show_already_finished, show_interruption
 from grpo.report.opening import introduce, show_choice_by_reward, show_fine_tuning, show_outlook
-from grpo.report.progress import show_completions, show_evaluation, show_finding
+from grpo.report.progress import show_completions, show_evaluation
 from grpo.report.saved_readme import saved_readme
 from grpo.resume import Progress, RunState
 from grpo.runtime import distributed
@@ -67,11 +60,9 @@ class Trainer:
         folder = self.folder if distributed.is_main_process() else None  # the other ranks write nothing
         where = environment(device, precision(self.lm.model), distributed.world_size())
         self.metrics = Metrics(folder, config.to_dict(), where)
-        self.samples = Samples(folder)
-        self.tracker = Tracker(config.track if distributed.is_main_process() else "none")
         self.progress = Progress()
+        self.measurer = Measurer(config, task, self.evaluator, self.metrics, self.progress)
         self.state = RunState(config, files, self.progress, self.grpo, self.evaluator, self.metrics)
-        self.rollout: Rollout | None = None  # of the last step
         self.launched = time.monotonic() if launched is None else launched
         self.slowest = 0.0  # seconds of the slowest step
 
@@ -85,7 +76,7 @@ class Trainer:
                 show_already_finished(self.folder, ended)
                 self._draw(ended)
                 return 0
-            with self.tracker.tracking(self.folder, self.config.to_dict()):
+            with self.measurer.tracker.tracking(self.folder, self.config.to_dict()):
                 self._continue(interrupts)
             return interrupts.exit_status
 
@@ -112,14 +103,14 @@ class Trainer:
         try:
             while True:
                 start = time.monotonic()
-                self.rollout, entry = self.grpo.step(progress.step + 1)
+                rollout, entry = self.grpo.step(progress.step + 1)
                 progress.step += 1
-                self._record(entry)
+                self.measurer.record(rollout, entry)
                 shown = {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
                 bar.update(progress.step, shown)
                 self._stop_if_broken()
                 if c.show_every and progress.step % c.show_every == 0:
-                    show_completions(progress.step, self.rollout)
+                    show_completions(progress.step, rollout)
                 if progress.step % c.eval_every == 0 or progress.step == c.num_iterations:
                     self._validate()
                 self.slowest = max(self.slowest, time.monotonic() - start)
@@ -142,7 +133,7 @@ class Trainer:
         self._look_ahead()
         if self.evaluator.rewards:
             show_choice_by_reward()
-        self.progress.before = self._test(self.lm, 0)
+        self.progress.before = self.measurer.test(self.lm, 0)
         if self.config.sft_steps:
             show_fine_tuning(self.progress.before, "after")
         self._validate()
@@ -162,7 +153,7 @@ class Trainer:
                 entry = steps.step(progress.sft_step + 1)
                 progress.sft_step += 1
                 self.metrics.add_step(entry, "sft")
-                self.tracker.log(progress.total, entry, "sft/")
+                self.measurer.tracker.log(progress.total, entry, "sft/")
                 bar.update(progress.sft_step, {"loss": entry["loss"]})
                 self._stop_if_broken()
                 if progress.sft_step % c.save_every == 0 or progress.sft_step == c.sft_steps:
@@ -179,16 +170,7 @@ class Trainer:
         found, seconds = outlook(self.grpo, self.config)
         self.metrics.record["outlook"] = found
         show_outlook(found, seconds, self.config.num_iterations, peak_memory(self.lm.device))
-        self._diagnose()
-
-    def _record(self, entry: dict[str, Any]) -> None:
-        """Record a step in metrics, samples and tracker, and look for findings."""
-        step = self.progress.step
-        self.metrics.add_step(entry)
-        if self.samples.wants(step):
-            self.samples.add(self.rollout.samples(step, GROUPS))
-        self.tracker.log(self.progress.total, entry)
-        self._diagnose()
+        self.measurer.diagnose()
 
     def _finish(self, reason: str) -> None:
         """Measure the saved policy on the test problems, and print what the run reached."""
@@ -197,7 +179,7 @@ class Trainer:
         best = load(str(self.saved_model), device, self.config.precision, self.config.shard)
         if self.config.shard:
             distributed.shard(best.model, device)
-        after = self._test(best, progress.best["step"])
+        after = self.measurer.test(best, progress.best["step"])
         if distributed.is_main_process():
             readme = saved_readme(self.config, progress.best, progress.before, after)
             with name_in_errors(self.saved_model / "README.md"):
@@ -228,12 +210,12 @@ class Trainer:
 
     def _restore(self) -> dict[str, Any] | None:
         """Continue from a checkpoint, if there is one; return the record of the run if it had ended there."""
-        if not self.state.restore(self.folder, self.samples):
+        if not self.state.restore(self.folder, self.measurer.samples):
             return None
         step, best = self.progress.step, self.progress.best
         behind = best and best["step"] == step != read_card(str(self.saved_model)).get("step")
         if distributed.broadcast_from_rank0(behind):
-            self._save()  # the process died between the checkpoint and this
+            self.measurer.save(self.lm)  # the process died between the checkpoint and this
         return distributed.broadcast_from_rank0(ended_with(self.folder, step, self.metrics.record))
 
     def _draw(self, record: dict[str, Any]) -> None:
@@ -243,57 +225,11 @@ class Trainer:
     def _validate(self) -> None:
         """Measure on the validation problems; a new best policy goes to saved_model/."""
         progress = self.progress
-        entry = self._evaluate(self.evaluator.validate, self.lm, progress.step, "validation")
+        entry = self.measurer.validate(self.lm)
         improved = progress.is_better(entry)
         if improved:
             progress.best = entry
             if progress.step:
                 self._checkpoint()  # first, so that saved_model/ is never ahead of what a run can continue from
-            self._save()
+            self.measurer.save(self.lm)
         show_evaluation(entry, improved)
-
-    def _test(self, lm: LanguageModel, step: int) -> dict[str, Any]:
-        """Measure a model on the test problems and the neighbouring skills."""
-        return self._evaluate(self.evaluator.test, lm, step, "test")
-
-    def _evaluate(
-        self, measure: Callable[[LanguageModel], dict[str, Any]], lm: LanguageModel, step: int, split: str
-    ) -> dict[str, Any]:
-        """Measure a model and add the entry to the metrics."""
-        start = time.perf_counter()
-        entry = {"step": step, "split": split, **measure(lm), "time/evaluate": time.perf_counter() - start}
-        self.metrics.add_eval(entry)
-        self.tracker.log(self.progress.total, entry, f"{split}/")
-        self._diagnose(aloud=split != "test")  # findings of the last test are in the list that follows it
-        return entry
-
-    def _diagnose(self, aloud: bool = True) -> None:
-        """Add the findings that the metrics newly show, and print them."""
-        record = self.metrics.record["findings"]
-        for finding in new_findings(self.metrics.record, {earlier["name"] for earlier in record}):
-            hint = self.task.hints.get(finding.name, "")
-            record.append({**asdict(finding), "text": f"{finding.text} {hint}".rstrip()})
-            if finding.name in SHOW_EXAMPLES and self.rollout is not None:
-                record[-1]["examples"] = self.rollout.top_rewarded_wrong()
-            if aloud:
-                show_finding(record[-1])
-
-    def _save(self) -> None:
-        """Write the policy as it is now to saved_model/, with what a reader and a next run need."""
-        c, start = self.config, time.perf_counter()
-        on_disk = c.model not in NAMED and os.path.exists(c.model)
-        card = {
-            "task": self.task.name,
-            "step": self.progress.best["step"],
-            "kind": self.task.kind,
-            "prompt_style": self.task.style,
-            "system_prompt": self.task.system_prompt,
-            "examples": list(self.task.examples),
-            "max_new_tokens": c.max_new_tokens,
-            "base_model": str(Path(c.model).resolve()) if on_disk else c.model,
-            "skills": list(self.evaluator.skills),
-            "settings": c.inheritable_settings(),
-        }
-        readme = saved_readme(c, self.progress.best, self.progress.before, None)
-        save(self.saved_model, self.lm, card, readme)
-        self.metrics.add_time("save", time.perf_counter() - start)

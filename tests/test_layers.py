@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "report": {*SETTINGS, "runtime", "record", "model", "generation", "algorithm", "evaluation"},
 }
 MAY_IMPORT["resume"] = MAY_IMPORT["report"] | {"report"}
+MAY_IMPORT["measurer"] = MAY_IMPORT["resume"] | {"resume", "diagnostics"}
 MAY_IMPORT["trainer"] = {*MAY_IMPORT}
 
 

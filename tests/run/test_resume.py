@@ -14,9 +14,9 @@ from click.testing import CliRunner
 import train_grpo
 from grpo.evaluation.evaluator import Evaluation, Evaluator
 from grpo.interrupts import InterruptHandler
+from grpo.measurer import Measurer
 from grpo.model_card import CARD, STARTER, read_card
 from grpo.record.samples import EVERY, GROUPS
-from grpo.trainer import Trainer
 from tests.helpers.runs import ENVIRONMENT, ROOT, fingerprint, wait_for
 
 TINY = ["--num-iterations", "12", "--batch-size", "2", "--num-generations", "2", "--num-inner-updates", "2"]
@@ -247,20 +247,20 @@ def test_the_saved_model_is_never_ahead_of_the_checkpoint_and_is_written_after_a
     whole, tmp_path, monkeypatch
 ):
     # step 4 is the best, and the kill comes while it is being saved; step 5, the last, is no better
-    true_save, true_to_dict = Trainer._save, Evaluation.to_dict
+    true_save, true_to_dict = Measurer.save, Evaluation.to_dict
     accuracies = iter([0.0, 0.1, 0.5, 0.2, 0.5])
 
     def to_dict(self):
         return {**true_to_dict(self), "accuracy": next(accuracies)}
 
-    def save(self):
+    def save(self, lm):
         if self.progress.step == 4:
             raise Killed
-        true_save(self)
+        true_save(self, lm)
 
     monkeypatch.setattr(Evaluation, "to_dict", to_dict)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save", save)
+        patch.setattr(Measurer, "save", save)
         with pytest.raises(Killed):
             in_process(tmp_path / "run", catch_exceptions=False)
     assert read_card(str(tmp_path / "run" / "saved_model"))["step"] == 0
