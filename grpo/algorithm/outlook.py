@@ -51,7 +51,7 @@ def check_examples_fit(config: TrainConfig, lm: LanguageModel, task: Task) -> No
     [prompt] = lm.prompts([task.messages(task.training_problem(config.seed, 1, 0).question)])
     if len(prompt) + config.max_new_tokens > most:
         raise ValueError(
-            f"a prompt with {config.shots} worked examples has {len(prompt)} tokens, and max_new_tokens is "
+            f"a prompt with {config.shots} worked examples has {len(prompt)} tokens, and --max-new-tokens is "
             f"{config.max_new_tokens}: more than the {most} positions of {config.model}; take fewer --shots"
         )
 

@@ -199,5 +199,5 @@ def test_names_that_no_layer_has_are_refused(targets, tmp_path):
 
 @pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"lora_rank": 4, "ref_model_sync_steps": 2}], ids=str)
 def test_settings_that_exclude_each_other_are_refused(settings):
-    with pytest.raises(ValueError, match="lora_rank"):
+    with pytest.raises(ValueError, match="--lora-rank"):
         TrainConfig(**settings)
