@@ -10,11 +10,16 @@ groups, and in keeping the best policy instead of the last; README.md says why.
 """
 
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import Field, fields
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent during the imports, until a run listens itself
 
 import click
 from click.core import ParameterSource
@@ -22,6 +27,7 @@ from click.core import ParameterSource
 from grpo.config import GROUPS, OLD_NAMES, TrainConfig, ordered_fields
 from grpo.launch.run_folder import claim_folder
 from grpo.model_card import resolve
+from grpo.runtime.console import printable
 
 
 class GroupedCommand(click.Command):
@@ -128,8 +134,13 @@ def train(config: TrainConfig, launched: float) -> int:
     """Run the training and return the exit status; the heavy imports come after the folder is locked."""
     from tasks.common.user_file import naming_own_code
     from tasks.registry import make_task
+    from tasks.rewards.scoring import rewards_of, try_out
 
-    task = make_task(config)  # first, so that an error in its data is reported at once
+    if "torch" not in sys.modules:  # importing it takes seconds
+        click.echo(f"Loading {printable(config.model)}", err=True)
+    task = make_task(config)  # first, so that an error in its data, or in a reward, is reported at once
+    with naming_own_code():
+        try_out(rewards_of(config, task), task)
 
     from grpo.runtime import distributed
     from grpo.runtime.microbatch import is_out_of_memory
@@ -141,6 +152,10 @@ def train(config: TrainConfig, launched: float) -> int:
             status = Trainer(config, task, SKILLS, launched).run()
         distributed.leave()  # not after an error: the other ranks may be waiting in another place
         return status
+    except MemoryError:
+        raise ValueError(
+            "a step does not fit into memory; take fewer --batch-size, --num-generations or --max-new-tokens"
+        ) from None
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise ValueError(

@@ -84,7 +84,7 @@ def the_error(result, reason, *names):
     assert status == 1, err
     *before, last = err.splitlines()
     assert last.startswith("Error: "), err
-    assert all(line == "" or line.startswith("step ") for line in before), err  # progress
+    assert all(line == "" or line.startswith(("step ", "Loading ")) for line in before), err  # progress
     assert reason in last
     assert any(str(name) in last for name in names), last
     return last
