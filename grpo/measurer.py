@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,30 @@ class Measurer:
         self.tracker.log(self.progress.total, entry)
         self.diagnose()
 
-    def validate(self, lm: LanguageModel) -> dict[str, Any]:
-        """Measure the policy of this step on the validation problems."""
+    def validate(self, lm: LanguageModel, abandonable: AbstractContextManager[None]) -> dict[str, Any]:
+        """Measure the policy of this step on the validation problems; in `abandonable`, a signal may end that."""
         start = time.perf_counter()
-        return self._add(self.evaluator.validate(lm), self.progress.step, "validation", start)
+        with abandonable:
+            measured = self.evaluator.validate(lm)
+        return self._add(measured, self.progress.step, "validation", start)
 
-    def test(self, lm: LanguageModel, step: int) -> dict[str, Any]:
+    def test(self, lm: LanguageModel, step: int, abandonable: AbstractContextManager[None]) -> dict[str, Any]:
         """Measure the policy of a step on the test problems and the neighbouring skills."""
         start = time.perf_counter()
-        return self._add(self.evaluator.test(lm), step, "test", start)
+        with abandonable:
+            measured = self.evaluator.test(lm)
+        return self._add(measured, step, "test", start)
+
+    def is_validated(self, step: int) -> bool:
+        """Return whether the policy of a step has been measured on the validation problems."""
+        return any(entry["step"] == step for entry in self._validations())
+
+    def seconds_of_a_validation(self) -> float:
+        """Return how long the slowest validation so far took."""
+        return max((entry.get("time/evaluate") or 0.0 for entry in self._validations()), default=0.0)
+
+    def _validations(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.metrics.record["evals"] if entry["split"] == "validation"]
 
     def _add(self, measured: dict[str, Any], step: int, split: str, start: float) -> dict[str, Any]:
         """Add an evaluation to the metrics, and look for findings."""

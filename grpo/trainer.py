@@ -1,5 +1,6 @@
 """The run: step by step, with evaluations, checkpoints and an end. A step itself is `grpo/algorithm/grpo.py`."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.outlook import check_examples_fit, outlook
 from grpo.config import TrainConfig
 from grpo.evaluation.evaluator import Evaluator
-from grpo.interrupts import InterruptHandler
+from grpo.interrupts import Interrupted, InterruptHandler
 from grpo.measurer import Measurer
 from grpo.model.loading import load, load_policy
 from grpo.model.saving import SAVED_MODEL
@@ -21,7 +22,7 @@ from grpo.report.progress import show_completions, show_evaluation
 from grpo.report.saved_readme import saved_readme
 from grpo.resume import Progress, RunState
 from grpo.runtime import distributed
-from grpo.runtime.atomic_io import name_in_errors
+from grpo.runtime.atomic_io import check_room, name_in_errors
 from grpo.runtime.console import ProgressBar
 from grpo.runtime.device import choose_device, environment, keep_freed_memory, peak_memory, set_deterministic
 from grpo.runtime.precision import precision
@@ -29,6 +30,7 @@ from grpo.sft import SupervisedTrainer
 from tasks.base import Task
 from tasks.rewards.scoring import decides_by_reward, rewards_of
 
+QUICK = 1.0  # seconds of a step that a signal lets finish
 MOST_SKIPPED = 10  # updates in a row that were not finite, before the run ends
 
 
@@ -64,7 +66,6 @@ class Trainer:
         self.measurer = Measurer(config, task, self.evaluator, self.metrics, self.progress)
         self.state = RunState(config, files, self.progress, self.grpo, self.evaluator, self.metrics)
         self.launched = time.monotonic() if launched is None else launched
-        self.slowest = 0.0  # seconds of the slowest step
 
     def run(self) -> int:
         """Continue from the newest checkpoint, or begin; train; measure the best policy. Return the exit status."""
@@ -76,35 +77,60 @@ class Trainer:
                 show_already_finished(self.folder, ended)
                 self._draw(ended)
                 return 0
-            with self.measurer.tracker.tracking(self.folder, self.config.to_dict()):
-                self._continue(interrupts)
+            if distributed.is_main_process():
+                check_room(self.folder, self.state.bytes_to_come(), "two checkpoints and the model")
+            try:
+                with self.measurer.tracker.tracking(self.folder, self.config.to_dict()):
+                    self._continue(interrupts)
+            except OSError as error:
+                raise OSError(self.state.what_is_lost(self.folder, error)) from error
             return interrupts.exit_status
 
     def _continue(self, interrupts: InterruptHandler) -> None:
         """Train from where the run is to its end, or to a reason to stop."""
         try:
             reason = self._begin(interrupts) or self.state.why_done() or self._train(interrupts)
+            if interrupts.interrupted() or self.progress.best is None:
+                self._stop(interrupts, reason)
+            else:
+                if not self.measurer.is_validated(self.progress.step):
+                    self._validate(interrupts)  # what was trained last may be the best
+                self.state.save(self.folder)
+                self._finish(interrupts, reason)
+        except Interrupted:
+            self._stop(interrupts, interrupts.name)
         except ValueError:  # out of memory, a broken reward: keep the metrics so far
             self.metrics.write()
             raise
-        self._checkpoint()
-        if interrupts.interrupted() or self.progress.best is None:
-            show_interruption(self.folder, self.progress.named(), reason)
-            self.metrics.write()
-        else:
-            self._finish(reason)
         self._draw(self.metrics.record)
+
+    def _stop(self, interrupts: InterruptHandler, reason: str) -> None:
+        """Save after a signal, and say how to go on. A step that has begun to change the policy is thrown away."""
+        interrupts.stop_listening()
+        place = self.progress.named()
+        if self.grpo is None:  # in the last test, when all is saved
+            pass
+        elif self.grpo.updating:
+            place += f"; the checkpoint is of step {self.state.saved_step}"
+        else:
+            self.state.save(self.folder)
+        show_interruption(self.folder, place, reason)
+        self.metrics.write()
 
     def _train(self, interrupts: InterruptHandler) -> str:
         """Take steps until there is a reason to stop; return it."""
         c, progress = self.config, self.progress
         ending = progress.before.get("time/evaluate") or 0.0  # the last test takes as long as the first did
+        slowest = math.inf  # seconds of a step without its evaluation
         bar = ProgressBar(progress.step, c.num_iterations)
         try:
             while True:
                 start = time.monotonic()
-                rollout, entry = self.grpo.step(progress.step + 1)
+                with interrupts.abandonable(QUICK if slowest <= QUICK else 0.0):
+                    rollout, entry = self.grpo.step(progress.step + 1)
                 progress.step += 1
+                self.grpo.updating = False
+                slowest = max(time.monotonic() - start, 0.0 if slowest == math.inf else slowest)
                 self.measurer.record(rollout, entry)
                 shown = {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
                 bar.update(progress.step, shown)
@@ -112,31 +138,40 @@ class Trainer:
                 if c.show_every and progress.step % c.show_every == 0:
                     show_completions(progress.step, rollout)
                 if progress.step % c.eval_every == 0 or progress.step == c.num_iterations:
-                    self._validate()
-                self.slowest = max(self.slowest, time.monotonic() - start)
-                if reason := self.state.why_done() or interrupts.reason(1.5 * (self.slowest + ending)):
+                    self._validate(interrupts)
+                needed = slowest + self.measurer.seconds_of_a_validation() + ending
+                if reason := self.state.why_done() or interrupts.reason(1.5 * needed):
                     return reason
-                if progress.step % c.save_every == 0:
-                    self._checkpoint()
+                if progress.step % c.save_every == 0 or self.state.saved_long_ago():
+                    self.state.save(self.folder)
         finally:
             bar.close()
 
     def _begin(self, interrupts: InterruptHandler) -> str | None:
         """Before the first step, fine-tune if asked to, look ahead and measure; return a reason to stop, or None."""
-        if self.progress.before:
+        progress = self.progress
+        if progress.before:
+            if progress.step % self.config.eval_every == 0 and not self.measurer.is_validated(progress.step):
+                self._validate(interrupts)  # a signal came in the middle of it
             return None
-        if not self.progress.sft_step:
-            self.evaluator.remember_start(self.lm)
-            self._checkpoint()  # to return to, also where the look ahead fails: a reward of the user's, say
+        if not progress.sft_step:
+            with interrupts.abandonable():
+                self.evaluator.remember_start(self.lm)
+            self.state.save(self.folder)  # to return to, also where the look ahead fails: a reward of the user's, say
         if self.config.sft_steps and (reason := self._fine_tune(interrupts)):
             return reason
-        self._look_ahead()
+        with interrupts.abandonable():
+            found, seconds = outlook(self.grpo, self.config)
+        self.metrics.record["outlook"] = found
+        # what GRPO will have to work with, and at once if that is nothing; the run trains as asked all the same
+        show_outlook(found, seconds, self.config.num_iterations, peak_memory(self.lm.device))
+        self.measurer.diagnose()
         if self.evaluator.rewards:
             show_choice_by_reward()
-        self.progress.before = self.measurer.test(self.lm, 0)
+        progress.before = self.measurer.test(self.lm, 0, interrupts.abandonable())
         if self.config.sft_steps:
-            show_fine_tuning(self.progress.before, "after")
-        self._validate()
+            show_fine_tuning(progress.before, "after")
+        self._validate(interrupts)
         return None
 
     def _fine_tune(self, interrupts: InterruptHandler) -> str | None:
@@ -144,7 +179,9 @@ class Trainer:
         c, progress, record = self.config, self.progress, self.metrics.record
         steps = SupervisedTrainer(c, self.lm, self.task, self.grpo.update)
         if record["before_sft"] is None:
-            record["before_sft"] = {"step": 0, "split": "test", **self.evaluator.test(self.lm)}
+            with interrupts.abandonable():
+                tested = self.evaluator.test(self.lm)
+            record["before_sft"] = {"step": 0, "split": "test", **tested}
         show_fine_tuning(record["before_sft"], "before", steps.teaches_working)
         bar = ProgressBar(progress.sft_step, c.sft_steps, "fine-tuning")
         try:
@@ -157,7 +194,7 @@ class Trainer:
                 bar.update(progress.sft_step, {"loss": entry["loss"]})
                 self._stop_if_broken()
                 if progress.sft_step % c.save_every == 0 or progress.sft_step == c.sft_steps:
-                    self._checkpoint()
+                    self.state.save(self.folder)
                 if reason := interrupts.reason(1.5 * (time.monotonic() - start)):
                     return reason
         finally:
@@ -165,21 +202,20 @@ class Trainer:
         self.grpo.begin_here()
         return None
 
-    def _look_ahead(self) -> None:
-        """Say what GRPO will have to work with, and at once if that is nothing; train as asked all the same."""
-        found, seconds = outlook(self.grpo, self.config)
-        self.metrics.record["outlook"] = found
-        show_outlook(found, seconds, self.config.num_iterations, peak_memory(self.lm.device))
-        self.measurer.diagnose()
-
-    def _finish(self, reason: str) -> None:
+    def _finish(self, interrupts: InterruptHandler, reason: str) -> None:
         """Measure the saved policy on the test problems, and print what the run reached."""
         device, progress = self.lm.device, self.progress
-        del self.grpo, self.lm, self.state  # policy, reference and optimizer make room
-        best = load(str(self.saved_model), device, self.config.precision, self.config.shard)
-        if self.config.shard:
-            distributed.shard(best.model, device)
-        after = self.measurer.test(best, progress.best["step"])
+        if not self.saved_model.is_dir():
+            raise ValueError(
+                f"{self.saved_model} was deleted or moved during the run, and with it the policy of step "
+                f"{progress.best['step']}, the best; put it back and repeat the command, or start over with --fresh"
+            )
+        self.grpo, self.lm, self.state.grpo = None, None, None  # policy, reference and optimizer make room
+        with interrupts.abandonable():
+            best = load(str(self.saved_model), device, self.config.precision, self.config.shard)
+            if self.config.shard:
+                distributed.shard(best.model, device)
+        after = self.measurer.test(best, progress.best["step"], interrupts.abandonable())
         if distributed.is_main_process():
             readme = saved_readme(self.config, progress.best, progress.before, after)
             with name_in_errors(self.saved_model / "README.md"):
@@ -196,17 +232,11 @@ class Trainer:
         skipped = self.grpo.update.skipped_in_a_row
         if skipped < MOST_SKIPPED:
             return
-        self._checkpoint()
+        self.state.save(self.folder)
         raise ValueError(
             f"the last {skipped} updates had a loss or gradient that is not finite. None was applied: the checkpoint "
             f"and {self.saved_model} are good. Start anew with a smaller --learning-rate or a larger --beta"
         )
-
-    def _checkpoint(self) -> None:
-        """Write a checkpoint and record the time that it takes."""
-        start = time.perf_counter()
-        self.state.save(self.folder)
-        self.metrics.add_time("save", time.perf_counter() - start)
 
     def _restore(self) -> dict[str, Any] | None:
         """Continue from a checkpoint, if there is one; return the record of the run if it had ended there."""
@@ -222,14 +252,15 @@ class Trainer:
         if distributed.is_main_process():
             draw_all(record, self.folder)
 
-    def _validate(self) -> None:
+    def _validate(self, interrupts: InterruptHandler) -> None:
         """Measure on the validation problems; a new best policy goes to saved_model/."""
         progress = self.progress
-        entry = self.measurer.validate(self.lm)
+        entry = self.measurer.validate(self.lm, interrupts.abandonable())
         improved = progress.is_better(entry)
         if improved:
             progress.best = entry
             if progress.step:
-                self._checkpoint()  # first, so that saved_model/ is never ahead of what a run can continue from
+                # first, so that saved_model/ is never ahead of what a run can continue from
+                self.state.save(self.folder)
             self.measurer.save(self.lm)
         show_evaluation(entry, improved)

@@ -133,8 +133,8 @@ def test_a_second_signal_quits_at_once(tmp_path, number, status):
     process.send_signal(number)
     start = time.monotonic()
     process.communicate(timeout=30)
-    assert process.returncode == status
-    assert time.monotonic() - start < 2
+    assert process.returncode in (status, -number)  # by the run itself, or by the system
+    assert time.monotonic() - start < 1
 
 
 def test_a_second_run_in_the_folder_is_refused_at_once_and_the_first_continues(tmp_path):
@@ -200,7 +200,7 @@ def test_a_setting_that_may_not_change_is_named_and_refused(whole, change):
     result = in_process(folder, *change)
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
-    assert change[0][2:].replace("-", "_") in result.stderr
+    assert f"{change[0]} " in result.stderr
     assert fingerprint(folder) == before
 
 
