@@ -125,11 +125,11 @@ class RunState:
         """Describe a failed write with what is kept and what is not; keep the metrics too, if they can be written."""
         if not folder.is_dir():
             return f"{folder.absolute()} was deleted or moved during the run, with all that was saved; {error}"
-        with suppress(OSError):
-            self.metrics.write()
         saved, step = self.saved_step, self.progress.step
         if saved is None:
             return f"{error}; nothing is kept"
+        with suppress(OSError):
+            self.metrics.write()
         lost = f", what came after it (until step {step}) is lost" if step > saved else ""
         return f"{error}; the checkpoint of step {saved} is kept{lost}, and the same command continues from it"
 

@@ -1,6 +1,7 @@
 """The run: step by step, with evaluations, checkpoints and an end. A step itself is `grpo/algorithm/grpo.py`."""
 
 import math
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,12 @@ class Trainer:
                     self._validate(interrupts)  # what was trained last may be the best
                 self.state.save(self.folder)
                 self._finish(interrupts, reason)
+                self._draw(self.metrics.record)
         except Interrupted:
             self._stop(interrupts, interrupts.name)
         except ValueError:  # out of memory, a broken reward: keep the metrics so far
             self.metrics.write()
             raise
-        self._draw(self.metrics.record)
 
     def _stop(self, interrupts: InterruptHandler, reason: str) -> None:
         """Save after a signal, and say how to go on. A step that has begun to change the policy is thrown away."""
@@ -114,8 +115,10 @@ class Trainer:
             place += f"; the checkpoint is of step {self.state.saved_step}"
         else:
             self.state.save(self.folder)
-        show_interruption(self.folder, place, reason)
         self.metrics.write()
+        if interrupts.signal != signal.SIGTERM:  # what sends that may wait for seconds only
+            self._draw(self.metrics.record)
+        show_interruption(self.folder, place, reason)
 
     def _train(self, interrupts: InterruptHandler) -> str:
         """Take steps until there is a reason to stop; return it."""

@@ -168,7 +168,9 @@ def test_a_reward_that_waits_is_left_at_once_and_may_not_catch_that(model, tmp_p
 def test_a_launch_says_something_and_is_quiet_when_it_is_stopped_at_once(tmp_path):
     command = [sys.executable, str(ROOT / "train_grpo.py"), "--output-dir", str(tmp_path / "run")]
     start = time.monotonic()
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, earlier)
     line = process.stderr.readline()
     assert line == "Loading starter\n"
     assert time.monotonic() - start < 2  # half a second on a machine with nothing else to do
@@ -302,7 +304,7 @@ def test_a_disk_that_fills_up_keeps_the_newest_checkpoint_and_says_what_is_lost(
 
 # --- a hundred signals ---
 
-LONG = {"num_iterations": 6, "batch_size": 4, "num_inner_updates": 50, "eval_every": 1, "eval_problems": 500}
+LONG = {"num_iterations": 4, "batch_size": 4, "num_inner_updates": 50, "eval_every": 1, "eval_problems": 500}
 LONG |= {"max_new_tokens": 22, "min_operand": 0, "max_operand": 10, "save_every": 2}
 
 
