@@ -81,7 +81,7 @@ class TrainConfig(TaskOptions):
     task_arg: tuple[str, ...] = setting((), "Task", "key=value, an argument of the --task in your file")
     prompt_style: str = setting("answer", "Task", "form of the answer that the prompt asks for", None, STYLES)
     system_prompt: str = setting("", "Task", "system prompt instead of the style's own")
-    shots: int = setting(0, "Task", "worked examples in the prompt, solved training problems as turns", 0)
+    shots: int = setting(0, "Task", "worked examples in the prompt, solved training problems as turns", 0, (), 10**4)
     reward: tuple[str, ...] = setting((), "Task", "NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT, instead of the task's own")
 
     num_iterations: int = setting(

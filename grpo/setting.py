@@ -43,9 +43,13 @@ def check_setting(name: str, value: Any, kind: type, metadata: Any) -> None:
     if least is not None and value < least:
         raise ValueError(f"{option} is {value}; it must be at least {least:g}")
     if kind in (int, float) and value > most:
-        raise ValueError(f"{option} is {value}; it must be at most {most:.12g}")
+        raise ValueError(f"{option} is {value}; it must be at most {_plain(most)}")
     if choices and value not in choices:
         raise ValueError(f"{option} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def parse_duration(text: str) -> int:

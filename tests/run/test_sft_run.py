@@ -88,7 +88,7 @@ def test_a_signal_in_a_supervised_step_saves_and_says_where(whole, model, tmp_pa
     folder = tmp_path / "run"
     result = CliRunner().invoke(train_grpo.main, options(model=model, output_dir=folder, **FIRST))
     assert result.exit_code == 143
-    assert "Stopped after fine-tuning step 2 (SIGTERM). Checkpoint, metrics and plots are in" in result.output
+    assert "Stopped after fine-tuning step 2 (SIGTERM). Checkpoint and metrics are in" in result.output
     assert len(load_metrics(folder)["sft"]) == 2
     monkeypatch.setattr(SupervisedTrainer, "step", true_step)
     trained(model, folder, **FIRST)

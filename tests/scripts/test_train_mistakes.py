@@ -50,6 +50,7 @@ BAD_CALLS = [
     (["--num-inner-updates", "1" + "0" * 21], "--num-inner-updates"),
     (["--num-iterations", "1" + "0" * 25], "--num-iterations"),
     (["--eval-problems", "1" + "0" * 9], "--eval-problems"),
+    (["--shots", "1" + "0" * 9], "--shots"),
     (["--target-accuracy", "2"], "--target-accuracy"),
     (["--epsilon", "0"], "--epsilon"),
     (["--temperature", "1e30"], "--temperature"),
