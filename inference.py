@@ -1,5 +1,6 @@
 """Ask the trained model.
 
+    python inference.py                                          ask one question after the other
     python inference.py "What is (4 - 9) * 6?"
     python inference.py --compare "What is (4 - 9) * 6?"        before and after training
     python inference.py --temperature 1 --samples 16 --vote "What is (4 - 9) * 6?"
@@ -10,10 +11,14 @@ Uses saved_model/ if it is there, the bundled starter otherwise, or any model wi
 run does. All models get the task, prompts and limit of the last: a base is asked as the model that came of it.
 """
 
+import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
+from itertools import count as numbers
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +26,11 @@ import click
 
 from grpo.config import DEVICES, MOST_TOKENS
 from grpo.evaluation.intervals import majority
+from grpo.launch.asking import as_task, before_training, with_examples
+from grpo.launch.command import EXAMPLE, Asking, without_quotes
 from grpo.model_card import read_card, resolve
-from grpo.runtime.console import printable
+from grpo.runtime.atomic_io import write_atomic
+from grpo.runtime.console import printable, say, terminal_columns
 from tasks.common.parsing import has_form, parse_answer
 from tasks.common.prompts import STYLES, chat, system_prompt
 from tasks.registry import TASKS, task_options
@@ -42,7 +50,7 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Asking, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("questions", nargs=-1)
 @click.option(
     "--model",
@@ -53,18 +61,23 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--compare", is_flag=True, help="the model before training too, side by side")
 @click.option("--evaluate", is_flag=True, help="measure accuracy on held-out problems instead of asking")
 @click.option("--split", type=click.Choice(("validation", "test")), help="to --evaluate on  [default: test]")
-@click.option("--task", help=f"{', '.join(TASKS)} or FILE.py:NAME, to --evaluate on  [default: the model's own]")
+@click.option(
+    "--task",
+    multiple=True,
+    help=f"{', '.join(TASKS)} or FILE.py:NAME, to --evaluate on; which prompt to ask with, of a mixture's "
+    "[default: the model's own]",
+)
 @click.option("--task-arg", multiple=True, help="key=value, an argument of the --task in your file")
 @task_setting_options
 @click.option("--prompt-style", type=click.Choice(STYLES), help="to --evaluate in  [default: the model's own]")
 @click.option("--shots", type=click.IntRange(0), help="worked examples, with --evaluate  [default: the model's own]")
 @click.option("--pass-at-k", type=click.IntRange(0), help="also pass@k and maj@k by sampling, with --evaluate")
+@click.option("--json", is_flag=True, help="print one JSON object instead of a table, with --evaluate")
+@click.option("--answers", type=click.Path(path_type=Path), help="JSON Lines file for all answers, with --evaluate")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="completions a question")
 @click.option("--vote", is_flag=True, help="answer with what most of the samples say, and their share")
-@click.option(
-    "--max-new-tokens", type=click.IntRange(1, MOST_TOKENS), help="longest completion  [default: the model's own]"
-)
+@click.option("--max-new-tokens", type=click.IntRange(1, MOST_TOKENS), help="of a completion  [default: the model's]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of sampling")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="where to compute")
 def main(
@@ -80,23 +93,25 @@ def main(
     device: str,
     **exam: Any,
 ) -> None:
-    """Answer QUESTIONS (or one a line on standard input) and print completion and parsed answer."""
-    given = {name: value for name, value in exam.items() if value not in (None, ())}
+    """Answer QUESTIONS and print completion and parsed answer.
+
+    Without QUESTIONS, ask for them on a terminal, or read them from standard input, one a line.
+    """
+    given = {name: value for name, value in exam.items() if value not in (None, ()) and value is not False}
     if evaluate and (questions or temperature != 0 or samples > 1 or vote):
-        raise click.UsageError(
-            "--evaluate takes no questions, --temperature, --samples or --vote: it answers greedily"
-        )
+        raise click.UsageError("--evaluate answers greedily; no questions, --temperature, --samples or --vote then")
     if compare and len(models) > 1:
         raise click.UsageError("--compare finds the other model itself; give one --model")
+    asks_as = given.pop("task", ()) if not evaluate else ()
     if not evaluate and (given or len(models) > 1):
         too_much = ", ".join(f"--{option.replace('_', '-')}" for option in given) or "--model given twice"
         raise click.UsageError(f"{too_much} is for --evaluate")
     if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
-        raise click.UsageError(
-            f"--temperature {temperature} cannot be; 0 is greedy, else at least {LEAST_TEMPERATURE}"
-        )
+        raise click.UsageError(f"--temperature {temperature} is neither 0, greedy, nor at least {LEAST_TEMPERATURE}")
     if samples > 1 and temperature == 0:
         raise click.UsageError("--samples above 1 needs --temperature above 0: greedy completions are all alike")
+    if len(questions) > 1 and not any(len(question.split()) > 1 for question in questions):
+        raise click.UsageError(without_quotes(questions))
     name = models[-1] if models else "saved_model" if Path("saved_model").is_dir() else "starter"
     if vote and samples == 1:
         raise click.UsageError("--vote is among samples; give --samples N and a --temperature")
@@ -106,30 +121,31 @@ def main(
             given |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
             examine(names, {**given, "device": device, "seed": seed})
             return
-        asked = read_questions(questions)
+        asks = not questions and on_terminal()
+        asked = [] if asks else read_questions(questions)
         names = [before_training(name), name] if compare else [name]
-        click.echo("Model: " + " -> ".join(printable(n) for n in names), err=True)
+        say("Model: " + " -> ".join(printable(n) for n in names), sys.stderr)
         sampling = Sampling(temperature, samples, max_new_tokens, seed)
-        card = read_card(name)
-        answers = [complete(n, card, asked, device, sampling) for n in names]
+        card = as_task(read_card(name), asks_as)
+        if asks:
+            converse([load_model(n, card, device) for n in names], card, sampling, vote)
+            return
+        answers = [complete(load_model(n, card, device), card, asked, sampling) for n in names]
+        for question, *completions in zip(asked, *answers, strict=True):
+            say(printable(question))
+            show(completions, card, vote)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
+        say("", sys.stderr)  # the shell's prompt begins on a line of its own
         sys.exit(130)
-    style, kind = card.get("prompt_style", "answer"), card.get("kind", "integer")
-    labels = ["before: ", "after:  "] if compare else [""]
-    for i, question in enumerate(asked):
-        click.echo(printable(question))
-        for label, completions in zip(labels, answers, strict=True):
-            if vote:
-                show_vote(label, completions[i], kind)
-            for text in () if vote else completions[i]:
-                show(label, text, style, kind)
 
 
 def examine(names: Sequence[str], given: dict[str, Any]) -> None:
-    """Measure the models as a run from the last one would, and print the table."""
-    split = given.pop("split", "test")
+    """Measure the models as a run from the last one would, and print the table, or the same as JSON."""
+    split, is_json, file = given.pop("split", "test"), given.pop("json", False), given.pop("answers", None)
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):  # now, not after all the work
+        raise ValueError(f"cannot write --answers {printable(str(file))}; it must be a file, in a folder of yours")
     try:
         config = resolve({"model": names[-1], "pass_at_k": 0, **given})
     except ValueError as error:
@@ -142,38 +158,36 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
     task = make_task(config)
     card = read_card(names[-1])
     other = {"task", "shots", "prompt_style"} & set(given)
-    if card.get("examples") and not other:  # those of the run, whatever its data are now
-        task = replace(task, examples=card["examples"])
+    if not other:  # the examples of the run, whatever its data are now
+        task = with_examples(task, card)
 
-    from grpo.evaluation.model_comparison import measure, table
+    from grpo.evaluation.model_comparison import answers, as_json, measure, table
 
     skills = {skill: SKILLS[skill] for skill in card.get("skills", []) if skill in SKILLS}
-    with naming_own_code():
+    with naming_own_code(), redirect_stdout(sys.stderr) if is_json else nullcontext():  # a remark is no JSON
         found = measure(names, config, task, skills, split)
-    click.echo(f"{task.name}, {split} problems, style {task.style}, greedy, up to {config.max_new_tokens} tokens")
-    click.echo("\n".join(table(found, split)))
+    how = {"task": task.name, "split": split, "prompt_style": task.style, "max_new_tokens": config.max_new_tokens}
+    if is_json:
+        click.echo(json.dumps({**how, **as_json(found)}))
+    else:
+        say(f"{task.name}, {split} problems, style {task.style}, greedy, up to {config.max_new_tokens} tokens")
+        say("\n".join(table(found, split, terminal_columns())))
+    if file is not None:
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in answers(found)).encode())
 
 
 def read_questions(questions: Sequence[str]) -> list[str]:
     """Return the questions of the command line, or those of standard input. Raises ValueError for an empty one."""
     if not questions:
         if sys.stdin.isatty():
-            raise ValueError('give a question, such as "What is (4 - 9) * 6?", or one a line on standard input')
+            raise ValueError(f'give a question, such as "{EXAMPLE}", or one a line on standard input')
         questions = [line for line in sys.stdin.read().splitlines() if line.strip()]
         if not questions:
             raise ValueError("there is no question on standard input; write one a line")
     if any(not question.strip() for question in questions):
-        raise ValueError('a question is empty; ask something, such as "What is (4 - 9) * 6?"')
+        raise ValueError(f'a question is empty; ask something, such as "{EXAMPLE}"')
     # a byte that is not UTF-8 reaches Python as a lone surrogate, which no tokenizer takes
     return [question.strip().encode("utf-8", "replace").decode() for question in questions]
-
-
-def before_training(name: str) -> str:
-    """Return the model that a saved model was trained from. Raises ValueError if that is not known."""
-    base = read_card(name).get("base_model")
-    if not isinstance(base, str):
-        raise ValueError(f"{name} does not say what it was trained from; --compare needs a saved_model/ of a run")
-    return base
 
 
 @dataclass(frozen=True)
@@ -186,15 +200,20 @@ class Sampling:
     seed: int
 
 
-def complete(
-    name: str, card: Mapping[str, Any], questions: Sequence[str], device: str, sampling: Sampling
-) -> list[list[str]]:
-    """Return the completions of a model for each question, asked as the card says."""
-    from grpo.generation.greedy import greedy
+def load_model(name: str, card: Mapping[str, Any], device: str) -> "LanguageModel":
+    """Load a model in the precision that the card says."""
     from grpo.model.loading import load
     from grpo.runtime.device import choose_device
 
-    lm = load(name, choose_device(device), card.get("settings", {}).get("precision", "auto"))
+    return load(name, choose_device(device), card.get("settings", {}).get("precision", "auto"))
+
+
+def complete(
+    lm: "LanguageModel", card: Mapping[str, Any], questions: Sequence[str], sampling: Sampling, first: int = 0
+) -> list[list[str]]:
+    """Return the completions of a model for each question, asked as the card says; `first` is their number."""
+    from grpo.generation.greedy import greedy
+
     system = card.get("system_prompt") or system_prompt(
         card.get("prompt_style", "answer"), card.get("kind", "integer")
     )
@@ -202,10 +221,12 @@ def complete(
     limit = sampling.max_new_tokens or card.get("max_new_tokens", TOKENS_WITHOUT_CARD)
     if sampling.temperature == 0:
         return [[text] for text in lm.decode(greedy(lm, prompts, limit).rows(with_end=False))]
-    return sampled(lm, prompts, limit, sampling)
+    return sampled(lm, prompts, limit, sampling, first)
 
 
-def sampled(lm: "LanguageModel", prompts: Sequence[Sequence[int]], limit: int, sampling: Sampling) -> list[list[str]]:
+def sampled(
+    lm: "LanguageModel", prompts: Sequence[Sequence[int]], limit: int, sampling: Sampling, first: int
+) -> list[list[str]]:
     """Return random completions of each prompt."""
     from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
     from grpo.model.tokens import left_pad
@@ -214,7 +235,7 @@ def sampled(lm: "LanguageModel", prompts: Sequence[Sequence[int]], limit: int, s
     generator = Generator(lm.model)
     params = SamplingParams(limit, lm.end_ids, sampling.samples, sampling.temperature)
     texts = []
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, first):
         uniforms = sampling_uniforms(sampling.seed, number, sampling.samples, limit)
         with in_precision(lm.model):
             completions = generator(*left_pad([prompt], lm.pad_id, lm.device), params, uniforms)
@@ -222,24 +243,54 @@ def sampled(lm: "LanguageModel", prompts: Sequence[Sequence[int]], limit: int, s
     return texts
 
 
-def show_vote(label: str, texts: Sequence[str], kind: str) -> None:
-    """Print the answer that most completions give, and how many do."""
+def on_terminal() -> bool:
+    """Return whether a person can be asked."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def converse(models: Sequence["LanguageModel"], card: Mapping[str, Any], sampling: Sampling, vote: bool) -> None:
+    """Ask for a question and answer it, again and again, until an empty line or Ctrl-D."""
+    with suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  (lines can be edited, and earlier ones called back)
+
+    say(f"Ask a question, such as: {EXAMPLE} An empty line or Ctrl-D ends.", sys.stderr)
+    for number in numbers():
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            line = ""
+            say()
+        if not line:
+            return
+        show([complete(lm, card, read_questions([line]), sampling, number)[0] for lm in models], card, vote)
+
+
+def show(answers: Sequence[Sequence[str]], card: Mapping[str, Any], vote: bool) -> None:
+    """Print the completions of one question by each model, or what most of them answer."""
+    style, kind = card.get("prompt_style", "answer"), card.get("kind", "integer")
+    labels = ["before: ", "after:  "] if len(answers) > 1 else [""]
+    for label, texts in zip(labels, answers, strict=True):
+        if vote:
+            say(f"  {label}{vote_of(texts, kind)}")
+        for text in () if vote else texts:
+            say(f"  {label}{printable(text)}   [{parsed(text, style, kind)}]")
+
+
+def vote_of(texts: Sequence[str], kind: str) -> str:
+    """Return the answer that most completions give, and how many do."""
     answers = [parse_answer(text, kind) for text in texts]
     place = majority(answers)
     if place is None:
-        click.echo(f"  {label}none of {len(texts)} samples gives an answer")
-        return
+        return f"none of {len(texts)} samples gives an answer"
     count = answers.count(answers[place])
-    share = f"{count} of {len(texts)} samples ({count / len(texts):.0%})"
-    click.echo(f"  {label}{printable(str(answers[place]))}   [{share}]")
+    return f"{printable(str(answers[place]))}   [{count} of {len(texts)} samples ({count / len(texts):.0%})]"
 
 
-def show(label: str, text: str, style: str, kind: str) -> None:
-    """Print a completion, escaped, and the answer of its kind that was parsed from it."""
+def parsed(text: str, style: str, kind: str) -> str:
+    """Return the answer of its kind that is parsed from a completion, in words."""
     answer = parse_answer(text, kind)
     form = "" if has_form(text, style) else f", not in the form of style {style}"
-    parsed = "no answer" if answer is None else f"answer {printable(str(answer))}{form}"
-    click.echo(f"  {label}{printable(text)}   [{parsed}]")
+    return "no answer" if answer is None else f"answer {printable(str(answer))}{form}"
 
 
 if __name__ == "__main__":

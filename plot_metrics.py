@@ -6,18 +6,20 @@
     python plot_metrics.py runs/a --html                               and a page with everything: grpo_report.html
     python plot_metrics.py runs/a runs/b --label first --label second  compare: grpo_comparison.png
 
-A run gets grpo_training_curve.png, grpo_kl_divergence.png and grpo_overview.png, and grpo_sft_curve.png if it
-fine-tuned first. Works during a run, and on
-one that was cut short. Runs of the same label become one curve with a band from the smallest to the largest; without
-labels, so do runs that differ in their seed only.
+A run gets grpo_training_curve.png, grpo_overview.png, grpo_kl_divergence.png if it has a reference, and
+grpo_sft_curve.png if it fine-tuned first. Works during a run, and on one that was cut short. Runs of the same label
+become one curve with a band from the smallest to the largest; without labels, so do runs that differ in their seed
+only.
 """
 
 from pathlib import Path
 
 import click
 
+from grpo.launch.command import Script
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.command(cls=Script, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, metavar="[RUN]...")
 @click.option("--label", "labels", multiple=True, help="name of a run, where several are compared; once for each")
 @click.option("--out", type=click.Path(path_type=Path), help="folder to draw into  [default: beside the metrics]")

@@ -2,6 +2,8 @@
 
     python train_grpo.py                                        the bundled starter model, minutes on a CPU
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct     a model of the Hugging Face Hub
+    python train_grpo.py --check                                a prompt, rewards, expected time: trains nothing
+    python train_grpo.py --config runs/a/grpo_metrics.json      the settings of another run
 
 Writes saved_model/ (the policy that is best on validation problems), grpo_metrics.json, grpo_overview.png,
 grpo_training_curve.png, grpo_kl_divergence.png and checkpoints/ into --output-dir. The same command continues a
@@ -14,8 +16,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -25,12 +28,14 @@ import click
 from click.core import ParameterSource
 
 from grpo.config import GROUPS, OLD_NAMES, TrainConfig, ordered_fields
+from grpo.launch.command import Script
+from grpo.launch.config_file import read_settings, resolve_with_file
 from grpo.launch.run_folder import claim_folder
 from grpo.model_card import resolve
-from grpo.runtime.console import printable
+from grpo.runtime.console import printable, say
 
 
-class GroupedCommand(click.Command):
+class GroupedCommand(Script):
     """A command whose --help lists the settings under the headings of `TrainConfig`."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -68,10 +73,12 @@ def _option(f: Field, name: str, **more: Any) -> Callable[[click.Command], click
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @setting_options
+@click.option("--config", "file", type=click.Path(path_type=Path), help="JSON file of settings; options override it")
+@click.option("--check", is_flag=True, help="show a prompt, rewards, expected time and memory; train nothing")
 @click.option("--seeds", help="several, such as 0,1,2: one run each, in seed-0/ and so on below --output-dir")
 @click.option("--fresh", is_flag=True, help="start over; what an earlier run wrote is moved to earlier_runs/")
 @click.pass_context
-def main(ctx: click.Context, seeds: str | None, fresh: bool, **settings: Any) -> None:
+def main(ctx: click.Context, file: Path | None, check: bool, seeds: str | None, fresh: bool, **settings: Any) -> None:
     """Train a small instruct model with GRPO, on arithmetic or another task.
 
     The defaults shown are the published ones, for models of the Hub. The starter has settings of its own,
@@ -86,15 +93,20 @@ def main(ctx: click.Context, seeds: str | None, fresh: bool, **settings: Any) ->
         }
     )
     try:
-        config = resolve(given)
+        in_file = read_settings(file) if file else {}
         if seeds is not None:
-            ctx.exit(train_seeds(seeds, given, fresh))
+            in_file.pop("seed", None)
+        config = resolve_with_file(file, in_file, given) if file else resolve(given)
+        if seeds is not None and check:
+            raise ValueError("--check looks at one run; give it a --seed, not --seeds")
+        if seeds is not None:
+            ctx.exit(train_seeds(seeds, {**in_file, **given}, fresh))
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     rank = int(os.environ.get("RANK", "0"))  # torchrun starts one process a device
     try:
-        with claim_folder(config, fresh) if rank == 0 else silenced():
-            ctx.exit(train(config, launched))
+        with silenced() if rank else nullcontext() if check else claim_folder(config, fresh):
+            ctx.exit(train(config, launched, check))
     except (ValueError, OSError) as error:
         raise click.ClickException(f"process {rank}: {error}" if rank else str(error)) from None
     except KeyboardInterrupt:
@@ -108,7 +120,7 @@ def with_deprecated(given: dict[str, Any]) -> dict[str, Any]:
             value = given.pop(old)
             given.setdefault(new, value)
             options = (f"--{name.replace('_', '-')}" for name in (old, new))
-            click.echo("{} is deprecated; it is {} now".format(*options), err=True)
+            say("{} is deprecated; it is {} now".format(*options), sys.stderr)
     return given
 
 
@@ -130,8 +142,11 @@ def silenced() -> Iterator[None]:
         yield
 
 
-def train(config: TrainConfig, launched: float) -> int:
-    """Run the training and return the exit status; the heavy imports come after the folder is locked."""
+def train(config: TrainConfig, launched: float, check: bool) -> int:
+    """Run the training, or only check it, and return the exit status.
+
+    The heavy imports come after the folder is locked.
+    """
     from tasks.common.user_file import naming_own_code
     from tasks.registry import make_task
     from tasks.rewards.scoring import rewards_of, try_out
@@ -142,6 +157,7 @@ def train(config: TrainConfig, launched: float) -> int:
     with naming_own_code():
         try_out(rewards_of(config, task), task)
 
+    from grpo.launch.check import check as look
     from grpo.runtime import distributed
     from grpo.runtime.microbatch import is_out_of_memory
     from grpo.trainer import Trainer
@@ -149,7 +165,10 @@ def train(config: TrainConfig, launched: float) -> int:
 
     try:
         with naming_own_code():
-            status = Trainer(config, task, SKILLS, launched).run()
+            trainer = Trainer(config, task, SKILLS, launched)
+            if check:
+                look(trainer.grpo, trainer.evaluator, trainer.metrics.record["environment"], launched)
+            status = 0 if check else trainer.run()
         distributed.leave()  # not after an error: the other ranks may be waiting in another place
         return status
     except MemoryError:

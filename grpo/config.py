@@ -13,7 +13,7 @@ from typing import Any
 from grpo.setting import as_typed, check_setting, parse_duration, parse_group_schedule, setting
 from tasks.common.prompts import STYLES
 from tasks.common.user_file import names_a_file
-from tasks.registry import DEFAULT_TASK, TASKS, task_options
+from tasks.registry import DEFAULT_TASK, TASKS, task_options, task_shares
 
 SFT, VARIANTS, OUTPUT = "SFT before GRPO", "Variants and schedules", "Evaluation and output"
 GROUPS = ("Model", "Task", "Algorithm", SFT, VARIANTS, OUTPUT)  # in the order of --help
@@ -77,7 +77,9 @@ class TrainConfig(TaskOptions):
     gradient_checkpointing: bool = setting(False, "Model", "save memory: recompute activations in the backward pass")
     shard: bool = setting(False, "Model", "spread weights, gradients and optimizer over the processes of torchrun")
 
-    task: str = setting(DEFAULT_TASK, "Task", f"{', '.join(TASKS)}, or FILE.py:NAME, one of your own")
+    task: tuple[str, ...] = setting(
+        (DEFAULT_TASK,), "Task", f"{', '.join(TASKS)}, or FILE.py:NAME, one of your own; several: NAME=WEIGHT each"
+    )
     task_arg: tuple[str, ...] = setting((), "Task", "key=value, an argument of the --task in your file")
     prompt_style: str = setting("answer", "Task", "form of the answer that the prompt asks for", None, STYLES)
     system_prompt: str = setting("", "Task", "system prompt instead of the style's own")
@@ -162,15 +164,19 @@ class TrainConfig(TaskOptions):
     output_dir: str = setting(".", OUTPUT, "folder that everything is written to")
 
     def __post_init__(self) -> None:
-        for name in ("reward", "task_arg"):
+        if isinstance(self.task, str):  # one, as files have it
+            object.__setattr__(self, "task", (self.task,))
+        for name in ("task", "reward", "task_arg"):
             if isinstance(getattr(self, name), list):  # as JSON has it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for f in fields(self):
             check_setting(f.name, getattr(self, f.name), f.type, f.metadata)
-        if self.task not in TASKS and not names_a_file(self.task):
-            raise ValueError(f"--task is {self.task!r}; it must be one of {', '.join(TASKS)}, or FILE.py:NAME")
-        if self.task_arg and not names_a_file(self.task):
-            raise ValueError(f"--task-arg is for a task in a file, --task FILE.py:NAME; this one is {self.task}")
+        shares = task_shares(self.task)
+        object.__setattr__(self, "task", tuple(map(str, shares)))  # a weight has one spelling
+        if self.task_arg and sum(names_a_file(share.spec) for share in shares) != 1:
+            raise ValueError(
+                f"--task-arg is for a task in a file, --task FILE.py:NAME, and for one; here is {' '.join(self.task)}"
+            )
         if self.time_limit:
             parse_duration(self.time_limit)
         if self.group_schedule:
@@ -219,8 +225,9 @@ class TrainConfig(TaskOptions):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values."""
-        return {**asdict(self), "reward": list(self.reward), "task_arg": list(self.task_arg)}
+        """Return the settings as JSON values: a task alone as a text, several as a list."""
+        task = self.task[0] if len(self.task) == 1 else list(self.task)
+        return {**asdict(self), "task": task, "reward": list(self.reward), "task_arg": list(self.task_arg)}
 
     def inheritable_settings(self) -> dict[str, Any]:
         """Return what a saved model hands to a run that starts from it: all but place, model, seed and files."""

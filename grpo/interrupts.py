@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from grpo.runtime import distributed
+from grpo.runtime.console import for_terminal
 from grpo.setting import parse_duration
 
 TOO_LATE = 1  # among signals of at least 2
@@ -142,7 +143,8 @@ class InterruptHandler:
             else:
                 self._said = True
                 self._remember(byte[0])
-                print(f"\n{self.name}: stopping; once more quits at once", file=sys.stderr, flush=True)
+                said = for_terminal(f"\n{self.name}: stopping; once more quits at once")
+                print(said, file=sys.stderr, flush=True)
         os.close(self._read)
 
     def _ask_again(self) -> bool:

@@ -21,7 +21,7 @@ from grpo.report.progress import show_finding
 from grpo.report.saved_readme import saved_readme
 from grpo.resume import Progress
 from grpo.runtime import distributed
-from tasks.base import Task
+from tasks.base import Task, asked
 
 
 class Measurer:
@@ -98,10 +98,7 @@ class Measurer:
         card = {
             "task": self.task.name,
             "step": self.progress.best["step"],
-            "kind": self.task.kind,
-            "prompt_style": self.task.style,
-            "system_prompt": self.task.system_prompt,
-            "examples": list(self.task.examples),
+            **asked(self.task),
             "max_new_tokens": c.max_new_tokens,
             "base_model": str(Path(c.model).resolve()) if on_disk else c.model,
             "skills": list(self.evaluator.skills),

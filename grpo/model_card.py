@@ -7,7 +7,7 @@ were measured to suit a model, for when it is named; the command line overrides 
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from grpo.config import MOST_TOKENS, NOT_INHERITED, TrainConfig, with_new_names
 from tasks.base import KINDS
 from tasks.common.prompts import STYLE_TOKENS, STYLES
 from tasks.common.user_file import names_a_file
+from tasks.registry import unused_options
 
 STARTER = Path(__file__).parent / "starter" / "model"
 RECIPES = Path(__file__).parent / "recipes"
@@ -71,6 +72,12 @@ def _is_turn(value: Any) -> bool:
     return value["role"] in ("user", "assistant") and isinstance(value["content"], str)
 
 
+def _is_asked(value: Any) -> bool:
+    """Return whether a value says how one task of a mixture is asked."""
+    return isinstance(value, dict) and all(name in value and CARD_ENTRIES[name](value[name]) for name in ASKED)
+
+
+ASKED = ("kind", "prompt_style", "system_prompt", "examples")  # entries of a task
 CARD_ENTRIES = {
     "settings": lambda value: isinstance(value, dict),
     "step": lambda value: isinstance(value, int) and value >= 0,
@@ -81,6 +88,7 @@ CARD_ENTRIES = {
     "prompt_style": lambda value: value in STYLES,
     "kind": lambda value: value in KINDS,
     "examples": lambda value: isinstance(value, list) and all(map(_is_turn, value)),
+    "tasks": lambda value: isinstance(value, dict) and all(map(_is_asked, value.values())),
     "base_model": lambda value: isinstance(value, str),
     "skills": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
 }
@@ -91,11 +99,12 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     card = with_new_names(read_card(given.get("model", "starter")).get("settings", {}))
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):
         raise ValueError(f"the model's {CARD} has settings that it cannot have: {', '.join(unknown)}")
-    if any(isinstance(spec, str) and names_a_file(spec) for spec in _as_list(card.get("reward"))):
+    if any(isinstance(spec, str) and names_a_file(spec) for spec in _as_list(card.get("reward", []))):
         raise ValueError(f"the model's {CARD} names a reward in a file, which a model cannot; remove it there")
-    if isinstance(card.get("task"), str) and names_a_file(card["task"]) and "task" not in given:
+    tasks = _as_list(card.get("task", []))
+    if in_files := [spec for spec in tasks if isinstance(spec, str) and names_a_file(spec) and "task" not in given]:
         raise ValueError(
-            f"the model was trained on {card['task']!a}, a task in a file, which a model cannot name; give --task"
+            f"the model was trained on {in_files[0]!a}, a task in a file, which a model cannot name; give --task"
         )
     defaults = TrainConfig()
     carried = {"task": defaults.task, "prompt_style": defaults.prompt_style, **card}
@@ -103,18 +112,21 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     of_another = set()  # what the card has for another style or task does not apply
     if style != carried["prompt_style"]:
         of_another = {"max_new_tokens", "system_prompt", "reward"}
-    elif given.get("task", carried["task"]) != carried["task"]:
+    elif list(_as_list(given.get("task", carried["task"]))) != list(_as_list(carried["task"])):
         of_another = {"system_prompt", "reward"}
     card = {name: value for name, value in card.items() if name not in of_another}
     limit = {"max_new_tokens": STYLE_TOKENS[style]} if style in STYLES else {}
     given_alone = TrainConfig(**{**limit, **given})  # errors here are the caller's, later ones the card's
     try:
-        return replace(given_alone, **{name: value for name, value in card.items() if name not in given})
+        config = replace(given_alone, **{name: value for name, value in card.items() if name not in given})
     except ValueError as error:
         if recipe := recipe_of(given_alone.model):
             raise ValueError(f"{error}. The model's recipe, {recipe}, has settings of its own; give both") from None
         raise ValueError(f"{model_folder(given_alone.model) / CARD}: {error}; restore or delete it") from None
+    if len(config.task) > 1 and (unused := unused_options(config.task, given)):
+        raise ValueError(f"{', '.join(unused)}: none of the tasks of the mixture has this option; leave it out")
+    return config
 
 
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else []
+def _as_list(value: Any) -> Sequence:
+    return value if isinstance(value, (list, tuple)) else [value]

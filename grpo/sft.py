@@ -23,7 +23,7 @@ from grpo.runtime import distributed
 from grpo.runtime.microbatch import AdaptiveMicrobatch, oom_is_fatal, split_microbatches
 from grpo.runtime.precision import in_precision
 from grpo.runtime.stopwatch import Stopwatch
-from tasks.base import Message, Task
+from tasks.base import Message, Task, prompt_of
 from tasks.common.shots import solved_problem
 
 WARM_UP = 0.1  # of the steps
@@ -72,7 +72,7 @@ class SupervisedTrainer:
         """Return chats and ideal completions of a step; GRPO draws by step numbers from 1, these by negative ones."""
         rows = range(self.config.sft_batch_size)
         solved = [solved_problem(self.task, self.config.seed, -1 - step, row) for row in rows]
-        return [self.task.messages(problem.question) for problem, _ in solved], [text for _, text in solved]
+        return [prompt_of(self.task, problem) for problem, _ in solved], [text for _, text in solved]
 
 
 def supervised_tokens(lm: LanguageModel, chats: Sequence[Sequence[Message]], completions: Sequence[str]) -> Tokens:

@@ -37,6 +37,7 @@ class Problem:
     category: str = ""  # accuracy is reported by category too
     level: str = ""  # problems of a level are about equally hard; "": nothing is known of it
     working: str = ""  # how to get to the answer, if that is known: for worked examples
+    task: str = ""  # which task of a mixture it is of; "" outside of one
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Task(Protocol):
     """The interface of a task to training and evaluation."""
 
     name: str
+    parts: Mapping[str, "Task"]  # the tasks of a mixture, by name; none for any other task
     style: str
     kind: str  # the kind of its answers, one of KINDS
     system_prompt: str
@@ -95,6 +97,27 @@ class Task(Protocol):
 
     def grade(self, problem: Problem, completion: str) -> Attempt:
         """Parse and grade `completion`. Accepts any string, never raises, runs in linear time."""
+
+
+def task_of(task: Task, problem: Problem) -> Task:
+    """Return the task that a problem is of: one of a mixture, or else the task itself."""
+    return task.parts[problem.task] if problem.task else task
+
+
+def prompt_of(task: Task, problem: Problem) -> list[Message]:
+    """Return the chat that asks a problem as its own task does."""
+    return task_of(task, problem).messages(problem.question)
+
+
+def asked(task: Task) -> dict[str, Any]:
+    """Return how a task asks, as a model's card has it; for a mixture also how each of its tasks does."""
+    how = {
+        "kind": task.kind,
+        "prompt_style": task.style,
+        "system_prompt": task.system_prompt,
+        "examples": list(task.examples),
+    }
+    return how | ({"tasks": {name: asked(part) for name, part in task.parts.items()}} if task.parts else {})
 
 
 def one_line(error: BaseException) -> str:

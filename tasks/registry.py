@@ -1,7 +1,7 @@
-"""The tasks of --task, one line each, their options as settings of a run, and the way to a task in a file."""
+"""The tasks of --task, one line each, their options as settings of a run; tasks in a file, and mixtures."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from tasks.common.shots import with_shots
 from tasks.common.user_file import names_a_file
 from tasks.countdown import Countdown
 from tasks.reverse import Reverse
+from tasks.selection.mixture import Mixture, Share, parse_shares
 
 # what makes each task, by name; its parameters that are annotated with a `tasks.base.Option` become options
 TASKS: dict[str, Callable[..., Task]] = {
@@ -28,7 +29,7 @@ DEFAULT_TASK = "arithmetic"
 class TaskSettings(Protocol):
     """The settings that every task is made from; `grpo.config.TrainConfig` has them and the options of all tasks."""
 
-    task: str
+    task: Sequence[str]
     task_arg: Sequence[str]
     prompt_style: str
     system_prompt: str
@@ -61,23 +62,54 @@ def task_options() -> dict[str, TaskOption]:
     return found
 
 
+def task_shares(specs: str | Sequence[str]) -> list[Share]:
+    """Return the tasks of --task. Raises ValueError if one is unknown, or if two cannot be in one mixture."""
+    shares = parse_shares(specs)
+    for share in shares:
+        if share.spec not in TASKS and not names_a_file(share.spec):
+            raise ValueError(f"task is {share.spec!r}; it must be one of {', '.join(TASKS)}, or FILE.py:NAME")
+    for name, option in task_options().items():
+        sharing = [share.spec for share in shares if share.spec in option.tasks]
+        if len(sharing) > 1 and not option.inheritable:  # one file
+            raise ValueError(f"tasks {' and '.join(sharing)} share {_flag(name)}, so a mixture can have one of them")
+    return shares
+
+
+def unused_options(specs: Sequence[str], given: Collection[str]) -> list[str]:
+    """Return the options in `given`, as they are typed, that are of other tasks than these."""
+    specs = {share.spec for share in parse_shares(specs)}
+    return [_flag(name) for name, option in task_options().items() if name in given and not specs & set(option.tasks)]
+
+
 def make_task(settings: TaskSettings) -> Task:
     """Make the task of the settings. Raises ValueError, in one line, if its data are missing or malformed."""
-    options = task_options()
+    options, shares = task_options(), task_shares(settings.task)
+    specs = {share.spec for share in shares}
     for name, option in options.items():
         given = getattr(settings, name) != option.default
         # a model's card may have inheritable options of another task; any other option was typed for this task
-        if given and settings.task not in option.tasks and not option.inheritable:
+        if given and not specs & set(option.tasks) and not option.inheritable:
             raise ValueError(
-                f"--task {settings.task} has no use for --{name.replace('_', '-')}, which is for --task "
+                f"--task {' --task '.join(map(str, shares))} has no use for {_flag(name)}, which is for --task "
                 f"{' and '.join(option.tasks)}"
             )
-    if names_a_file(settings.task):
-        task = load_task(settings.task, settings.task_arg, settings.prompt_style, settings.system_prompt)
+    if len(shares) == 1:
+        return _make(shares[0].spec, settings)
+    parts = {share.name: _make(share.spec, settings) for share in shares}
+    return Mixture(parts, {share.name: share.weight for share in shares})
+
+
+def _make(spec: str, settings: TaskSettings) -> Task:
+    if names_a_file(spec):
+        task = load_task(spec, settings.task_arg, settings.prompt_style, settings.system_prompt)
     else:
-        own = {name: getattr(settings, name) for name, option in options.items() if settings.task in option.tasks}
-        task = TASKS[settings.task](**own, style=settings.prompt_style, system_prompt=settings.system_prompt)
+        own = {name: getattr(settings, name) for name, option in task_options().items() if spec in option.tasks}
+        task = TASKS[spec](**own, style=settings.prompt_style, system_prompt=settings.system_prompt)
     return with_shots(task, settings.shots) if settings.shots else task
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _declared_options(make: Callable[..., Task]) -> dict[str, inspect.Parameter]:

@@ -27,8 +27,8 @@ from grpo.runtime.distributed import gather_to_rank0
 from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.stopwatch import Stopwatch
 from tasks.base import Task
-from tasks.common.curriculum import Curriculum
 from tasks.rewards.scoring import RewardFunction, rewards_of
+from tasks.selection.curriculum import Curriculum
 
 
 class GRPO:
@@ -92,10 +92,12 @@ class GRPO:
                     stats, batch = self.update(batch, c)  # the first one fills old_logprobs
                     updates.append(stats)
         self._after_step(step, updates, c)
+        estimates = {}
         if self.curriculum:
+            estimates = self.curriculum.figures([problem for problem, _, _ in rollout.sampled])
             self.curriculum.observe(rollout.sampled)
         moved = moved_fraction(weights, watched_weights(self.policy))
-        result = StepResult(step, c, rollout, updates, sampler_gap(rollout, batch), moved, clock.seconds)
+        result = StepResult(step, c, rollout, updates, sampler_gap(rollout, batch), moved, clock.seconds, estimates)
         return rollout, step_metrics(result)
 
     def _after_step(self, step: int, updates: Sequence[UpdateStats], config: TrainConfig) -> None:

@@ -11,7 +11,7 @@ from grpo.algorithm.schedules import scheduled
 from grpo.config import TrainConfig
 from grpo.model.language_model import LanguageModel
 from grpo.runtime.stopwatch import Stopwatch
-from tasks.base import Task
+from tasks.base import Task, prompt_of
 
 GROUPS = 8  # that are looked at, or as many as a step has: it costs no more than the sampling of a step
 BACKWARD = 2  # passes forward that a pass backward takes as long as
@@ -48,8 +48,10 @@ def check_examples_fit(config: TrainConfig, lm: LanguageModel, task: Task) -> No
     most = getattr(lm.model.config, "max_position_embeddings", None)
     if not task.examples or most is None:
         return
-    [prompt] = lm.prompts([task.messages(task.training_problem(config.seed, 1, 0).question)])
-    if len(prompt) + config.max_new_tokens > most:
+    for one in task.parts.values() or [task]:
+        [prompt] = lm.prompts([prompt_of(one, one.training_problem(config.seed, 1, 0))])
+        if len(prompt) + config.max_new_tokens <= most:
+            continue
         raise ValueError(
             f"a prompt with {config.shots} worked examples has {len(prompt)} tokens, and --max-new-tokens is "
             f"{config.max_new_tokens}: more than the {most} positions of {config.model}; take fewer --shots"

@@ -19,7 +19,7 @@ from grpo.runtime import distributed
 from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.precision import in_precision
 from grpo.runtime.stopwatch import Stopwatch
-from tasks.base import Problem, Reward, Task
+from tasks.base import Problem, Reward, Task, prompt_of
 from tasks.rewards.scoring import RewardFunction, score
 
 
@@ -188,7 +188,7 @@ class RolloutSampler:
     ) -> ScoredGroups:
         """Sample and score a group for each problem."""
         with clock("sample"), in_precision(self.lm.model):
-            prompt_ids, prompt_mask = self.lm.encode([self.task.messages(p.question) for p in problems])
+            prompt_ids, prompt_mask = self.lm.encode([prompt_of(self.task, p) for p in problems])
             params = SamplingParams(
                 config.max_new_tokens, self.lm.end_ids, config.num_generations, config.temperature
             )

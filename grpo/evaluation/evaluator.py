@@ -21,7 +21,7 @@ from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.precision import in_precision
 from grpo.runtime.stopwatch import Stopwatch
-from tasks.base import Attempt, Problem, Task
+from tasks.base import Attempt, Problem, Task, prompt_of
 from tasks.rewards.scoring import RewardFunction, score
 from tasks.unrelated import QUESTIONS
 
@@ -50,20 +50,38 @@ class Evaluation:
         return [attempt.correct for attempt in self.attempts]
 
     @property
+    def well_formed(self) -> float:
+        """Return the share of answers in the form that the prompt asks for."""
+        return sum(attempt.well_formed for attempt in self.attempts) / self.n
+
+    @property
+    def tasks(self) -> dict[str, "Evaluation"]:
+        """Return the evaluation of each task of a mixture, in order; none of a task alone."""
+        found: dict[str, tuple[list[Problem], list[Attempt]]] = {}
+        for problem, attempt in zip(self.problems, self.attempts, strict=True):
+            if problem.task:
+                own = found.setdefault(problem.task, ([], []))
+                own[0].append(problem)
+                own[1].append(attempt)
+        return {name: Evaluation(*own) for name, own in found.items()}
+
+    @property
     def categories(self) -> dict[str, list[bool]]:
-        """Return which problems are right in each category that the task names, in order."""
+        """Return which problems are right in each category that the task, or each of a mixture, names, in order."""
         found: dict[str, list[bool]] = {}
         for problem, right in zip(self.problems, self.right, strict=True):
             if problem.category:
-                found.setdefault(problem.category, []).append(right)
+                name = f"{problem.task}: {problem.category}" if problem.task else problem.category
+                found.setdefault(name, []).append(right)
         return dict(sorted(found.items()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures for the metrics file: accuracy with interval, well-formed share, and by category."""
-        well_formed = sum(attempt.well_formed for attempt in self.attempts) / self.n
+        """Return the figures for the metrics file: accuracy, interval, well-formed share; by task, by category."""
+        tasks = {name: {**proportion(e.right), "well_formed": e.well_formed} for name, e in self.tasks.items()}
+        more = {"tasks": tasks} if tasks else {}
         categories = {name: proportion(right) for name, right in self.categories.items()}
-        more = {"categories": categories} if categories else {}
-        return {**proportion(self.right), "well_formed": well_formed, **more}
+        more |= {"categories": categories} if categories else {}
+        return {**proportion(self.right), "well_formed": self.well_formed, **more}
 
 
 def proportion(right: Sequence[bool]) -> dict[str, float | int]:
@@ -89,7 +107,7 @@ class Evaluator:
         self.microbatch = AdaptiveMicrobatch("the evaluation", MAX_ROWS, 1, config.shard)
         self.start: DriftBaseline | None = None  # what drift is measured from, if known
         self._held_out: dict[tuple[str, str, int], list[Problem]] = {}
-        self._prompts: dict[tuple[str, str], list[int]] = {}  # by task and question
+        self._prompts: dict[tuple[str, str, str], list[int]] = {}  # by task, its part of a mixture, and question
 
     def remember_start(self, lm: LanguageModel) -> None:
         """Record the starting model's answers to the unrelated questions, which drift is measured from."""
@@ -119,10 +137,11 @@ class Evaluator:
 
     def evaluate(self, lm: LanguageModel, task: Task, problems: Sequence[Problem]) -> Evaluation:
         """Answer each problem once, greedily, and grade it. The prompts of a problem are encoded once."""
-        new = [p.question for p in problems if (task.name, p.question) not in self._prompts]
-        for question, ids in zip(new, lm.prompts([task.messages(q) for q in new]), strict=True):
-            self._prompts[task.name, question] = ids
-        prompts = [self._prompts[task.name, p.question] for p in problems]
+        keys = [(task.name, p.task, p.question) for p in problems]
+        new = {key: p for key, p in zip(keys, problems, strict=True) if key not in self._prompts}
+        encoded = lm.prompts([prompt_of(task, problem) for problem in new.values()])
+        self._prompts |= zip(new, encoded, strict=True)
+        prompts = [self._prompts[key] for key in keys]
         limit, capabilities = self.config.max_new_tokens, self.capabilities
         completions = self.microbatch.run(greedy_across_ranks, lm, prompts, limit, capabilities=capabilities)
         found = graded(lm, task, problems, completions.rows(with_end=False))
@@ -159,7 +178,7 @@ class Evaluator:
             some = problems[first : first + step]
             places = range(first, first + len(some))
             uniforms = [sampling_uniforms(c.seed, place, n, c.max_new_tokens, NOT_TRAINING) for place in places]
-            prompts = lm.prompts([self.task.messages(p.question) for p in some])
+            prompts = lm.prompts([prompt_of(self.task, p) for p in some])
             shares = self.capabilities.supports_common_prefix and len(prompts) > 1
             prefix = common_prefix_length(prompts) if shares else 0
             with in_precision(lm.model):

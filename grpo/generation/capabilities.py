@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.generation.decoding import CachedDecoder, graph_matches_cached, prefill
+from grpo.generation.decoding import CachedDecoder, graph_matches_cached, prefill, prefill_own
 from grpo.model.attention.packed import disable
 from grpo.model.language_model import LanguageModel
 from grpo.model.logprobs import completion_logprobs
@@ -19,7 +19,7 @@ from grpo.model.tokens import Tokens, common_prefix_length, left_pad
 from grpo.runtime.console import say
 from grpo.runtime.microbatch import matches_reference
 from grpo.runtime.precision import in_precision
-from tasks.base import Task
+from tasks.base import Task, prompt_of
 
 PROBED = 4  # prompts, each with two completions
 GRAPH_GROUP = 2  # completions a prompt, for the probe of CUDA graphs
@@ -39,7 +39,7 @@ class ModelCapabilities:
     def probe(cls, lm: LanguageModel, task: Task, cuda_graphs: bool = False) -> "ModelCapabilities":
         """Try a model on prompts of some validation problems; `cuda_graphs` tries those too."""
         problems = task.held_out("validation", PROBED)
-        prompts = lm.prompts([task.messages(problem.question) for problem in problems])
+        prompts = lm.prompts([prompt_of(task, problem) for problem in problems])
         ids, mask = left_pad(prompts, lm.pad_id, lm.device)
         packing = supports_packing(lm.model, ids, mask)
         found = cls(
@@ -107,8 +107,9 @@ def supports_cuda_graphs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> b
 
 def _after_a_token(model: PreTrainedModel, ids: Tensor, mask: Tensor, repeats: int, common_prefix: int = 0) -> Tensor:
     """Return log-probabilities (N · repeats, V) after the prompts and their likeliest token."""
-    cache, logits = prefill(model, ids, mask)
-    logits = CachedDecoder(model, cache, mask, repeats, 1, common_prefix)(
-        logits.argmax(-1).repeat_interleave(repeats)
-    )
-    return logits.float().log_softmax(-1)
+    if common_prefix:
+        prefix, cache, mask, logits = prefill_own(model, ids, mask, common_prefix)
+    else:
+        prefix, (cache, logits) = None, prefill(model, ids, mask)
+    decoder = CachedDecoder(model, cache, mask, repeats, 1, prefix)
+    return decoder(logits.argmax(-1).repeat_interleave(repeats)).float().log_softmax(-1)

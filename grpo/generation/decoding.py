@@ -32,18 +32,8 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: in
     """
     cache = DynamicCache()
     if common_prefix:
-        padding = (~mask).sum(-1, keepdim=True)  # (N, 1)
-        row, first = padding.argmin(), int(padding.min())
-        start = ids[row, first : first + common_prefix][None]  # (1, S)
-        columns = torch.arange(common_prefix, device=ids.device)
-        model(
-            input_ids=start,
-            attention_mask=torch.ones_like(start),
-            position_ids=columns[None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        cache = prefill_prefix(model, ids, mask, common_prefix)
+        columns, padding = torch.arange(common_prefix, device=ids.device), (~mask).sum(-1, keepdim=True)
         source = (columns - padding).clamp(min=0)  # (N, S); columns before a row's first token are masked
         for layer in cache.layers:
             layer.keys, layer.values = (x[0][:, source].transpose(0, 1) for x in (layer.keys, layer.values))
@@ -58,17 +48,61 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: in
     return cache, out.logits[:, -1]
 
 
+def prefill_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> DynamicCache:
+    """Return the cache of the `length` tokens that all left-padded prompts (N, P) begin with, one row."""
+    cache, padding = DynamicCache(), (~mask).sum(-1)
+    row, first = padding.argmin(), int(padding.min())
+    start = ids[row, first : first + length][None]  # (1, S)
+    model(
+        input_ids=start,
+        attention_mask=torch.ones_like(start),
+        position_ids=torch.arange(length, device=ids.device)[None],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return cache
+
+
+def prefill_own(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int
+) -> tuple[CommonPrefix, DynamicCache, Tensor, Tensor]:
+    """Return what all N left-padded prompts (N, P) begin with, `length` tokens, held once, and of all after it the
+    cache, the mask of its columns (N, P - S), and the logits after it (N, V).
+
+    Raises ValueError if the model's layers do more than keep all keys and values.
+    """
+    enable(model)
+    layers = prefill_prefix(model, ids, mask, length).layers
+    if any(type(layer) is not DynamicLayer for layer in layers):
+        raise ValueError("no common prefix in decoding with such a cache")
+    prefix = CommonPrefix([layer.keys[0] for layer in layers], [layer.values[0] for layer in layers])
+    positions, cache = position_ids(mask), DynamicCache()
+    own = (mask & (positions >= length))[:, length:]  # in the others, the beginning goes on behind the padding
+    seen = own[:, None] & torch.ones(2 * own.shape[1:], dtype=torch.bool, device=mask.device).tril()
+    out = model(
+        input_ids=ids[:, length:],
+        attention_mask=prefix.bias(seen),
+        position_ids=positions[:, length:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        common_prefix=prefix,
+    )
+    return prefix, cache, own, out.logits[:, -1]
+
+
 class PreallocatedLayer(DynamicLayer):
     """KV-cache layer with spare capacity, appended in place; `DynamicLayer` copies the whole cache a token."""
 
-    def __init__(self, layer: DynamicLayer, repeats: int, start: int = 0) -> None:
-        """Take over a layer of N rows, (N, heads, length, size), from column `start` on, each row `repeats` times."""
+    def __init__(self, layer: DynamicLayer, repeats: int) -> None:
+        """Take over a layer of N rows, (N, heads, length, size), each row `repeats` times."""
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         if layer.device.type != "cpu":  # else transformers reads each mask, to drop one that masks nothing
             self.is_compileable = True
-        self._length = layer.keys.shape[-2] - start
-        self._buffers = tuple(reserve(x[:, :, start:], repeats) for x in (layer.keys, layer.values))
+        self._length = layer.keys.shape[-2]
+        self._buffers = tuple(reserve(x, repeats) for x in (layer.keys, layer.values))
         self._update_views()
 
     def update(
@@ -115,35 +149,30 @@ class CachedDecoder:
         mask: Tensor,
         repeats: int,
         columns: int,
-        common_prefix: int = 0,
+        prefix: CommonPrefix | None = None,
     ) -> None:
         """Start from the cache of N prompts with mask (N, P), each `repeats` times, for at most `columns` tokens.
 
-        All prompts begin with the same `common_prefix` tokens: their keys and values are held once for all rows.
+        `prefix` is what all prompts begin with, held once for all rows; then the cache and the mask are of the rest.
         """
-        self.prefix = None
-        if common_prefix:
-            enable(model)
-            self.prefix, mask = split_off_prefix(cache, mask, common_prefix)
+        self.prefix = prefix
         # layers of another class are a model's own and know how to repeat themselves
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
-                cache.layers[i] = PreallocatedLayer(layer, repeats, common_prefix)
+                cache.layers[i] = PreallocatedLayer(layer, repeats)
             elif repeats > 1:
                 layer.batch_repeat_interleave(repeats)
         mask = mask.long().repeat_interleave(repeats, 0)
         self.model, self.cache, self.width = model, cache, mask.shape[1]
-        self.position = common_prefix + mask.sum(-1, keepdim=True)  # (B, 1), of the next token
-        self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], columns)], 1)  # (B, P - S + columns)
+        self.position = mask.sum(-1, keepdim=True) + (prefix.length if prefix else 0)  # (B, 1), of the next token
+        self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], columns)], 1)  # (B, P + columns)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the logits (B, V) after one more token of each row (B,)."""
         self.width += 1
         mask, more = self.mask[:, : self.width], {}
         if self.prefix is not None:
-            bias = torch.zeros(mask.shape, dtype=self.prefix.keys[0].dtype, device=mask.device)
-            mask = bias.masked_fill_(mask == 0, -torch.inf)[:, None, None]  # the model leaves such a mask as it is
-            more = {"common_prefix": self.prefix}
+            mask, more = self.prefix.bias(mask[:, None] != 0), {"common_prefix": self.prefix}
         out = self.model(
             input_ids=tokens[:, None],
             attention_mask=mask,
@@ -159,23 +188,6 @@ class CachedDecoder:
         """Continue with these rows only."""
         self.cache.batch_select_indices(rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
-
-
-def split_off_prefix(cache: DynamicCache, mask: Tensor, length: int) -> tuple[CommonPrefix, Tensor]:
-    """Return the first `length` tokens of the prompts in a cache, and the mask (N, P - S) of all others' columns.
-
-    Raises ValueError if the model's layers do more than keep all keys and values.
-    """
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        raise ValueError("no common prefix in decoding with such a cache")
-    row = mask.sum(-1).argmax()
-    columns = int((~mask[row]).sum()) + torch.arange(length, device=mask.device)
-    keys, values = (
-        [x[row][:, columns] for x in of_layers]
-        for of_layers in ([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
-    )
-    others = mask & (position_ids(mask) >= length)
-    return CommonPrefix(keys, values), others[:, length:]
 
 
 class CudaGraphDecoder:

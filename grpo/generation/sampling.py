@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from grpo.generation.capabilities import ModelCapabilities
-from grpo.generation.decoding import CachedDecoder, CudaGraphDecoder, prefill
+from grpo.generation.decoding import CachedDecoder, CudaGraphDecoder, prefill, prefill_own
 from grpo.model.logprobs import scaled
 from grpo.model.tokens import SHARED_FROM, length_mask, prompts_of
 from grpo.runtime.distributed import any_rank, is_sharded
@@ -102,20 +102,22 @@ class Generator:
             if not self.capabilities.supports_cache_expansion:
                 ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
                 repeats = 1
-            cache, logits = prefill(self.model, ids, mask, common_prefix)
-            decoder = self._decoder(cache, mask, repeats, params.max_tokens, common_prefix)
+            decoder, logits = self._prefill(ids, mask, repeats, params.max_tokens, common_prefix)
             logits = logits.repeat_interleave(repeats, 0)  # (B, V)
             parts.append(self._decode(decoder, logits, params, None if uniforms is None else uniforms[rows]))
         return concatenate(parts)
 
-    def _decoder(
-        self, cache: DynamicCache, mask: Tensor, repeats: int, columns: int, common_prefix: int
-    ) -> CachedDecoder | CudaGraphDecoder:
+    def _prefill(
+        self, ids: Tensor, mask: Tensor, repeats: int, columns: int, common_prefix: int
+    ) -> tuple[CachedDecoder | CudaGraphDecoder, Tensor]:
+        """Run the prompts; return what decodes after them, and the logits of their first tokens (N, V)."""
         # sharded processes communicate in a pass, which a graph cannot record
-        if self.capabilities.supports_cuda_graphs and not is_sharded(self.model):
-            return CudaGraphDecoder(self.model, cache, mask, repeats, columns)
-        held_once = self.capabilities.supports_prefix_attention and common_prefix >= SHARED_FROM
-        return CachedDecoder(self.model, cache, mask, repeats, columns, common_prefix if held_once else 0)
+        graphs = self.capabilities.supports_cuda_graphs and not is_sharded(self.model)
+        if self.capabilities.supports_prefix_attention and common_prefix >= SHARED_FROM and not graphs:
+            prefix, cache, mask, logits = prefill_own(self.model, ids, mask, common_prefix)
+            return CachedDecoder(self.model, cache, mask, repeats, columns, prefix), logits
+        cache, logits = prefill(self.model, ids, mask, common_prefix)
+        return (CudaGraphDecoder if graphs else CachedDecoder)(self.model, cache, mask, repeats, columns), logits
 
     def _decode(
         self,

@@ -15,6 +15,9 @@ from grpo.plots.series import SMOOTHED_FROM, Group, column, evaluations, over_ru
 from grpo.plots.style import (
     COLOURS,
     GREY,
+    LINE,
+    RAW,
+    THIN,
     drawable,
     fitting_shares,
     from_zero,
@@ -32,7 +35,7 @@ SMALL, TEXT, LARGE = 7.5, 8.5, 11  # points
 LONGEST_LABEL = 80
 STYLES = ("-", "--", ":")
 Metric = str | tuple[str, str]  # a metric of a step, or (split, metric) of an evaluation
-STEPS = [(metric_title(metric.name), metric.name, metric.scale) for metric in STEP_METRICS if metric.title]
+STEPS = [(metric_title(m.name), m.name, m.scale) for m in STEP_METRICS if m.title and not m.name.endswith("/*")]
 PANELS: tuple[tuple[str, Metric, str], ...] = (  # title, metric, scale
     STEPS[0],
     ("Validation accuracy (% of problems)", ("validation", "accuracy"), "share"),
@@ -48,27 +51,33 @@ def draw_comparison(groups: Sequence[Group], folder: Path) -> list[Path]:
 
 
 def comparison(groups: Sequence[Group]) -> Figure:
-    """Draw each metric over the steps, in a colour for each group."""
-    rows = -(-len(PANELS) // 2)
+    """Draw each metric that any run has over the steps, in a colour for each group."""
+    panels = [panel for panel in PANELS if _is_measured(groups, panel[1])] or list(PANELS[:1])
+    rows = -(-len(panels) // 2)
     head = 0.8 + TEXT_LINE * len(groups)
     height = head + rows * ROW + FOOT
     figure = plt.figure(figsize=(WIDTH, height))
     box = {"left": 0.065, "right": 0.985, "top": 1 - head / height, "bottom": FOOT / height}
     grid = figure.add_gridspec(rows, 2, hspace=0.42, wspace=0.16, **box)
     first = None
-    for number, (title, metric, scale) in enumerate(PANELS):
+    for number, (title, metric, scale) in enumerate(panels):
         axes = figure.add_subplot(grid[number // 2, number % 2], sharex=first)
         first = first or axes
         tidy(axes)
-        axes.tick_params(labelsize=SMALL, labelbottom=number >= len(PANELS) - 2)
+        lowest = number >= len(panels) - 2  # of its column
+        axes.tick_params(labelsize=SMALL, labelbottom=lowest)
         said = _panel(axes, groups, metric, scale)
         axes.set_title(title + said, loc="left", fontsize=TEXT, weight="bold", pad=4)
         axes.set_xlim(0, max(1, *(group.steps for group in groups)) * 1.01)
         whole_steps(axes)
-        if number >= len(PANELS) - 2:
+        if lowest:
             axes.set_xlabel("step", fontsize=TEXT, labelpad=1)
     _explain(figure, groups, height)
     return figure
+
+
+def _is_measured(groups: Sequence[Group], metric: Metric) -> bool:
+    return any(np.isfinite(_series(record, metric)[1]).any() for group in groups for record in group.records)
 
 
 def _panel(axes: Axes, groups: Sequence[Group], metric: Metric, scale: str) -> str:
@@ -111,7 +120,7 @@ def _smoothed(values: np.ndarray, axes: Axes | None = None) -> np.ndarray:
 def _intervals(axes: Axes, points: Sequence[Mapping[str, Any]], colour: str) -> None:
     """Draw the 95% intervals of a run's evaluations."""
     steps, low, high = ([point[name] for point in points] for name in ("step", "ci_low", "ci_high"))
-    axes.vlines(steps, low, high, color=colour, linewidth=0.9)
+    axes.vlines(steps, low, high, color=colour, linewidth=THIN)
 
 
 def _curve(
@@ -125,12 +134,12 @@ def _curve(
     if len(series) > 1:
         several = spread.runs > 1
         axes.fill_between(spread.steps, spread.low, spread.high, several, color=colour, alpha=0.22, linewidth=0)
-    look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 2.5}
+    look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4}
     for runs in np.unique(
         spread.runs[spread.runs > 0]
     ):  # no line where a run begins or ends, as the mean jumps there
         mean = np.where(spread.runs == runs, spread.mean, np.nan)
-        axes.plot(spread.steps, mean, linewidth=1.8 if runs == len(series) else 0.9, **look)
+        axes.plot(spread.steps, mean, linewidth=LINE if runs == len(series) else RAW, **look)
 
 
 def _at_the_same_steps(

@@ -12,14 +12,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grpo.plots.panels import MOST_PARTS, PANELS, short, skills
-from grpo.plots.series import SMOOTHED_FROM, Record, column, evaluations, findings, reward_parts, window_for
+from grpo.plots.panels import PANELS, ZERO, skills
+from grpo.plots.series import SMOOTHED_FROM, Record, column, evaluations, findings, window_for
 from grpo.plots.style import (
     BLACK,
     BLUE,
     GREEN,
     GREY,
     ORANGE,
+    THIN,
     drawable,
     from_zero,
     held_out,
@@ -37,7 +38,16 @@ CURVE, KL, OVERVIEW = "grpo_training_curve.png", "grpo_kl_divergence.png", "grpo
 SFT = "grpo_sft_curve.png"  # of runs that fine-tune first
 NO_STEPS = "no steps yet"
 
-WIDTH, ROW, HEAD, FOOT, TEXT_LINE = 8.8, 1.6, 0.88, 0.45, 0.165  # inches; a README shows the width as 880 pixels
+WIDTH, FOOT, TEXT_LINE = 8.8, 0.05, 0.165  # inches; a README shows the width as 880 pixels
+TOP, PANEL, GAP, NUMBERS, ABOVE, LEGEND_LINE = (
+    0.5,
+    1.15,
+    0.2,
+    0.25,
+    0.24,
+    0.16,
+)  # inches: heights of the overview's parts
+LEFT, PANEL_WIDTH, BETWEEN = 0.85, 3.5, 0.85  # inches: their widths
 SMALL, TEXT, LARGE = 7.5, 8.5, 11  # points
 LETTERS = 145  # of a line of findings
 MOST_FINDINGS = 12
@@ -46,7 +56,8 @@ NEAR = 0.035  # of the steps: findings closer than this share a label
 
 def draw_all(record: Record, folder: Path) -> list[Path]:
     """Draw the figures of a run into a folder; return their paths."""
-    drawn = [(CURVE, training_curve), (KL, kl_divergence), (OVERVIEW, overview)]
+    drawn = [(CURVE, training_curve), (OVERVIEW, overview)]
+    drawn += [(KL, kl_divergence)] if record["config"].get("beta") != 0 else []  # else there is no reference
     drawn += [(SFT, sft_curve)] if record.get("sft") else []
     return [save_figure(draw(record), folder / name) for name, draw in drawn]
 
@@ -68,7 +79,7 @@ def training_curve(record: Record) -> Figure:
     held_out(bottom, record, "validation, greedy, 95% interval")
     if points := evaluations(record, "validation"):
         start = points[0]["accuracy"]
-        bottom.axhline(start, color=GREY, linestyle="--", linewidth=1, label=f"start: {100 * start:.1f}%")
+        bottom.axhline(start, color=GREY, linestyle="--", linewidth=THIN, label=f"start: {100 * start:.1f}%")
     if len(tests := evaluations(record, "test")) > 1:
         last = tests[-1]
         text = f"test, saved model: {100 * last['accuracy']:.1f}% (n = {last['n']})"
@@ -92,7 +103,7 @@ def kl_divergence(record: Record) -> Figure:
     axes.set_ylabel(f"KL (nats a token{from_zero(axes, column(record, 'kl'))})")
     drawn = line(axes, record, "kl", ORANGE, _smoothed(record, "k3, mean over the step's completion tokens"))
     if not drawn:
-        note(axes, "not measured: beta is 0" if record["steps"] else NO_STEPS)
+        note(axes, "not measured" if record["steps"] else NO_STEPS)
     axes.set_xlabel("step")
     whole_steps(axes)
     if drawn:
@@ -131,33 +142,76 @@ def _smoothed(record: Record, label: str) -> str:
 def overview(record: Record) -> Figure:
     """Draw every metric of a run over its steps; findings are numbered lines, and text below."""
     found, words = findings(record)[:MOST_FINDINGS], _in_words(record)
-    labels = [*(short(name) for name in reward_parts(record)[:MOST_PARTS]), "all"]
-    head = HEAD + 0.16 * ((len(labels) - 1) // _columns(labels))
-    rows = -(-len(PANELS) // 2)
-    height = head + rows * ROW + FOOT + TEXT_LINE * (len(words) + bool(words))
-    figure = plt.figure(figsize=(WIDTH, height))
-    below = (FOOT + TEXT_LINE * (len(words) + bool(words))) / height
-    grid = figure.add_gridspec(
-        rows, 2, left=0.065, right=0.985, top=1 - head / height, bottom=below, hspace=0.62, wspace=0.16
-    )
-    axes: list[Axes] = []
+    figure = plt.figure(figsize=(WIDTH, 1))
+    panels, flat = _panels(figure, record)
+    if flat:
+        words = [*textwrap.wrap(f"Not drawn, as there is nothing but 0: {', '.join(flat)}.", LETTERS), *words]
     last = max([1, *(s["step"] for s in record["steps"]), *(e["step"] for e in record["evals"])])
-    for number, (title, draw) in enumerate(PANELS):
-        over_steps = draw is not skills
-        one = figure.add_subplot(grid[number // 2, number % 2], sharex=axes[0] if axes and over_steps else None)
-        axes.append(one)
-        tidy(one)
-        one.tick_params(labelsize=SMALL)
-        _head(one, title + draw(one, record))
-        if over_steps:
-            aside = 0.35 if last < SMOOTHED_FROM else 0.01 * last  # half a bar
-            one.set_xlim(-aside, last + aside)
-            whole_steps(one)
-            one.tick_params(labelbottom=number >= len(PANELS) - 3)
-            _mark(one, found, last)
-    axes[-2].set_xlabel("step", fontsize=TEXT, labelpad=1)
+    over_steps = [(number, axes) for number, (axes, _, steps) in enumerate(panels) if steps]
+    lowest = {number % 2: axes for number, axes in over_steps}.values()  # of each column
+    for _, axes in over_steps:
+        aside = 0.35 if last < SMOOTHED_FROM else 0.01 * last  # half a bar
+        axes.set_xlim(-aside, last + aside)
+        whole_steps(axes)
+        axes.tick_params(labelbottom=axes in lowest)
+        if axes in lowest:
+            axes.set_xlabel("step", fontsize=TEXT, labelpad=1)
+        _mark(axes, found, last)
+    below = FOOT + TEXT_LINE * (len(words) + bool(words))
+    height = _arrange(figure, panels, below)
     _write(figure, record, words, height)
     return figure
+
+
+def _panels(figure: Figure, record: Record) -> tuple[list[tuple[Axes, str, bool]], list[str]]:
+    """Draw the panels that have something to show: axes, title, and whether they are over steps; and the others.
+
+    The others are the titles of those whose metric is 0 throughout.
+    """
+    panels, flat = [], []
+    for number, (title, draw) in enumerate(PANELS):
+        axes = figure.add_axes((0, 0, 1, 1), label=str(number))
+        tidy(axes)
+        axes.tick_params(labelsize=SMALL)
+        remark = draw(axes, record)
+        if remark in (None, ZERO):
+            flat += [title.partition(" (")[0].lower()] if remark else []
+            axes.remove()
+        else:
+            panels.append((axes, title + remark, draw is not skills))
+    if not panels:
+        axes = figure.add_axes((0, 0, 1, 1))
+        tidy(axes)
+        axes.tick_params(labelsize=SMALL)
+        note(axes, NO_STEPS)
+        panels.append((axes, PANELS[0][0], True))
+    return panels, flat
+
+
+def _arrange(figure: Figure, panels: Sequence[tuple[Axes, str, bool]], below: float) -> float:
+    """Place panels in two columns, each row with the room that its legends take; return the figure's height."""
+    rows = []  # lines of legend above, and inches below
+    for i in range(0, len(panels), 2):
+        row = [axes for axes, *_ in panels[i : i + 2]]
+        numbered = any(axes.xaxis.get_tick_params()["labelbottom"] for axes in row)
+        rows.append((max(map(_rows_of_legend, row)), GAP + NUMBERS * numbered))
+    height = TOP + sum(ABOVE + LEGEND_LINE * lines + PANEL + under for lines, under in rows) + below
+    figure.set_size_inches(WIDTH, height)
+    place = TOP
+    for number, (axes, title, _) in enumerate(panels):
+        lines, under = rows[number // 2]
+        top = place + ABOVE + LEGEND_LINE * lines
+        left = LEFT + number % 2 * (PANEL_WIDTH + BETWEEN)
+        axes.set_position((left / WIDTH, 1 - (top + PANEL) / height, PANEL_WIDTH / WIDTH, PANEL / height))
+        _head(axes, title, lines)
+        if number % 2:
+            place = top + PANEL + under
+    return height
+
+
+def _rows_of_legend(axes: Axes) -> int:
+    labels = axes.get_legend_handles_labels()[1]
+    return -(-len(labels) // _columns(labels))
 
 
 def _write(figure: Figure, record: Record, words: Sequence[str], height: float) -> None:
@@ -210,17 +264,14 @@ def _mark(axes: Axes, found: Sequence[Record], last: int) -> None:
         axes.text(step, 0.93, text, transform=where, fontsize=6, ha="center", va="center", bbox=box, zorder=6)
 
 
-def _head(axes: Axes, title: str) -> None:
-    """Write the panel's title, and its legend between title and axes, where it covers nothing."""
+def _head(axes: Axes, title: str, lines: int) -> None:
+    """Write the panel's title, and below it its legend, where it covers nothing, in the room of so many lines."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = _columns(labels)
-    rows = -(-len(labels) // columns)
     if labels:
         style = {"frameon": False, "borderaxespad": 0.1, "handlelength": 1.3, "columnspacing": 1, "labelspacing": 0.2}
-        axes.legend(
-            handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncol=columns, fontsize=SMALL, **style
-        )
-    axes.set_title(title, loc="left", fontsize=TEXT, weight="bold", pad=4 + 11.5 * rows)
+        style |= {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "ncol": _columns(labels)}
+        axes.legend(handles, labels, fontsize=SMALL, **style)
+    axes.set_title(title, loc="left", fontsize=TEXT, weight="bold", pad=4 + 72 * LEGEND_LINE * lines)
 
 
 def _columns(labels: Sequence[str]) -> int:

@@ -119,9 +119,10 @@ def _evaluations(record: Record) -> dict[str, Any]:
     drifts = any(entry.get("drift") is not None for entry in record["evals"])
     head = ["step", "problems", "right", "95% interval", "n", "well-formed"] + ["drift, nats a token"] * drifts
     rows = [
-        [entry["step"], _text(entry.get("split", "?")), *_measured(entry)]
-        + ([_number(entry.get("drift"), 4)] if drifts else [])
+        [entry["step"], _text(f"{entry.get('split', '?')}{of}"), *_measured(one)]
+        + ([_number(one.get("drift"), 4)] if drifts else [])
         for entry in record["evals"]
+        for of, one in (("", entry), *((f", {task}", one) for task, one in entry.get("tasks", {}).items()))
     ]
     skills = [
         [entry["step"], _text(name), *_measured(skill)]

@@ -1,4 +1,8 @@
-"""The panels of the overview: each draws one aspect of a run and returns a remark for its title."""
+"""The panels of the overview: each draws one aspect of a run and returns a remark for its title.
+
+One that has nothing to draw returns None instead, a share that is 0 throughout ZERO; both are left out. A metric of
+`STEP_METRICS` with a title that no panel here draws gets a panel of its own.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from grpo.algorithm.step_metrics import metric_title
+from grpo.algorithm.step_metrics import STEP_METRICS, metric_title
 from grpo.plots.series import SMOOTHED_FROM, Record, column, evaluations, phases, reward_parts, smooth, window_for
 from grpo.plots.style import (
     AMBER,
@@ -15,68 +19,72 @@ from grpo.plots.style import (
     COLOURS,
     GREEN,
     GREY,
+    LINE,
     ORANGE,
     PINK,
     SKY,
+    THIN,
     drawable,
     fitting_shares,
     from_zero,
     held_out,
     line,
-    note,
     plain,
     setting,
     shares,
 )
 
 MOST_PARTS = 11  # of a reward
+STYLES = ("-", "--")  # of the first parts that have a colour each, and of the others
+LEAST_LAYER = 0.005  # of a stack: a layer that is nowhere thicker is not seen, and has no place in the legend
+ZERO = "0 throughout"
+Panel = Callable[[Axes, Record], str | None]
 
 
-def _reward(axes: Axes, record: Record) -> str:
+def _reward(axes: Axes, record: Record) -> str | None:
     names = reward_parts(record)
     for i, name in enumerate(names[:MOST_PARTS]):
-        style = "-" if i < len(COLOURS) else "--"
-        line(axes, record, f"reward/{name}", COLOURS[i % len(COLOURS)], short(name), style)
+        line(axes, record, f"reward/{name}", COLOURS[i % len(COLOURS)], short(name), STYLES[i // len(COLOURS)])
     drawn = line(axes, record, "reward_mean", BLACK, "all")
     values = np.concatenate([column(record, name) for name in ("reward_mean", *(f"reward/{n}" for n in names))])
     known = drawable(values)[np.isfinite(drawable(values))]
     axes.set_ylim(min([0, *(1.05 * known)]), max([1.05, *(1.05 * known)]))
-    return _or_note(axes, drawn, record)
+    return _remark(drawn)
 
 
-def _accuracy(axes: Axes, record: Record) -> str:
+def _accuracy(axes: Axes, record: Record) -> str | None:
     drawn = line(axes, record, "accuracy", BLUE, "sampled")
-    held_out(axes, record, "validation, 95% interval", 3)
+    held_out(axes, record, "validation, 95% interval", 4)
     tests = evaluations(record, "test")
     if tests:
         x, y = [e["step"] for e in tests], [e["accuracy"] for e in tests]
-        axes.plot(x, y, color=GREEN, marker="D", markersize=4.5, linestyle="none", label="test", zorder=4)
+        axes.plot(x, y, color=GREEN, marker="D", markersize=6, linestyle="none", label="test", zorder=4)
     shares(axes)
-    return "" if tests or record["evals"] else _or_note(axes, drawn, record)
+    return _remark(drawn or bool(record["evals"]))
 
 
-def _number(name: str, colour: str) -> Callable[[Axes, Record], str]:
+def _number(name: str, colour: str) -> Panel:
     """Return a panel of a metric on an axis that starts at 0."""
 
-    def draw(axes: Axes, record: Record) -> str:
+    def draw(axes: Axes, record: Record) -> str | None:
         scale = from_zero(axes, column(record, name))
-        return scale + _or_note(axes, line(axes, record, name, colour), record)
+        return _remark(line(axes, record, name, colour), scale)
 
     return draw
 
 
-def _share(name: str, colour: str) -> Callable[[Axes, Record], str]:
+def _share(name: str, colour: str) -> Panel:
     """Return a panel of a metric from 0 to 1, in %; the axis is shorter if all values are small."""
 
-    def draw(axes: Axes, record: Record) -> str:
+    def draw(axes: Axes, record: Record) -> str | None:
         drawn = line(axes, record, name, colour)
         fitting_shares(axes, column(record, name))
-        return _or_note(axes, drawn, record)
+        return _remark(drawn) if np.nan_to_num(column(record, name)).any() or not drawn else ZERO
 
     return draw
 
 
-def _ratio(axes: Axes, record: Record) -> str:
+def _ratio(axes: Axes, record: Record) -> str | None:
     values = np.concatenate([drawable(column(record, name)) for name in ("ratio_max", "ratio_min")])
     known = values[np.isfinite(values) & (values > 0)]
     far = len(known) > 0 and known.max() > 10
@@ -86,49 +94,49 @@ def _ratio(axes: Axes, record: Record) -> str:
         axes.set_ylim(min([max(0.1, 1 - 1.3 * low), *(known / 1.3)]), 1.3 * known.max())
     drawn = line(axes, record, "ratio_max", BLUE, "largest") | line(axes, record, "ratio_min", SKY, "smallest")
     for edge, label in ((1 - low, "clipping begins"), (1 + high, None)):
-        axes.axhline(edge, color=GREY, linestyle=":", linewidth=1, label=label)
+        axes.axhline(edge, color=GREY, linestyle=":", linewidth=THIN, label=label)
     if far:
-        return ", log"
+        return _remark(drawn, ", log")
     axes.set_ylim(min([1 - 1.3 * low, *known]), max([1 + 1.3 * high, *(1.05 * known)]))
-    return _or_note(axes, drawn, record)
+    return _remark(drawn)
 
 
-def _length(axes: Axes, record: Record) -> str:
+def _length(axes: Axes, record: Record) -> str | None:
     drawn = line(axes, record, "completion_length", BLUE, "mean")
     limit = setting(record, "max_new_tokens")
-    axes.axhline(limit, color=GREY, linestyle=":", linewidth=1, label="the limit")
+    axes.axhline(limit, color=GREY, linestyle=":", linewidth=THIN, label="the limit")
     axes.set_ylim(0, 1.08 * limit)
-    return _or_note(axes, drawn, record)
+    return _remark(drawn)
 
 
-def _gradient(axes: Axes, record: Record) -> str:
+def _gradient(axes: Axes, record: Record) -> str | None:
     limit = setting(record, "clip_grad_norm")
     scale = from_zero(axes, np.append(column(record, "grad_norm"), limit))
     drawn = line(axes, record, "grad_norm", BLUE, "mean of the updates")
-    axes.axhline(limit, color=GREY, linestyle=":", linewidth=1, label="clipped above")
-    return scale + _or_note(axes, drawn, record)
+    axes.axhline(limit, color=GREY, linestyle=":", linewidth=THIN, label="clipped above")
+    return _remark(drawn, scale)
 
 
-def _tied(axes: Axes, record: Record) -> str:
+def _tied(axes: Axes, record: Record) -> str | None:
     right, wrong = (column(record, f"tied_all_{kind}_fraction") for kind in ("right", "wrong"))
     tied = column(record, "tied_groups_fraction")
     other = np.maximum(0, tied - np.nan_to_num(right) - np.nan_to_num(wrong))
     layers = [("all right", right, GREEN), ("all wrong", wrong, ORANGE), ("other", other, GREY)]
     shares(axes)
-    return _or_note(axes, _stack(axes, record, layers), record)
+    return _remark(_stack(axes, record, layers))
 
 
-def _loss(axes: Axes, record: Record) -> str:
+def _loss(axes: Axes, record: Record) -> str | None:
     drawn = line(axes, record, "loss", BLUE)
-    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.axhline(0, color=GREY, linewidth=THIN)
     values = drawable(column(record, "loss"))
     most = np.abs(values[np.isfinite(values)]).max(initial=1e-3)
     axes.set_ylim(-1.1 * most, 1.1 * most)
     axes.yaxis.set_major_formatter("{x:g}")
-    return _or_note(axes, drawn, record)
+    return _remark(drawn)
 
 
-def _time(axes: Axes, record: Record) -> str:
+def _time(axes: Axes, record: Record) -> str | None:
     colours = {"sample": BLUE, "reward": PINK, "reference": AMBER, "update": GREEN}
     layers = [(name, column(record, f"time/{name}"), colours.get(name, SKY)) for name in phases(record)]
     inside = [np.nan_to_num(values) for name, values, _ in layers if name != "save"]  # saving follows the step
@@ -136,30 +144,24 @@ def _time(axes: Axes, record: Record) -> str:
     layers.append(("other", np.maximum(0, rest), GREY))
     drawn = _stack(axes, record, [(short(name), values, colour) for name, values, colour in layers])
     axes.set_ylim(bottom=0)
-    return _or_note(axes, drawn, record)
+    return _remark(drawn)
 
 
-def _drift(axes: Axes, record: Record) -> str:
+def _drift(axes: Axes, record: Record) -> str | None:
     points = [e for e in record["evals"] if e.get("drift") is not None]
     points = evaluations({"evals": points}, "validation") or points
     values = [e["drift"] for e in points]
-    axes.plot([e["step"] for e in points], values, color=PINK, marker="o", markersize=3, linewidth=1.6)
-    if not points:
-        note(axes, "not measured")
-        axes.set_ylim(0, 1)
-        return ""
-    return from_zero(axes, np.array(values, dtype=float))
+    axes.plot([e["step"] for e in points], values, color=PINK, marker="o", markersize=4.5, linewidth=LINE)
+    return from_zero(axes, np.array(values, dtype=float)) if points else None
 
 
-def skills(axes: Axes, record: Record) -> str:
+def skills(axes: Axes, record: Record) -> str | None:
     """Draw each neighbouring skill before and after, on an axis of its own."""
     tests = [e for e in evaluations(record, "test") if isinstance(e.get("skills"), dict) and e["skills"]]
     axes.set_xlim(-0.02, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     if not tests:
-        note(axes, "this model has none, or they are not measured yet")
-        axes.set_yticks([])
-        return ""
+        return None
     names = list(tests[0]["skills"])
     moments = [(tests[0], GREY, "o", "before", 0.16)]
     if len(tests) > 1:
@@ -170,7 +172,7 @@ def skills(axes: Axes, record: Record) -> str:
         middle = [skill["accuracy"] for _, skill in rows]
         reach = [[max(0, skill["accuracy"] - skill.get("ci_low", 1)) for _, skill in rows]]
         reach.append([max(0, skill.get("ci_high", 0) - skill["accuracy"]) for _, skill in rows])
-        style = {"color": colour, "marker": marker, "markersize": 4, "linestyle": "none", "elinewidth": 1.4}
+        style = {"color": colour, "marker": marker, "markersize": 5, "linestyle": "none", "elinewidth": LINE}
         axes.errorbar(middle, [i + away for i, _ in rows], xerr=reach, label=label, clip_on=False, **style)
     axes.set_yticks(range(len(names)), [plain(name, 12) for name in reversed(names)])
     axes.set_ylim(-0.6, len(names) - 0.4)
@@ -186,7 +188,8 @@ def _stack(axes: Axes, record: Record, layers: Sequence[tuple[str, np.ndarray, s
     """Draw layers on top of each other: smoothed areas, or bars if there are few steps."""
     steps = column(record, "step")
     layers = [(name, drawable(values), colour) for name, values, colour in layers]
-    layers = [layer for layer in layers if np.isfinite(layer[1]).any()]
+    top = sum(np.nan_to_num(values) for _, values, _ in layers).max(initial=0.0)
+    layers = [layer for layer in layers if np.nan_to_num(layer[1]).max(initial=0.0) > LEAST_LAYER * top]
     if not layers:
         return False
     if len(steps) < SMOOTHED_FROM:
@@ -204,13 +207,59 @@ def _stack(axes: Axes, record: Record, layers: Sequence[tuple[str, np.ndarray, s
     return True
 
 
-def _or_note(axes: Axes, drawn: bool, record: Record) -> str:
-    if not drawn:
-        note(axes, "not in this file" if record["steps"] else "no steps yet")
-    return ""
+def _remark(drawn: bool, remark: str = "") -> str | None:
+    return remark if drawn else None
 
 
-PANELS: tuple[tuple[str, Callable[[Axes, Record], str]], ...] = (
+def _of_table() -> tuple[tuple[str, Panel], ...]:
+    """Return a panel for each metric of the table with a title that no panel has yet."""
+    new = [metric for metric in STEP_METRICS if metric.title and metric.name not in DRAWN]
+    return tuple((metric_title(metric.name), _family(metric.name, metric.scale)) for metric in new)
+
+
+def _family(name: str, scale: str) -> Panel:
+    """Return a panel of a metric, or of all metrics of a family such as `level/*`, on an axis from 0."""
+    draws = _share if scale == "share" else _number
+    if not name.endswith("/*"):
+        return draws(name, BLUE)
+
+    def draw(axes: Axes, record: Record) -> str | None:
+        start = name.removesuffix("*")
+        keys = _names(record, start)
+        parts = [key.removeprefix(start) for key in keys]
+        values = np.concatenate([np.empty(0), *(column(record, key) for key in keys)])
+        remark = from_zero(axes, values) if scale != "share" else ""
+        drawn = [
+            line(axes, record, start + part, COLOURS[i % len(COLOURS)], short(part), STYLES[i // len(COLOURS)])
+            for i, part in enumerate(parts[:MOST_PARTS])
+        ]
+        if scale == "share":
+            fitting_shares(axes, values)
+        return _remark(any(drawn), remark)
+
+    return draw
+
+
+def _accuracy_by_task(axes: Axes, record: Record) -> str | None:
+    drawn = _family("accuracy/*", "share")(axes, record)
+    for i, name in enumerate(_names(record, "accuracy/")[:MOST_PARTS]):
+        task = name.removeprefix("accuracy/")
+        points = [e for e in evaluations(record, "validation") if task in e.get("tasks", {})]
+        held = [e["tasks"][task]["accuracy"] for e in points]
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": "o", "markersize": 4.5, "linestyle": ":"}
+        axes.plot([e["step"] for e in points], held, **style)
+    shares(axes)
+    return ", dots: validation" if drawn is not None else None
+
+
+def _names(record: Record, start: str) -> list[str]:
+    """Return the metrics of the steps whose names begin so, in the order in which they appear."""
+    return list(dict.fromkeys(key for step in record["steps"] for key in step if key.startswith(start)))
+
+
+DRAWN = {"reward_mean", "accuracy", "kl", "entropy", "clip_fraction", "completion_length", "truncated_fraction"}
+DRAWN |= {"grad_norm", "tied_groups_fraction", "accuracy/*"}
+PANELS: tuple[tuple[str, Panel], ...] = (
     ("Reward by part (mean of the step)", _reward),
     ("Exact answers (% of problems)", _accuracy),
     (metric_title("kl"), _number("kl", ORANGE)),
@@ -221,6 +270,8 @@ PANELS: tuple[tuple[str, Callable[[Axes, Record], str]], ...] = (
     (metric_title("truncated_fraction"), _share("truncated_fraction", ORANGE)),
     (metric_title("grad_norm"), _gradient),
     (metric_title("tied_groups_fraction"), _tied),
+    (metric_title("accuracy/*"), _accuracy_by_task),
+    *_of_table(),
     ("Loss (near 0 is normal)", _loss),
     ("Time of a step (seconds)", _time),
     ("Forgetting: drift from the start (nats a token)", _drift),

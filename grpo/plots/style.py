@@ -25,6 +25,7 @@ from grpo.runtime.console import printable
 BLUE, ORANGE, GREEN, PINK, AMBER, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY)
 BLACK, GREY = "#222222", "#666666"
+LINE, RAW, THIN = 2.4, 1.2, 1.4  # points: a curve, its single steps, a level to compare with
 LARGEST_DRAWN = 1e100  # matplotlib's own arithmetic overflows above
 LONGEST_NAME = 60
 SPIKE = 50  # times the median: then a scale is logarithmic
@@ -108,19 +109,21 @@ def line(axes: Axes, record: Record, name: str, colour: str, label: str | None =
     if not np.isfinite(values).any():
         return False
     if len(values) < SMOOTHED_FROM:
-        axes.plot(steps, values, color=colour, linewidth=1.8, linestyle=style, marker="o", markersize=3, label=label)
+        axes.plot(
+            steps, values, color=colour, linewidth=LINE, linestyle=style, marker="o", markersize=4.5, label=label
+        )
         return True
-    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.9)
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=RAW)
     smoothed = smooth_as_drawn(axes, values, window_for(len(values)))
-    axes.plot(steps, smoothed, color=colour, linewidth=1.8, linestyle=style, label=label)
+    axes.plot(steps, smoothed, color=colour, linewidth=LINE, linestyle=style, label=label)
     gap = np.pad(~np.isfinite(values), 1, constant_values=True)
     alone = ~gap[1:-1] & gap[:-2] & gap[2:]  # between two gaps no line is drawn
     if alone.any():
-        axes.plot(steps[alone], values[alone], color=colour, linestyle="none", marker="o", markersize=2)
+        axes.plot(steps[alone], values[alone], color=colour, linestyle="none", marker="o", markersize=3)
     return True
 
 
-def held_out(axes: Axes, record: Record, label: str, size: float = 4) -> None:
+def held_out(axes: Axes, record: Record, label: str, size: float = 5) -> None:
     """Draw validation accuracy over the steps with its intervals."""
     points = evaluations(record, "validation")
     if not points:
@@ -134,8 +137,8 @@ def held_out(axes: Axes, record: Record, label: str, size: float = 4) -> None:
         color=ORANGE,
         marker="o",
         markersize=size,
-        capsize=2,
-        linewidth=1.4,
+        capsize=3,
+        linewidth=2.0,
         label=f"{label} (n = {points[0]['n']})",
         zorder=3,
     )

@@ -7,7 +7,7 @@ from grpo.runtime.checks import LARGEST_NUMBER, is_count, is_list_of
 
 SCHEMA_VERSION = 1
 MEASURED = ("accuracy", "n", "ci_low", "ci_high")  # in every evaluation
-TABLES = ("categories", "pass_at_k", "maj_at_k")  # in some evaluations
+TABLES = ("tasks", "categories", "pass_at_k", "maj_at_k")  # in some evaluations
 NOT_NUMBERS = ("split", "skills", *TABLES)
 
 
@@ -75,12 +75,14 @@ def is_entry(row: Any) -> bool:
 
 
 def _is_table(name: str, table: Any) -> bool:
-    """Return whether a table of accuracies by category, or of pass@k or maj@k by k, holds numbers."""
+    """Return whether a table of accuracies by task or category, or of pass@k or maj@k by k, holds numbers."""
     if not isinstance(table, dict):
         return False
     if name in ("pass_at_k", "maj_at_k"):
         return all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in table.values())
     return all(
-        isinstance(row, dict) and all(isinstance(row.get(k), (int, float)) and row[k] >= 0 for k in MEASURED)
+        isinstance(row, dict)
+        and all(isinstance(row.get(k), (int, float)) and row[k] >= 0 for k in MEASURED)
+        and isinstance(row.get("well_formed", 0), (int, float))
         for row in table.values()
     )

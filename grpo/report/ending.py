@@ -1,6 +1,6 @@
 """What a run prints at its end, or where it is stopped."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,7 +9,7 @@ from grpo.evaluation.intervals import accuracy_text
 from grpo.model.saving import SAVED_MODEL
 from grpo.record import samples
 from grpo.report.progress import nats, show_finding
-from grpo.runtime.console import duration, say
+from grpo.runtime.console import command_line, duration, printable, say, width
 
 PHASES = {"sample": "sampling", "reference": "reference", "update": "update"}
 
@@ -19,6 +19,9 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: s
 
     `example` is a question to try.
     """
+    pictures = ["grpo_overview.png", "grpo_training_curve.png"]
+    pictures += ["grpo_kl_divergence.png"] if record["config"]["beta"] else []
+    pictures += ["grpo_sft_curve.png"] if record.get("sft") else []
     tests = [entry for entry in record["evals"] if entry["split"] == "test"]
     before, after = tests[0], tests[-1]
     steps = record["steps"]
@@ -26,11 +29,9 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: s
     reason = record["finished"]["reason"]
     say(f"\nDone after step {len(steps)} ({reason}), in {duration(seconds)}. The best policy: step {after['step']}.")
     rows = [("test accuracy", before, after)]
+    rows += [(f"  {name}", was, after["tasks"][name]) for name, was in before.get("tasks", {}).items()]
     rows += [(f"skill: {name}", before["skills"][name], after["skills"][name]) for name in after["skills"]]
-    for name, was, now in rows:
-        say(f"  {name:<18} {accuracy_text(was):>32}  ->  {accuracy_text(now)}")
-    if was := record.get("before_sft"):
-        say(f"  before fine-tuning {accuracy_text(was):>32}")
+    _say_accuracies(rows, record.get("before_sft"))
     for line in by_category(before, after) + sampled(before, after) + drifted(after):
         say(f"  {line}")
     if kl:
@@ -40,19 +41,31 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: s
     say("  A loss near 0 is normal: advantages are centred in each group and the ratio starts at 1.")
     _list_findings(record)
     _say_times(record)
-    say(f"Written to {folder}/: {SAVED_MODEL}/, grpo_metrics.json, {samples.FILE_NAME}, and as pictures")
-    say("  grpo_overview.png, grpo_training_curve.png, grpo_kl_divergence.png (plot_metrics.py --html: a page)")
-    if record.get("sft"):
-        say("  and grpo_sft_curve.png")
-    where = "" if folder == Path() else f" --model {folder / SAVED_MODEL}"
-    say(f'Next: python inference.py{where} --compare "{example}"')
+    say(
+        f"Written to {printable(str(folder))}/: {SAVED_MODEL}/, grpo_metrics.json, {samples.FILE_NAME}, and pictures:"
+    )
+    say(f"  {', '.join(pictures)} (plot_metrics.py --html: a page)")
+    where = [] if folder == Path() else ["--model", str(folder / SAVED_MODEL)]
+    say(command_line("Next:", ["python", "inference.py", *where, "--compare"], [example]))
+
+
+def _say_accuracies(rows: Sequence[tuple[str, Any, Any]], before_sft: Mapping[str, Any] | None) -> None:
+    """Print accuracies before and after, each on one line of the terminal if all of them fit, else below its name."""
+    table = [(printable(name), accuracy_text(was), f"  ->  {accuracy_text(now)}") for name, was, now in rows]
+    table += [("before fine-tuning", accuracy_text(before_sft), "")] if before_sft else []
+    lines = [f"  {name:<18} {was:>32}{now}" for name, was, now in table]
+    if max(map(len, lines)) >= width():
+        apart, together = "->  ", "-> "  # an arrow is not parted from its figure where a line breaks
+        lines = [f"  {name}\n    {was}{now.replace(apart, together)}" for name, was, now in table]
+    for line in lines:
+        say(line)
 
 
 def show_interruption(folder: Path, place: str, reason: str) -> None:
     """Print, after a signal, what was saved and how to continue. `place` is where it stopped, such as "step 25"."""
     there = {"plots": "grpo_overview.png", f"{SAVED_MODEL}/": SAVED_MODEL}
     *saved, last = ["Checkpoint", "metrics", *(what for what, name in there.items() if (folder / name).exists())]
-    say(f"\nStopped after {place} ({reason}). {', '.join(saved)} and {last} are in {folder}/.")
+    say(f"\nStopped after {place} ({reason}). {', '.join(saved)} and {last} are in {printable(str(folder))}/.")
     say("The same command continues from here.")
 
 
@@ -60,7 +73,7 @@ def show_already_finished(folder: Path, record: Mapping[str, Any]) -> None:
     """Print, in the folder of a run that has ended, what it reached and the two ways to continue."""
     tests = [entry for entry in record["evals"] if entry["split"] == "test"]
     ending = record["finished"]
-    say(f"The run in {folder.resolve()} is finished: {ending['reason']} (step {ending['step']}).")
+    say(f"The run in {printable(str(folder.resolve()))} is finished: {ending['reason']} (step {ending['step']}).")
     say(f"  test accuracy  {accuracy_text(tests[0])}  ->  {accuracy_text(tests[-1])}")
     _list_findings(record)
     say("The plots are drawn again. A larger --num-iterations continues it; --fresh moves it aside and starts over.")
@@ -86,7 +99,7 @@ def _say_times(record: Mapping[str, Any]) -> None:
 
 def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Format accuracies by category before and after, at most twelve, those that are lowest now, in their order."""
-    now = after.get("categories", {})
+    now = {} if after.get("tasks") else after.get("categories", {})  # of a mixture, the tasks are shown
     shown = sorted(sorted(now, key=lambda name: now[name]["accuracy"])[:12])
     if not shown:
         return []

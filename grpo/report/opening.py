@@ -8,10 +8,10 @@ from grpo.evaluation.intervals import accuracy_text
 from grpo.generation.capabilities import ModelCapabilities
 from grpo.model.language_model import LanguageModel
 from grpo.model_card import recipe_of
-from grpo.runtime.console import duration, printable, say
-from tasks.registry import task_options
+from grpo.runtime.console import WIDEST, command_line, duration, paragraph, printable, say, width
+from tasks.registry import task_options, task_shares
 
-HUB_EXAMPLE = "python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"
+HUB_EXAMPLE = ("python", "train_grpo.py", "--model", "Qwen/Qwen2.5-0.5B-Instruct")
 
 
 def introduce(
@@ -27,7 +27,7 @@ def introduce(
         where = f"{environment['processes']} processes, each {where}"
     if config.model == "starter":
         say(f"Training the bundled starter model ({millions:.1f}M parameters) on {where}.")
-        say(f"To train a Hub model instead: {HUB_EXAMPLE}")
+        say(command_line("To train a Hub model instead:", HUB_EXAMPLE))
     else:
         say(f"Training {printable(config.model)} ({millions:,.1f}M parameters) on {where}.")
     for note in lm.notes:
@@ -42,18 +42,19 @@ def introduce(
 
 def _say_settings(config: TrainConfig) -> None:
     """Print the settings of algorithm and task, and of the others those that are not the default."""
-    line, options = "Settings:", task_options()
+    line, options, columns = "Settings:", task_options(), min(WIDEST, width()) - 2
+    tasks = {share.spec for share in task_shares(config.task)}
     for f in ordered_fields():
         value = getattr(config, f.name)
         if f.name in ("model", "output_dir") or value in ("", ()):
             continue
-        if f.name in options and config.task not in options[f.name].tasks:
+        if f.name in options and not tasks & set(options[f.name].tasks):
             continue
         if f.metadata["group"] not in ("Task", "Algorithm") and value == f.default:
             continue
         text = " ".join(value) if isinstance(value, tuple) else str(value)
         item = f"{f.name}={printable(text)}"
-        if len(line) + len(item) > 99:
+        if len(line) + len(item) > columns:
             say(line)
             line = "         "
         line += " " + item
@@ -69,20 +70,29 @@ def show_continuation(place: str, threads_then: int, threads_now: int) -> None:
 
 def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory: int | None) -> None:
     """Print what a look before the first step found, with the expected seconds of a step and the memory so far."""
+    show_shares(outlook)
+    held = f", {memory / 2**20:,.0f} MiB of memory so far" if memory else ""
+    say(f"  about {seconds:.2g} s a step, {duration(seconds * steps)} for all of them{held}\n")
+
+
+def show_shares(outlook: Mapping[str, Any]) -> None:
+    """Print what a look before the first step found of the completions."""
     o, g = outlook, outlook["num_generations"]
     say(f"Outlook: {o['teaching']:.0%} of {o['groups']} groups of {g} completions teach something.")
     say(
         f"  pass@1 {o['pass_at_1']:.0%}, pass@{g} {o['pass_at_g']:.0%}, "
         f"{o['well_formed']:.0%} well-formed, {o['truncated']:.0%} cut off by the token limit"
     )
-    held = f", {memory / 2**20:,.0f} MiB of memory so far" if memory else ""
-    say(f"  about {seconds:.2g} s a step, {duration(seconds * steps)} for all of them{held}\n")
 
 
 def show_choice_by_reward() -> None:
     """Print that the mean reward chooses the best policy, and what would decide what is right."""
-    say("The best policy is that of the highest mean reward on validation: all rewards are your own functions,")
-    say("and accuracy counts only answers that equal the problem's own. What is right, --correct decides.\n")
+    paragraph(
+        "The best policy is that of the highest mean reward on validation: all rewards are your own functions, and "
+        "accuracy counts only answers that equal the problem's own. What is right, --correct decides.",
+        indent=0,
+    )
+    say()
 
 
 def show_fine_tuning(entry: Mapping[str, Any], when: str, teaches_working: bool = True) -> None:

@@ -3,11 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tqdm.utils import disp_len
+
 from grpo.algorithm.rollout import Rollout
 from grpo.evaluation.intervals import accuracy_text
 from grpo.runtime.console import fitted, paint, paragraph, printable, say, width
 
 SHOWN = 4  # completions each time
+LEAST_TEXT = 62  # columns of a line of a completion without the parts of its reward
+SHORTEST = 4  # letters of a question that is cut
 
 
 def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
@@ -18,26 +22,37 @@ def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
         more = f"reward {entry['reward']:.3f}, {more}"
     if entry.get("drift") is not None:
         more += f", drift {nats(entry['drift'])}"
+    for name, of_task in entry.get("tasks", {}).items():
+        more += f", {printable(name)} {100 * of_task['accuracy']:.1f}%"
     say(f"step {entry['step']:>4}  validation {accuracy_text(entry)}, {more}{best}")
 
 
 def show_completions(step: int, rollout: Rollout) -> None:
-    """Print the first completion of each of a step's first groups, with its reward by part."""
-    per_group, columns = len(rollout.completion_texts) // len(rollout.problems), width()
+    """Print the first completion of each of a step's first groups, with its reward, by part if there is room."""
+    per_group, columns = len(rollout.completion_texts) // len(rollout.problems), width() - 1
     names = list(rollout.rewards[0].parts)
-    say(fitted(f"step {step:>4}  reward  " + "  ".join([*(f"{name:>5}" for name in names), "completion"]), columns))
+    if columns - sum(max(5, len(name)) + 2 for name in names) < LEAST_TEXT:
+        names = []
+    head = "  ".join([f"step {step:>4}  reward", *(f"{name:>5}" for name in names), "completion"])
+    say(fitted(head, columns))
     for i, problem in enumerate(rollout.problems[:SHOWN]):
         reward, text = rollout.rewards[i * per_group], rollout.completion_texts[i * per_group]
-        numbers = [reward.parts[name] for name in names]
-        parts = [
-            f"{'-' if n is None else format(n, '.2f'):>{max(5, len(name))}}"
-            for n, name in zip(numbers, names, strict=True)
-        ]
-        mark = "right" if reward.correct else "wrong"
-        total = "-" if reward.total is None else f"{reward.total:.2f}"
-        row = f"  {total:>6}  {'  '.join(parts)}  "
-        row = fitted(f"{row}{printable(problem.question)}  {printable(text)}", columns - 9)
-        say(f"    {paint(mark, 'green' if reward.correct else 'red')}{row}")
+        parts = [f"{_two_decimals(reward.parts[name]):>{max(5, len(name))}}" for name in names]
+        row = "  ".join([f"  {_two_decimals(reward.total):>6}", *parts, ""])
+        mark = paint("right", "green") if reward.correct else paint("wrong", "red")
+        texts = question_and_completion(problem.question, text, columns - 9 - len(row))
+        say(f"    {mark}{row}{texts}")
+
+
+def question_and_completion(question: str, completion: str, columns: int) -> str:
+    """Return both on one line of so many columns, printable; the question is cut before the completion is."""
+    question, completion = printable(question), printable(completion)
+    left = max(SHORTEST, columns - disp_len(completion) - 2)
+    return fitted(f"{fitted(question, left)}  {completion}", columns)
+
+
+def _two_decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def show_finding(finding: Mapping[str, Any]) -> None:

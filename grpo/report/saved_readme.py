@@ -13,7 +13,7 @@ def saved_readme(
 ) -> str:
     """Return README.md of saved_model/: what it is, its accuracy with n and interval, how it was made."""
     lines = [
-        f"# A model trained with GRPO on {config.task}",
+        f"# A model trained with GRPO on {' and '.join(config.task)}",
         "",
         f"Started from `{config.model}`; the policy of step {best['step']}, the best on validation problems: "
         + (f"mean reward {best['reward']:.3f}, accuracy " if "reward" in best else "")
@@ -25,6 +25,8 @@ def saved_readme(
         "|---|---|---|",
     ]
     rows = [("test problems", before, after or {})]
+    for name, was in before.get("tasks", {}).items():
+        rows.append((f"of `{name}`", was, (after or {}).get("tasks", {}).get(name, {})))
     for name, was in before.get("skills", {}).items():
         rows.append((f"skill `{name}`", was, (after or {}).get("skills", {}).get(name, {})))
     for name, was, now in rows:

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from tasks.base import Answer, Attempt, Message, Problem
+from tasks.base import Answer, Attempt, Message, Problem, Task
 from tasks.common.parsing import PARSERS, has_form, parse_answer
 from tasks.common.prompts import STYLES, chat, system_prompt
 from tasks.rewards.functions import default_rewards
@@ -19,6 +20,7 @@ class QATask:
     and overrides `is_correct` if many answers are right, and `is_close`.
     """
 
+    parts: ClassVar[Mapping[str, Task]] = {}  # it is no mixture
     style: str = "answer"
     kind: str = "integer"
     system_prompt: str = ""

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 
-from tasks.base import Message, Problem
+from tasks.base import Message, Problem, Task, task_of
 from tasks.common.prompts import ideal_completion
 from tasks.common.qa_task import QATask
 
@@ -12,13 +12,14 @@ DRAWS = 50  # training problems to look at for each example
 APART = 10**6  # rows between them
 
 
-def solution(task: QATask, problem: Problem) -> str | None:
-    """Return a right completion in the form of the task's style, with the problem's working if it has one.
+def solution(task: Task, problem: Problem) -> str | None:
+    """Return a right completion in the style of the problem's task, with the problem's working if it has one.
 
     Return None if there is none that the task itself calls right: the working may hold a tag.
     """
+    style = task_of(task, problem).style
     for working in dict.fromkeys((problem.working, "")):
-        completion = ideal_completion(problem.answer, task.style, working)
+        completion = ideal_completion(problem.answer, style, working)
         attempt = task.grade(problem, completion)
         if attempt.correct and attempt.well_formed:
             return completion
@@ -37,7 +38,7 @@ def with_shots(task: QATask, shots: int) -> QATask:
     return replace(task, examples=[message for turn in found for message in turn])
 
 
-def solved_problem(task: QATask, seed: int, step: int, row: int) -> tuple[Problem, str]:
+def solved_problem(task: Task, seed: int, step: int, row: int) -> tuple[Problem, str]:
     """Return a training problem and a right completion of it, a pure function of the three numbers.
 
     Problems without one are skipped. Raises ValueError if there is none among many.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -83,7 +83,10 @@ def overlong(limit: int, buffer: int, attempts: Sequence[Attempt], columns: Colu
 
 def rewards_of(settings: RewardSettings, task: Task) -> list[RewardFunction]:
     """Return the rewards of a run. Raises ValueError, in one line, if a specification is wrong."""
-    rewards = parse_rewards(settings.reward, task.default_rewards)
+    if task.parts and not settings.reward:
+        rewards = of_mixture({name: parse_rewards((), part.default_rewards) for name, part in task.parts.items()})
+    else:
+        rewards = parse_rewards(settings.reward, task.default_rewards)
     if settings.overlong_buffer:
         penalty = partial(overlong, settings.max_new_tokens, settings.overlong_buffer)
         rewards.append(RewardFunction(OVERLONG, 1.0, penalty))
@@ -91,6 +94,40 @@ def rewards_of(settings: RewardSettings, task: Task) -> list[RewardFunction]:
         names = ", ".join(reward.name for reward in rewards)
         raise ValueError(f"--reward: the weights are all 0 ({names}), so nothing would be learned")
     return rewards
+
+
+def of_mixture(by_task: Mapping[str, Sequence[RewardFunction]]) -> list[RewardFunction]:
+    """Return the rewards of a mixture, from those of each task; one does not apply to problems of other tasks.
+
+    A reward that several tasks have is one, unless they differ in its weight or its function: then it is one for
+    each, NAME/TASK.
+    """
+    meant: dict[str, dict[tuple[float, str], list[str]]] = {}  # by name: the tasks of each weight and file
+    for task, rewards in by_task.items():
+        for reward in rewards:
+            meant.setdefault(reward.name, {}).setdefault((reward.weight, reward.path), []).append(task)
+    found: dict[str, RewardFunction] = {}
+    for task, rewards in by_task.items():
+        for reward in rewards:
+            tasks = meant[reward.name][reward.weight, reward.path]
+            name = reward.name if len(meant[reward.name]) == 1 else f"{reward.name}/{task}"
+            one = tasks if name == reward.name else [task]
+            found.setdefault(name, replace(reward, name=name, function=partial(_of_tasks, reward, frozenset(one))))
+    return list(found.values())
+
+
+def _of_tasks(reward: RewardFunction, tasks: frozenset[str], attempts: Sequence[Attempt], columns: Columns) -> Values:
+    """Call a reward for the problems of some tasks only."""
+    rows = [row for row, attempt in enumerate(attempts) if attempt.problem.task in tasks]
+    values: list[float | None] = [None] * len(attempts)
+    if rows:
+        own = {name: [of_row[row] for row in rows] for name, of_row in columns.items()}
+        found = list(reward.function([attempts[row] for row in rows], own))
+        if len(found) != len(rows):
+            raise ValueError(f"it gave {len(found)} numbers for {len(rows)} completions")
+        for row, value in zip(rows, found, strict=True):
+            values[row] = value
+    return values
 
 
 def decides_by_reward(rewards: Sequence[RewardFunction], task: Task) -> bool:
@@ -111,6 +148,8 @@ def _of_user(function: Callable[..., Any], attempts: Sequence[Attempt], columns:
     names = {name for attempt in attempts for name in attempt.problem.columns}
     of_row = {name: [attempt.problem.columns.get(name) for attempt in attempts] for name in sorted(names)}
     of_row |= {name: list(values) for name, values in columns.items()}
+    if any(attempt.problem.task for attempt in attempts):  # of a mixture
+        of_row.setdefault("task", [attempt.problem.task for attempt in attempts])
     of_row["question"] = [attempt.problem.question for attempt in attempts]
     of_row["answer"] = [attempt.problem.answer for attempt in attempts]
     of_row["prompts"] = [[dict(message) for message in attempt.prompt] for attempt in attempts]

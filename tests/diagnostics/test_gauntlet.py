@@ -1,7 +1,7 @@
 """Hundreds of simulated runs: the healthy ones have no finding, the ill ones the finding of their illness.
 
-The whole gauntlet is slow: `python -m pytest -m slow tests/diagnostics/test_gauntlet.py` runs 1,200 healthy runs of
-twelve shapes and each illness, heavy, in all of them. The ordinary suite runs a few of each.
+The whole gauntlet is slow: `python -m pytest -m slow tests/diagnostics/test_gauntlet.py` runs 1,200 healthy runs, as
+many on mixtures of tasks, and each illness, heavy, in twelve shapes. The ordinary suite runs a few of each.
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ import pytest
 
 from grpo.diagnostics.findings import CHECKS, findings
 from tests.helpers.illnesses import ILLNESSES, UNDEFINED
-from tests.helpers.simulated_runs import SHAPES, healthy_run, setting_of
+from tests.helpers.simulated_runs import SHAPES, healthy_mixture, healthy_run, setting_of
 
 FEW = [(1, 2), (4, 8), (16, 16)]
 SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -25,11 +25,23 @@ def first_half(record):
 
 @pytest.mark.parametrize("seeds", [2, pytest.param(100, marks=SLOW)])
 def test_healthy_runs_have_no_finding(seeds):
+    check_health(healthy_run, SHAPES, range(seeds))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "seeds"), [([(8, 8)], 4), pytest.param(SHAPES, 100, marks=SLOW)], ids=["few", "all shapes"]
+)
+def test_healthy_runs_on_mixtures_have_no_finding(shapes, seeds):
+    check_health(healthy_mixture, shapes, range(seeds))
+
+
+def check_health(make, shapes, seeds):
+    """Check that of a thousand runs at most one has a finding."""
     found = Counter()
-    for shape in SHAPES:
-        for seed in range(seeds):
-            found.update((finding.name, shape) for finding in findings(healthy_run(shape, seed)))
-    assert sum(found.values()) <= seeds * len(SHAPES) / 1000, found
+    for shape in shapes:
+        for seed in seeds:
+            found.update((finding.name, shape) for finding in findings(make(shape, seed)))
+    assert sum(found.values()) <= len(seeds) * len(shapes) / 1000, found
 
 
 def test_every_finding_has_an_illness():

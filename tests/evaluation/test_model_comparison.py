@@ -1,5 +1,7 @@
 """`inference.py --evaluate`: one model or two, side by side, and what it refuses."""
 
+import json
+
 import pytest
 from click.testing import CliRunner
 
@@ -26,6 +28,18 @@ def test_two_models_are_measured_with_the_prompts_of_the_last_and_compared(tmp_p
     difference = 100 * (tests[1]["accuracy"] - tests[0]["accuracy"])
     assert f"{difference:+.1f} [" in line
     assert f"{tests[1]['drift']:.3f} nats a token" in result.stdout
+    figures = json.loads(evaluated("--model", saved, "--compare", "--json", "--answers", tmp_path / "a.jsonl").stdout)
+    assert (figures["task"], figures["split"], figures["max_new_tokens"]) == ("arithmetic", "test", 6)
+    kept = {"accuracy", "n", "ci_low", "ci_high", "well_formed", "categories", "drift"}
+    for found, entry in zip(figures["models"], tests, strict=True):
+        assert {name: found[name] for name in kept - {"drift"}} == {name: entry[name] for name in kept - {"drift"}}
+    assert figures["models"][1]["drift"] == pytest.approx(tests[1]["drift"])
+    assert figures["difference"]["accuracy"] == pytest.approx(difference / 100)
+    assert set(figures["difference"]["categories"]) == set(tests[0]["categories"])
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["model"] for row in rows[:: tests[0]["n"]]] == [str(model), str(saved)]
+    assert set(rows[0]) == {"model", "task", "question", "gold", "completion", "answer", "right"}
+    assert sum(row["right"] for row in rows) == sum(round(entry["accuracy"] * entry["n"]) for entry in tests)
     twice = evaluated("--model", model, "--model", saved)
     assert twice.stdout.splitlines()[2:] == result.stdout.splitlines()[2:]
 
@@ -35,6 +49,25 @@ def test_one_model_on_validation_and_another_range(quick_runs):
     assert "validation" in result.stdout
     assert "pass@1" in result.stdout
     assert "difference" not in result.stdout
+
+
+def test_answers_are_those_that_the_accuracies_count(tmp_path, quick_runs):
+    file = tmp_path / "a.jsonl"
+    shown = json.loads(evaluated("--model", "starter", "--json", "--answers", file).stdout)["models"][0]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    of_task = [row for row in rows if row["task"] == "arithmetic"]
+    assert len(of_task) == shown["n"]
+    assert sum(row["right"] for row in of_task) == shown["accuracy"] * shown["n"]
+    assert all(row["right"] == (row["answer"] == row["gold"]) for row in of_task)
+    assert {row["task"] for row in rows} == {"arithmetic", *shown["skills"]}
+
+
+def test_answers_that_cannot_be_written_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo.evaluation.model_comparison.measure", lambda *_: pytest.fail("worked in vain"))
+    for place in (tmp_path, tmp_path / "no/such/a.jsonl"):
+        result = CliRunner().invoke(inference.main, ["--evaluate", "--model", "starter", "--answers", str(place)])
+        assert result.exit_code == 1
+        assert "--answers" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -48,6 +81,8 @@ def test_one_model_on_validation_and_another_range(quick_runs):
         (["--evaluate", "--model", "starter", "--compare"], 1, "trained from"),
         (["--evaluate", "--model", "/no/such/folder"], 1, "no such folder"),
         (["--split", "test", "What is 1 + 1?"], 2, "--split"),
+        (["--json", "What is 1 + 1?"], 2, "--json"),
+        (["--answers", "a.jsonl", "What is 1 + 1?"], 2, "--answers"),
         (["--model", "a", "--model", "b", "What is 1 + 1?"], 2, "twice"),
     ],
 )

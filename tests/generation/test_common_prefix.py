@@ -5,7 +5,7 @@ import torch
 
 from grpo.generation import sampling
 from grpo.generation.capabilities import ModelCapabilities, supports_common_prefix, supports_prefix_attention
-from grpo.generation.decoding import CachedDecoder, prefill
+from grpo.generation.decoding import CachedDecoder, prefill, prefill_own
 from grpo.generation.greedy import greedy
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
 from grpo.model.attention.common_prefix import CommonPrefix
@@ -78,9 +78,9 @@ def test_a_beginning_held_once_takes_the_memory_of_one_copy():
     model, prompts = tiny_model("llama"), some_prompts(lengths=(9, 9, 9), prefix=20)
     ids, mask = left_pad(prompts, 0, torch.device("cpu"))
     with torch.no_grad():
-        cache, _ = prefill(model, ids, mask, 20)
-    decoder = CachedDecoder(model, cache, mask, 4, 8, 20)
-    assert decoder.prefix.keys[0].shape == (2, 20, 8)
+        prefix, cache, mask, _ = prefill_own(model, ids, mask, 20)
+    CachedDecoder(model, cache, mask, 4, 8, prefix)
+    assert prefix.keys[0].shape == (2, 20, 8)
     assert cache.layers[0].keys.shape == (12, 2, 10, 8)  # the tokens of each row alone
 
 

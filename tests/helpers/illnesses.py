@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from tests.helpers.simulated_runs import Row, Setting, learning, run, step_from
+from tests.helpers.simulated_runs import Row, Setting, learning, mixed_run, run, step_from
 
 Record = dict[str, Any]
 FLAT, RISING, NEVER = learning(0.3, 0.3), learning(0.33, 0.9), learning(0.0, 0.0)
@@ -167,6 +167,12 @@ def _always(share: float) -> Callable[[Setting, int], Record]:
     return lambda setting, seed: run(setting, seed, lambda done: share)
 
 
+def _fallen(by: float) -> Callable[[Setting, int], Record]:
+    """Return a run of two tasks, one of which falls by this while the other rises."""
+    tasks = {"sums": (0.8, learning(0.1, 0.95, 8)), "words": (0.2, lambda done: 0.95 - by * (done > 0.1))}
+    return lambda setting, seed: mixed_run(setting, seed, tasks)
+
+
 SPIKY, SLOW, KL = _now_and_then(6, "grad_norm", 400), {"weights_moved": 0.02}, {"kl": 3.0}
 # finding: heavy form, mild form
 ILLNESSES: dict[str, tuple[Callable[[Setting, int], Record], Callable[[Setting, int], Record]]] = {
@@ -188,6 +194,7 @@ ILLNESSES: dict[str, tuple[Callable[[Setting, int], Record], Callable[[Setting, 
         _edited(lambda *_: None, lambda done: 0.9 if done < 0.2 else 0.5),
         _edited(lambda *_: None, lambda done: 0.9 if done < 0.2 else 0.75),
     ),
+    "falling_task": (_fallen(0.9), _fallen(0.4)),
     "forgetting": (_evals(drift=2.0), _evals(drift=0.6)),
     "reward_scale": (_changed(reward_std=1e-6), _changed(reward_std=3e-4)),
     "kl_diverging": (_changed(**KL), _changed(kl=1.1)),

@@ -56,16 +56,19 @@ def learning(start: float, end: float, speed: float = 4.0) -> Curve:
     return lambda done: end - (end - start) * (1 - done) ** speed
 
 
+def group_of(rng: random.Random, size: int, ability: float) -> tuple[list, list]:
+    """Simulate a group of a policy with this accuracy: rewards and whether right, each (G,)."""
+    ability = min(max(ability, 1e-4), 1 - 1e-4)
+    p = rng.betavariate(SPREAD * ability, SPREAD * (1 - ability))
+    right = [rng.random() < p for _ in range(size)]
+    kinds = [RIGHT if one else WRONG for one in right]
+    return [rng.choices(*zip(*kind, strict=True))[0] for kind in kinds], right
+
+
 def step_of(rng: random.Random, setting: Setting, number: int, ability: float) -> Row:
     """Simulate a step of a policy with this accuracy."""
-    ability = min(max(ability, 1e-4), 1 - 1e-4)
-    rewards, right = [], []
-    for _ in range(setting.batch):
-        p = rng.betavariate(SPREAD * ability, SPREAD * (1 - ability))
-        right.append([rng.random() < p for _ in range(setting.group)])
-        kinds = [RIGHT if one else WRONG for one in right[-1]]
-        rewards.append([rng.choices(*zip(*kind, strict=True))[0] for kind in kinds])
-    return step_from(rng, setting, number, rewards, right)
+    made = [group_of(rng, setting.group, ability) for _ in range(setting.batch)]
+    return step_from(rng, setting, number, *map(list, zip(*made, strict=True)))
 
 
 def step_from(rng: random.Random, setting: Setting, number: int, rewards: list, right: list) -> Row:
@@ -154,6 +157,56 @@ HEALTHY: list[Curve] = [
     learning(0.5, 0.68, 1),
     learning(0.4, 0.4),
 ]
+
+
+BY_TASK = ("accuracy", "reward_mean", "tied_groups_fraction", "tied_all_right_fraction", "tied_all_wrong_fraction")
+
+
+def mixed_run(setting: Setting, seed: int, tasks: dict[str, tuple[float, Curve]]) -> dict[str, Any]:
+    """Simulate a run on several tasks, each with its weight and its accuracy."""
+    rng = random.Random(f"mixed {setting} {seed}")
+    weights = [weight for weight, _ in tasks.values()]
+
+    def change(row: Row, done: float) -> Row:
+        drawn = rng.choices(list(tasks), weights, k=setting.batch)
+        made = [group_of(rng, setting.group, tasks[name][1](done)) for name in drawn]
+        row = step_from(rng, setting, row["step"], *map(list, zip(*made, strict=True)))
+        for name in tasks:
+            own = [group for group, of in zip(made, drawn, strict=True) if of == name]
+            part = step_from(rng, setting, row["step"], *map(list, zip(*own, strict=True))) if own else {}
+            row |= {f"groups/{name}": len(own)} | {f"{metric}/{name}": part.get(metric) for metric in BY_TASK}
+        return row
+
+    record = run(
+        setting, seed, lambda done: sum(weight * curve(done) for weight, curve in tasks.values()), None, change
+    )
+    for entry in record["evals"]:
+        done = entry["step"] / setting.steps
+        by_task = {
+            name: evaluation(
+                rng, entry["step"], curve(done), max(5, round(setting.n * weight)), f"{name} {entry['split']}"
+            )
+            for name, (weight, curve) in tasks.items()
+        }
+        right, n = sum(e["accuracy"] * e["n"] for e in by_task.values()), sum(e["n"] for e in by_task.values())
+        low, high = wilson_interval(round(right), n)
+        entry |= {"accuracy": right / n, "n": n, "ci_low": low, "ci_high": high}
+        figures = ("accuracy", "n", "ci_low", "ci_high", "well_formed")
+        entry["tasks"] = {name: {k: e[k] for k in figures} for name, e in by_task.items()}
+    return record
+
+
+MIXTURES: list[dict[str, tuple[float, Curve]]] = [
+    {"sums": (0.7, learning(0.33, 0.98)), "words": (0.3, learning(0.25, 0.6, 2))},
+    {"sums": (0.5, learning(0.4, 0.99, 8)), "words": (0.5, learning(0.2, 0.45, 1))},  # one is learned at once
+    {"sums": (0.9, learning(0.3, 0.6, 2)), "words": (0.1, learning(0.4, 0.9, 2))},  # one is rare
+    {"sums": (0.3, learning(0.6, 0.99)), "words": (0.3, learning(0.2, 0.7)), "towns": (0.4, learning(0.4, 0.4))},
+]
+
+
+def healthy_mixture(shape: tuple[int, int], seed: int) -> dict[str, Any]:
+    """Simulate a run on several tasks in which nothing is wrong."""
+    return mixed_run(setting_of(shape, seed), seed, MIXTURES[seed % len(MIXTURES)])
 
 
 def setting_of(shape: tuple[int, int], seed: int) -> Setting:

@@ -36,7 +36,6 @@ RECORDS = {
     "one step": a_record(1),
     "two steps": a_record(2, EVALS[:1]),
     "as few steps as are smoothed": a_record(SMOOTHED_FROM),
-    "60 steps without a reference": a_record(60, EVALS[:2], beta=0),
     "300 steps": a_record(300),
     "a whole run": a_record(300, [TESTS[0], *EVALS, TESTS[1]]),
     "accuracies of 0 and 1": a_record(2, [an_evaluation(0, 0.0), an_evaluation(2, 1.0, n=1)]),
@@ -65,6 +64,18 @@ def test_all_figures_are_drawn_for_whatever_a_run_leaves_behind(tmp_path, record
     assert sorted(path.name for path in written) == sorted(PIXELS)
     check_files(tmp_path)
     assert plt.get_fignums() == []  # a notebook that draws often must not run out of memory
+
+
+def test_without_a_reference_no_kl_is_drawn(tmp_path):
+    record = a_record(60, EVALS[:2], beta=0)
+    for row in record["steps"]:
+        row["kl"] = None
+    assert (
+        {path.name for path in draw_all(record, tmp_path)}
+        == {path.name for path in tmp_path.iterdir()}
+        == {CURVE, OVERVIEW}
+    )
+    assert not [axes for axes in overview(record).axes if "KL" in axes.get_title(loc="left")]
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,16 @@ def test_nothing_is_loaded_from_elsewhere_and_a_policy_forbids_it():
     assert "prefers-color-scheme: dark" in style
 
 
+def test_on_a_narrow_screen_each_cell_names_its_column():
+    # Below 40rem a cell is a line of its own, with what `data-column` says before it: a table would be cut off.
+    text = page(a_full_record(20), {}, {10: [a_sample(10)]})
+    columns = [value for tag, name, value in Checked(text).attributes if (tag, name) == ("td", "data-column")]
+    assert len(columns) == text.count("<td")
+    assert columns[:3] == ["step", "problems", "right"]
+    assert {"prompt", "completion", "exact", "reward", "name", "value"} <= set(columns)
+    assert "@media (max-width: 40rem)" in text
+
+
 def test_the_page_has_what_the_run_has():
     text = page(a_full_record(300, FINDINGS), {}, {10: [a_sample(10)], 20: [a_sample(20, correct=False)]})
     shown = " ".join("".join(Checked(text).texts).split())

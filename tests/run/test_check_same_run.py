@@ -128,7 +128,7 @@ def test_a_run_continues_with_a_changed_setting_or_names_and_refuses_it(field, h
 
 def before_as_text(field, half):
     value = {**SETTINGS, "model": half / "model"}.get(field.name, field.default)
-    return "none" if value in ("", ()) else str(value)
+    return "none" if value in ("", ()) else " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def test_the_settings_that_may_change_are_settings():

@@ -3,7 +3,7 @@
 import pytest
 
 from grpo.report.ending import seconds_by_phase, tokens_per_second
-from grpo.report.progress import nats, show_completions
+from grpo.report.progress import nats, question_and_completion, show_completions
 from tests.helpers.rollouts import ODD, a_rollout
 
 
@@ -53,3 +53,16 @@ def test_no_minus_stands_before_a_zero():
         "0.010",
         "-0.002",
     ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        (40, "What is 1 + 2?  <answer>3</answer>"),
+        (30, "What is 1…  <answer>3</answer>"),
+        (24, "Wha…  <answer>3</answer>"),
+        (20, "Wha…  <answer>3</an…"),
+    ],
+)
+def test_the_question_is_cut_before_the_completion(columns, text):
+    assert question_and_completion("What is 1 + 2?", "<answer>3</answer>", columns) == text

@@ -36,7 +36,8 @@ def test_the_help_of_training_has_every_setting_with_group_meaning_and_default(t
         assert f"{field.metadata['group']}:" in words
         option = name.replace("_", "-")
         default = f"{'' if field.default else 'no-'}{option}" if field.type is bool else field.default
-        assert default in ("", ()) or f"[default: {default}" in words
+        default = ", ".join(default) if isinstance(default, tuple) else default
+        assert default == "" or f"[default: {default}" in words
     assert "--fresh" in words
 
 

@@ -27,7 +27,7 @@ VALID = {
     "precision": "bfloat16",
     "deterministic": True,
     "cuda_graphs": True,
-    "task": "reverse",
+    "task": ("reverse=1", "arithmetic=0.5"),
     "data": "problems.jsonl",
     "correct": "judge.py:right",
     "min_operand": -2,
@@ -96,7 +96,7 @@ SYNCED_AND_MASKED = {"refresh_reference_every": 1, "mask_truncated": True}
 def resolved(monkeypatch, tmp_path):
     """Return a function that calls train_grpo.py without training: the settings of the run, and standard error."""
     seen = []
-    monkeypatch.setattr(train_grpo, "train", lambda config, launched: seen.append(config) or 0)
+    monkeypatch.setattr(train_grpo, "train", lambda config, launched, check: seen.append(config) or 0)
 
     def call(*args):
         result = invoke(train_grpo.main, *args, folder=tmp_path)

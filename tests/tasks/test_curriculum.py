@@ -6,7 +6,7 @@ import pytest
 
 from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
-from tasks.common.curriculum import FORGETTING, Curriculum, level_of, mixed
+from tasks.selection.curriculum import FORGETTING, Curriculum, level_of, mixed
 
 EASY, MIXED, HARD = (Problem(f"Solve {level}.", "1", level=level) for level in ("easy", "mixed", "hard"))
 
@@ -38,6 +38,21 @@ def test_the_posterior_by_hand():
     for _ in range(60):
         curriculum.observe([])
     assert curriculum.counts == {}  # forgotten
+
+
+def test_what_the_estimates_say_of_a_step_by_hand():
+    curriculum = Curriculum(Levels(), 4)
+    assert curriculum.figures([EASY, HARD]) == {"level": None, "solve_rate": 0.5}  # nothing is known
+    curriculum.observe([(EASY, 4, 0)])
+    assert curriculum.figures([EASY, HARD]) == {"level": None, "solve_rate": pytest.approx((5 / 6 + 1 / 2) / 2)}
+    curriculum.observe([(EASY, 4, 0), (MIXED, 2, 2), (HARD, 0, 4)])
+    new = Problem("Solve this.", "1", level="new")
+    figures = curriculum.figures([EASY, HARD, HARD, MIXED, new])
+    easy = (1 + 4 * FORGETTING + 4) / (2 + 4 * FORGETTING + 4)
+    assert figures["solve_rate"] == pytest.approx((easy + 1 / 6 + 1 / 6 + 1 / 2 + 1 / 2) / 5)
+    assert figures["level"] == pytest.approx((0 + 1 + 1 + 0.5) / 4)  # the new one has no place
+    curriculum.counts = {"easy": [1.0, 1.0], "mixed": [1.0, 1.0], "hard": [0.0, 4.0]}
+    assert curriculum.figures([EASY])["level"] == pytest.approx(0.25)  # the middle of places 0 and 1, of 2
 
 
 def test_problems_are_drawn_where_groups_are_mixed():

@@ -18,6 +18,25 @@ class IndexMaps:
     prompt_padding: Tensor  # indices of padding in `prompts`
     completion_padding: Tensor  # indices of padding in `completions`
 
+    def split(self, row: Tensor, padding: float | None = None) -> tuple[Tensor, Tensor]:
+        """Split a row (T · H, …) into prompts (N · H · P, …) and completions (B · H · C, …).
+
+        Padding is that number, or by default what some token has.
+        """
+        prompts, completions = row.index_select(0, self.prompts), row.index_select(0, self.completions)
+        if padding is not None:
+            prompts.index_fill_(0, self.prompt_padding, padding)
+            completions.index_fill_(0, self.completion_padding, padding)
+        return prompts, completions
+
+    def join(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """Join prompts (N · H · P, …) and completions (B · H · C, …) to a row (T · H, …)."""
+        split = len(self.from_prompts)
+        row = prompts.new_empty(split + len(self.from_completions), *prompts.shape[1:])
+        torch.index_select(prompts, 0, self.from_prompts, out=row[:split])
+        torch.index_select(completions, 0, self.from_completions, out=row[split:])
+        return row
+
 
 @dataclass(frozen=True)
 class Layout:

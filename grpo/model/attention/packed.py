@@ -21,8 +21,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from grpo.model.attention.common_prefix import CommonPrefix, attend_with_sums
+from grpo.model.attention.common_prefix import CommonPrefix
 from grpo.model.attention.layout import IndexMaps, Layout, causal
+from grpo.model.attention.tree import Tree
 
 NAME = "shared_prefix"
 SCORES = 2**21  # attention scores of a layer that may be held in memory, 8 MiB
@@ -44,14 +45,14 @@ class _Unpack(torch.autograd.Function):
         """Return prompts and completions."""
         ctx.shape, ctx.maps = row.shape, maps
         vectors = row[0].transpose(0, 1).reshape(-1, row.shape[-1])
-        return vectors.index_select(0, maps.prompts), vectors.index_select(0, maps.completions)
+        return maps.split(vectors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, prompts: Tensor, completions: Tensor) -> tuple[Tensor, None]:
         """Join their gradients to that of the row."""
         _, heads, length, size = ctx.shape
-        row = _row(prompts, completions, ctx.maps)
+        row = ctx.maps.join(prompts, completions)
         return row.view(1, length, heads, size).transpose(1, 2), None
 
 
@@ -62,24 +63,13 @@ class _Pack(torch.autograd.Function):
     def forward(ctx: FunctionCtx, prompts: Tensor, completions: Tensor, maps: IndexMaps) -> Tensor:
         """Return the row."""
         ctx.maps = maps
-        return _row(prompts, completions, maps)
+        return maps.join(prompts, completions)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, row: Tensor) -> tuple[Tensor, Tensor, None]:
         """Split the gradient of the row; it is 0 on padding, whose results are not used."""
-        maps = ctx.maps
-        prompts = row.index_select(0, maps.prompts).index_fill_(0, maps.prompt_padding, 0)
-        completions = row.index_select(0, maps.completions).index_fill_(0, maps.completion_padding, 0)
-        return prompts, completions, None
-
-
-def _row(prompts: Tensor, completions: Tensor, maps: IndexMaps) -> Tensor:
-    split = len(maps.from_prompts)
-    row = prompts.new_empty(split + len(maps.from_completions), prompts.shape[-1])
-    torch.index_select(prompts, 0, maps.from_prompts, out=row[:split])
-    torch.index_select(completions, 0, maps.from_completions, out=row[split:])
-    return row
+        return *ctx.maps.split(row, padding=0), None
 
 
 def packed_attention(
@@ -113,33 +103,22 @@ def packed_attention(
     row = query, key, value
     if layout.common_prefix:
         return _attend_tree(module, row, layout, scaling, sliding_window), None
-    return _attend_own(module, row, layout, scaling, sliding_window)[0], None
+    return _attend_own(module, row, layout, scaling, sliding_window), None
 
 
 def _attend_tree(module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None) -> Tensor:
     """Attend over a row that has a common beginning: that to itself, all others to it and to their own tokens."""
     common = layout.common_prefix
     first, own = zip(*(x.tensor_split([common + layout.filler], 2) for x in row), strict=True)
-    (first_k, first_v), q = (x[:, :, :common] for x in first[1:]), own[0]
-    mask = None if window is None else causal(torch.arange(common + layout.filler, device=q.device), window)
+    mask = None if window is None else causal(torch.arange(common + layout.filler, device=row[0].device), window)
     beginning = _torch_attend(module, *first, mask, scaling)  # (1, H, S, d)
-    key_heads, shape = first_k.shape[1], (1, *q.shape[1:3], -1)
-    bias = layout.beginning_bias(window, q.shape[1] // key_heads)
-    # the R heads of a key are rows of one matrix
-    out, sums = attend_with_sums(q.reshape(key_heads, -1, q.shape[-1]), first_k[0], first_v[0], bias, scaling)
-    own_out, own_sums = _attend_own(module, own, layout, scaling, window, sums=True)
-    share = torch.sigmoid(sums.view(shape).transpose(1, 2) - own_sums)  # of the beginning in the joint softmax
-    joint = torch.lerp(own_out, out.view(shape).transpose(1, 2), share.to(own_out.dtype))
-    return torch.cat([beginning.transpose(1, 2), joint], 1)
+    first_key, first_value = (x[0, :, :common] for x in first[1:])
+    out = Tree(layout, scaling, window).attend(*(x[0] for x in own), first_key, first_value)
+    return torch.cat([beginning.transpose(1, 2), out[None]], 1)
 
 
-def _attend_own(
-    module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None, sums: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Attend to the tokens of one's own prompt and completion: (1, T, H, d).
-
-    With `sums`, also return the logarithms of the sums that the softmax divides by, (1, T, H, 1).
-    """
+def _attend_own(module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None) -> Tensor:
+    """Attend to the tokens of one's own prompt and completion: (1, T, H, d)."""
     (_, heads, length, _), key_heads = row[0].shape, row[1].shape[1]
     maps, key_maps = layout.maps(heads), layout.maps(key_heads)
     (n, p), (b, c) = layout.prompt_index.shape, layout.completion_index.shape
@@ -147,14 +126,7 @@ def _attend_own(
     q, k, v = (x.view(n, -1, p, x.shape[-1]) for x, _ in split)
     own_q, own_k, own_v = (x.view(b, -1, c, x.shape[-1]) for _, x in split)
     all_k, all_v = _after_prompts(k, own_k), _after_prompts(v, own_v)
-    own_sums = None
-    if sums:
-        bias, own_bias = layout.biases(window, heads, key_heads, torch.float32)
-        prompts, of_prompts = attend_with_sums(*_by_key(q, k, v, bias), bias, scaling)
-        completions, of_completions = attend_with_sums(*_by_key(own_q, all_k, all_v, own_bias), own_bias, scaling)
-        own_sums = _Pack.apply(of_prompts.reshape(-1, 1), of_completions.reshape(-1, 1), maps)
-        own_sums = own_sums.view(1, length, heads, 1)
-    elif q.device.type == "cpu" and (n * p * p + b * c * (p + c)) * heads <= SCORES:
+    if q.device.type == "cpu" and (n * p * p + b * c * (p + c)) * heads <= SCORES:
         bias, own_bias = layout.biases(window, heads, key_heads, q.dtype)
         prompts = _attend(q, k, v, bias, scaling)
         completions = _attend(own_q, all_k, all_v, own_bias, scaling)
@@ -164,7 +136,7 @@ def _attend_own(
         prompts = _torch_attend(module, q, k, v, mask, scaling)
         completions = _torch_attend(module, own_q, all_k, all_v, own_mask, scaling)
     out = _Pack.apply(prompts.reshape(-1, v.shape[-1]), completions.reshape(-1, v.shape[-1]), maps)
-    return out.view(1, length, heads, -1), own_sums
+    return out.view(1, length, heads, -1)
 
 
 def _after_prompts(of_prompts: Tensor, own: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ posteriors (Thompson sampling, so that what is uncertain is tried too). All is a
 the rollouts so far.
 """
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from tasks.base import Problem, Task, seeded_rng
@@ -39,6 +41,26 @@ class Curriculum:
         right, wrong = self.counts.get(level, (0.0, 0.0))
         return 1 + right, 1 + wrong
 
+    def solve_rate(self, level: str) -> float:
+        """Return the expected solve rate of a level; 1/2 if nothing is known."""
+        right, wrong = self.posterior(level)
+        return right / (right + wrong)
+
+    def figures(self, drawn: Sequence[Problem]) -> dict[str, float | None]:
+        """Return what the estimates say of the problems drawn for a step, before it is observed.
+
+        `solve_rate` is the mean of their expected solve rates. `level` is the mean place of their levels among those
+        seen lately, from 0, the one that is solved most, to 1, the one that is solved least; levels of equal rates
+        share a place. Of levels not seen it knows none; it is None if there are not two seen, or none drawn.
+        """
+        solved = sorted(-self.solve_rate(level) for level in self.counts)
+        known = [-self.solve_rate(level) for level in map(level_of, drawn) if level in self.counts]
+        places = [(bisect_left(solved, rate) + bisect_right(solved, rate) - 1) / 2 for rate in known]
+        return {
+            "level": fmean(places) / (len(solved) - 1) if places and len(solved) > 1 else None,
+            "solve_rate": fmean(self.solve_rate(level_of(problem)) for problem in drawn),
+        }
+
     def observe(self, sampled: Iterable[tuple[Problem, int, int]]) -> None:
         """Take in a step: each problem with its right and its wrong completions."""
         kept = {level: [n * FORGETTING for n in both] for level, both in self.counts.items()}
@@ -62,8 +84,9 @@ class Curriculum:
 
 
 def level_of(problem: Problem) -> str:
-    """Return what a problem's solve rate is known by: its level, or else itself."""
-    return problem.level or problem.question
+    """Return what a problem's solve rate is known by: its level, or else itself, in its task."""
+    level = problem.level or problem.question
+    return f"{problem.task}: {level}" if problem.task else level
 
 
 def mixed(rate: float, num_generations: int) -> float:
