@@ -12,6 +12,7 @@ groups, and in keeping the best policy instead of the last; README.md says why.
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent during the imports, until a run listens itself
 
 import click
 from click.core import ParameterSource
@@ -153,6 +157,8 @@ def settings_of(file: Path | None, given: dict[str, Any]) -> TrainConfig:
 
 def train_with_others(settle: Callable[[], TrainConfig], launched: float, fresh: bool, check: bool) -> NoReturn:
     """Train as one of the processes that torchrun started, and end this process when all are done."""
+    if os.environ["RANK"] == "0":
+        click.echo("Meeting the other processes", err=True)
     from grpo.launch.agreement import agree, claim_shared_folder
     from grpo.runtime import distributed
     from grpo.runtime.device import choose_device
@@ -176,7 +182,13 @@ def train(config: TrainConfig, launched: float, task: Task | None = None, check:
 
     The heavy imports come after the folder is locked.
     """
+    from tasks.rewards.scoring import rewards_of, try_out
+
+    if "torch" not in sys.modules:  # importing it takes seconds
+        click.echo(f"Loading {printable(config.model)}", err=True)
     task = make_task(config) if task is None else task  # first, so that an error in its data is reported at once
+    with naming_own_code():
+        try_out(rewards_of(config, task), task)
 
     from grpo.launch.check import check as look
     from grpo.trainer import Trainer
@@ -198,6 +210,10 @@ def failures_in_words(config: TrainConfig) -> Iterator[None]:
 
     try:
         yield
+    except MemoryError:
+        raise ValueError(
+            "a step does not fit into memory; take fewer --batch-size, --num-generations or --max-new-tokens"
+        ) from None
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise ValueError(

@@ -6,11 +6,11 @@ A field of `TrainConfig` is the option of the same name (`learning_rate` is `--l
 rebuilds. A model's folder may carry better ones for it (`grpo/model_card.py`); the command line overrides both.
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
+from dataclasses import Field, asdict, dataclass, fields, make_dataclass
 from typing import Any
 
+from grpo.setting import as_typed, check_setting, parse_duration, parse_group_schedule, setting
 from tasks.common.prompts import STYLES
 from tasks.common.user_file import names_a_file
 from tasks.registry import DEFAULT_TASK, TASKS, task_options, task_shares
@@ -25,7 +25,7 @@ SURROGATES, AGGREGATIONS = ("clip", "cispo", "gmpo"), ("sum_then_normalize", "no
 KL_ESTIMATORS = ("k3", "k3-corrected")
 DECAYS = ("none", "linear", "cosine")
 TRACKERS = ("none", "trackio", "wandb")
-LARGEST_FLOAT32 = 3.4e38
+MOST_ROWS = 10**6  # completions of a step
 MOST_TOKENS = 10**6  # of a completion: no model has so many positions, and memory for all is taken at once
 # settings of one run, which its saved model does not hand to the runs that start from it. A model's folder may come
 # from anywhere, so it can name no file either
@@ -45,12 +45,6 @@ OLD_NAMES = {
     "refresh_reference_every": "ref_model_sync_steps",
     "mask_truncated": "mask_truncated_completions",
 }
-_DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")
-
-
-def setting(default: Any, group: str, meaning: str, least: float | None = None, choices: tuple = ()) -> Any:
-    """Declare a field with its group in --help, its meaning, and its least value or its choices."""
-    return field(default=default, metadata={"group": group, "meaning": meaning, "least": least, "choices": choices})
 
 
 TaskOptions = make_dataclass(
@@ -89,7 +83,7 @@ class TrainConfig(TaskOptions):
     task_arg: tuple[str, ...] = setting((), "Task", "key=value, an argument of the --task in your file")
     prompt_style: str = setting("answer", "Task", "form of the answer that the prompt asks for", None, STYLES)
     system_prompt: str = setting("", "Task", "system prompt instead of the style's own")
-    shots: int = setting(0, "Task", "worked examples in the prompt, solved training problems as turns", 0)
+    shots: int = setting(0, "Task", "worked examples in the prompt, solved training problems as turns", 0, (), 10**4)
     reward: tuple[str, ...] = setting((), "Task", "NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT, instead of the task's own")
 
     num_iterations: int = setting(
@@ -100,17 +94,19 @@ class TrainConfig(TaskOptions):
     )
     batch_size: int = setting(4, "Algorithm", "prompts a step", 1)
     num_generations: int = setting(8, "Algorithm", "completions a prompt (G, the group)", 2)
-    max_new_tokens: int = setting(16, "Algorithm", "longest completion, in tokens; think: 128, reasoning: 256", 1)
+    max_new_tokens: int = setting(
+        16, "Algorithm", "longest completion, in tokens; think: 128, reasoning: 256", 1, (), MOST_TOKENS
+    )
     temperature: float = setting(
-        1.0, "Algorithm", "sampling temperature; log-probabilities are taken at it too", 1e-3
+        1.0, "Algorithm", "sampling temperature; log-probabilities are taken at it too", 1e-3, (), 100.0
     )
     learning_rate: float = setting(1e-7, "Algorithm", "learning rate of AdamW", 0.0)
     beta: float = setting(0.04, "Algorithm", "weight of the KL to the reference; 0 loads no reference", 0.0)
-    epsilon: float = setting(0.2, "Algorithm", "the ratio is clipped to 1 ± this", 0.0)
+    epsilon: float = setting(0.2, "Algorithm", "the ratio is clipped to 1 ± this", 1e-6)
     num_inner_updates: int = setting(5, "Algorithm", "updates on one rollout (TRL calls this num_iterations)", 1)
     clip_grad_norm: float = setting(0.5, "Algorithm", "largest norm of the gradient", 1e-9)
     micro_batch_size: int = setting(0, "Algorithm", "prompts in one pass, to save memory; 0 takes all at once", 0)
-    seed: int = setting(0, "Algorithm", "seed of problems and sampling", 0)
+    seed: int = setting(0, "Algorithm", "seed of problems and sampling", 0, (), 10**18)
 
     sft_steps: int = setting(0, SFT, "supervised steps on ideal completions before GRPO; 0: none", 0)
     sft_batch_size: int = setting(16, SFT, "problems, each with its completion, in such a step", 1)
@@ -155,13 +151,13 @@ class TrainConfig(TaskOptions):
     )
 
     eval_every: int = setting(50, OUTPUT, "steps between evaluations on validation", 1)
-    eval_problems: int = setting(500, OUTPUT, "validation problems in each evaluation", 1)
+    eval_problems: int = setting(500, OUTPUT, "validation problems in each evaluation", 1, (), 10**5)
     pass_at_k: int = setting(
-        0, OUTPUT, "also measure pass@k and maj@k by sampling on the test problems; 0: do not", 0
+        0, OUTPUT, "also measure pass@k and maj@k by sampling on the test problems; 0: do not", 0, (), 10**4
     )
     save_every: int = setting(25, OUTPUT, "steps between checkpoints", 1)
     patience: int = setting(0, OUTPUT, "stop after this many evaluations without a better one; 0: never", 0)
-    target_accuracy: float = setting(0.0, OUTPUT, "stop at this validation accuracy, up to 1; 0: never", 0.0)
+    target_accuracy: float = setting(0.0, OUTPUT, "stop at this validation accuracy, up to 1; 0: never", 0.0, (), 1.0)
     time_limit: str = setting("", OUTPUT, "end this launch within this time: 3h, 90m, 1h30m")
     show_every: int = setting(50, OUTPUT, "steps between printed completions; 0: never", 0)
     track: str = setting("none", OUTPUT, "experiment tracker that also gets the metrics", None, TRACKERS)
@@ -179,7 +175,7 @@ class TrainConfig(TaskOptions):
         object.__setattr__(self, "task", tuple(map(str, shares)))  # a weight has one spelling
         if self.task_arg and sum(names_a_file(share.spec) for share in shares) != 1:
             raise ValueError(
-                f"task_arg is for a task in a file, --task FILE.py:NAME, and for one; here is {' '.join(self.task)}"
+                f"--task-arg is for a task in a file, --task FILE.py:NAME, and for one; here is {' '.join(self.task)}"
             )
         if self.time_limit:
             parse_duration(self.time_limit)
@@ -187,28 +183,31 @@ class TrainConfig(TaskOptions):
             parse_group_schedule(self.group_schedule)
         for name in ("target_kl", "ref_model_sync_steps"):
             if getattr(self, name) and not self.beta:
-                raise ValueError(f"{name} is about the KL to the reference, which beta 0 leaves out; give a beta")
+                raise ValueError(f"{as_typed(name)} is about the KL to the reference, which --beta 0 leaves out")
         if self.ref_model_sync_steps and self.lora_rank:
-            raise ValueError("ref_model_sync_steps cannot be with lora_rank: the reference is the frozen base")
+            raise ValueError("--ref-model-sync-steps cannot be with --lora-rank: the reference is the frozen base")
         if self.sft_steps and self.lora_rank and self.beta:
             raise ValueError(
-                "sft_steps cannot be with lora_rank unless beta is 0: the reference is the frozen base, which the "
-                "fine-tuned adapter is not a part of"
+                "--sft-steps cannot be with --lora-rank unless --beta is 0: the reference is the frozen base, which "
+                "the fine-tuned adapter is not a part of"
             )
         if self.load_in_4bit and not self.lora_rank:
             raise ValueError(
-                "load_in_4bit needs lora_rank: weights in 4 bits cannot be trained, an adapter over them can"
+                "--load-in-4bit needs --lora-rank: weights in 4 bits cannot be trained, an adapter over them can"
             )
         if self.shard and self.load_in_4bit:
-            raise ValueError("shard cannot be with load_in_4bit: weights in 4 bits cannot be spread")
-        if self.max_new_tokens > MOST_TOKENS:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at most {MOST_TOKENS}")
+            raise ValueError("--shard cannot be with --load-in-4bit: weights in 4 bits cannot be spread")
+        if self.batch_size * self.num_generations > MOST_ROWS:
+            raise ValueError(
+                f"--batch-size {self.batch_size} and --num-generations {self.num_generations} make more than "
+                f"{MOST_ROWS} completions a step; take fewer"
+            )
         if self.overlong_buffer > self.max_new_tokens:
-            raise ValueError(f"overlong_buffer is {self.overlong_buffer}; it must be at most max_new_tokens")
+            raise ValueError(f"--overlong-buffer is {self.overlong_buffer}; it must be at most --max-new-tokens")
         if self.surrogate == "gmpo" and self.ratio != "token":
-            raise ValueError("surrogate gmpo has a ratio of its own; leave --ratio token")
+            raise ValueError("--surrogate gmpo has a ratio of its own; leave --ratio token")
         if self.warmup_steps >= self.num_iterations:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below num_iterations")
+            raise ValueError(f"--warmup-steps is {self.warmup_steps}; it must be below --num-iterations")
 
     @property
     def depends_on_length(self) -> bool:
@@ -220,7 +219,7 @@ class TrainConfig(TaskOptions):
         earlier = {**TrainConfig().to_dict(), **with_new_names(earlier)}  # the run may lack a newer setting
         may_change = set(CHANGEABLE_ON_RESUME) - ({"num_iterations"} if self.depends_on_length else set())
         return [
-            f"{name} {_shown(earlier[name])} (now {_shown(value)})"
+            f"{as_typed(name)} {_shown(earlier[name])} (now {_shown(value)})"
             for name, value in self.to_dict().items()
             if name not in may_change and earlier[name] != value
         ]
@@ -250,38 +249,3 @@ def ordered_fields() -> list[Field]:
     """Return the fields of `TrainConfig` by group, a task's own options last in theirs."""
     own = task_options()
     return sorted(fields(TrainConfig), key=lambda f: (GROUPS.index(f.metadata["group"]), f.name in own))
-
-
-def check_setting(name: str, value: Any, kind: type, metadata: Any) -> None:
-    """Raise ValueError if a value cannot be that of a field of this name, type and metadata."""
-    if kind == tuple[str, ...]:
-        if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{name} is {value!r}; it must be a list of texts")
-        return
-    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
-        raise ValueError(f"{name} is {value!r}; it must be {kind.__name__}")
-    if kind is float and not abs(value) <= LARGEST_FLOAT32:  # nor NaN
-        raise ValueError(f"{name} is {value}; it must be a finite number")
-    least, choices = metadata["least"], metadata["choices"]
-    if least is not None and value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least:g}")
-    if choices and value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-
-
-def parse_duration(text: str) -> int:
-    """Return the seconds in 3h, 90m, 1h30m or 45s. Raises ValueError for anything else, and for no time at all."""
-    match = _DURATION.fullmatch(text.strip().lower())
-    parts = [int(part or 0) for part in match.groups()] if match else [0]
-    if not any(parts):
-        raise ValueError(f"time_limit is {text!r}; write it as 3h, 90m, 1h30m or 45s")
-    hours, minutes, seconds = parts
-    return 3600 * hours + 60 * minutes + seconds
-
-
-def parse_group_schedule(text: str) -> tuple[int, int]:
-    """Return the first and last group size of "8:4". Raises ValueError for anything else."""
-    first, _, last = text.partition(":")
-    if not all(part.isascii() and part.isdigit() and 2 <= int(part[:6]) <= 10_000 for part in (first, last)):
-        raise ValueError(f"group_schedule is {text!r}; write it as 8:4, from 8 completions a prompt to 4, at least 2")
-    return int(first), int(last)

@@ -1,7 +1,8 @@
 """Checkpoints of a run: the state of its parts to and from disk, and whether a launch is of the same run."""
 
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from grpo.algorithm.grpo import GRPO
 from grpo.config import TrainConfig
 from grpo.evaluation.evaluator import Evaluator
+from grpo.model.lora import trainable
 from grpo.record.checkpoint import RECOVERY_HINT, Checkpoint, newest_checkpoint, write_checkpoint
 from grpo.record.metrics import Metrics
 from grpo.record.samples import Samples
@@ -20,6 +22,9 @@ from grpo.runtime import distributed
 from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.console import say
 
+LONG_AGO = 60.0  # seconds after which a checkpoint is written between those of --save-every
+MOST_SAVING = 0.02  # of the time, for those
+SIZE = 4  # bytes of a number in float32
 TENSORS = ("policy", "optimizer", "reference")
 
 
@@ -64,7 +69,7 @@ class Progress:
         self.step, self.sft_step, self.before, self.best = state["step"] - sft_step, sft_step, before, best
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunState:
     """The parts of a run that a checkpoint keeps; each has a `state_dict` and checks its own."""
 
@@ -74,6 +79,9 @@ class RunState:
     grpo: GRPO
     evaluator: Evaluator
     metrics: Metrics
+    saved_step: int | None = None  # of the newest checkpoint
+    saved_at: float = field(default_factory=time.monotonic)
+    saving: float = 0.0  # seconds that it took
 
     def why_done(self) -> str | None:
         """Return why no more steps are due, from what has been reached, or None."""
@@ -90,6 +98,7 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint, unless there is one of this step. All ranks must call this; rank 0 writes."""
+        start = time.perf_counter()
         learned = self.grpo.state_dict()
         state = {
             "config": self.config.to_dict(),
@@ -103,6 +112,34 @@ class RunState:
         if distributed.is_main_process():
             checkpoint = Checkpoint(self.progress.total, metrics=self.metrics.state_dict(), state=state, **tensors)
             write_checkpoint(folder, checkpoint)
+        self.saved_at, self.saved_step = time.monotonic(), self.progress.step
+        self.saving = time.perf_counter() - start
+        self.metrics.add_time("save", self.saving)
+
+    def saved_long_ago(self) -> bool:
+        """Return whether to save for the time that has passed: a stop may throw away what came after."""
+        passed = time.monotonic() - self.saved_at
+        return distributed.any_rank(passed > max(LONG_AGO, self.saving / MOST_SAVING))
+
+    def what_is_lost(self, folder: Path, error: OSError) -> str:
+        """Describe a failed write with what is kept and what is not; keep the metrics too, if they can be written."""
+        if not folder.is_dir():
+            return f"{folder.absolute()} was deleted or moved during the run, with all that was saved; {error}"
+        saved, step = self.saved_step, self.progress.step
+        if saved is None:
+            return f"{error}; nothing is kept"
+        with suppress(OSError):
+            self.metrics.write()
+        lost = f", what came after it (until step {step}) is lost" if step > saved else ""
+        return f"{error}; the checkpoint of step {saved} is kept{lost}, and the same command continues from it"
+
+    def bytes_to_come(self) -> int:
+        """Return the bytes of two checkpoints and the model that a run needs, less what it has written already."""
+        trained = sum(p.numel() for p in trainable(self.grpo.policy).values())
+        checkpoint = 3 * SIZE * trained  # AdamW has two moments
+        there = self.progress.total > 0
+        model = 0 if self.progress.best else SIZE * sum(p.numel() for p in self.grpo.policy.parameters())
+        return (1 if there else 2) * checkpoint + model
 
     def restore(self, folder: Path, samples: Samples) -> bool:
         """Continue from the newest checkpoint that verifies; return False if there is none to continue from.
@@ -123,10 +160,14 @@ class RunState:
             check_entries(
                 {"config": isinstance(state.get("config"), dict), "threads": is_count(state.get("threads"))}
             )
-        check_same_run(folder, checkpoint, self.config, self.files)
+        if changed := check_same_run(folder, checkpoint, self.config, self.files):
+            say(f"{', '.join(changed)} changed before the first update, so the run begins again.")
+            samples.truncate(0)
+            return False
         same_passes = state["config"].get("micro_batch_size") == self.config.micro_batch_size
         with _explained(checkpoint):
             self.progress.load_state_dict(state)
+            self.saved_step = self.progress.step
             self.evaluator.load_state_dict(state)
             self.metrics.load_state_dict(checkpoint.metrics, self.progress.step, self.progress.sft_step)
             self.grpo.load_state_dict(state, keep_limits=same_passes)
@@ -135,18 +176,23 @@ class RunState:
         return True
 
 
-def check_same_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, files: Mapping[str, str]) -> None:
-    """Raise ValueError if a launch with these settings and files (SHA-256 by path) is not of the same run."""
+def check_same_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, files: Mapping[str, str]) -> list[str]:
+    """Raise ValueError if a launch with these settings and files (SHA-256 by path) is not of the same run.
+
+    Return the files that changed: before the first update they may, for nothing has been learned from them.
+    """
     ways_on = "to continue, --fresh to start over, or --output-dir NEW"
     if conflicts := config.conflicting_settings(checkpoint.state["config"]):
         raise ValueError(
             f"{folder.resolve()} holds a run with other settings: {', '.join(conflicts)}; give the same {ways_on}"
         )
     earlier = checkpoint.state.get("files", {})
-    if changed := [path for path, sha256 in files.items() if earlier.get(path, sha256) != sha256]:
+    changed = [path for path, sha256 in files.items() if earlier.get(path, sha256) != sha256]
+    if changed and checkpoint.step:
         raise ValueError(
             f"{', '.join(changed)} changed since the run in {folder.resolve()} began; put it back {ways_on}"
         )
+    return changed
 
 
 @contextmanager

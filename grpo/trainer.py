@@ -1,41 +1,38 @@
 """The run: step by step, with evaluations, checkpoints and an end. A step itself is `grpo/algorithm/grpo.py`."""
 
-import os
+import math
+import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.outlook import outlook
-from grpo.algorithm.rollout import Rollout
 from grpo.config import TrainConfig
-from grpo.diagnostics.findings import SHOW_EXAMPLES, new_findings
 from grpo.evaluation.evaluator import Evaluator
-from grpo.interrupts import InterruptHandler
-from grpo.model.language_model import LanguageModel, check_prompts_fit
+from grpo.interrupts import Interrupted, InterruptHandler
+from grpo.measurer import Measurer
+from grpo.model.language_model import check_prompts_fit
 from grpo.model.loading import load, load_policy
-from grpo.model.saving import SAVED_MODEL, save
-from grpo.model_card import NAMED, read_card
+from grpo.model.saving import SAVED_MODEL
+from grpo.model_card import read_card
 from grpo.plots.figures import draw_all
 from grpo.record.metrics import Metrics, ended_with
-from grpo.record.samples import GROUPS, Samples
-from grpo.record.tracker import Tracker
 from grpo.report.ending import conclude, show_already_finished, show_interruption
 from grpo.report.opening import introduce, show_choice_by_reward, show_fine_tuning, show_outlook
-from grpo.report.progress import show_completions, show_evaluation, show_finding
+from grpo.report.progress import show_completions, show_evaluation
 from grpo.report.saved_readme import saved_readme
 from grpo.resume import Progress, RunState
 from grpo.runtime import distributed
-from grpo.runtime.atomic_io import name_in_errors
+from grpo.runtime.atomic_io import check_room, name_in_errors
 from grpo.runtime.console import ProgressBar
 from grpo.runtime.device import choose_device, environment, keep_freed_memory, peak_memory, set_deterministic
 from grpo.runtime.precision import precision
 from grpo.sft import SupervisedTrainer
-from tasks.base import Task, asked
+from tasks.base import Task
 from tasks.rewards.scoring import decides_by_reward, rewards_of
 
+QUICK = 1.0  # seconds of a step that a signal lets finish
 MOST_SKIPPED = 10  # updates in a row that were not finite, before the run ends
 
 
@@ -67,13 +64,10 @@ class Trainer:
         folder = self.folder if distributed.is_main_process() else None  # the other ranks write nothing
         where = environment(device, precision(self.lm.model), distributed.world_size())
         self.metrics = Metrics(folder, config.to_dict(), where)
-        self.samples = Samples(folder)
-        self.tracker = Tracker(config.track if distributed.is_main_process() else "none")
         self.progress = Progress()
+        self.measurer = Measurer(config, task, self.evaluator, self.metrics, self.progress)
         self.state = RunState(config, files, self.progress, self.grpo, self.evaluator, self.metrics)
-        self.rollout: Rollout | None = None  # of the last step
         self.launched = time.monotonic() if launched is None else launched
-        self.slowest = 0.0  # seconds of the slowest step
 
     def run(self) -> int:
         """Continue from the newest checkpoint, or begin; train; measure the best policy. Return the exit status."""
@@ -85,67 +79,103 @@ class Trainer:
                 show_already_finished(self.folder, ended)
                 self._draw(ended)
                 return 0
-            with self.tracker.tracking(self.folder, self.config.to_dict()):
-                self._continue(interrupts)
+            if distributed.is_main_process():
+                check_room(self.folder, self.state.bytes_to_come(), "two checkpoints and the model")
+            try:
+                with self.measurer.tracker.tracking(self.folder, self.config.to_dict()):
+                    self._continue(interrupts)
+            except OSError as error:
+                raise OSError(self.state.what_is_lost(self.folder, error)) from error
             return interrupts.exit_status
 
     def _continue(self, interrupts: InterruptHandler) -> None:
         """Train from where the run is to its end, or to a reason to stop."""
         try:
             reason = self._begin(interrupts) or self.state.why_done() or self._train(interrupts)
+            if interrupts.interrupted() or self.progress.best is None:
+                self._stop(interrupts, reason)
+            else:
+                if not self.measurer.is_validated(self.progress.step):
+                    self._validate(interrupts)  # what was trained last may be the best
+                self.state.save(self.folder)
+                self._finish(interrupts, reason)
+                self._draw(self.metrics.record)
+        except Interrupted:
+            self._stop(interrupts, interrupts.name)
         except ValueError:  # out of memory, a broken reward: keep the metrics so far
             self.metrics.write()
             raise
-        self._checkpoint()
-        if interrupts.interrupted() or self.progress.best is None:
-            show_interruption(self.folder, self.progress.named(), reason)
-            self.metrics.write()
+
+    def _stop(self, interrupts: InterruptHandler, reason: str) -> None:
+        """Save after a signal, and say how to go on. A step that has begun to change the policy is thrown away."""
+        interrupts.stop_listening()
+        place = self.progress.named()
+        if self.grpo is None:  # in the last test, when all is saved
+            pass
+        elif self.grpo.updating:
+            place += f"; the checkpoint is of step {self.state.saved_step}"
         else:
-            self._finish(reason)
-        self._draw(self.metrics.record)
+            self.state.save(self.folder)
+        self.metrics.write()
+        if interrupts.signal != signal.SIGTERM:  # what sends that may wait for seconds only
+            self._draw(self.metrics.record)
+        show_interruption(self.folder, place, reason)
 
     def _train(self, interrupts: InterruptHandler) -> str:
         """Take steps until there is a reason to stop; return it."""
         c, progress = self.config, self.progress
         ending = progress.before.get("time/evaluate") or 0.0  # the last test takes as long as the first did
+        slowest = math.inf  # seconds of a step without its evaluation
         bar = ProgressBar(progress.step, c.num_iterations)
         try:
             while True:
                 start = time.monotonic()
-                self.rollout, entry = self.grpo.step(progress.step + 1)
+                with interrupts.abandonable(QUICK if slowest <= QUICK else 0.0):
+                    rollout, entry = self.grpo.step(progress.step + 1)
                 progress.step += 1
-                self._record(entry)
+                self.grpo.updating = False
+                slowest = max(time.monotonic() - start, 0.0 if slowest == math.inf else slowest)
+                self.measurer.record(rollout, entry)
                 shown = {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
                 bar.update(progress.step, shown)
                 self._stop_if_broken()
                 if c.show_every and progress.step % c.show_every == 0:
-                    show_completions(progress.step, self.rollout)
+                    show_completions(progress.step, rollout)
                 if progress.step % c.eval_every == 0 or progress.step == c.num_iterations:
-                    self._validate()
-                self.slowest = max(self.slowest, time.monotonic() - start)
-                if reason := self.state.why_done() or interrupts.reason(1.5 * (self.slowest + ending)):
+                    self._validate(interrupts)
+                needed = slowest + self.measurer.seconds_of_a_validation() + ending
+                if reason := self.state.why_done() or interrupts.reason(1.5 * needed):
                     return reason
-                if progress.step % c.save_every == 0:
-                    self._checkpoint()
+                if progress.step % c.save_every == 0 or self.state.saved_long_ago():
+                    self.state.save(self.folder)
         finally:
             bar.close()
 
     def _begin(self, interrupts: InterruptHandler) -> str | None:
         """Before the first step, fine-tune if asked to, look ahead and measure; return a reason to stop, or None."""
-        if self.progress.before:
+        progress = self.progress
+        if progress.before:
+            if progress.step % self.config.eval_every == 0 and not self.measurer.is_validated(progress.step):
+                self._validate(interrupts)  # a signal came in the middle of it
             return None
-        if not self.progress.sft_step:
-            self.evaluator.remember_start(self.lm)
-            self._checkpoint()  # to return to, also where the look ahead fails: a reward of the user's, say
+        if not progress.sft_step:
+            with interrupts.abandonable():
+                self.evaluator.remember_start(self.lm)
+            self.state.save(self.folder)  # to return to, also where the look ahead fails: a reward of the user's, say
         if self.config.sft_steps and (reason := self._fine_tune(interrupts)):
             return reason
-        self._look_ahead()
+        with interrupts.abandonable():
+            found, seconds = outlook(self.grpo, self.config)
+        self.metrics.record["outlook"] = found
+        # what GRPO will have to work with, and at once if that is nothing; the run trains as asked all the same
+        show_outlook(found, seconds, self.config.num_iterations, peak_memory(self.lm.device))
+        self.measurer.diagnose()
         if self.evaluator.rewards:
             show_choice_by_reward()
-        self.progress.before = self._test(self.lm, 0)
+        progress.before = self.measurer.test(self.lm, 0, interrupts.abandonable())
         if self.config.sft_steps:
-            show_fine_tuning(self.progress.before, "after")
-        self._validate()
+            show_fine_tuning(progress.before, "after")
+        self._validate(interrupts)
         return None
 
     def _fine_tune(self, interrupts: InterruptHandler) -> str | None:
@@ -153,7 +183,9 @@ class Trainer:
         c, progress, record = self.config, self.progress, self.metrics.record
         steps = SupervisedTrainer(c, self.lm, self.task, self.grpo.update)
         if record["before_sft"] is None:
-            record["before_sft"] = {"step": 0, "split": "test", **self.evaluator.test(self.lm)}
+            with interrupts.abandonable():
+                tested = self.evaluator.test(self.lm)
+            record["before_sft"] = {"step": 0, "split": "test", **tested}
         show_fine_tuning(record["before_sft"], "before", steps.teaches_working)
         bar = ProgressBar(progress.sft_step, c.sft_steps, "fine-tuning")
         try:
@@ -162,11 +194,11 @@ class Trainer:
                 entry = steps.step(progress.sft_step + 1)
                 progress.sft_step += 1
                 self.metrics.add_step(entry, "sft")
-                self.tracker.log(progress.total, entry, "sft/")
+                self.measurer.tracker.log(progress.total, entry, "sft/")
                 bar.update(progress.sft_step, {"loss": entry["loss"]})
                 self._stop_if_broken()
                 if progress.sft_step % c.save_every == 0 or progress.sft_step == c.sft_steps:
-                    self._checkpoint()
+                    self.state.save(self.folder)
                 if reason := interrupts.reason(1.5 * (time.monotonic() - start)):
                     return reason
         finally:
@@ -174,30 +206,20 @@ class Trainer:
         self.grpo.begin_here()
         return None
 
-    def _look_ahead(self) -> None:
-        """Say what GRPO will have to work with, and at once if that is nothing; train as asked all the same."""
-        found, seconds = outlook(self.grpo, self.config)
-        self.metrics.record["outlook"] = found
-        show_outlook(found, seconds, self.config.num_iterations, peak_memory(self.lm.device))
-        self._diagnose()
-
-    def _record(self, entry: dict[str, Any]) -> None:
-        """Record a step in metrics, samples and tracker, and look for findings."""
-        step = self.progress.step
-        self.metrics.add_step(entry)
-        if self.samples.wants(step):
-            self.samples.add(self.rollout.samples(step, GROUPS))
-        self.tracker.log(self.progress.total, entry)
-        self._diagnose()
-
-    def _finish(self, reason: str) -> None:
+    def _finish(self, interrupts: InterruptHandler, reason: str) -> None:
         """Measure the saved policy on the test problems, and print what the run reached."""
         device, progress = self.lm.device, self.progress
-        del self.grpo, self.lm, self.state  # policy, reference and optimizer make room
-        best = load(str(self.saved_model), device, self.config.precision, self.config.shard)
-        if self.config.shard:
-            distributed.shard(best.model, device)
-        after = self._test(best, progress.best["step"])
+        if not self.saved_model.is_dir():
+            raise ValueError(
+                f"{self.saved_model} was deleted or moved during the run, and with it the policy of step "
+                f"{progress.best['step']}, the best; put it back and repeat the command, or start over with --fresh"
+            )
+        self.grpo, self.lm, self.state.grpo = None, None, None  # policy, reference and optimizer make room
+        with interrupts.abandonable():
+            best = load(str(self.saved_model), device, self.config.precision, self.config.shard)
+            if self.config.shard:
+                distributed.shard(best.model, device)
+        after = self.measurer.test(best, progress.best["step"], interrupts.abandonable())
         if distributed.is_main_process():
             readme = saved_readme(self.config, progress.best, progress.before, after)
             with name_in_errors(self.saved_model / "README.md"):
@@ -214,83 +236,35 @@ class Trainer:
         skipped = self.grpo.update.skipped_in_a_row
         if skipped < MOST_SKIPPED:
             return
-        self._checkpoint()
+        self.state.save(self.folder)
         raise ValueError(
             f"the last {skipped} updates had a loss or gradient that is not finite. None was applied: the checkpoint "
             f"and {self.saved_model} are good. Start anew with a smaller --learning-rate or a larger --beta"
         )
 
-    def _checkpoint(self) -> None:
-        """Write a checkpoint and record the time that it takes."""
-        start = time.perf_counter()
-        self.state.save(self.folder)
-        self.metrics.add_time("save", time.perf_counter() - start)
-
     def _restore(self) -> dict[str, Any] | None:
         """Continue from a checkpoint, if there is one; return the record of the run if it had ended there."""
-        if not self.state.restore(self.folder, self.samples):
+        if not self.state.restore(self.folder, self.measurer.samples):
             return None
         step, best = self.progress.step, self.progress.best
         behind = best and best["step"] == step != read_card(str(self.saved_model)).get("step")
         if distributed.broadcast_from_rank0(behind):
-            self._save()  # the process died between the checkpoint and this
+            self.measurer.save(self.lm)  # the process died between the checkpoint and this
         return distributed.broadcast_from_rank0(ended_with(self.folder, step, self.metrics.record))
 
     def _draw(self, record: dict[str, Any]) -> None:
         if distributed.is_main_process():
             draw_all(record, self.folder)
 
-    def _validate(self) -> None:
+    def _validate(self, interrupts: InterruptHandler) -> None:
         """Measure on the validation problems; a new best policy goes to saved_model/."""
         progress = self.progress
-        entry = self._evaluate(self.evaluator.validate, self.lm, progress.step, "validation")
+        entry = self.measurer.validate(self.lm, interrupts.abandonable())
         improved = progress.is_better(entry)
         if improved:
             progress.best = entry
             if progress.step:
-                self._checkpoint()  # first, so that saved_model/ is never ahead of what a run can continue from
-            self._save()
+                # first, so that saved_model/ is never ahead of what a run can continue from
+                self.state.save(self.folder)
+            self.measurer.save(self.lm)
         show_evaluation(entry, improved)
-
-    def _test(self, lm: LanguageModel, step: int) -> dict[str, Any]:
-        """Measure a model on the test problems and the neighbouring skills."""
-        return self._evaluate(self.evaluator.test, lm, step, "test")
-
-    def _evaluate(
-        self, measure: Callable[[LanguageModel], dict[str, Any]], lm: LanguageModel, step: int, split: str
-    ) -> dict[str, Any]:
-        """Measure a model and add the entry to the metrics."""
-        start = time.perf_counter()
-        entry = {"step": step, "split": split, **measure(lm), "time/evaluate": time.perf_counter() - start}
-        self.metrics.add_eval(entry)
-        self.tracker.log(self.progress.total, entry, f"{split}/")
-        self._diagnose(aloud=split != "test")  # findings of the last test are in the list that follows it
-        return entry
-
-    def _diagnose(self, aloud: bool = True) -> None:
-        """Add the findings that the metrics newly show, and print them."""
-        record = self.metrics.record["findings"]
-        for finding in new_findings(self.metrics.record, {earlier["name"] for earlier in record}):
-            hint = self.task.hints.get(finding.name, "")
-            record.append({**asdict(finding), "text": f"{finding.text} {hint}".rstrip()})
-            if finding.name in SHOW_EXAMPLES and self.rollout is not None:
-                record[-1]["examples"] = self.rollout.top_rewarded_wrong()
-            if aloud:
-                show_finding(record[-1])
-
-    def _save(self) -> None:
-        """Write the policy as it is now to saved_model/, with what a reader and a next run need."""
-        c, start = self.config, time.perf_counter()
-        on_disk = c.model not in NAMED and os.path.exists(c.model)
-        card = {
-            "task": self.task.name,
-            "step": self.progress.best["step"],
-            **asked(self.task),
-            "max_new_tokens": c.max_new_tokens,
-            "base_model": str(Path(c.model).resolve()) if on_disk else c.model,
-            "skills": list(self.evaluator.skills),
-            "settings": c.inheritable_settings(),
-        }
-        readme = saved_readme(c, self.progress.best, self.progress.before, None)
-        save(self.saved_model, self.lm, card, readme)
-        self.metrics.add_time("save", time.perf_counter() - start)

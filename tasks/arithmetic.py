@@ -96,10 +96,10 @@ class Arithmetic(QATask):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.max_operand <= LARGEST_OPERAND:
-            raise ValueError(f"max_operand is {self.max_operand}; it must be from 1 to {LARGEST_OPERAND}")
+            raise ValueError(f"--max-operand is {self.max_operand}; it must be from 1 to {LARGEST_OPERAND}")
         if not -LARGEST_OPERAND <= self.min_operand <= self.max_operand:
             raise ValueError(
-                f"min_operand is {self.min_operand}; it must be from -{LARGEST_OPERAND} to max_operand, "
+                f"--min-operand is {self.min_operand}; it must be from -{LARGEST_OPERAND} to --max-operand, "
                 f"{self.max_operand}"
             )
 
@@ -146,7 +146,7 @@ class Arithmetic(QATask):
                 chosen.setdefault(expression.key, _problem(expression))
         if not chosen:
             raise ValueError(
-                f"min_operand {self.min_operand} and max_operand {self.max_operand} leave no {split} problems; "
+                f"--min-operand {self.min_operand} and --max-operand {self.max_operand} leave no {split} problems; "
                 "take a wider range"
             )
         return list(chosen.values())

@@ -127,8 +127,19 @@ def asked(task: Task) -> dict[str, Any]:
 
 def one_line(error: BaseException) -> str:
     """Return the message of an exception on one line without control characters: it may quote a model or a file."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+    except Exception:  # a class of the user's may not even have a text
+        text = type(error).__name__
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:300]
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of the repr of a value of the user's, or its type if it has none."""
+    try:
+        return repr(value)[:80]
+    except Exception:
+        return f"an object of type {type(value).__name__}"
 
 
 def split_of(key: str) -> str:

@@ -37,7 +37,7 @@ class Countdown(DrawnTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.numbers > 8:
-            raise ValueError(f"numbers is {self.numbers}; it must be at most 8")
+            raise ValueError(f"--numbers is {self.numbers}; it must be at most 8")
 
     def draw(self, rng: Random) -> Problem:
         """Return a random problem with a target from 1 to 100."""

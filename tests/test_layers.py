@@ -15,6 +15,7 @@ OPTIONAL = {"tasks.gsm8k": {"datasets"}}  # imported lazily; a missing one is an
 LIGHT = (
     *SCRIPTS,
     "grpo.config",
+    "grpo.setting",
     "grpo.model_card",
     "grpo.launch.run_folder",
     "grpo.launch.command",
@@ -30,12 +31,13 @@ ANY_TASK = {
 }
 
 # The folders and files of grpo/ that each may import, besides itself.
-SETTINGS = {"config", "model_card"}
+SETTINGS = {"config", "model_card", "setting"}
 MAY_IMPORT = {
     "runtime": set(),
     "diagnostics": {"evaluation.intervals"},
-    "config": set(),
-    "model_card": {"config"},
+    "setting": set(),
+    "config": {"setting"},
+    "model_card": {"config", "setting"},
     "record": {"runtime"},
     "model": {*SETTINGS, "runtime"},
     "generation": {*SETTINGS, "runtime", "model"},
@@ -48,6 +50,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["launch"] = MAY_IMPORT["report"] | {"report", "sft", "plots"}
 MAY_IMPORT["resume"] = MAY_IMPORT["report"] | {"report"}
+MAY_IMPORT["measurer"] = MAY_IMPORT["resume"] | {"resume", "diagnostics"}
 MAY_IMPORT["trainer"] = {*MAY_IMPORT}
 
 

@@ -68,6 +68,7 @@ class GRPO:
         self.reference = Reference(lm.model, frozen, packed, self.update_microbatch)
         self.update = Updater(lm.model, config, packed, self.update_microbatch)
         self.beta = config.beta  # adapted if there is a target for the KL
+        self.updating = False  # from the first update of a step on, until the caller has counted it
 
     def begin_here(self) -> None:
         """Take the policy as it is for the start: it becomes the reference, and its optimizer is a new one."""
@@ -85,6 +86,7 @@ class GRPO:
             batch = Batch.from_rollout(rollout, c)
             with clock("reference"):
                 batch = replace(batch, ref_logprobs=self.reference.logprobs(batch.tokens, c))
+            self.updating = True
             with clock("update"):
                 for _ in range(c.num_inner_updates):  # μ
                     stats, batch = self.update(batch, c)  # the first one fills old_logprobs

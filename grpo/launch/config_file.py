@@ -6,9 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from grpo.config import TrainConfig, check_setting, with_new_names
+from grpo.config import TrainConfig, with_new_names
 from grpo.model_card import resolve
 from grpo.runtime.console import printable
+from grpo.setting import check_setting
 
 
 def read_settings(path: Path) -> dict[str, Any]:

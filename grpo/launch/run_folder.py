@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from grpo.config import TrainConfig
 from grpo.model_card import model_folder
 from grpo.runtime.atomic_io import name_in_errors, restore_interrupted_swap
+from tasks.common.user_file import dangling
 
 WRITTEN = (
     "saved_model",
@@ -37,7 +38,8 @@ def claim_folder(config: TrainConfig, fresh: bool, patience: float = 0.0) -> Ite
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make --output-dir {folder}: {error.strerror}") from None
+        reason = dangling(str(folder)) or error.strerror
+        raise ValueError(f"cannot make --output-dir {folder}: {reason}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"cannot write to --output-dir {folder}: no permission, or a read-only disk")
     lock = FileLock(folder / LOCK)

@@ -36,6 +36,7 @@ from grpo.model_card import PACKAGED, model_folder
 from grpo.runtime.console import printable
 from grpo.runtime.distributed import check_same_model
 from grpo.runtime.precision import set_precision
+from tasks.common.user_file import dangling
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 GGUF_PACKAGES = ("gguf>=0.10", "accelerate>=1.0")  # what transformers needs to read a GGUF file
@@ -177,6 +178,8 @@ def _source_of(name: str) -> ModelSource:
         return GgufSource(name, _packaged_file(name))
     if folder is not None:
         return FolderSource(name, folder)
+    if gone := dangling(name):
+        raise ValueError(f"cannot load model {printable(name)}: {gone}")
     return (
         GgufSource(name, Path(name)) if name.lower().endswith(".gguf") and os.path.isfile(name) else HubSource(name)
     )

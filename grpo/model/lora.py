@@ -67,7 +67,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
         with suppress_warnings():
             return get_peft_model(model, lora).eval()
     except ValueError as error:
-        raise ValueError(f"lora_targets {targets!r} cannot be: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"--lora-targets {targets!r} cannot be: {' '.join(str(error).split())[:200]}") from None
 
 
 def has_adapter(model: nn.Module) -> bool:

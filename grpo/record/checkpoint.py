@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo.runtime.atomic_io import fsync
+from grpo.runtime.atomic_io import check_room, fsync
 from grpo.runtime.checks import is_count
 
 FOLDER = "checkpoints"
@@ -56,17 +56,20 @@ class IncompatibleCheckpoint(ValueError):
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint of the run in `folder`, then remove all but the last two; OSError leaves those intact.
 
-    A sound checkpoint of the same step is kept instead: a run is a function of its settings.
+    A sound checkpoint of the same step is kept instead: a run is a function of its settings. It is replaced if the
+    step has been evaluated since.
     """
     parent = folder / FOLDER
     parent.mkdir(exist_ok=True)
     final = parent / f"step-{checkpoint.step:08d}"
     if final.exists():
-        if _is_sound(final):
+        if not _is_sound(final):
+            _set_aside(final)
+        elif not checkpoint.step or _evaluations(final) >= len(checkpoint.metrics.get("evals", ())):
             return final
-        _set_aside(final)
     temporary = parent / f".{final.name}.new"
     shutil.rmtree(temporary, ignore_errors=True)
+    _make_room(parent, final, checkpoint)
     temporary.mkdir()
     try:
         save_file(dict(checkpoint.policy), temporary / PAYLOAD[0])
@@ -79,6 +82,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         for path in sorted(temporary.iterdir()):
             fsync(path)
         fsync(temporary)
+        if final.exists():  # a kill between the two leaves the checkpoint before it
+            final.rename(parent / f".{final.name}.old")
         temporary.rename(final)
         fsync(parent)
     except (OSError, SafetensorError) as error:
@@ -144,6 +149,21 @@ def _manifest(path: Path) -> bytes:
 def _is_sound(path: Path) -> bool:
     """Return whether the files of a checkpoint have the sizes and sums of its manifest; OSError if one is missing."""
     return (path / MANIFEST).read_bytes() == _manifest(path)
+
+
+def _make_room(parent: Path, final: Path, checkpoint: Checkpoint) -> None:
+    """Remove all checkpoints but the last if the disk has no room for another. Raises OSError if there is none."""
+    tensors = [*checkpoint.policy.values(), *checkpoint.optimizer.values(), *(checkpoint.reference or {}).values()]
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if shutil.disk_usage(parent).free < needed:
+        for name in sorted(path.name for path in parent.glob("step-????????") if path.is_dir())[:-1]:
+            shutil.rmtree(parent / name, ignore_errors=True)
+    check_room(parent, needed, f"checkpoint {final}")
+
+
+def _evaluations(path: Path) -> int:
+    """Return how many evaluations a sound checkpoint knows of."""
+    return len(json.loads((path / PAYLOAD[2]).read_bytes()).get("evals", ()))
 
 
 def _set_aside(path: Path) -> Path:

@@ -63,7 +63,8 @@ def _say_accuracies(rows: Sequence[tuple[str, Any, Any]], before_sft: Mapping[st
 
 def show_interruption(folder: Path, place: str, reason: str) -> None:
     """Print, after a signal, what was saved and how to continue. `place` is where it stopped, such as "step 25"."""
-    *saved, last = ["Checkpoint", "metrics", "plots"] + [f"{SAVED_MODEL}/"] * (folder / SAVED_MODEL).exists()
+    there = {"plots": "grpo_overview.png", f"{SAVED_MODEL}/": SAVED_MODEL}
+    *saved, last = ["Checkpoint", "metrics", *(what for what, name in there.items() if (folder / name).exists())]
     say(f"\nStopped after {place} ({reason}). {', '.join(saved)} and {last} are in {printable(str(folder))}/.")
     say("The same command continues from here.")
 

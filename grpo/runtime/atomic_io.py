@@ -1,6 +1,8 @@
 """Write files so that a crash or a full disk leaves the old content or the new, never a part."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +37,16 @@ def write_atomic(path: Path, data: bytes, durable: bool = False) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise OSError if the disk of a folder has not so many bytes free; `what` is to be written."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"cannot write {what} to {folder}: {os.strerror(errno.ENOSPC)} ({needed / 1e6:,.1f} MB are needed, "
+            f"{free / 1e6:,.1f} MB are free)"
+        )
 
 
 @contextmanager

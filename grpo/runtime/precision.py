@@ -29,7 +29,7 @@ def set_precision(model: nn.Module, name: str, device: torch.device) -> None:
     if name == "auto":
         name = "bfloat16" if _multiplies_bfloat16(device) else "float32"
     if name not in list(DTYPES):  # it may be of any type
-        raise ValueError(f"precision is {name!r}; it must be auto, float32 or bfloat16")
+        raise ValueError(f"--precision is {name!r}; it must be auto, float32 or bfloat16")
     model.compute_dtype = DTYPES[name]
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from tasks.base import Attempt, Problem, Task, one_line
+from tasks.base import Attempt, Problem, Task, one_line, shown
 from tasks.common.prompts import ideal_completion
 from tasks.common.qa_task import QATask
-from tasks.common.user_file import as_bool, load_file, place_of
+from tasks.common.user_file import as_bool, contained, load_file, place_of
 
 TRIED = 8  # problems of each split
 RESERVED = {f.name for f in fields(QATask)} | {"name"}  # parameters with settings of their own, or of no use
@@ -27,9 +27,9 @@ def load_task(spec: str, given: Sequence[str], style: str, system_prompt: str) -
     """
     path, _, name = spec.rpartition(":")
     if not path or not name:
-        raise ValueError(f"task is {spec!r}; write FILE.py:NAME, with the name of a class or function that makes it")
+        raise ValueError(f"--task is {spec!r}; write FILE.py:NAME, the name of a class or function that makes it")
     file = load_file(path)
-    make = file.function(name)
+    make = file.maker(name)
     try:
         parameters = inspect.signature(make, eval_str=True).parameters
         known = {"style": style, "system_prompt": system_prompt}
@@ -38,12 +38,15 @@ def load_task(spec: str, given: Sequence[str], style: str, system_prompt: str) -
         raise ValueError(f"--task {name!r}: {one_line(error)} ({place_of(error, path)})") from error
     known |= arguments(name, parameters, given)
     try:
-        task = make(**known)
-        if not isinstance(task, QATask):
-            raise TypeError(f"it makes {type(task).__name__}, not a QATask")
-        task = replace(task, files={**task.files, path: file.sha256})
-        try_out(task)
-    except (Exception, SystemExit) as error:
+        with contained():
+            task = make(**known)
+            if not isinstance(task, QATask):
+                raise TypeError(f"it makes {type(task).__name__}, not a QATask")
+            task = replace(task, files={**task.files, path: file.sha256})
+            try_out(task)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ValueError(f"--task {name!r} raised {one_line(error)} ({place_of(error, path)})") from error
     return task
 
@@ -101,14 +104,14 @@ def try_out(task: Task) -> None:
 def _some(task: Task, split: str) -> list[Problem]:
     problems = task.held_out(split, TRIED)
     if not isinstance(problems, list) or not problems:
-        raise ValueError(f"held_out({split!r}, {TRIED}) gives {repr(problems)[:80]}, not a list of problems")
+        raise ValueError(f"held_out({split!r}, {TRIED}) gives {shown(problems)}, not a list of problems")
     return problems
 
 
 def _check(task: Task, problem: Any) -> None:
     """Raise TypeError or ValueError if this is no problem, or if the task does not call its own answer right."""
     if not isinstance(problem, Problem):
-        raise TypeError(f"a problem is {repr(problem)[:80]}, not a tasks.base.Problem")
+        raise TypeError(f"a problem is {shown(problem)}, not a tasks.base.Problem")
     if not (isinstance(problem.question, str) and problem.question.strip() and isinstance(problem.answer, str)):
         raise TypeError(f"question and answer must be texts, of {repr(problem)[:160]}")
     for completion in (ideal_completion(problem.answer, task.style), ""):

@@ -15,6 +15,8 @@ a model's folder can name none (grpo/config.py).
 """
 
 import hashlib
+import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-from tasks.base import Answer, Problem, one_line
+from tasks.base import Answer, Problem, one_line, shown
 
 PREFIX = "user_file_"  # of the names of the modules
 
@@ -40,7 +42,16 @@ class UserFile:
     sha256: str
 
     def function(self, name: str) -> Callable[..., Any]:
-        """Return a function of the file. Raises ValueError if there is none of that name."""
+        """Return a function of the file that takes arguments and returns at once. Raises ValueError if it is none."""
+        found = self.maker(name)
+        if inspect.isclass(found):
+            raise ValueError(f"{self.path}:{name} is a class, not a function; name a function, or an object of it")
+        if any(map(_is_asynchronous, (found, getattr(found, "__call__", None)))):  # noqa: B004, an object may have one
+            raise ValueError(f"{self.path}:{name} is asynchronous and would never run; write def, not async def")
+        return found
+
+    def maker(self, name: str) -> Callable[..., Any]:
+        """Return a function or a class of the file. Raises ValueError if there is none of that name."""
         found = getattr(self.module, name, None)
         if not callable(found):
             there = [n for n, value in vars(self.module).items() if callable(value) and not n.startswith("_")]
@@ -65,21 +76,70 @@ class _Source(SourceFileLoader):
         return self.source_to_code(self.text, self.path)
 
 
+def _is_asynchronous(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+
+
+class _Exited(SystemExit):
+    """What `os._exit` raises in a user's code."""
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Turn what a user's code does to the whole process into an exception: `os._exit`, and `os.chdir` for good.
+
+    A process that the code forks may end as it likes.
+    """
+    folder, process, leave = _current_folder(), os.getpid(), os._exit
+
+    def exited(status: int) -> None:
+        if os.getpid() != process:
+            leave(status)
+        raise _Exited(f"it called os._exit({status}), which would end the run without a word")
+
+    os._exit = exited
+    try:
+        yield
+    finally:
+        os._exit = leave
+        now = _current_folder()
+        if folder and now != folder:
+            os.chdir(folder)
+    if folder and now != folder:
+        raise RuntimeError(f"it changed the current folder to {now!a}, where the run would go on; change it back")
+
+
+def _current_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was deleted
+        return None
+
+
+def dangling(path: str) -> str:
+    """Return where a symbolic link leads, in words, if nothing is there; "" for anything else."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"it is a symbolic link to {os.readlink(path)!a}, and nothing is there"
+    return ""
+
+
 def load_file(path: str) -> UserFile:
     """Run a user's file. Raises ValueError, in one line, if the file cannot be read or raises an exception."""
     try:
         text = Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot read the rewards, judge or task in {path!r}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        reason = dangling(path) or getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read the rewards, judge or task in {path!r}: {reason}") from None
     sha256 = hashlib.sha256(text).hexdigest()
     loader = _Source(f"{PREFIX}{sha256}", path, text)
     module = module_from_spec(spec_from_loader(loader.name, loader))
     sys.modules[loader.name] = module  # dataclasses look up their module there
     try:
-        loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+        with contained():
+            loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ValueError(f"cannot run the rewards, judge or task in {path!r}: {one_line(error)}") from error
     return UserFile(path, module, sha256)
 
@@ -124,7 +184,7 @@ class Judge:
         """Return the judge that FILE.py:FUNCTION names. Raises ValueError, in one line, if there is none."""
         path, colon, name = spec.rpartition(":")
         if not colon or not path or not name:
-            raise ValueError(f"correct is {spec!r}; write FILE.py:FUNCTION")
+            raise ValueError(f"--correct is {spec!r}; write FILE.py:FUNCTION")
         file = load_file(path)
         return cls(name, file, file.function(name))
 
@@ -132,9 +192,12 @@ class Judge:
         """Return whether an answer is right. Raises ValueError, in one line, if the function does not say so."""
         known = {"given": given, "question": problem.question, "answer": problem.answer}
         try:
-            verdict = self.function(**{**problem.columns, **known})
+            with contained():
+                verdict = self.function(**{**problem.columns, **known})
             return as_bool(verdict)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             what = f"on {str(given)[:80]!a} for {problem.question[:80]!a}"
             place = place_of(error, self.file.path)
             raise ValueError(f"--correct {self.name!r} raised {one_line(error)} {what} ({place})") from error
@@ -143,5 +206,5 @@ class Judge:
 def as_bool(verdict: Any) -> bool:
     """Return True or False, of numpy too. Raises TypeError for anything else: a number or None may mean anything."""
     if type(verdict).__name__ not in ("bool", "bool_"):
-        raise TypeError(f"it returned {repr(verdict)[:80]}, not True or False")
+        raise TypeError(f"it returned {shown(verdict)}, not True or False")
     return bool(verdict)

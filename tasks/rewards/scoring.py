@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
-from tasks.base import Attempt, Reward, Task, one_line
-from tasks.common.user_file import UserFile, load_file, place_of
+from tasks.base import Attempt, Reward, Task, one_line, shown
+from tasks.common.prompts import ideal_completion
+from tasks.common.user_file import UserFile, contained, load_file, place_of
 from tasks.rewards.functions import REWARDS
 
 OVERLONG = "overlong"  # the name of the part that --overlong-buffer adds
+TRIED = 4  # problems, with three completions each
+MADE_UP = "It is 1, I think."  # what a model may say that was never told the form
 LARGEST = 1e12  # the largest weighted reward: float32 and the variance of a group overflow far above it
 
 Columns = Mapping[str, Sequence[Any]]  # one value for each completion, by name
@@ -52,11 +55,11 @@ def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[R
             weight = math.nan
         if not what or not abs(weight) <= LARGEST:
             raise ValueError(
-                f"reward {spec!r}: write NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT, with a number as weight"
+                f"--reward {spec!r}: write NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT, with a number as weight"
             )
         path, colon, name = what.rpartition(":")
         if name in rewards:
-            raise ValueError(f"reward {name!r} is given twice; both means would have this name in the metrics")
+            raise ValueError(f"--reward {name!r} is given twice; both means would have this name in the metrics")
         if colon:
             files[path] = files.get(path) or load_file(path)
             function = partial(_of_user, files[path].function(name))
@@ -65,7 +68,7 @@ def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[R
             rewards[name] = RewardFunction(name, weight, partial(_of_each, REWARDS[name]))
         else:
             known = ", ".join(REWARDS)
-            raise ValueError(f"there is no reward {name!r}; there are {known}, and FILE.py:FUNCTION for your own")
+            raise ValueError(f"there is no --reward {name!r}; there are {known}, and FILE.py:FUNCTION for your own")
     return list(rewards.values())
 
 
@@ -87,6 +90,9 @@ def rewards_of(settings: RewardSettings, task: Task) -> list[RewardFunction]:
     if settings.overlong_buffer:
         penalty = partial(overlong, settings.max_new_tokens, settings.overlong_buffer)
         rewards.append(RewardFunction(OVERLONG, 1.0, penalty))
+    if not any(reward.weight for reward in rewards):
+        names = ", ".join(reward.name for reward in rewards)
+        raise ValueError(f"--reward: the weights are all 0 ({names}), so nothing would be learned")
     return rewards
 
 
@@ -148,7 +154,8 @@ def _of_user(function: Callable[..., Any], attempts: Sequence[Attempt], columns:
     of_row["answer"] = [attempt.problem.answer for attempt in attempts]
     of_row["prompts"] = [[dict(message) for message in attempt.prompt] for attempt in attempts]
     of_row["completions"] = [[{"role": "assistant", "content": attempt.completion}] for attempt in attempts]
-    return function(**of_row)
+    with contained():
+        return list(function(**of_row))  # a generator of the user's runs here
 
 
 def score(
@@ -184,12 +191,12 @@ def _values(reward: RewardFunction, attempts: Sequence[Attempt], columns: Column
     """Call a function on a batch and check what it returns."""
     try:
         values = list(reward.function(attempts, columns))
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ValueError(_what_happened(reward, error)) from error
     if len(values) != len(attempts):
-        raise ValueError(
-            f"reward function {reward.name!r} gave {len(values)} numbers for {len(attempts)} completions"
-        )
+        raise ValueError(f"{_named(reward)} gave {len(values)} numbers for {len(attempts)} completions")
     return [_number(reward, value, attempt) for value, attempt in zip(values, attempts, strict=True)]
 
 
@@ -198,14 +205,35 @@ def _number(reward: RewardFunction, value: Any, attempt: Attempt) -> float | Non
         return None
     try:  # numbers of numpy and torch are allowed
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # whatever its __float__ raises
         number = math.nan
     if not abs(number) <= LARGEST or not abs(reward.weight * number) <= LARGEST:
         raise ValueError(
-            f"reward function {reward.name!r} gave {repr(value)[:80]} for the completion {attempt.completion[:80]!a} "
+            f"{_named(reward)} gave {shown(value)} for the completion {attempt.completion[:80]!a} "
             f"of {attempt.problem.question[:80]!a}; it must return a finite number, or None if it does not apply"
         )
     return number
+
+
+def try_out(rewards: Sequence[RewardFunction], task: Task) -> None:
+    """Score a few made-up completions of training problems, and ask for held-out ones.
+
+    So a mistake in a user's function is found in a second, and not after the model is loaded. Raises ValueError, in
+    one line. The problems are those of step 0, which no step takes.
+    """
+    for split in ("validation", "test"):
+        if not task.held_out(split, TRIED):
+            raise ValueError(f"the task has no {split} problems; it needs more different ones")
+    problems = [task.training_problem(0, 0, row) for row in range(TRIED)]
+    texts = (ideal_completion(problem.answer, task.style) for problem in problems)
+    pairs = [(problem, text) for problem, ideal in zip(problems, texts, strict=True) for text in (ideal, MADE_UP, "")]
+    attempts = [task.grade(problem, text) for problem, text in pairs]
+    columns = {"completion_ids": [list(range(len(text))) for _, text in pairs]}
+    score(rewards, attempts, columns, lambda name: nullcontext())
+
+
+def _named(reward: RewardFunction) -> str:
+    return f"reward function {reward.name!r}" + (f" of {reward.path}" if reward.path else "")
 
 
 def _what_happened(reward: RewardFunction, error: BaseException) -> str:

@@ -7,8 +7,8 @@ import pytest
 
 from grpo.diagnostics import groups, learning, stability
 from grpo.diagnostics.findings import CHECKS, findings, new_findings
+from grpo.measurer import Measurer
 from grpo.report.progress import show_finding
-from grpo.trainer import Trainer
 from tasks.arithmetic import Arithmetic
 from tasks.reverse import Reverse
 from tests.helpers.sick_runs import HEALTHY, OPTIONS, accuracy, changed
@@ -59,7 +59,7 @@ HINTS = [(task, name) for task in (Arithmetic(), Reverse()) for name in task.hin
 def test_a_run_adds_the_advice_of_its_task_to_a_finding(task, name):
     record = {**SICK[name], "findings": []}
     [plain] = [f for f in new_findings(record, ()) if f.name == name]
-    Trainer._diagnose(SimpleNamespace(metrics=SimpleNamespace(record=record), task=task, rollout=None), aloud=False)
+    Measurer.diagnose(SimpleNamespace(metrics=SimpleNamespace(record=record), task=task, rollout=None), aloud=False)
     [finding] = [f for f in record["findings"] if f["name"] == name]
     assert finding["text"] == f"{plain.text} {task.hints[name]}"
     assert set(re.findall(r"--[a-z][\w-]*", finding["text"])) <= OPTIONS

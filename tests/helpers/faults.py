@@ -3,7 +3,7 @@
 import os
 
 import train_grpo
-from grpo import resume, trainer
+from grpo import measurer, resume, trainer
 from grpo.record.checkpoint import newest_checkpoint
 from grpo.record.metrics import Metrics
 from tests.helpers.runs import fingerprint, forked, options
@@ -13,7 +13,7 @@ FULL, FORBIDDEN, READ_ONLY, NO_SPACE = map(os.strerror, (27, 13, 30, 28))
 # what a run calls to write each of its outputs
 PLACES = {
     "checkpoint": (resume, "write_checkpoint"),
-    "saved model": (trainer, "save"),
+    "saved model": (measurer, "save"),
     "metrics": (Metrics, "write"),
     "plots": (trainer, "draw_all"),
 }
@@ -84,7 +84,7 @@ def the_error(result, reason, *names):
     assert status == 1, err
     *before, last = err.splitlines()
     assert last.startswith("Error: "), err
-    assert all(line == "" or line.startswith("step ") for line in before), err  # progress
+    assert all(line == "" or line.startswith(("step ", "Loading ")) for line in before), err  # progress
     assert reason in last
     assert any(str(name) in last for name in names), last
     return last

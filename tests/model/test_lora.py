@@ -193,11 +193,11 @@ def test_a_missing_package_is_answered_by_the_line_that_installs_it(package, arg
 def test_names_that_no_layer_has_are_refused(targets, tmp_path):
     result = CliRunner().invoke(train_grpo.main, [*LORA, "--lora-targets", targets, "--output-dir", str(tmp_path)])
     assert result.exit_code == 1
-    assert "lora_targets" in result.stderr
+    assert "--lora-targets" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"lora_rank": 4, "ref_model_sync_steps": 2}], ids=str)
 def test_settings_that_exclude_each_other_are_refused(settings):
-    with pytest.raises(ValueError, match="lora_rank"):
+    with pytest.raises(ValueError, match="--lora-rank"):
         TrainConfig(**settings)

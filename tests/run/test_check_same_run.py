@@ -15,6 +15,7 @@ from grpo.config import CHANGEABLE_ON_RESUME, TrainConfig
 from grpo.record.checkpoint import FORMAT, newest_checkpoint
 from grpo.record.metrics import load_metrics, same_rows, without_times
 from grpo.record.tracker import Tracker
+from grpo.setting import as_typed
 from tests.fixtures.make import HERE, NAME
 from tests.helpers.runs import SETTINGS, a_tiny_model, forked, options
 from tests.helpers.scripts import snapshot
@@ -97,7 +98,7 @@ def test_a_run_continues_with_a_changed_setting_or_names_and_refuses_it(field, h
         return
     if field.name == "load_in_4bit":  # needs an adapter, so it never comes alone
         assert result.exit_code == 2
-        assert "lora_rank" in result.stderr
+        assert "--lora-rank" in result.stderr
         return
     if field.name == "shard":  # takes several processes: tests/runtime
         assert result.exit_code == 1
@@ -106,9 +107,10 @@ def test_a_run_continues_with_a_changed_setting_or_names_and_refuses_it(field, h
     if field.name not in CHANGEABLE_ON_RESUME:
         assert result.exit_code == 1
         assert result.stderr.count("\n") == 1
-        assert f"{field.name} {before_as_text(field, half)} (now {value})" in result.stderr
-        named = set(re.findall(r"(\w+) [^,:]* \(now ", result.stderr))
-        assert named - {"num_iterations"} == {field.name}, "no other, except the length where it decides something"
+        assert f"{as_typed(field.name)} {before_as_text(field, half)} (now {value})" in result.stderr
+        named = set(re.findall(r"--([\w-]+) [^,:]* \(now ", result.stderr))
+        only = as_typed(field.name)[2:]
+        assert named - {"num-iterations"} == {only}, "no other, except the length where it decides something"
         assert "--fresh" in result.stderr
         assert snapshot(folder) == before
         return

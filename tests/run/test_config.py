@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from grpo.config import DEVICES, TrainConfig
+from grpo.setting import as_typed
 from tasks.common.prompts import STYLES
 from tasks.registry import TASKS
 
@@ -53,7 +54,7 @@ def test_the_inheritable_settings_leave_out_place_model_and_seed():
 def test_a_setting_that_an_earlier_version_did_not_have_counts_as_its_default():
     earlier = {name: value for name, value in TrainConfig().to_dict().items() if name not in ("task", "reward")}
     assert TrainConfig().conflicting_settings(earlier) == []
-    assert TrainConfig(task="reverse").conflicting_settings(earlier) == ["task arithmetic (now reverse)"]
+    assert TrainConfig(task="reverse").conflicting_settings(earlier) == ["--task arithmetic (now reverse)"]
     assert len(TrainConfig(reward=("exact=1",)).conflicting_settings(earlier)) == 1
     assert TrainConfig(reward=("exact=1",)).conflicting_settings({**earlier, "reward": ["exact=1"]}) == []
 
@@ -106,7 +107,7 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=[f"{name}-{str(value)[:12]!r}" for name, value in BAD])
 def test_an_impossible_value_is_refused_in_one_line_that_names_it(name, value):
-    with pytest.raises(ValueError, match=name) as caught:
+    with pytest.raises(ValueError, match=as_typed(name)) as caught:
         TrainConfig(**{name: value})
     assert "\n" not in str(caught.value)
 

@@ -86,7 +86,7 @@ def test_a_setting_that_does_not_go_with_those_of_the_recipe_is_refused_in_one_l
     (tmp_path / "some.json").write_text(json.dumps(recipe), encoding="utf-8")
     monkeypatch.setattr(model_card, "RECIPES", tmp_path)
     assert resolve({"model": "some/model"}).warmup_steps == 5
-    with pytest.raises(ValueError, match=r"warmup_steps is 5.*some\.json") as caught:
+    with pytest.raises(ValueError, match=r"--warmup-steps is 5.*some\.json") as caught:
         resolve({"model": "some/model", "num_iterations": 3})
     assert "\n" not in str(caught.value)
 
@@ -172,7 +172,7 @@ def test_a_setting_that_this_version_does_not_know_is_refused_by_name(tmp_path):
 
 def test_a_bad_value_in_a_card_is_refused_by_name_and_can_be_overridden(tmp_path):
     model = folder_with_card(tmp_path / "m", {"settings": {"num_generations": 1}})
-    with pytest.raises(ValueError, match="num_generations"):
+    with pytest.raises(ValueError, match="--num-generations"):
         resolve({"model": model})
     assert resolve({"model": model, "num_generations": 2}).num_generations == 2
 

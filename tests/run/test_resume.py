@@ -14,9 +14,9 @@ from click.testing import CliRunner
 import train_grpo
 from grpo.evaluation.evaluator import Evaluation, Evaluator
 from grpo.interrupts import InterruptHandler
+from grpo.measurer import Measurer
 from grpo.model_card import CARD, STARTER, read_card
 from grpo.record.samples import EVERY, GROUPS
-from grpo.trainer import Trainer
 from tests.helpers.runs import ENVIRONMENT, ROOT, fingerprint, wait_for
 
 TINY = ["--num-iterations", "12", "--batch-size", "2", "--num-generations", "2", "--num-inner-updates", "2"]
@@ -118,7 +118,7 @@ def test_a_signal_finishes_the_step_and_saves_and_the_same_command_continues(who
     assert (folder / "checkpoints" / f"step-{done:08d}").is_dir(), "the checkpoint is of the last step"
     assert f"after step {done}" in out
     assert (folder / "saved_model" / "model.safetensors").is_file()
-    assert (folder / "grpo_training_curve.png").is_file()
+    assert (folder / "grpo_training_curve.png").is_file() == (number == signal.SIGINT)
     assert f"checkpoint of step {done}" in finish(folder, "--num-iterations", str(done + 1))
 
 
@@ -133,8 +133,8 @@ def test_a_second_signal_quits_at_once(tmp_path, number, status):
     process.send_signal(number)
     start = time.monotonic()
     process.communicate(timeout=30)
-    assert process.returncode == status
-    assert time.monotonic() - start < 2
+    assert process.returncode in (status, -number)  # by the run itself, or by the system
+    assert time.monotonic() - start < 1
 
 
 def test_a_second_run_in_the_folder_is_refused_at_once_and_the_first_continues(tmp_path):
@@ -200,7 +200,7 @@ def test_a_setting_that_may_not_change_is_named_and_refused(whole, change):
     result = in_process(folder, *change)
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
-    assert change[0][2:].replace("-", "_") in result.stderr
+    assert f"{change[0]} " in result.stderr
     assert fingerprint(folder) == before
 
 
@@ -247,20 +247,20 @@ def test_the_saved_model_is_never_ahead_of_the_checkpoint_and_is_written_after_a
     whole, tmp_path, monkeypatch
 ):
     # step 4 is the best, and the kill comes while it is being saved; step 5, the last, is no better
-    true_save, true_to_dict = Trainer._save, Evaluation.to_dict
+    true_save, true_to_dict = Measurer.save, Evaluation.to_dict
     accuracies = iter([0.0, 0.1, 0.5, 0.2, 0.5])
 
     def to_dict(self):
         return {**true_to_dict(self), "accuracy": next(accuracies)}
 
-    def save(self):
+    def save(self, lm):
         if self.progress.step == 4:
             raise Killed
-        true_save(self)
+        true_save(self, lm)
 
     monkeypatch.setattr(Evaluation, "to_dict", to_dict)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save", save)
+        patch.setattr(Measurer, "save", save)
         with pytest.raises(Killed):
             in_process(tmp_path / "run", catch_exceptions=False)
     assert read_card(str(tmp_path / "run" / "saved_model"))["step"] == 0

@@ -88,7 +88,7 @@ def test_a_signal_in_a_supervised_step_saves_and_says_where(whole, model, tmp_pa
     folder = tmp_path / "run"
     result = CliRunner().invoke(train_grpo.main, options(model=model, output_dir=folder, **FIRST))
     assert result.exit_code == 143
-    assert "Stopped after fine-tuning step 2 (SIGTERM). Checkpoint, metrics and plots are in" in result.output
+    assert "Stopped after fine-tuning step 2 (SIGTERM). Checkpoint and metrics are in" in result.output
     assert len(load_metrics(folder)["sft"]) == 2
     monkeypatch.setattr(SupervisedTrainer, "step", true_step)
     trained(model, folder, **FIRST)
@@ -111,4 +111,4 @@ def test_an_adapter_is_refused_in_one_line_unless_there_is_no_reference(model, t
     arguments = options(model=model, output_dir=tmp_path / "run", lora_rank=2, **FIRST)
     result = CliRunner().invoke(train_grpo.main, arguments)
     assert result.exit_code in (1, 2)
-    assert "sft_steps cannot be with lora_rank unless beta is 0" in result.output
+    assert "--sft-steps cannot be with --lora-rank unless --beta is 0" in result.output

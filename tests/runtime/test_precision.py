@@ -34,7 +34,7 @@ def test_passes_are_in_the_precision_that_is_asked_for_and_so_are_those_of_a_cop
 
 @pytest.mark.parametrize("name", ["float16", "load", "", 3, None, []])
 def test_another_precision_such_as_a_models_folder_may_name_is_refused_in_one_line(name):
-    with pytest.raises(ValueError, match=r"^precision is .*; it must be auto, float32 or bfloat16$"):
+    with pytest.raises(ValueError, match=r"^--precision is .*; it must be auto, float32 or bfloat16$"):
         set_precision(tiny_model("llama"), name, CPU)
 
 

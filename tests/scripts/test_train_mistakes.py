@@ -12,38 +12,51 @@ from tests.helpers.scripts import QUESTION, TINY, a_model, invoke, names_in, ref
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 BAD_CALLS = [
-    (["--device", "tpu"], "device"),
-    (["--num-generations", "1"], "num_generations"),
-    (["--num-generations", "0"], "num_generations"),
-    (["--num-generations", "-8"], "num_generations"),
-    (["--batch-size", "0"], "batch_size"),
-    (["--batch-size", "-1"], "batch_size"),
-    (["--num-iterations", "0"], "num_iterations"),
-    (["--num-iterations", "-5"], "num_iterations"),
-    (["--num-iterations", "many"], "num-iterations"),
-    (["--num-iterations", "1.5"], "num-iterations"),
-    (["--num-iterations"], "num-iterations"),
-    (["--max-new-tokens", "0"], "max_new_tokens"),
-    (["--max-new-tokens", "-1"], "max_new_tokens"),
-    (["--max-new-tokens", "1" + "0" * 25], "max_new_tokens"),
-    (["--num-inner-updates", "0"], "num_inner_updates"),
-    (["--micro-batch-size", "-1"], "micro_batch_size"),
-    (["--eval-problems", "0"], "eval_problems"),
-    (["--eval-every", "0"], "eval_every"),
-    (["--max-operand", "0"], "max_operand"),
-    (["--temperature", "0"], "temperature"),
-    (["--temperature", "nan"], "temperature"),
-    (["--learning-rate", "inf"], "learning_rate"),
-    (["--learning-rate", "nan"], "learning_rate"),
-    (["--learning-rate", "-1e-7"], "learning_rate"),
-    (["--learning-rate", "fast"], "learning-rate"),
-    (["--beta", "-1"], "beta"),
-    (["--clip-grad-norm", "0"], "clip_grad_norm"),
-    (["--seed", "-1"], "seed"),
-    (["--prompt-style", "essay"], "prompt-style"),
-    (["--task", "chess"], "task"),
-    (["--min-operand", "low"], "min-operand"),
-    (["--learnig-rate", "1"], "learnig-rate"),
+    (["--device", "tpu"], "--device"),
+    (["--num-generations", "1"], "--num-generations"),
+    (["--num-generations", "0"], "--num-generations"),
+    (["--num-generations", "-8"], "--num-generations"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--batch-size", "-1"], "--batch-size"),
+    (["--num-iterations", "0"], "--num-iterations"),
+    (["--num-iterations", "-5"], "--num-iterations"),
+    (["--num-iterations", "many"], "--num-iterations"),
+    (["--num-iterations", "1.5"], "--num-iterations"),
+    (["--num-iterations"], "--num-iterations"),
+    (["--max-new-tokens", "0"], "--max-new-tokens"),
+    (["--max-new-tokens", "-1"], "--max-new-tokens"),
+    (["--max-new-tokens", "1" + "0" * 25], "--max-new-tokens"),
+    (["--num-inner-updates", "0"], "--num-inner-updates"),
+    (["--micro-batch-size", "-1"], "--micro-batch-size"),
+    (["--eval-problems", "0"], "--eval-problems"),
+    (["--eval-every", "0"], "--eval-every"),
+    (["--max-operand", "0"], "--max-operand"),
+    (["--temperature", "0"], "--temperature"),
+    (["--temperature", "nan"], "--temperature"),
+    (["--learning-rate", "inf"], "--learning-rate"),
+    (["--learning-rate", "nan"], "--learning-rate"),
+    (["--learning-rate", "-1e-7"], "--learning-rate"),
+    (["--learning-rate", "fast"], "--learning-rate"),
+    (["--beta", "-1"], "--beta"),
+    (["--clip-grad-norm", "0"], "--clip-grad-norm"),
+    (["--seed", "-1"], "--seed"),
+    (["--prompt-style", "essay"], "--prompt-style"),
+    (["--task", "chess"], "--task"),
+    (["--min-operand", "low"], "--min-operand"),
+    (["--learnig-rate", "1"], "--learnig-rate"),
+    (["--batch-size", "1" + "0" * 25], "--batch-size"),
+    (["--num-generations", "1" + "0" * 22], "--num-generations"),
+    (["--num-generations", "100000", "--batch-size", "100000"], "--num-generations"),
+    (["--num-inner-updates", "1" + "0" * 21], "--num-inner-updates"),
+    (["--num-iterations", "1" + "0" * 25], "--num-iterations"),
+    (["--eval-problems", "1" + "0" * 9], "--eval-problems"),
+    (["--shots", "1" + "0" * 9], "--shots"),
+    (["--target-accuracy", "2"], "--target-accuracy"),
+    (["--epsilon", "0"], "--epsilon"),
+    (["--temperature", "1e30"], "--temperature"),
+    (["--warmup-steps", "3", "--num-iterations", "3"], "--warmup-steps"),
+    (["--time-limit", "soon"], "--time-limit"),
+    (["--load-in-4bit"], "--lora-rank"),
     (["a stray word"], "stray"),
 ]
 
@@ -85,7 +98,7 @@ def test_a_range_that_is_too_large_is_refused_or_works(max_operand, tmp_path):
     if result.exit_code:
         errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
         assert len(errors) == 1, repr(result.exception)
-        assert "max_operand" in errors[0]
+        assert "--max-operand" in errors[0]
 
 
 @pytest.mark.parametrize("option", ["--learning-rate", "--epsilon", "--beta", "--clip-grad-norm", "--temperature"])
@@ -166,7 +179,7 @@ def test_a_damaged_card_of_a_model_never_ends_in_a_traceback(card, tmp_path):
     for result in (trained, asked):
         if result.exit_code:
             line = refusal(result)
-            assert CARD in line or "batch_size" in line
+            assert CARD in line or "--batch-size" in line
     if "settings" in card:
         assert trained.exit_code != 0
 

@@ -170,7 +170,7 @@ def test_the_new_option_overrides_the_old_one(resolved):
 def test_a_bad_value_of_an_old_option_is_refused_by_name(tmp_path):
     result = invoke(train_grpo.main, "--refresh-reference-every", -1, folder=tmp_path)
     assert result.exit_code == 2
-    assert "ref_model_sync_steps" in result.stderr.splitlines()[-1]
+    assert "--ref-model-sync-steps" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.output
 
 
@@ -201,8 +201,8 @@ def test_a_run_of_an_earlier_version_continues(copy_of_earlier):
 @pytest.mark.parametrize(
     ("args", "conflict"),
     [
-        (["--mask-truncated-completions"], "ref_model_sync_steps 1 (now 0)"),
-        (["--ref-model-sync-steps", 1], "mask_truncated_completions True (now False)"),
+        (["--mask-truncated-completions"], "--ref-model-sync-steps 1 (now 0)"),
+        (["--ref-model-sync-steps", 1], "--mask-truncated-completions True (now False)"),
     ],
     ids=["sync", "mask"],
 )

@@ -208,7 +208,7 @@ def test_the_problems_of_a_seed_are_those_of_earlier_versions():
 
 @pytest.mark.parametrize("min_operand", [11, 100_000, -100_001, -(10**20)])
 def test_a_smallest_operand_out_of_range_is_refused(min_operand):
-    with pytest.raises(ValueError, match="min_operand") as caught:
+    with pytest.raises(ValueError, match="--min-operand") as caught:
         Arithmetic(10, min_operand)
     assert "\n" not in str(caught.value)
 
@@ -223,10 +223,10 @@ def test_a_huge_range_works_or_is_refused_in_one_line(max_operand):
     else:
         refusal = None
         assert all(problem.answer == str(value_of(problem.question)) for problem in problems)
-    assert refusal is None or ("max_operand" in refusal and "\n" not in refusal)
+    assert refusal is None or ("--max-operand" in refusal and "\n" not in refusal)
 
 
 @pytest.mark.parametrize("max_operand", [0, -1])
 def test_a_range_without_problems_is_refused(max_operand):
-    with pytest.raises(ValueError, match="max_operand"):
+    with pytest.raises(ValueError, match="--max-operand"):
         Arithmetic(max_operand=max_operand)

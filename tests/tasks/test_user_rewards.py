@@ -146,7 +146,6 @@ def test_a_users_function_sees_prompts_completions_and_columns(tmp_path):
         ("def f(**c):\n    return [1.0] * 4", ["'f'", "4 numbers for 3 completions"]),
         ("def f(**c):\n    return None", ["'f'", "TypeError"]),
         ("def f(**c):\n    return 1.0", ["'f'", "TypeError"]),
-        ("async def f(**c):\n    return [1.0] * 3", ["'f'", "TypeError"]),
         *((f"def f(**c):\n    return [0.0, {bad}, 0.0]", ["'f'", "finite number", "-30"]) for bad in (
             "float('nan')", "float('inf')", "-float('inf')", "'1'", "[1]", "{}", "10**400", "1e300", "1j", "b'1'",
         )),

@@ -1,0 +1,72 @@
+"""How a setting is declared, checked and read. The settings themselves are in `config.py`."""
+
+import re
+from dataclasses import field
+from typing import Any
+
+LARGEST_FLOAT32 = 3.4e38
+MOST_COUNT = 10**9  # of anything that is counted: what is larger was mistyped, and would fill the memory
+_DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")
+
+
+def setting(
+    default: Any,
+    group: str,
+    meaning: str,
+    least: float | None = None,
+    choices: tuple = (),
+    most: float | None = None,
+) -> Any:
+    """Declare a field with its group in --help, its meaning, and its bounds or its choices."""
+    most = LARGEST_FLOAT32 if most is None and isinstance(default, float) else most or MOST_COUNT
+    bounds = {"least": least, "most": most}
+    return field(default=default, metadata={"group": group, "meaning": meaning, "choices": choices, **bounds})
+
+
+def as_typed(name: str) -> str:
+    """Return the option of a setting: --learning-rate of learning_rate."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_setting(name: str, value: Any, kind: type, metadata: Any) -> None:
+    """Raise ValueError, which names the option, if a value is not of the type or within the bounds of a setting."""
+    option = as_typed(name)
+    if kind == tuple[str, ...]:
+        if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{option} is {value!r}; it must be a list of texts")
+        return
+    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{option} is {value!r}; it must be {kind.__name__}")
+    if kind is float and not abs(value) <= LARGEST_FLOAT32:  # nor NaN
+        raise ValueError(f"{option} is {value}; it must be a finite number")
+    least, most, choices = metadata["least"], metadata["most"], metadata["choices"]
+    if least is not None and value < least:
+        raise ValueError(f"{option} is {value}; it must be at least {least:g}")
+    if kind in (int, float) and value > most:
+        raise ValueError(f"{option} is {value}; it must be at most {_plain(most)}")
+    if choices and value not in choices:
+        raise ValueError(f"{option} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def parse_duration(text: str) -> int:
+    """Return the seconds in 3h, 90m, 1h30m or 45s. Raises ValueError for anything else, and for no time at all."""
+    match = _DURATION.fullmatch(text.strip().lower())
+    parts = [int(part or 0) for part in match.groups()] if match else [0]
+    if not any(parts):
+        raise ValueError(f"--time-limit is {text!r}; write it as 3h, 90m, 1h30m or 45s")
+    hours, minutes, seconds = parts
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def parse_group_schedule(text: str) -> tuple[int, int]:
+    """Return the first and last group size of "8:4". Raises ValueError for anything else."""
+    first, _, last = text.partition(":")
+    if not all(part.isascii() and part.isdigit() and 2 <= int(part[:6]) <= 10_000 for part in (first, last)):
+        raise ValueError(
+            f"--group-schedule is {text!r}; write it as 8:4: from 8 completions a prompt to 4, never below 2"
+        )
+    return int(first), int(last)

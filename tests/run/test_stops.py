@@ -1,0 +1,345 @@
+"""Signals at any moment: the run stops soon, says how to go on, and goes on to the bits of an undisturbed run."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+from click.testing import CliRunner
+
+import train_grpo
+from grpo import resume, trainer
+from grpo.algorithm.grpo import GRPO
+from grpo.algorithm.update import Updater
+from grpo.evaluation.evaluator import Evaluation, Evaluator
+from grpo.interrupts import Interrupted, InterruptHandler
+from grpo.record.metrics import load_metrics
+from tests.helpers.runs import ENVIRONMENT, ROOT, a_tiny_model, fingerprint, options
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Make the tiny model of all runs here."""
+    return a_tiny_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """Run undisturbed; return the folder."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert launch(model, folder).exit_code == 0
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick(no_plots):
+    """Draw nothing."""
+
+
+def launch(model, folder, **settings):
+    """Start or continue the tiny run in this process; return click's result."""
+    return CliRunner().invoke(train_grpo.main, options(**{"model": model, "output_dir": folder, **settings}))
+
+
+def kill_at(monkeypatch, owner, name, number, after=False):
+    """Send SIGTERM to this process in the n-th call of a method, before or after what it does."""
+    true, calls = getattr(owner, name), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == number and not after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        result = true(*args, **kwargs)
+        if calls == number and after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+# what is called, for the n-th time, and how many steps are done then
+SLOW = pytest.mark.slow
+MOMENTS = [
+    pytest.param(Updater, "__call__", 1, 0, marks=SLOW),
+    (Updater, "__call__", 6, 2),  # in the second of two updates of step 3; the checkpoint is of step 2
+    (Updater, "__call__", 8, 3),  # of step 4; there is no checkpoint of step 3
+    pytest.param(GRPO, "step", 4, 3, marks=SLOW),
+    pytest.param(Evaluator, "validate", 1, 0, marks=SLOW),
+    pytest.param(Evaluator, "validate", 2, 2, marks=SLOW),
+    (Evaluator, "validate", 3, 4),  # the best so far, by the whole run
+    (Evaluator, "validate", 4, 6),
+    pytest.param(Evaluator, "test", 1, 0, marks=SLOW),
+    (Evaluator, "test", 2, 6),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "number", "done"), MOMENTS)
+@pytest.mark.parametrize("after", [pytest.param(False, marks=SLOW), True], ids=["before", "after"])
+def test_a_signal_at_any_moment_stops_the_run_and_the_same_command_ends_with_the_same_bits(
+    owner, name, number, done, after, model, whole, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "QUICK", 0.0)  # every step is long
+        kill_at(patch, owner, name, number, after)
+        result = launch(model, folder)
+    assert result.exit_code == 143, result.output
+    assert "Traceback" not in result.output
+    assert f"Stopped after step {done}" in result.stdout
+    assert len(load_metrics(folder)["steps"]) == done
+    result = launch(model, folder)
+    assert result.exit_code == 0, result.output
+    assert fingerprint(folder) == fingerprint(whole)
+    assert "finished" in launch(model, folder).stdout
+
+
+def test_a_quick_step_is_finished_and_saved(model, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "QUICK", 60.0)
+        kill_at(patch, Updater, "__call__", 6)
+        assert launch(model, tmp_path / "run").exit_code == 143
+    assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
+    assert launch(model, tmp_path / "run").exit_code == 0
+    assert fingerprint(tmp_path / "run") == fingerprint(whole)
+
+
+def test_a_long_run_saves_for_the_time_that_has_passed(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "LONG_AGO", 0.0)
+    monkeypatch.setattr(resume, "MOST_SAVING", 1e9)
+    launch(model, tmp_path / "run", num_iterations=3, save_every=1000, eval_every=1000)
+    saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert saved == ["step-00000002", "step-00000003"]
+
+
+def sleep_through(interruptions):
+    """Sleep, and swallow so many interruptions."""
+    for _ in range(interruptions):
+        with suppress(BaseException):
+            time.sleep(5)
+    time.sleep(5)
+
+
+def test_what_swallows_an_interruption_is_interrupted_again():
+    with InterruptHandler("", 0.0) as interrupts:
+        threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        start = time.monotonic()
+        with pytest.raises(Interrupted), interrupts.abandonable():
+            sleep_through(2)
+        assert interrupts.exit_status == 143
+    assert time.monotonic() - start < 3
+
+
+def test_a_signal_where_nothing_may_be_abandoned_is_remembered():
+    with InterruptHandler("", 0.0) as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        assert interrupts.reason(0.0) == "Ctrl-C"
+        with pytest.raises(Interrupted), interrupts.abandonable():
+            pytest.fail("not reached")
+
+
+def test_a_reward_that_waits_is_left_at_once_and_may_not_catch_that(model, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import time, os, signal, threading\n"
+        "calls = 0\n"
+        "def f(prompts, **c):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if calls == 3:\n"
+        "        threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()\n"
+        "        time.sleep(60)\n"
+        "    return [1.0] * len(prompts)\n",
+        encoding="utf-8",
+    )
+    start = time.monotonic()
+    result = launch(model, tmp_path / "run", reward=f"{tmp_path / 'mine.py'}:f=1")
+    assert result.exit_code == 143, result.output
+    assert time.monotonic() - start < 30
+
+
+def test_a_launch_says_something_and_is_quiet_when_it_is_stopped_at_once(tmp_path):
+    command = [sys.executable, str(ROOT / "train_grpo.py"), "--output-dir", str(tmp_path / "run")]
+    start = time.monotonic()
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, earlier)
+    line = process.stderr.readline()
+    assert line == "Loading starter\n"
+    assert time.monotonic() - start < 2  # half a second on a machine with nothing else to do
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (out, err) == ("", "")
+    assert process.returncode in (130, -signal.SIGINT)
+
+
+def last_is_best(monkeypatch, seconds=0.0):
+    """Make each validation better than the one before it, and take a while."""
+    true, accuracy = Evaluation.to_dict, iter(range(1, 10**6))
+
+    def to_dict(self):
+        time.sleep(seconds)
+        return {**true(self), "accuracy": next(accuracy) / 10**6}
+
+    monkeypatch.setattr(Evaluation, "to_dict", to_dict)
+
+
+def test_a_run_that_ends_by_its_time_measures_what_it_has_trained_since_its_last_evaluation(
+    model, tmp_path, monkeypatch
+):
+    last_is_best(monkeypatch)
+    true = InterruptHandler.reason
+    monkeypatch.setattr(
+        InterruptHandler,
+        "reason",
+        lambda self, needed: "the time limit" if len(steps) == 3 else true(self, needed),
+    )
+    steps, step = [], GRPO.step
+    monkeypatch.setattr(GRPO, "step", lambda self, number: (steps.append(number), step(self, number))[1])
+    assert launch(model, tmp_path / "run", eval_every=1000).exit_code == 0
+    record = load_metrics(tmp_path / "run")
+    assert [e["step"] for e in record["evals"] if e["split"] == "validation"] == [0, 3]
+    assert record["evals"][-1] == {**record["evals"][-1], "split": "test", "step": 3}  # the saved one is that of 3
+    card = json.loads((tmp_path / "run/saved_model/grpo.json").read_text(encoding="utf-8"))
+    assert card["step"] == 3
+
+
+def test_time_for_a_last_validation_and_a_last_test_is_kept(model, tmp_path, monkeypatch):
+    left = []
+    last_is_best(monkeypatch, seconds=0.3)
+    monkeypatch.setattr(InterruptHandler, "reason", lambda self, needed: left.append(needed))
+    launch(model, tmp_path / "run", num_iterations=2)
+    assert all(needed > 1.5 * (0.3 + 0.3) for needed in left)
+    assert left
+
+
+def test_a_reward_that_is_mended_before_the_first_update_goes_on_and_later_it_is_refused(model, tmp_path):
+    mine, folder = tmp_path / "mine.py", tmp_path / "run"
+    broken = "calls = 0\ndef f(prompts, **c):\n    global calls\n    calls += 1\n    assert calls < 2\n"
+    body = "def f(prompts, **c):\n    return [float(len(x[0]['content']) % 2) for x in c['completions']]\n"
+    mine.write_text(broken + "    return [1.0] * len(prompts)\n", encoding="utf-8")
+    # the first call after the trial is in the look ahead, the second in the first step
+    refused = launch(model, folder, reward=f"{mine}:f=1")
+    assert refused.exit_code == 1
+    assert "AssertionError" in refused.stderr
+    mine.write_text(body, encoding="utf-8")
+    mended = launch(model, folder, reward=f"{mine}:f=1")
+    assert mended.exit_code == 0, mended.output
+    assert "mine.py changed before the first update" in mended.stdout
+    assert launch(model, tmp_path / "other", reward=f"{mine}:f=1").exit_code == 0
+    assert fingerprint(folder) == fingerprint(tmp_path / "other")
+    mine.write_text(body + "\n", encoding="utf-8")
+    refused = launch(model, folder, reward=f"{mine}:f=1", num_iterations=8)
+    assert refused.exit_code == 1
+    assert "mine.py changed since the run" in refused.stderr
+
+
+# --- folders and disks ---
+
+
+def test_an_output_folder_that_is_deleted_during_a_run_is_said_in_words(model, tmp_path, monkeypatch):
+    true, folder = GRPO.step, tmp_path / "run"
+
+    def step(self, number):
+        if number == 3:
+            shutil.rmtree(folder)
+        return true(self, number)
+
+    monkeypatch.setattr(GRPO, "step", step)
+    result = launch(model, folder)
+    assert result.exit_code == 1
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert f"{folder} was deleted or moved during the run" in line
+    assert "Traceback" not in result.output
+
+
+def test_a_saved_model_that_is_deleted_during_a_run_is_said_in_words(model, tmp_path, monkeypatch):
+    true, folder = GRPO.step, tmp_path / "run"
+
+    def step(self, number):
+        if number == 6:
+            shutil.rmtree(folder / "saved_model")
+        return true(self, number)
+
+    monkeypatch.setattr(GRPO, "step", step)
+    result = launch(model, folder)
+    assert result.exit_code == 1
+    assert f"{folder}/saved_model was deleted or moved during the run" in result.stderr
+
+
+def test_a_disk_without_room_for_the_run_is_said_before_the_first_step(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    result = launch(model, tmp_path / "run")
+    assert result.exit_code == 1
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert "two checkpoints and the model" in line
+    assert "MB are free" in line
+
+
+def test_a_disk_that_fills_up_keeps_the_newest_checkpoint_and_says_what_is_lost(model, tmp_path, monkeypatch):
+    true = shutil.disk_usage
+    steps, step = [0], GRPO.step
+    monkeypatch.setattr(GRPO, "step", lambda self, number: (steps.append(number), step(self, number))[1])
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda path: true(path) if steps[-1] < 5 else shutil._ntuple_diskusage(10**9, 10**9, 1000),
+    )
+    result = launch(model, tmp_path / "run")
+    assert result.exit_code == 1
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert "the checkpoint of step 4 is kept" in line
+    assert "until step 6" in line
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000004"]
+    monkeypatch.undo()
+    assert launch(model, tmp_path / "run").exit_code == 0
+
+
+# --- a hundred signals ---
+
+LONG = {"num_iterations": 4, "batch_size": 4, "num_inner_updates": 50, "eval_every": 1, "eval_problems": 500}
+LONG |= {"max_new_tokens": 22, "min_operand": 0, "max_operand": 10, "save_every": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(14400)
+def test_a_hundred_signals_stop_soon_and_lose_nothing(model, tmp_path):
+    def started(folder):
+        command = [sys.executable, str(ROOT / "train_grpo.py"), *options(output_dir=folder, model="starter", **LONG)]
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    start = time.monotonic()
+    started(tmp_path / "whole").communicate()
+    whole_seconds, reference = time.monotonic() - start, fingerprint(tmp_path / "whole")
+    rng, seconds, number = random.Random(0), [], 0
+    while len(seconds) < 100:
+        folder = tmp_path / f"run-{number}"
+        number += 1
+        for _ in range(5):
+            process = started(folder)
+            try:
+                process.communicate(timeout=rng.uniform(5, whole_seconds))
+                break
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)
+                start = time.monotonic()
+                _, err = process.communicate(timeout=60)
+                seconds.append(time.monotonic() - start)
+                assert process.returncode in (143, -15), err
+                assert "Traceback" not in err
+        else:
+            process = started(folder)
+            _, err = process.communicate()
+        assert process.returncode == 0, err
+        assert fingerprint(folder) == reference
+        shutil.rmtree(folder)
+    seconds.sort()
+    print(f"{len(seconds)} signals: median {seconds[50]:.2f} s, 90% {seconds[90]:.2f} s, longest {seconds[-1]:.2f} s")
+    assert seconds[-1] < 3
