@@ -26,7 +26,14 @@ from grpo.resume import Progress, RunState
 from grpo.runtime import distributed
 from grpo.runtime.atomic_io import check_room, name_in_errors
 from grpo.runtime.console import ProgressBar
-from grpo.runtime.device import choose_device, environment, keep_freed_memory, peak_memory, set_deterministic
+from grpo.runtime.device import (
+    choose_device,
+    environment,
+    keep_freed_memory,
+    peak_memory,
+    set_deterministic,
+    use_large_pages,
+)
 from grpo.runtime.precision import precision
 from grpo.sft import SupervisedTrainer
 from tasks.base import Task
@@ -51,11 +58,13 @@ class Trainer:
         set_deterministic(config.deterministic)
         device = distributed.own_device(choose_device(config.device))
         if device.type == "cpu":
-            keep_freed_memory()
+            use_large_pages()
         distributed.check_batch_divisible(config.batch_size, config.shard)
         if config.sft_steps:
             distributed.check_batch_divisible(config.sft_batch_size, config.shard, "--sft-batch-size")
         self.lm = load_policy(config, device)
+        if device.type == "cpu":
+            keep_freed_memory(self.lm.model.num_parameters())
         check_prompts_fit(self.lm, task, config)
         self.grpo = GRPO(config, task, self.lm, rewards, device)
         own_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}

@@ -67,7 +67,7 @@ def task_shares(specs: str | Sequence[str]) -> list[Share]:
     shares = parse_shares(specs)
     for share in shares:
         if share.spec not in TASKS and not names_a_file(share.spec):
-            raise ValueError(f"task is {share.spec!r}; it must be one of {', '.join(TASKS)}, or FILE.py:NAME")
+            raise ValueError(f"--task is {share.spec!r}; it must be one of {', '.join(TASKS)}, or FILE.py:NAME")
     for name, option in task_options().items():
         sharing = [share.spec for share in shares if share.spec in option.tasks]
         if len(sharing) > 1 and not option.inheritable:  # one file

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("COLUMNS", None)  # pytest imports readline, which sets it to 80 for the processes that it starts
 
 import pytest
 import torch

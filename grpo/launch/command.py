@@ -63,7 +63,7 @@ def errors_that_fit() -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
-        text = for_terminal(f"Error: {error.format_message()}").removeprefix("Error: ")
+        text = for_terminal(f"Error: {error.format_message()}").removeprefix("Error:").lstrip()
         if isinstance(error, click.UsageError):
             raise click.UsageError(text, error.ctx) from None
         raise click.ClickException(text) from None

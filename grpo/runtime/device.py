@@ -11,6 +11,7 @@ import torch
 import transformers
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+FEW_PARAMETERS = 2**25
 
 
 def choose_device(name: str) -> torch.device:
@@ -37,17 +38,24 @@ def set_deterministic(enabled: bool) -> None:
     torch.use_deterministic_algorithms(enabled)
 
 
-def keep_freed_memory() -> None:
-    """Keep freed memory of the CPU for the next tensors, in large pages. Call this before torch's first tensor.
+def use_large_pages() -> None:
+    """Hold large tensors of the CPU in pages of 2 MiB, which Linux has. Call this before torch's first tensor.
 
-    By default glibc returns it to the system, which hands it out again page by page: on 2 cores updates of the
-    starter took 5% to 25% longer, at no less memory. Tensors above 32 MiB have mappings of their own, unless there
-    may be none: without them the first five steps of smollm2, 8 x 8 in bfloat16, take 52 s instead of 58, and a step
-    from the fifth on about as long as with them. What is kept lies in pieces: 6.3 GiB where 3.5 are in use at a time.
-    In pages of 2 MiB, which Linux has and torch asks for if it is told to, a step of smollm2, 16 x 8, takes 18.0 s
-    instead of 19.9. Other systems and C libraries are left as they are.
+    A step of smollm2, 16 x 8 on 2 cores, takes 18.0 s instead of 19.9.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read once, at the first tensor
+
+
+def keep_freed_memory(parameters: int) -> None:
+    """Keep freed memory of the CPU for the next tensors, where a model has few `parameters`.
+
+    By default glibc returns it to the system, which hands it out again page by page: a step of the starter takes 5%
+    longer. For a larger model, in large pages, that makes no difference to the time (updates of smollm2, 16 x 8: 9.2
+    and 9.3 s). What is kept lies in pieces and grows: 6.7 GiB after 20 steps of 8 x 8, instead of 5.8 after 10. Other
+    systems and C libraries are left as they are.
+    """
+    if parameters > FEW_PARAMETERS:
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)  # no block of its own for a large tensor

@@ -39,21 +39,21 @@ def parse_shares(specs: str | Sequence[str]) -> list[Share]:
     """
     shares = [_parse(spec) for spec in ([specs] if isinstance(specs, str) else specs)]
     if not shares:
-        raise ValueError("task is empty; give one")
+        raise ValueError("--task is empty; give one")
     if len(shares) == 1 and shares[0].weight is not None:
-        raise ValueError(f"task is {specs[0]!r}, alone; a weight is for each of several, --task A=0.7 --task B=0.3")
+        raise ValueError(f"--task is {specs[0]!r}, alone; a weight is for each of several, --task A=0.7 --task B=0.3")
     if len(shares) > 1:
         for share in shares:
             if share.weight is None:
-                raise ValueError(f"task {share.spec!r} has no weight; with several, each has one: {share.spec}=0.5")
+                raise ValueError(f"--task {share.spec!r} has no weight; with several, each has one: {share.spec}=0.5")
             if not 0 < share.weight <= LARGEST_WEIGHT:
                 raise ValueError(
-                    f"task {share.spec!r} has weight {share.weight:g}; it must be above 0 and at most a million"
+                    f"--task {share.spec!r} has weight {share.weight:g}; it must be above 0 and at most a million"
                 )
     names = [share.name for share in shares]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(
-            f"task {twice!r} is given twice; its options (such as --data) and metrics go by its name, so give it once"
+            f"--task {twice!r} is given twice; its options (such as --data) and metrics go by its name; give it once"
         )
     return shares
 
@@ -65,7 +65,7 @@ def _parse(spec: str) -> Share:
     try:
         return Share(name, float(text))
     except ValueError:
-        raise ValueError(f"task {spec!r}: write NAME=WEIGHT, with a number as weight") from None
+        raise ValueError(f"--task {spec!r}: write NAME=WEIGHT, with a number as weight") from None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from grpo.algorithm.grpo import GRPO
 from grpo.model.language_model import LanguageModel
 from grpo.model.tokens import shared_beginning
-from grpo.runtime.device import keep_freed_memory
+from grpo.runtime.device import keep_freed_memory, use_large_pages
 from grpo.runtime.precision import precision
 from tests.benchmarks.flops import Dimensions, update_flops
 from tests.benchmarks.work import Channel, Spec, record
@@ -43,8 +43,10 @@ def main() -> None:
     """Take turns until there are no more."""
     spec = Spec.of_arguments()
     if spec.device == "cpu":
-        keep_freed_memory()
+        use_large_pages()
     config, task, lm = spec.config, spec.task, spec.language_model()
+    if spec.device == "cpu":
+        keep_freed_memory(lm.model.num_parameters())
     grpo, channel = GRPO(config, task, lm, spec.rewards), Channel(spec, lm)
     of, step, rows = Dimensions.of(lm.model.config), 0, 1
     channel.ready(shared=grpo.capabilities.supports_packing)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo.runtime import device
-from grpo.runtime.device import keep_freed_memory, peak_memory
+from grpo.runtime.device import FEW_PARAMETERS, keep_freed_memory, peak_memory
 
 
 def test_peak_memory_is_that_of_this_process():
@@ -23,10 +23,12 @@ def test_glibc_accepts_the_options(monkeypatch):
             answers.append((option, library.mallopt(option, value)))
 
     monkeypatch.setattr(device.ctypes, "CDLL", lambda _: Library())
-    keep_freed_memory()
+    keep_freed_memory(FEW_PARAMETERS + 1)
+    assert not answers
+    keep_freed_memory(FEW_PARAMETERS)
     assert answers == [(-4, 1), (-1, 1)], "M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h; 1 is yes"
 
 
 def test_another_c_library_is_left_unchanged(monkeypatch):
     monkeypatch.setattr(device.ctypes, "CDLL", lambda _: object())
-    keep_freed_memory()
+    keep_freed_memory(1)

@@ -48,19 +48,19 @@ def test_the_settings_of_a_run_and_its_metrics_file_are_a_file_of_settings(resol
         ('{"schema_version": 1}', "object of settings"),
         ('{"learnig_rate": 1}', "learnig_rate"),
         ('{"fresh": true}', "fresh"),
-        ('{"batch_size": "8"}', "batch_size"),
-        ('{"batch_size": 8.5}', "batch_size"),
-        ('{"batch_size": true}', "batch_size"),
-        ('{"batch_size": null}', "batch_size"),
+        ('{"batch_size": "8"}', "--batch-size"),
+        ('{"batch_size": 8.5}', "--batch-size"),
+        ('{"batch_size": true}', "--batch-size"),
+        ('{"batch_size": null}', "--batch-size"),
         ('{"beta": NaN}', "beta"),
         ('{"seed": -1}', "seed"),
         ('{"model": 5}', "model"),
         ('{"model": ["a"]}', "model"),
         ('{"reward": "exact=1"}', "reward"),
         ('{"reward": [1]}', "reward"),
-        ('{"prompt_style": "essay"}', "prompt_style"),
-        ('{"load_in_4bit": true}', "load_in_4bit"),
-        ('{"warmup_steps": 60}', "warmup_steps"),
+        ('{"prompt_style": "essay"}', "--prompt-style"),
+        ('{"load_in_4bit": true}', "--load-in-4bit"),
+        ('{"warmup_steps": 60}', "--warmup-steps"),
         ('{"\\u001b[2J": 1}', "no setting"),
         (b"\xff\xfe", "not JSON"),
         (None, "cannot be read"),
@@ -84,7 +84,7 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(text, said, tmp_path):
 def test_a_mistake_on_the_command_line_is_not_the_files(tmp_path):
     (tmp_path / "c.json").write_text('{"num_iterations": 10}', encoding="utf-8")
     line = refusal(invoke(train_grpo.main, "--config", "c.json", "--warmup-steps", 10, folder=tmp_path))
-    assert "warmup_steps" in line
+    assert "--warmup-steps" in line
     assert "c.json" not in line
 
 

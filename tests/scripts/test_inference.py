@@ -189,8 +189,9 @@ def test_a_model_that_is_not_to_be_had_is_one_line_in_a_terminal_too(processes):
     status, output, error = processes[0]
     assert status == 1
     assert output == ""
+    loading, error = error.splitlines()
+    assert loading == "Loading no-such-owner/no-such-model"
     assert error.startswith("Error: ")
-    assert error.count("\n") == 1
     assert "--model starter" in error
 
 

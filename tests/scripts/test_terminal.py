@@ -3,11 +3,13 @@
 import re
 import shlex
 
+import click
 import pytest
 
 import inference
 import plot_metrics
 import train_grpo
+from grpo.launch.command import errors_that_fit
 from tests.helpers.scripts import QUESTION, TINY, ask, invoke, train
 
 SCRIPTS = [train_grpo.main, inference.main, plot_metrics.main]
@@ -50,6 +52,13 @@ def test_errors_fit_and_have_the_same_words(command, arguments, columns, tmp_pat
     assert longest(result.stderr) <= columns
     assert result.exit_code
     assert result.stderr.split() == invoke(command, *arguments, folder=tmp_path).stderr.split()
+
+
+def test_an_error_that_begins_with_a_word_longer_than_the_line_says_error_once(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(click.ClickException) as error, errors_that_fit():
+        raise click.ClickException(f"/{'a' * 70} is no folder")
+    assert error.value.message.split() == [f"/{'a' * 70}", "is", "no", "folder"]
 
 
 @pytest.mark.usefixtures("no_plots")
