@@ -31,6 +31,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     for name, one in settings.items():
         if name not in known:
             raise ValueError(f"--config {path} has {printable(name)!r}, which is no setting; --help lists them")
+        if name == "task" and isinstance(one, str):  # one alone
+            one = [one]
         if isinstance(one, list):
             settings[name] = one = tuple(one)
         try:
