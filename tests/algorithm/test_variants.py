@@ -117,10 +117,10 @@ def test_group_size_and_learning_rate_follow_their_schedules():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"target_kl": 0.1, "beta": 0.0}, "target_kl.*beta"),
-        ({"ref_model_sync_steps": 5, "beta": 0.0}, "ref_model_sync_steps.*beta"),
+        ({"target_kl": 0.1, "beta": 0.0}, "--target-kl.*--beta"),
+        ({"ref_model_sync_steps": 5, "beta": 0.0}, "--ref-model-sync-steps.*--beta"),
         ({"group_schedule": "8:1"}, "8:4"),
-        ({"warmup_steps": 2000}, "warmup_steps.*num_iterations"),
+        ({"warmup_steps": 2000}, "--warmup-steps.*--num-iterations"),
     ],
     ids=str,
 )
@@ -174,4 +174,4 @@ def test_a_run_with_all_of_them_that_is_interrupted_goes_on_bit_for_bit(tmp_path
         train_grpo.main, [*TINY, *ALL, "--num-iterations", "7", "--output-dir", str(tmp_path / "whole")]
     )
     assert refused.exit_code == 1
-    assert "num_iterations" in refused.stderr  # the schedules run to the last step
+    assert "--num-iterations" in refused.stderr  # the schedules run to the last step

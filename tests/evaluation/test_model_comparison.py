@@ -76,7 +76,7 @@ def test_answers_that_cannot_be_written_are_refused_before_any_work(tmp_path, mo
         (["--evaluate", "What is 1 + 1?"], 2, "no questions"),
         (["--evaluate", "--temperature", "1"], 2, "greedily"),
         (["--evaluate", "--model", "a", "--model", "b", "--compare"], 2, "--compare"),
-        (["--evaluate", "--max-operand", "0"], 2, "max_operand"),
+        (["--evaluate", "--max-operand", "0"], 2, "--max-operand"),
         (["--evaluate", "--task", "jsonl"], 1, "--data"),
         (["--evaluate", "--model", "starter", "--compare"], 1, "trained from"),
         (["--evaluate", "--model", "/no/such/folder"], 1, "no such folder"),
