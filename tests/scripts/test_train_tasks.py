@@ -195,7 +195,7 @@ BAD_TASKS = [
     (["--data", "plain.jsonl"], "--task arithmetic has no use for --data"),
     (["--task", "reverse", "--data", "plain.jsonl"], "no use for --data, which is for --task gsm8k and jsonl"),
     (["--min-operand", 11], "--min-operand"),
-    (["--task", "sums"], "task is 'sums'; it must be one of"),
+    (["--task", "sums"], "--task is 'sums'; it must be one of"),
     (["--task", "missing.py:Sums"], "cannot read the rewards, judge or task in 'missing.py': No such file"),
     (["--task-arg", "largest=3"], "--task-arg is for a task in a file"),
     (["--reward", "excat=1"], "excat"),

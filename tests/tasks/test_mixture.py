@@ -166,9 +166,9 @@ def test_a_task_of_a_file_goes_by_its_name_there_with_its_arguments(mine, tmp_pa
         (["jsonl=1", "gsm8k=1"], "jsonl and gsm8k share --data"),
         (["mine.py:A=1", "other.py:A=1"], "'A' is given twice"),
         (["mine.py:arithmetic=1", "arithmetic=1"], "'arithmetic' is given twice"),
-        (["chess=1", "reverse=1"], "task is 'chess'"),
-        (["=1", "reverse=1"], "task is ''"),
-        ([], "task is empty"),
+        (["chess=1", "reverse=1"], "--task is 'chess'"),
+        (["=1", "reverse=1"], "--task is ''"),
+        ([], "--task is empty"),
     ],
 )
 def test_what_is_no_mixture_is_refused_in_one_line(specs, said):
