@@ -157,8 +157,6 @@ def settings_of(file: Path | None, given: dict[str, Any]) -> TrainConfig:
 
 def train_with_others(settle: Callable[[], TrainConfig], launched: float, fresh: bool, check: bool) -> NoReturn:
     """Train as one of the processes that torchrun started, and end this process when all are done."""
-    if os.environ["RANK"] == "0":
-        click.echo("Meeting the other processes", err=True)
     from grpo.launch.agreement import agree, claim_shared_folder
     from grpo.runtime import distributed
     from grpo.runtime.device import choose_device
