@@ -309,8 +309,9 @@ LONG |= {"max_new_tokens": 22, "min_operand": 0, "max_operand": 10, "save_every"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(14400)
-def test_a_hundred_signals_stop_soon_and_lose_nothing(model, tmp_path):
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_hundred_signals_stop_soon_and_lose_nothing(seed, tmp_path):
     def started(folder):
         command = [sys.executable, str(ROOT / "train_grpo.py"), *options(output_dir=folder, model="starter", **LONG)]
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -318,8 +319,8 @@ def test_a_hundred_signals_stop_soon_and_lose_nothing(model, tmp_path):
     start = time.monotonic()
     started(tmp_path / "whole").communicate()
     whole_seconds, reference = time.monotonic() - start, fingerprint(tmp_path / "whole")
-    rng, seconds, number = random.Random(0), [], 0
-    while len(seconds) < 100:
+    rng, seconds, number = random.Random(seed), [], 0
+    while len(seconds) < 25:
         folder = tmp_path / f"run-{number}"
         number += 1
         for _ in range(5):
@@ -341,5 +342,5 @@ def test_a_hundred_signals_stop_soon_and_lose_nothing(model, tmp_path):
         assert fingerprint(folder) == reference
         shutil.rmtree(folder)
     seconds.sort()
-    print(f"{len(seconds)} signals: median {seconds[50]:.2f} s, 90% {seconds[90]:.2f} s, longest {seconds[-1]:.2f} s")
+    print("seconds until it stopped:", *(f"{passed:.2f}" for passed in seconds))
     assert seconds[-1] < 3
