@@ -11,8 +11,12 @@ run that was cut short. It departs from the published recipe in the direction of
 groups, and in keeping the best policy instead of the last; README.md says why.
 """
 
-import os
 import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent during the imports, until a run listens itself
+
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +25,6 @@ from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent during the imports, until a run listens itself
 
 import click
 from click.core import ParameterSource
