@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -184,6 +185,29 @@ def fingerprint(folder):
     ):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def kill_and_continue(launch, whole, folder, seed, launches):
+    """Kill this many launches of a run at random moments, then let one end; return how many were killed.
+
+    `launch(folder)` starts or continues it in a process; `whole` is the folder and the seconds of an undisturbed run.
+    """
+    reference, seconds = whole
+    rng = random.Random(seed)
+    kills = 0
+    for _ in range(launches):
+        process = launch(folder)
+        try:
+            process.communicate(timeout=rng.uniform(0, seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+    process = launch(folder)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert fingerprint(folder) == fingerprint(reference), f"seed {seed}, {kills} kills"
+    return kills
 
 
 def wait_for(condition, process=None, seconds=150):

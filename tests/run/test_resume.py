@@ -1,7 +1,6 @@
 """A run that is killed, stopped or damaged continues to the same result as the run that was not."""
 
 import json
-import random
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from grpo.interrupts import InterruptHandler
 from grpo.measurer import Measurer
 from grpo.model_card import CARD, STARTER, read_card
 from grpo.record.samples import EVERY, GROUPS
-from tests.helpers.runs import ENVIRONMENT, ROOT, fingerprint, wait_for
+from tests.helpers.runs import ENVIRONMENT, ROOT, fingerprint, kill_and_continue, wait_for
 
 TINY = ["--num-iterations", "12", "--batch-size", "2", "--num-generations", "2", "--num-inner-updates", "2"]
 TINY += ["--eval-every", "4", "--eval-problems", "4", "--save-every", "2", "--show-every", "0", "--max-operand", "1"]
@@ -71,27 +70,9 @@ def test_samples_of_some_groups_are_recorded_every_few_steps(whole):
     assert [json.loads(line)["step"] for line in lines] == [step for step in steps for _ in range(2 * GROUPS)]
 
 
-def kill_and_continue(whole, folder, seed, launches):
-    """Kill this many launches at random moments, then let one end; return how many were killed."""
-    reference, seconds = whole
-    rng = random.Random(seed)
-    kills = 0
-    for _ in range(launches):
-        process = launch(folder)
-        try:
-            process.communicate(timeout=rng.uniform(0, seconds))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-    finish(folder)
-    assert fingerprint(folder) == fingerprint(reference), f"seed {seed}, {kills} kills"
-    return kills
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_kill_9_at_random_moments(whole, tmp_path, seed):
-    kill_and_continue(whole, tmp_path / "run", seed, launches=1)
+    kill_and_continue(launch, whole, tmp_path / "run", seed, launches=1)
 
 
 @pytest.mark.slow
@@ -99,7 +80,7 @@ def test_kill_9_at_random_moments(whole, tmp_path, seed):
 def test_kill_9_two_hundred_times(whole, tmp_path):
     kills, seed = 0, 100
     while kills < 200:
-        kills += kill_and_continue(whole, tmp_path / str(seed), seed, launches=4)
+        kills += kill_and_continue(launch, whole, tmp_path / str(seed), seed, launches=4)
         shutil.rmtree(tmp_path / str(seed))
         seed += 1
 
