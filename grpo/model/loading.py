@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from grpo.config import TrainConfig
 from grpo.model.chat_template import end_of_turn_ids, ensure_chat_template
+from grpo.model.fused.layers import fuse_layers
 from grpo.model.inspection import check_finite, check_folder, check_gguf, limited_size, read_headers, silent
 from grpo.model.language_model import LanguageModel, switch_off_dropout
 from grpo.model.lora import add_adapter, four_bits
@@ -35,6 +36,7 @@ from grpo.model.saving import SENTENCEPIECE
 from grpo.model_card import PACKAGED, model_folder
 from grpo.runtime.console import printable
 from grpo.runtime.distributed import check_same_model
+from grpo.runtime.precision import precision as precision_of
 from grpo.runtime.precision import set_precision
 from tasks.common.user_file import dangling
 
@@ -145,6 +147,8 @@ def load(
     note, ends, pad = _prepare(tokenizer, model, printable(name))
     model = (model if quantization or sharded else model.to(device)).eval()
     set_precision(model, precision, device)
+    if precision_of(model) != "float32":
+        fuse_layers(model)
     return LanguageModel(model, tokenizer, ends, pad, (note,) if note else (), switch_off_dropout(model))
 
 

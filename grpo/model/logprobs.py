@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from grpo.model.attention.layout import Layout
 from grpo.model.attention.packed import enable
-from grpo.model.output_layer import CHUNK, LEAST_LOG, fused_logprobs
+from grpo.model.fused.output_layer import CHUNK, LEAST_LOG, fused_logprobs
 from grpo.model.tokens import Tokens, position_ids, shared_beginning
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo.model import output_layer as module
+from grpo.model.fused import output_layer as module
+from grpo.model.fused.output_layer import linear_logprobs
 from grpo.model.logprobs import completion_logprobs, token_entropy
-from grpo.model.output_layer import linear_logprobs
 from grpo.runtime.precision import in_precision, set_precision
 from tests.helpers.models import ragged_tokens, tiny_model
 from tests.helpers.zoo import KINDS
@@ -106,7 +106,7 @@ def test_of_bfloat16_the_product_is_in_it_and_the_rest_in_float32(sizes):
 def test_a_model_scores_the_same_with_it_and_without(kind, temperature, monkeypatch):
     model, tokens, found = tiny_model(kind), ragged_tokens((9, 7, 12)), []
     for chunk in (2**24, 64):  # few logits are held, all at once
-        monkeypatch.setattr("grpo.model.output_layer.CHUNK", chunk)
+        monkeypatch.setattr("grpo.model.fused.output_layer.CHUNK", chunk)
         model.zero_grad()
         logprobs, entropy = completion_logprobs(model, tokens, temperature, entropy=True)
         (logprobs * torch.linspace(-1, 1, len(logprobs))[:, None]).sum().backward()
@@ -166,7 +166,7 @@ class Softcapped(nn.Module):
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_model_that_changes_its_logits_takes_the_plain_way_and_says_so_once(in_place, monkeypatch, capsys):
-    monkeypatch.setattr("grpo.model.output_layer.CHUNK", 64)
+    monkeypatch.setattr("grpo.model.fused.output_layer.CHUNK", 64)
     model, tokens = Softcapped(tiny_model("llama"), in_place).eval(), ragged_tokens()
     found = [completion_logprobs(model, tokens, 1.0, packed=packed)[0].detach() for packed in (True, True, False)]
     for logprobs in found[:2]:
@@ -178,16 +178,16 @@ def test_an_output_layer_of_another_kind_takes_the_plain_way(monkeypatch):
     class Other(nn.Linear):
         """Such as one with an adapter, or in 4 bits."""
 
-    monkeypatch.setattr("grpo.model.output_layer.CHUNK", 64)
+    monkeypatch.setattr("grpo.model.fused.output_layer.CHUNK", 64)
     model, tokens = tiny_model("llama"), ragged_tokens()
     before = completion_logprobs(model, tokens, 1.0)[0]
     model.lm_head.__class__ = Other
-    monkeypatch.setattr("grpo.model.output_layer.linear_logprobs", None)  # calling it would fail
+    monkeypatch.setattr("grpo.model.fused.output_layer.linear_logprobs", None)  # calling it would fail
     torch.testing.assert_close(completion_logprobs(model, tokens, 1.0)[0], before, atol=1e-5, rtol=1e-5)
 
 
 def test_the_layer_is_itself_again_afterwards_even_if_the_pass_fails(monkeypatch):
-    monkeypatch.setattr("grpo.model.output_layer.CHUNK", 64)
+    monkeypatch.setattr("grpo.model.fused.output_layer.CHUNK", 64)
     model, tokens = tiny_model("llama"), ragged_tokens()
     completion_logprobs(model, tokens, 1.0)
     assert "forward" not in vars(model.lm_head)
@@ -198,7 +198,7 @@ def test_the_layer_is_itself_again_afterwards_even_if_the_pass_fails(monkeypatch
 
 
 def test_bfloat16_through_the_fused_layer_of_a_model(monkeypatch):
-    monkeypatch.setattr("grpo.model.output_layer.CHUNK", 64)
+    monkeypatch.setattr("grpo.model.fused.output_layer.CHUNK", 64)
     model, tokens = tiny_model("qwen3"), ragged_tokens()
     exact = completion_logprobs(model, tokens, 1.0)[0]
     set_precision(model, "bfloat16", CPU)

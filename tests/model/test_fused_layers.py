@@ -1,0 +1,154 @@
+"""RMSNorm and gated MLP with a backward pass by hand: by hand, against autograd, and in whole models."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from grpo.model.fused.layers import fuse_layers, gated_product, rms_norm
+from grpo.model.loading import load
+from grpo.model.logprobs import completion_logprobs
+from tests.helpers.models import ragged_tokens, tiny_model
+from tests.helpers.zoo import KINDS
+
+NORMS = {
+    "llama": 7,
+    "qwen2": 7,
+    "qwen3": 13,
+    "phi3": 7,
+    "gemma3": 0,
+    "gpt2": 0,
+}  # two a layer, two more in qwen3, one
+MLPS = {"llama": 3, "qwen2": 3, "qwen3": 3, "phi3": 0, "gemma3": 0, "gpt2": 0}  # phi3 has one projection for both
+
+
+def test_a_norm_by_hand():
+    # mean of squares (9 + 16) / 2 = 12.5, and 3.5 of epsilon: 16, so each is divided by 4
+    x = torch.tensor([[3.0, 4.0]], requires_grad=True)
+    weight = torch.tensor([2.0, 1.0], requires_grad=True)
+    y = rms_norm(x, weight, 3.5)
+    torch.testing.assert_close(y, torch.tensor([[1.5, 1.0]]))
+    y.backward(torch.tensor([[1.0, 0.0]]))
+    # n = (3/4, 1); v = (2, 0); mean(n v) = 3/4; dx = (2 - 9/16, -3/4) / 4
+    torch.testing.assert_close(x.grad, torch.tensor([[23 / 64, -3 / 16]]))
+    torch.testing.assert_close(weight.grad, torch.tensor([0.75, 0.0]))
+
+
+def test_a_gated_product_by_hand():
+    # silu(0) = 0 with slope 1/2
+    gate, up, weight = torch.zeros(1, 1), torch.full((1, 1), 3.0), torch.full((1, 1), 5.0)
+    for x in (gate, up, weight):
+        x.requires_grad_()
+    out = gated_product(gate, up, weight)
+    assert out.item() == 0
+    out.backward(torch.ones(1, 1))
+    assert (gate.grad.item(), up.grad.item(), weight.grad.item()) == (3 * 5 / 2, 0, 0)
+
+
+def test_both_have_the_gradients_of_finite_differences():
+    torch.manual_seed(0)
+    x, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (5,)))
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-2), (x, weight))
+    shapes = (2, 3, 5), (2, 3, 5), (4, 5)
+    gate, up, down = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    assert torch.autograd.gradcheck(gated_product, (gate, up, down))
+
+
+def test_frozen_weights_get_no_gradient():
+    x, weight, down = torch.randn(2, 4, requires_grad=True), torch.ones(4), torch.ones(3, 4)
+    (rms_norm(x, weight, 1e-5).sum() + gated_product(x, x, down).sum()).backward()
+    assert weight.grad is None
+    assert down.grad is None
+    assert x.grad is not None
+
+
+def test_in_bfloat16_the_gradients_are_as_near_to_float32_as_those_of_the_layer_written_out():
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(64, 96), torch.rand(96) + 0.5, torch.randn(64, 96)
+
+    def written_out(x, weight):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return weight * wide.to(x.dtype)
+
+    def gradients(norm, dtype):
+        leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in (x, weight)]
+        norm(*leaves).backward(grad.to(dtype))
+        return [leaf.grad.float() for leaf in leaves]
+
+    exact = gradients(written_out, torch.float32)
+    plain = gradients(written_out, torch.bfloat16)
+    ours = gradients(lambda x, w: rms_norm(x, w, 1e-5), torch.bfloat16)
+    for true, other, own in zip(exact, plain, ours, strict=True):
+        assert (own - true).norm() <= 1.05 * (other - true).norm()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in NORMS])
+def test_a_whole_model_gives_the_same_log_probabilities_and_gradients(kind):
+    plain = tiny_model(kind)
+    for name, parameter in plain.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))
+    fused = copy.deepcopy(plain)
+    assert fuse_layers(fused) == NORMS[kind] + MLPS[kind]
+    fused = copy.deepcopy(fused)  # as for a reference: its layers use the weights of the copy
+    tokens, results = ragged_tokens(), []
+    for model in (plain, fused):
+        logprobs, _ = completion_logprobs(model, tokens, 1.0, packed=True)
+        (logprobs * torch.linspace(-1, 1, logprobs.numel()).view(logprobs.shape)).sum().backward()
+        results.append((logprobs, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)
+    for name, grad in results[0][1].items():
+        assert (results[1][1][name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+def test_a_norm_that_scales_by_one_more_and_an_mlp_of_another_kind_stay_as_they_are():
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.variance_epsilon = nn.Parameter(torch.zeros(8)), 1e-6
+
+        def forward(self, x):
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * (1 + self.weight)
+
+    class MLP(nn.Module):
+        def __init__(self, act, bias=False):
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(8, 6), nn.Linear(8, 6)
+            self.down_proj, self.act_fn = nn.Linear(6, 8, bias=bias), act
+
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    model = nn.ModuleList([Norm(), MLP(torch.tanh), MLP(silu, bias=True)])
+    assert fuse_layers(model) == 0
+    assert not any("forward" in vars(module) for module in model)
+    assert fuse_layers(nn.ModuleList([MLP(silu)])) == 1
+
+
+def test_an_adapter_that_comes_later_is_used():
+    torch.manual_seed(0)
+    model = tiny_model("llama")
+    fuse_layers(model)
+    mlp, x = model.model.layers[0].mlp, torch.randn(1, 32)
+    before = mlp(x)
+
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x) + 1
+
+    mlp.down_proj = Adapter(mlp.down_proj)
+    torch.testing.assert_close(mlp(x), before + 1)
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("float32", False), ("bfloat16", True)])
+def test_a_loaded_model_has_them_in_bfloat16_only(precision, fused):
+    model = load("starter", torch.device("cpu"), precision).model
+    norms = [module for module in model.modules() if hasattr(module, "variance_epsilon")]
+    assert {"forward" in vars(module) for module in norms} == {fused}
