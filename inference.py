@@ -116,14 +116,13 @@ def main(
     if vote and samples == 1:
         raise click.UsageError("--vote is among samples; give --samples N and a --temperature")
     try:
+        names = [before_training(name), name] if compare else list(models or [name])
         if evaluate:
-            names = [before_training(name), name] if compare else list(models or [name])
             given |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
             examine(names, {**given, "device": device, "seed": seed})
             return
         asks = not questions and on_terminal()
         asked = [] if asks else read_questions(questions)
-        names = [before_training(name), name] if compare else [name]
         say("Model: " + " -> ".join(printable(n) for n in names), sys.stderr)
         sampling = Sampling(temperature, samples, max_new_tokens, seed)
         card = as_task(read_card(name), asks_as)
@@ -157,8 +156,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 
     task = make_task(config)
     card = read_card(names[-1])
-    other = {"task", "shots", "prompt_style"} & set(given)
-    if not other:  # the examples of the run, whatever its data are now
+    if not {"task", "shots", "prompt_style"} & set(given):  # the examples of the run, whatever its data are now
         task = with_examples(task, card)
 
     from grpo.evaluation.model_comparison import answers, as_json, measure, table
@@ -213,12 +211,14 @@ def complete(
 ) -> list[list[str]]:
     """Return the completions of a model for each question, asked as the card says; `first` is their number."""
     from grpo.generation.greedy import greedy
+    from grpo.model.language_model import check_room
 
     system = card.get("system_prompt") or system_prompt(
         card.get("prompt_style", "answer"), card.get("kind", "integer")
     )
     prompts = lm.prompts([chat(question, system, card.get("examples", [])) for question in questions])
     limit = sampling.max_new_tokens or card.get("max_new_tokens", TOKENS_WITHOUT_CARD)
+    check_room(lm, prompts, limit)
     if sampling.temperature == 0:
         return [[text] for text in lm.decode(greedy(lm, prompts, limit).rows(with_end=False))]
     return sampled(lm, prompts, limit, sampling, first)
@@ -262,7 +262,10 @@ def converse(models: Sequence["LanguageModel"], card: Mapping[str, Any], samplin
             say()
         if not line:
             return
-        show([complete(lm, card, read_questions([line]), sampling, number)[0] for lm in models], card, vote)
+        try:
+            show([complete(lm, card, read_questions([line]), sampling, number)[0] for lm in models], card, vote)
+        except ValueError as error:  # it is too long; the next one may not be
+            say(f"Error: {printable(str(error))}", sys.stderr)
 
 
 def show(answers: Sequence[Sequence[str]], card: Mapping[str, Any], vote: bool) -> None:

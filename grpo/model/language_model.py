@@ -78,6 +78,16 @@ def switch_off_dropout(model: PreTrainedModel) -> dict[str, float]:
     return rates
 
 
+def check_room(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise ValueError if the longest prompt and a completion have more tokens than the model has positions."""
+    longest = max(map(len, prompts), default=0)
+    if lm.positions is not None and longest + max_new_tokens > lm.positions:
+        raise ValueError(
+            f"a question with its prompt has {longest:,} tokens and its answer up to {max_new_tokens:,}: more than "
+            f"the {lm.positions:,} positions of the model; ask something shorter, or give a smaller --max-new-tokens"
+        )
+
+
 def check_prompts_fit(lm: LanguageModel, task: Task, config: TrainConfig) -> None:
     """Raise ValueError, with the place in the file, if a question and a completion have more tokens than fit.
 

@@ -17,6 +17,7 @@ from grpo.model.sandbox import tokenizer
 from grpo.model_card import STARTER
 from tests.helpers.hostile import GGUFS, MODELS, a_hostile_model
 from tests.helpers.hostile_data import FILES, write_file
+from tests.helpers.hostile_rewards import REWARDS
 from tests.helpers.runs import ENVIRONMENT, ROOT, forked, options
 from tests.helpers.smollm2 import is_installed
 
@@ -134,3 +135,12 @@ def test_every_hostile_data_file_is_refused_soon_and_with_little_memory(name, tm
     data = write_file(tmp_path / "data.jsonl", content)
     arguments = options(**SMALL, model="starter", task="jsonl", data=data, output_dir="out")
     assert expected in check(name, measured("train_grpo.py", arguments, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_hostile_reward_is_refused_soon_and_with_little_memory(name, tmp_path):
+    body, words = REWARDS[name]
+    (tmp_path / "mine.py").write_text(body, encoding="utf-8")
+    arguments = [*options(**SMALL, model="starter", output_dir="out"), "--reward", "mine.py:f=1"]
+    assert words in check(name, measured("train_grpo.py", arguments, tmp_path))

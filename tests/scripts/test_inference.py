@@ -106,7 +106,7 @@ def test_fewer_tokens_cut_the_completion_off(run):
             "你好吗？",
             "مرحبا",
             "🙂",
-            "x" * 2000,
+            "x" * 400,
             "\\boxed{",
             "%s{0}",
         ),
@@ -152,8 +152,10 @@ def test_a_question_that_is_not_unicode_is_no_traceback(tmp_path):
         (["--compare", "--model", "starter", QUESTION], "starter"),
         (["--compare", "--model", "no/such-model", QUESTION], "no/such-model"),
         (["--no-such-option", QUESTION], "--no-such-option"),
+        (["--max-new-tokens", "500", QUESTION], "512 positions"),
+        (["1 + " * 600 + "1"], "512 positions"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_a_mistake_in_a_question_is_answered_in_one_line(args, word, tmp_path):
     assert word in refusal(invoke(inference.main, *args, folder=tmp_path))
