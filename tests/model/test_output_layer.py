@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=[(2**24, 2**19), (40, 20)], ids=["at once", "in chunks of blocks"])
 def sizes(request, monkeypatch):
     """Set how many logits are in memory; the second is 3 rows of 13 at a time, and one of those in float32."""
-    monkeypatch.setattr(module, "CHUNK", request.param[0])
+    monkeypatch.setattr(module, "PRODUCT", request.param[0])
     monkeypatch.setattr(module, "IN_CACHE", request.param[1])
 
 
@@ -105,8 +105,9 @@ def test_of_bfloat16_the_product_is_in_it_and_the_rest_in_float32(sizes):
 @pytest.mark.parametrize("temperature", [1.0, 1.3])
 def test_a_model_scores_the_same_with_it_and_without(kind, temperature, monkeypatch):
     model, tokens, found = tiny_model(kind), ragged_tokens((9, 7, 12)), []
+    monkeypatch.setattr(module, "PRODUCT", 64)
     for chunk in (2**24, 64):  # few logits are held, all at once
-        monkeypatch.setattr("grpo.model.fused.output_layer.CHUNK", chunk)
+        monkeypatch.setattr(module, "CHUNK", chunk)
         model.zero_grad()
         logprobs, entropy = completion_logprobs(model, tokens, temperature, entropy=True)
         (logprobs * torch.linspace(-1, 1, len(logprobs))[:, None]).sum().backward()
@@ -132,7 +133,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_of_all_tokens_are_never_in_memory(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 8 * 13)
+    monkeypatch.setattr(module, "PRODUCT", 8 * 13)
     monkeypatch.setattr(module, "IN_CACHE", 2 * 13)
     layer, _, _ = a_layer(False, torch.float32)
     hidden = torch.randn(64, 6, requires_grad=True)
