@@ -2,13 +2,15 @@
 
 With worked examples, most of each prompt is the same. Copied for each row, its keys and values are as much to read a
 token as the weights of a small model; held once, all rows read the same ones, as one product of matrices. Prefix and
-own part are joined by one softmax over both, so this is exact (the idea is Hydragen's, arXiv:2402.05099).
+own part are joined by the sums of their softmaxes, so this is exact (the idea is Hydragen's, arXiv:2402.05099).
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from grpo.model.attention.layout import as_bias
+from grpo.model.attention.partial import PartialAttention, joined
 
 
 @dataclass(frozen=True)
@@ -25,27 +27,22 @@ class CommonPrefix:
 
     def bias(self, seen: Tensor) -> Tensor:
         """Return `own_bias` of `attend`, from which own tokens each sees, (B, L, T): a model leaves it as it is."""
-        bias = torch.zeros(seen.shape, dtype=self.keys[0].dtype, device=seen.device)
-        return bias.masked_fill_(~seen, -torch.inf)[:, None]
+        return as_bias(seen, self.keys[0].dtype)[:, None]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, own_bias: Tensor, scaling: float
     ) -> Tensor:
         """Attend to the prefix and to each row's own tokens: query (B, H, L, d), key and value (B, K, T, d).
 
-        `own_bias` (B, 1, L, T) is added to the scores of the own tokens: 0, or -inf where they are not seen. Returns
-        (B, L, H, d).
+        `own_bias` (B, 1, L, T) is added to the scores of the own tokens, see `as_bias`. Returns (B, L, H, d).
         """
-        (b, heads, length, size), (_, key_heads, _, _) = query.shape, key.shape
-        prefix_keys, prefix_values = self.keys[layer], self.values[layer]
-        repeats = heads // key_heads
-        q = (query * scaling).reshape(b, key_heads, repeats * length, size)
+        (b, heads, length, size), key_heads = query.shape, key.shape[1]
+        q = query.reshape(b, key_heads, -1, size)  # the R heads of a key as rows of one matrix
         # all rows against the one prefix, a product for each key head
         together = q.transpose(0, 1).reshape(key_heads, -1, size)  # (K, B · R · L, d)
-        scores = (together @ prefix_keys.transpose(1, 2)).view(key_heads, b, repeats * length, -1).transpose(0, 1)
-        own = (q @ key.transpose(2, 3)).view(b, heads, length, -1) + own_bias
-        weights = torch.cat([scores, own.view(b, key_heads, repeats * length, -1)], -1).softmax(-1).to(value.dtype)
-        of_prefix, of_own = weights.split([prefix_keys.shape[1], key.shape[2]], -1)
-        of_prefix = of_prefix.transpose(0, 1).reshape(key_heads, -1, prefix_keys.shape[1]) @ prefix_values
-        out = of_prefix.view(key_heads, b, repeats * length, -1).transpose(0, 1) + of_own @ value
+        to_prefix = PartialAttention(together, self.keys[layer], self.values[layer], None, scaling)
+        bias = own_bias.expand(-1, heads, -1, -1).reshape(b * key_heads, -1, key.shape[2])
+        to_own = PartialAttention(*(x.flatten(0, 1) for x in (q, key, value)), bias, scaling)
+        of_prefix = (x.unflatten(1, (b, -1)).transpose(0, 1).flatten(0, 1) for x in to_prefix.run())
+        out, _ = joined(*to_own.run(), *of_prefix)
         return out.reshape(b, heads, length, -1).transpose(1, 2)

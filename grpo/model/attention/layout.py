@@ -104,8 +104,7 @@ class Layout:
                 real = columns < lengths[:, None]
                 positions[index[real]] = (self.common_prefix + first[:, None] + columns)[real]
             seen = positions[:, None] - i < window  # (T, S)
-            bias = torch.zeros(seen.shape, device=i.device).masked_fill_(~seen, -torch.inf)
-            self._of_layers["beginning", window, repeats] = bias.repeat(repeats, 1)[None]
+            self._of_layers["beginning", window, repeats] = as_bias(seen, torch.float32).repeat(repeats, 1)[None]
         return self._of_layers["beginning", window, repeats]
 
     def masks(self, window: int | None) -> tuple[Tensor, Tensor]:
@@ -125,13 +124,10 @@ class Layout:
         return self._of_layers["masks", window]
 
     def biases(self, window: int | None, heads: int, key_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the masks as addends of scores, 0 or -inf: (1, R · P, P) and (B · K, R · C, P + C), R = H / K."""
+        """Return the masks as `as_bias` does: (1, R · P, P) and (B · K, R · C, P + C), R = H / K."""
         name = ("biases", window, heads, key_heads, dtype)
         if name not in self._of_layers:
-            prompts, completions = (
-                torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-                for mask in self.masks(window)
-            )
+            prompts, completions = (as_bias(mask, dtype) for mask in self.masks(window))
             repeats, (rows, _, _, width) = heads // key_heads, completions.shape
             completions = completions.repeat(1, key_heads, repeats, 1).view(rows * key_heads, -1, width)
             self._of_layers[name] = prompts[0].repeat(1, repeats, 1), completions
@@ -141,6 +137,14 @@ class Layout:
     def num_generations(self) -> int:
         """G."""
         return len(self.completion_lengths) // len(self.prompt_lengths)
+
+
+def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what to add to scores, of the same shape: 0 where a key is seen, else a number lower than any of theirs.
+
+    It is finite, so that a query that sees no key, such as padding, does not become NaN.
+    """
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def _round_up(n: int, unit: int) -> int:

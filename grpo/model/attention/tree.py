@@ -38,7 +38,7 @@ class Tree:
         beginning = query.reshape(key_heads, -1, query.shape[-1]), first_key, first_value
         biases = (
             self.layout.beginning_bias(self.window, len(query) // key_heads),
-            *self.layout.biases(self.window, len(query), key_heads, torch.float32),
+            *self.layout.biases(self.window, len(query), key_heads, query.dtype),
         )
         (q, own_q), (k, own_k), (v, own_v) = (self.split(x.transpose(0, 1), key_heads) for x in (query, key, value))
         branches = (q, k, v), (own_q, self._after_prompts(k, own_k), self._after_prompts(v, own_v))
