@@ -109,8 +109,9 @@ def packed_attention(
 def _attend_tree(module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None) -> Tensor:
     """Attend over a row that has a common beginning: that to itself, all others to it and to their own tokens."""
     common = layout.common_prefix
-    first, own = zip(*(x.tensor_split([common + layout.filler], 2) for x in row), strict=True)
-    mask = None if window is None else causal(torch.arange(common + layout.filler, device=row[0].device), window)
+    cut = common + layout.filler
+    first, own = zip(*(x.split([cut, x.shape[2] - cut], 2) for x in row), strict=True)
+    mask = None if window is None else causal(torch.arange(cut, device=row[0].device), window)
     beginning = _torch_attend(module, *first, mask, scaling)  # (1, H, S, d)
     first_key, first_value = (x[0, :, :common] for x in first[1:])
     out = Tree(layout, scaling, window).attend(*(x[0] for x in own), first_key, first_value)
