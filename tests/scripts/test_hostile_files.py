@@ -36,7 +36,8 @@ def the_line(status, out, err):
     """Return the one line on standard error, after checking that it is safe to print."""
     assert "Traceback" not in err, err[-2000:]
     assert status in (1, 2), (status, out[-500:], err)
-    lines = [line for line in err.splitlines() if line and not line.startswith(("Usage: ", "Try ", "Model: "))]
+    said = ("Usage: ", "Try ", "Model: ", "Loading ")
+    lines = [line for line in err.splitlines() if line and not line.startswith(said)]
     assert len(lines) == 1, err
     assert lines[0].startswith("Error: ")
     assert all(text.isprintable() for text in (*err.splitlines(), *out.splitlines()))
