@@ -319,6 +319,8 @@ def test_a_hundred_signals_stop_soon_and_lose_nothing(seed, tmp_path):
     start = time.monotonic()
     started(tmp_path / "whole").communicate()
     whole_seconds, reference = time.monotonic() - start, fingerprint(tmp_path / "whole")
+    steps = json.loads((tmp_path / "whole/grpo_metrics.json").read_text(encoding="utf-8"))["steps"]
+    passes = [max(row["time/sample"], row["time/update"] / LONG["num_inner_updates"]) for row in steps]
     rng, seconds, number = random.Random(seed), [], 0
     while len(seconds) < 25:
         folder = tmp_path / f"run-{number}"
@@ -342,5 +344,5 @@ def test_a_hundred_signals_stop_soon_and_lose_nothing(seed, tmp_path):
         assert fingerprint(folder) == reference
         shutil.rmtree(folder)
     seconds.sort()
-    print("seconds until it stopped:", *(f"{passed:.2f}" for passed in seconds))
-    assert seconds[-1] < 3
+    print(f"longest pass {max(passes):.2f} s, until it stopped:", *(f"{passed:.2f}" for passed in seconds))
+    assert seconds[-1] < max(passes) + 2
