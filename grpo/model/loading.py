@@ -35,6 +35,7 @@ from grpo.model.sandbox.tokenizer import SandboxedTokenizer, child_of
 from grpo.model.saving import SENTENCEPIECE
 from grpo.model_card import PACKAGED, model_folder
 from grpo.runtime.console import printable
+from grpo.runtime.device import begin_vector_math
 from grpo.runtime.distributed import check_same_model
 from grpo.runtime.precision import precision as precision_of
 from grpo.runtime.precision import set_precision
@@ -143,6 +144,7 @@ def load(
     go to `device` later; `quantization` is that of `grpo.model.lora.four_bits`, if any. Raises ValueError, in one
     line, if the model cannot be loaded or cannot be asked anything.
     """
+    begin_vector_math()
     model, tokenizer = _source_of(name).load(**quantization)
     note, ends, pad = _prepare(tokenizer, model, printable(name))
     model = (model if quantization or sharded else model.to(device)).eval()

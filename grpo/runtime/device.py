@@ -46,6 +46,16 @@ def use_large_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read once, at the first tensor
 
 
+def begin_vector_math() -> None:
+    """Compute one cosine, on one thread, before any pass through a model.
+
+    Where two threads make the first call of MKL's vector functions at the same time, one of them may take a version
+    that is off by 1.5e-4: in 1 of 24 launches on a busy machine, torch 2.13. The rotary embeddings of the first pass
+    are then off, its log-probabilities by 5e-3 nats, and a model seemed to be unable to share its prompts.
+    """
+    torch.zeros(1).cos()
+
+
 def keep_freed_memory(parameters: int) -> None:
     """Keep freed memory of the CPU for the next tensors, where a model has few `parameters`.
 

@@ -5,9 +5,9 @@ Weights, optimizer, log-softmax and loss are float32 either way.
 Passes are in bfloat16 throughout, between products too. Under torch.autocast, as before, products alone are: that
 casts the input of each of seven products a layer, and holds all casts for the backward pass.
 
-What did not work: a trial product in both precisions, the faster one to be taken. After it the first pass in float32
-was off by 2e-3 nats in 4 of 10 launches on a CPU with AMX, torch 2.13, and in none of 17 without it; then a model was
-held to be unable to share its prompts.
+Not tried again: a trial product in both precisions, the faster one to be taken. After it the first pass in float32
+was off by 2e-3 nats in 4 of 10 launches; that was the first call of the vector functions (`begin_vector_math`), not
+the trial. The CPU's instructions say enough.
 """
 
 from collections.abc import Iterator
