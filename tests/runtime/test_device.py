@@ -1,13 +1,16 @@
-"""The device: peak memory, and the options of glibc's malloc."""
+"""The device: peak memory, the options of glibc's malloc, and the first call of the vector functions."""
 
 import ctypes
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from grpo.runtime import device
 from grpo.runtime.device import FEW_PARAMETERS, keep_freed_memory, peak_memory
+from tests.helpers.runs import ROOT
 
 
 def test_peak_memory_is_that_of_this_process():
@@ -32,3 +35,24 @@ def test_glibc_accepts_the_options(monkeypatch):
 def test_another_c_library_is_left_unchanged(monkeypatch):
     monkeypatch.setattr(device.ctypes, "CDLL", lambda _: object())
     keep_freed_memory(1)
+
+
+FIRST_CALL = """
+import torch
+from grpo.runtime.device import begin_vector_math
+begin_vector_math()
+x = torch.arange(1920)[:, None] * torch.logspace(0, -4, 64)
+print(torch.equal(x.cos(), x.cos()))
+"""
+BUSY = "import torch\nwhile True: torch.randn(512, 512) @ torch.randn(512, 512)"
+
+
+@pytest.mark.slow
+def test_the_first_call_of_the_vector_functions_gives_what_the_second_does_on_a_busy_machine():
+    command, how = [sys.executable, "-c", FIRST_CALL], {"cwd": ROOT, "capture_output": True, "text": True}
+    with subprocess.Popen([sys.executable, "-c", BUSY]) as busy:
+        try:
+            said = {subprocess.run(command, check=True, **how).stdout for _ in range(60)}
+        finally:
+            busy.kill()
+    assert said == {"True\n"}
