@@ -193,7 +193,7 @@ class RolloutSampler:
                 config.max_new_tokens, self.lm.end_ids, config.num_generations, config.temperature
             )
             shares = self.generator.capabilities.supports_common_prefix
-            common = shared_beginning(prompt_ids, prompt_mask) if shares else 0
+            common = shared_beginning(self.lm.model, prompt_ids, prompt_mask) if shares else 0
             completions = self.generator(prompt_ids, prompt_mask, params, uniforms, max_rows, common)
             texts = self.lm.decode(completions.rows(with_end=False))
         with clock("reward"):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from grpo.generation.capabilities import ModelCapabilities
 from grpo.generation.decoding import CachedDecoder, CudaGraphDecoder, prefill, prefill_own
 from grpo.model.logprobs import scaled
-from grpo.model.tokens import SHARED_FROM, length_mask, prompts_of
+from grpo.model.tokens import length_mask, prompts_of, shared_from
 from grpo.runtime.distributed import any_rank, is_sharded
 from grpo.runtime.microbatch import split_microbatches
 
@@ -89,7 +89,7 @@ class Generator:
 
         `uniforms` are those of `sampling_uniforms`, (N · n, max_tokens). At most `max_rows` rows are run at a time.
         All prompts begin with the same `common_prefix` tokens, which are run once (`prefill`) and, if they are
-        SHARED_FROM or more, held once for all rows.
+        enough (`shared_from`), held once for all rows.
         """
         total, device, group = prompt_ids.shape[0] * params.n, prompt_ids.device, params.n
         if uniforms is not None:
@@ -113,7 +113,7 @@ class Generator:
         """Run the prompts; return what decodes after them, and the logits of their first tokens (N, V)."""
         # sharded processes communicate in a pass, which a graph cannot record
         graphs = self.capabilities.supports_cuda_graphs and not is_sharded(self.model)
-        if self.capabilities.supports_prefix_attention and common_prefix >= SHARED_FROM and not graphs:
+        if self.capabilities.supports_prefix_attention and common_prefix >= shared_from(self.model) and not graphs:
             prefix, cache, mask, logits = prefill_own(self.model, ids, mask, common_prefix)
             return CachedDecoder(self.model, cache, mask, repeats, columns, prefix), logits
         cache, logits = prefill(self.model, ids, mask, common_prefix)

@@ -60,10 +60,10 @@ def _token_entropy(logits: Tensor, temperature: float) -> Tensor:
     return -(p * logits.log_softmax(-1).clamp(min=LEAST_LOG)).sum(-1)  # the gradient of entr at 0 is infinite
 
 
-def packed_inputs(tokens: Tokens) -> dict[str, Any]:
+def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
     """Return what a model is called with to score completions: one row, of which the last N + M tokens are read."""
     ids, prompts, inputs = tokens.completion_ids[:, :-1], tokens.prompt_mask, tokens.completion_mask[:, 1:]
-    common = shared_beginning(tokens.prompt_ids, prompts)
+    common = shared_beginning(model, tokens.prompt_ids, prompts)
     layout = Layout.of(prompts.sum(-1), inputs.sum(-1), common)
     n, positions = len(prompts), position_ids(prompts)  # (N, P)
     beginning = prompts & (positions < common)  # of all prompts, (N, P); that of the first is taken
@@ -94,7 +94,7 @@ def packed_inputs(tokens: Tokens) -> dict[str, Any]:
 def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Return logits of the first completion tokens, one a prompt (N, V), and of the other real tokens (M, V)."""
     enable(model)
-    return _first_and_rest(model(**packed_inputs(tokens)).logits, tokens)
+    return _first_and_rest(model(**packed_inputs(model, tokens)).logits, tokens)
 
 
 def _packed_scores(model: PreTrainedModel, tokens: Tokens, temperature: float) -> tuple[Tensor, Tensor] | None:
@@ -110,7 +110,7 @@ def _packed_scores(model: PreTrainedModel, tokens: Tokens, temperature: float) -
         return torch.cat([first.repeat_interleave(tokens.num_generations, 0), rest])
 
     targets = torch.cat([ids[:, 0], ids[:, 1:][real]])
-    return fused_logprobs(model, lambda: packed_inputs(tokens), rows, targets, temperature)
+    return fused_logprobs(model, lambda: packed_inputs(model, tokens), rows, targets, temperature)
 
 
 def _first_and_rest(read: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-SHARED_FROM = 64  # tokens; a shorter common beginning is not worth its bookkeeping in rollouts and updates
+from grpo.runtime.precision import precision
+
+# tokens; a shorter common beginning is not worth its bookkeeping in rollouts and updates
+SHARED_FROM = 64
+SHARED_FROM_16_BITS = 16  # products cost less of the time there, copies of keys and values more
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,13 @@ def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     return min(alike, min(map(len, prompts)) - 1)
 
 
-def shared_beginning(ids: Tensor, mask: Tensor) -> int:
-    """Return how many tokens all left-padded prompts (N, P) begin with; 0 if they are fewer than SHARED_FROM."""
+def shared_from(model: PreTrainedModel) -> int:
+    """Return from how many tokens on a common beginning is shared in the passes of a model."""
+    return SHARED_FROM if precision(model) == "float32" else SHARED_FROM_16_BITS
+
+
+def shared_beginning(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> int:
+    """Return how many tokens all left-padded prompts (N, P) begin with; 0 if they are too few to be shared."""
     rows = zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)
     common = common_prefix_length([row[len(row) - length :] for row, length in rows])
-    return common if common >= SHARED_FROM else 0
+    return common if common >= shared_from(model) else 0

@@ -58,7 +58,7 @@ def main() -> None:
             prompts, completions = (
                 mask.sum(-1).tolist() for mask in (rollout.tokens.prompt_mask, rollout.tokens.completion_mask)
             )
-            common = shared_beginning(rollout.tokens.prompt_ids, rollout.tokens.prompt_mask)
+            common = shared_beginning(lm.model, rollout.tokens.prompt_ids, rollout.tokens.prompt_mask)
             rows = sum(prompts) - (len(prompts) - 1) * common + sum(completions) - len(completions)
             channel.records.append(
                 record(

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from grpo.generation import sampling
 from grpo.generation.capabilities import ModelCapabilities, supports_common_prefix, supports_prefix_attention
 from grpo.generation.decoding import CachedDecoder, prefill, prefill_own
 from grpo.generation.greedy import greedy
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
+from grpo.model import tokens
 from grpo.model.attention.common_prefix import CommonPrefix
 from grpo.model.language_model import LanguageModel
 from grpo.model.tokens import common_prefix_length, left_pad
@@ -50,7 +50,7 @@ def test_greedy_tokens_are_the_same_shared_separate_and_alone(kind):
 @pytest.mark.parametrize("kind", [kind for kind in zoo.KINDS if kind != "gemma3"])
 @pytest.mark.parametrize("generations", [1, 3])
 def test_a_beginning_held_once_gives_the_same_samples(kind, generations, monkeypatch):
-    monkeypatch.setattr(sampling, "SHARED_FROM", 5)
+    monkeypatch.setattr(tokens, "SHARED_FROM", 5)
     model, prompts = tiny_model(kind), some_prompts()
     ids, mask = left_pad(prompts, 0, torch.device("cpu"))
     assert supports_prefix_attention(model, ids, mask, 5)

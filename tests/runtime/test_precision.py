@@ -82,7 +82,8 @@ def test_the_starter_stays_in_float32_and_so_does_what_is_trained_from_it():
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_in_bfloat16_log_probabilities_and_gradients_differ_by_its_rounding_alone(kind, packed, monkeypatch):
-    monkeypatch.setattr("grpo.model.tokens.SHARED_FROM", 2)
+    for name in ("SHARED_FROM", "SHARED_FROM_16_BITS"):
+        monkeypatch.setattr(f"grpo.model.tokens.{name}", 2)
     tokens, found = ragged_tokens((9, 7, 12), common_prefix=4), {}
     for name in ("float32", "bfloat16"):
         model = tiny_model(kind)
