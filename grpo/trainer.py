@@ -31,6 +31,7 @@ from grpo.runtime.device import (
     environment,
     keep_freed_memory,
     peak_memory,
+    return_freed_memory,
     set_deterministic,
     use_large_pages,
 )
@@ -63,8 +64,9 @@ class Trainer:
         if config.sft_steps:
             distributed.check_batch_divisible(config.sft_batch_size, config.shard, "--sft-batch-size")
         self.lm = load_policy(config, device)
-        if device.type == "cpu":
-            keep_freed_memory(self.lm.model.num_parameters())
+        self.parameters_on_cpu = self.lm.model.num_parameters() if device.type == "cpu" else 0
+        if self.parameters_on_cpu:
+            keep_freed_memory(self.parameters_on_cpu)
         check_prompts_fit(self.lm, task, config)
         self.grpo = GRPO(config, task, self.lm, rewards, device)
         own_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
@@ -87,7 +89,7 @@ class Trainer:
             if ended and self.state.why_done():
                 show_already_finished(self.folder, ended)
                 self._draw(ended)
-                return 0
+                return interrupts.exit_status
             if distributed.is_main_process():
                 check_room(self.folder, self.state.bytes_to_come(), "two checkpoints and the model")
             try:
@@ -147,6 +149,7 @@ class Trainer:
                 self.measurer.record(rollout, entry)
                 shown = {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
                 bar.update(progress.step, shown)
+                return_freed_memory(self.parameters_on_cpu)
                 self._stop_if_broken()
                 if c.show_every and progress.step % c.show_every == 0:
                     show_completions(progress.step, rollout)
@@ -205,6 +208,7 @@ class Trainer:
                 self.metrics.add_step(entry, "sft")
                 self.measurer.tracker.log(progress.total, entry, "sft/")
                 bar.update(progress.sft_step, {"loss": entry["loss"]})
+                return_freed_memory(self.parameters_on_cpu)
                 self._stop_if_broken()
                 if progress.sft_step % c.save_every == 0 or progress.sft_step == c.sft_steps:
                     self.state.save(self.folder)

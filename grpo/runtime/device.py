@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -66,10 +67,23 @@ def keep_freed_memory(parameters: int) -> None:
     """
     if parameters > FEW_PARAMETERS:
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if mallopt := _of_glibc("mallopt"):
         mallopt(M_MMAP_MAX, 0)  # no block of its own for a large tensor
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # never trim
+
+
+def return_freed_memory(parameters: int) -> None:
+    """Return freed memory of the CPU to the system, where a model has more `parameters` than that.
+
+    What glibc keeps between two steps lies in pieces that fit nothing, and grows from step to step.
+    """
+    if parameters > FEW_PARAMETERS and (malloc_trim := _of_glibc("malloc_trim")):
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """Return a function of the C library, if it has it."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def environment(device: torch.device, precision: str, processes: int) -> dict[str, Any]:

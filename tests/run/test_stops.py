@@ -260,6 +260,14 @@ def test_an_output_folder_that_is_deleted_during_a_run_is_said_in_words(model, t
     assert "Traceback" not in result.output
 
 
+def test_a_signal_while_a_finished_run_is_drawn_again_has_its_exit_status(model, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    kill_at(monkeypatch, trainer.Trainer, "_draw", 1)
+    result = launch(model, tmp_path / "run")
+    assert "SIGTERM: stopping" in result.stderr
+    assert result.exit_code == 143
+
+
 def test_a_saved_model_that_is_deleted_during_a_run_is_said_in_words(model, tmp_path, monkeypatch):
     true, folder = GRPO.step, tmp_path / "run"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grpo.runtime import device
-from grpo.runtime.device import FEW_PARAMETERS, keep_freed_memory, peak_memory
+from grpo.runtime.device import FEW_PARAMETERS, keep_freed_memory, peak_memory, return_freed_memory
 from tests.helpers.runs import ROOT
 
 
@@ -32,9 +32,25 @@ def test_glibc_accepts_the_options(monkeypatch):
     assert answers == [(-4, 1), (-1, 1)], "M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h; 1 is yes"
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's")
+def test_memory_in_pieces_is_returned_of_a_large_model_only():
+    def resident():
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * 4096
+
+    pieces = [bytes([i % 256]) * 50_000 for i in range(4000)]  # 200 MB, none of them in a mapping of its own
+    del pieces[:-1]  # the last one holds the end of the heap
+    held = resident()
+    return_freed_memory(FEW_PARAMETERS)
+    assert resident() > held - 20 * 2**20
+    return_freed_memory(FEW_PARAMETERS + 1)
+    assert resident() < held - 100 * 2**20
+
+
 def test_another_c_library_is_left_unchanged(monkeypatch):
     monkeypatch.setattr(device.ctypes, "CDLL", lambda _: object())
     keep_freed_memory(1)
+    return_freed_memory(FEW_PARAMETERS + 1)
 
 
 FIRST_CALL = """
