@@ -27,7 +27,7 @@ import click
 from grpo.config import DEVICES, MOST_TOKENS
 from grpo.evaluation.intervals import majority
 from grpo.launch.asking import as_task, before_training, with_examples
-from grpo.launch.command import EXAMPLE, Asking, without_quotes
+from grpo.launch.command import EXAMPLE, Asking, run_script, without_quotes
 from grpo.model_card import read_card, resolve
 from grpo.runtime.atomic_io import write_atomic
 from grpo.runtime.console import printable, say, terminal_columns
@@ -297,4 +297,4 @@ def parsed(text: str, style: str, kind: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from grpo.launch.command import Script
+from grpo.launch.command import Script, run_script
 
 
 @click.command(cls=Script, context_settings={"help_option_names": ["-h", "--help"]})
@@ -74,4 +74,4 @@ def _refuse(runs: tuple[Path, ...], labels: tuple[str, ...], html: bool) -> None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,7 +30,7 @@ import click
 from click.core import ParameterSource
 
 from grpo.config import GROUPS, OLD_NAMES, TrainConfig, ordered_fields
-from grpo.launch.command import Script
+from grpo.launch.command import Script, run_script
 from grpo.launch.config_file import read_settings, resolve_with_file
 from grpo.launch.run_folder import claim_folder
 from grpo.model_card import resolve
@@ -226,4 +226,4 @@ def failures_in_words(config: TrainConfig) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import click
 import pytest
@@ -10,6 +12,7 @@ import inference
 import plot_metrics
 import train_grpo
 from grpo.launch.command import errors_that_fit
+from tests.helpers.runs import ROOT
 from tests.helpers.scripts import QUESTION, TINY, ask, invoke, train
 
 SCRIPTS = [train_grpo.main, inference.main, plot_metrics.main]
@@ -173,3 +176,15 @@ def test_check_of_problems_without_a_known_solution(tmp_path, monkeypatch):
     result = invoke(train_grpo.main, *TINY, "--check", folder=tmp_path)
     assert result.exit_code == 0, result.output
     assert "A solution of this problem is not known" in result.stdout
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_script_ends_with_its_status_when_all_is_written_and_done(status, tmp_path):
+    code = (
+        "import atexit, sys, click\n"
+        "from grpo.launch.command import run_script\n"
+        "atexit.register(print, 'at exit')\n"
+        f"run_script(click.Command('c', callback=lambda: print('said') or sys.exit({status})))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split("\n"), done.stderr) == (status, ["said", "at exit", ""], "")
