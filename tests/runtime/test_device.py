@@ -68,7 +68,7 @@ def test_the_first_call_of_the_vector_functions_gives_what_the_second_does_on_a_
     command, how = [sys.executable, "-c", FIRST_CALL], {"cwd": ROOT, "capture_output": True, "text": True}
     with subprocess.Popen([sys.executable, "-c", BUSY]) as busy:
         try:
-            said = {subprocess.run(command, check=True, **how).stdout for _ in range(60)}
+            said = {subprocess.run(command, check=True, **how).stdout for _ in range(30)}
         finally:
             busy.kill()
     assert said == {"True\n"}
