@@ -109,8 +109,7 @@ def see_that_it_is_the_same(steps: Mapping[str, list[dict[str, Any]]], size: Siz
 def speed(pythons: Mapping[str, str], spec: Spec, turns: int, steps: int, folder: Path) -> dict[str, Any]:
     """Step times of one size, by program."""
     workers = start(pythons, spec, folder)
-    for worker in workers.values():
-        worker.turn(WARM_UP)
+    see_that_it_is_the_same({who: worker.turn(WARM_UP)["steps"] for who, worker in workers.items()}, spec.size)
     answers: dict[str, list[dict[str, Any]]] = {who: [] for who in workers}
     for turn in range(turns):
         for who in list(workers)[:: 1 if turn % 2 else -1]:

@@ -8,6 +8,7 @@ slower on a CPU (22 s instead of 0.2 s for 64 completions).
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,7 @@ import transformers
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from grpo.model.saving import save
 from grpo.runtime.precision import precision, set_precision
 from tasks.base import Problem
 from tasks.rewards.scoring import score
@@ -163,6 +165,9 @@ def main() -> None:
         return turns.rewards
 
     with TemporaryDirectory() as folder:
+        if c.beta:  # for its reference TRL reads the model again, and cannot read a package's GGUF file
+            save(Path(folder, "model"), lm, {}, "")
+            lm.model.config._name_or_path = str(Path(folder, "model"))
         trainer = GRPOTrainer(
             model=lm.model,  # in float32; it loads its reference in the same type
             reward_funcs=reward,

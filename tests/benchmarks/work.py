@@ -38,6 +38,7 @@ SHAPES = {  # layers, hidden, query heads, key heads, MLP, of Qwen2.5; the rest 
 VOCABULARY = 151936
 # a real model with worked examples in its prompt, and what is fixed about a step of it besides its size
 REAL = {"shots": 4, "num_inner_updates": 2, "temperature": 1.0, "warmup_steps": 0, "learning_rate_decay": "none"}
+REAL |= {"resample_tied": 0}  # TRL draws no group again
 
 
 @dataclass(frozen=True)

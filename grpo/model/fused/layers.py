@@ -5,6 +5,10 @@ pass, and takes a dozen passes over them there; a gated MLP keeps four tensors o
 its input and one number a token, and the MLP the outputs of its two projections: the rest is computed again.
 
 Float32 passes keep the layers of transformers, so that their results stay as they were to the bit.
+
+What did not pay in an update of smollm2 on 2 cores (4.3 s): some rows of the backward passes at a time, so that they
+stay in the cache; weights' gradients as products of contiguous matrices, which take half the time (3.4 ms instead of
+6.8) and as much again to transpose.
 """
 
 from types import MethodType
