@@ -61,9 +61,8 @@ def keep_freed_memory(parameters: int) -> None:
     """Keep freed memory of the CPU for the next tensors, where a model has few `parameters`.
 
     By default glibc returns it to the system, which hands it out again page by page: a step of the starter takes 5%
-    longer. For a larger model, in large pages, that makes no difference to the time (updates of smollm2, 16 x 8: 9.2
-    and 9.3 s). What is kept lies in pieces and grows: 6.7 GiB after 20 steps of 8 x 8, instead of 5.8 after 10. Other
-    systems and C libraries are left as they are.
+    longer. For a larger model what is kept lies in pieces and grows (smollm2, 8 x 8: 6.7 GiB after 20 steps, instead
+    of 5.8 after 10), and `return_freed_memory` returns it. Other systems and C libraries are left as they are.
     """
     if parameters > FEW_PARAMETERS:
         return

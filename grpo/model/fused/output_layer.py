@@ -136,7 +136,7 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[sl
     """Yield the logits of some rows after the other, in parts of equal size, all in the same memory."""
     parts = math.ceil(len(x) / max(1, PRODUCT // len(weight)))
     size = max(1, math.ceil(len(x) / max(1, parts)))
-    memory = x.new_empty(min(size, len(x)), len(weight))
+    memory = x.new_empty(size, len(weight))
     for start in range(0, len(x), size):
         rows = slice(start, min(start + size, len(x)))
         logits = memory[: rows.stop - rows.start]
