@@ -119,7 +119,8 @@ class Heartbeat:
             if max(silent) >= SILENT_BEATS:
                 place = silent.index(max(silent))
                 who = f"process {place} on {self.hosts[place]}"
-                self._end(who if silent[self.rank] < SILENT_BEATS else f"torchrun at {_address()}")
+                # the store shows not even the own beats; the last look at it may have missed one of another process
+                self._end(f"torchrun at {_address()}" if silent[self.rank] > SILENT_BEATS // 2 else who)
 
     def _end(self, who: str) -> None:
         own = f"process {self.rank}: " if self.rank else ""

@@ -129,6 +129,31 @@ def test_one_that_is_stopped_ends_the_others(stopped, who, model, tmp_path, monk
     assert "has not answered for 2 s" in said
 
 
+@pytest.mark.parametrize(
+    ("beats", "who"),
+    [
+        ([(n, n) for n in range(1, 5)] + [(4, 5)] + [(4, 5)] * 20, "torchrun at "),  # the last look missed one beat
+        ([(n, n) for n in range(1, 5)] + [(4, n) for n in range(5, 30)], "process 0 on there"),
+    ],
+)
+def test_a_store_that_falls_silent_is_not_taken_for_the_process_that_beat_last(beats, who, monkeypatch):
+    monkeypatch.setattr(rendezvous, "SILENT_BEATS", 20)
+    monkeypatch.setattr(rendezvous, "_connect", lambda is_server: dist.HashStore())
+    heart = rendezvous.Heartbeat(Meeting("round", 1, [{"host": "there"}, {"host": "here"}], dist.HashStore()), "")
+    said, looks = [], iter(beats)
+
+    class Ticks:
+        def wait(self, _seconds):
+            heart._seen = next(looks, None)
+            return heart._seen is None or bool(said)
+
+    heart._done = Ticks()
+    monkeypatch.setattr(heart, "_end", said.append)
+    heart._count()
+    assert len(said) == 1
+    assert said[0].startswith(who)
+
+
 def test_processes_that_were_all_stopped_go_on_together(model, tmp_path, monkeypatch):
     monkeypatch.setattr(rendezvous, "BEAT", 0.05)
     monkeypatch.setattr(rendezvous, "SILENT_BEATS", 20)
