@@ -39,8 +39,7 @@ def by_loop(query, key, value, layout, window):
         group = row // layout.num_generations
         p = int(layout.prompt_lengths[group])
         s = layout.common_prefix
-        first = s + layout.filler
-        seen = [*range(s), *(first + i for i in layout.prompt_index[group, :p].tolist() + own[row][:c])]
+        seen = [*range(s), *(s + i for i in layout.prompt_index[group, :p].tolist() + own[row][:c])]
         for last, token in enumerate(seen):
             keys = seen[max(0, last + 1 - window) : last + 1]
             for head in range(HEADS):
@@ -102,6 +101,7 @@ def test_a_layout_with_a_common_beginning_by_hand():
         ((2, 6, 4), (1, 5, 2, 2, 0, 3), 0),
         ((2, 6, 4), (1, 5, 2, 2, 0, 3), 1),
         ((7, 5), (3, 0), 4),
+        ((30, 28), (9, 8), 10),  # with 3 tokens of filler
     ],
 )
 def test_attention_is_that_of_a_loop_over_tokens_in_value_and_gradient(

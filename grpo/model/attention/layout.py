@@ -17,6 +17,7 @@ class IndexMaps:
     from_completions: Tensor  # indices in `completions` of the real vectors, in the order of the row
     prompt_padding: Tensor  # indices of padding in `prompts`
     completion_padding: Tensor  # indices of padding in `completions`
+    filler: int = 0  # vectors that the row begins with and its split form lacks
 
     def split(self, row: Tensor, padding: float | None = None) -> tuple[Tensor, Tensor]:
         """Split a row (T · H, …) into prompts (N · H · P, …) and completions (B · H · C, …).
@@ -29,11 +30,12 @@ class IndexMaps:
             completions.index_fill_(0, self.completion_padding, padding)
         return prompts, completions
 
-    def join(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """Join prompts (N · H · P, …) and completions (B · H · C, …) to a row (T · H, …)."""
-        split = len(self.from_prompts)
+    def join(self, prompts: Tensor, completions: Tensor, filler: float = 0) -> Tensor:
+        """Join prompts (N · H · P, …) and completions (B · H · C, …) to a row (T · H, …) after its filler."""
+        split = self.filler + len(self.from_prompts)
         row = prompts.new_empty(split + len(self.from_completions), *prompts.shape[1:])
-        torch.index_select(prompts, 0, self.from_prompts, out=row[:split])
+        row[: self.filler] = filler
+        torch.index_select(prompts, 0, self.from_prompts, out=row[self.filler : split])
         torch.index_select(completions, 0, self.from_completions, out=row[split:])
         return row
 
@@ -47,8 +49,9 @@ class Layout:
     of a prompt comes with the completions because its logits are needed too: so the tokens whose logits are read are
     at the end. Indices and lengths are those of the row without the common beginning.
 
-    A row with a common beginning comes in few lengths and widths, so that a device's allocator finds what it had:
-    after the beginning are `filler` tokens that no other token attends to, at most 1/16 of the row.
+    A row with a common beginning comes in few lengths and widths, so that a device's allocator finds what it had, and
+    few kernels are made: the own tokens begin with `filler`, at most 1/16 of the row. Such a token attends to the
+    common beginning alone, and none to it.
     """
 
     prompt_lengths: Tensor  # (N,) int64, from 1
@@ -69,11 +72,11 @@ class Layout:
         unit, columns = (max(1, 2 ** (total.bit_length() - 5)), 8) if common_prefix else (1, 1)
         i = torch.arange(_round_up(int(p.max()), columns), device=p.device)
         j = torch.arange(_round_up(max(1, int(c.max())), columns), device=p.device)  # one at least, if of padding
-        body = p - 1
-        last = body.sum() + torch.arange(len(p), device=p.device)[:, None]
-        prompts = torch.where(i < body, body.cumsum(0) - body + i, last)
-        completions = torch.where(j < c, last[-1] + 1 + c.cumsum(0) - c + j, 0)
         filler = _round_up(total, unit) - total
+        body = p - 1
+        last = filler + body.sum() + torch.arange(len(p), device=p.device)[:, None]
+        prompts = torch.where(i < body, filler + body.cumsum(0) - body + i, last)
+        completions = torch.where(j < c, last[-1] + 1 + c.cumsum(0) - c + j, 0)
         return cls(prompt_lengths, completion_lengths, prompts, completions, common_prefix, filler)
 
     def maps(self, heads: int) -> IndexMaps:
@@ -82,7 +85,8 @@ class Layout:
             prompts = _index_maps(self.prompt_index, self.prompt_lengths, heads)
             completions = _index_maps(self.completion_index, self.completion_lengths, heads)
             pairs = zip(prompts, completions, strict=True)
-            self._of_layers["maps", heads] = IndexMaps(*(maps for pair in pairs for maps in pair))
+            maps = IndexMaps(*(maps for pair in pairs for maps in pair), heads * self.filler)
+            self._of_layers["maps", heads] = maps
         return self._of_layers["maps", heads]
 
     def beginning_bias(self, window: int | None, repeats: int) -> Tensor | None:
@@ -94,7 +98,7 @@ class Layout:
             return None
         if ("beginning", window, repeats) not in self._of_layers:
             own, i = self.prompt_lengths, torch.arange(self.common_prefix, device=self.prompt_index.device)
-            positions = i.new_zeros(int(own.sum() + self.completion_lengths.sum()))
+            positions = i.new_zeros(int(self.filler + own.sum() + self.completion_lengths.sum()))
             starts = own.repeat_interleave(self.num_generations)
             for index, lengths, first in (
                 (self.prompt_index, own, torch.zeros_like(own)),

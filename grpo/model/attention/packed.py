@@ -109,12 +109,10 @@ def packed_attention(
 def _attend_tree(module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None) -> Tensor:
     """Attend over a row that has a common beginning: that to itself, all others to it and to their own tokens."""
     common = layout.common_prefix
-    cut = common + layout.filler
-    first, own = zip(*(x.split([cut, x.shape[2] - cut], 2) for x in row), strict=True)
-    mask = None if window is None else causal(torch.arange(cut, device=row[0].device), window)
+    first, own = zip(*(x.split([common, x.shape[2] - common], 2) for x in row), strict=True)
+    mask = None if window is None else causal(torch.arange(common, device=row[0].device), window)
     beginning = _torch_attend(module, *first, mask, scaling)  # (1, H, S, d)
-    first_key, first_value = (x[0, :, :common] for x in first[1:])
-    out = Tree(layout, scaling, window).attend(*(x[0] for x in own), first_key, first_value)
+    out = Tree(layout, scaling, window).attend(*(x[0] for x in (*own, *first[1:])))
     return torch.cat([beginning.transpose(1, 2), out[None]], 1)
 
 

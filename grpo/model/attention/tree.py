@@ -51,9 +51,10 @@ class Tree:
         n, b = len(self.layout.prompt_lengths), len(self.layout.completion_lengths)
         return prompts.view(n * key_heads, -1, *row.shape[2:]), completions.view(b * key_heads, -1, *row.shape[2:])
 
-    def join(self, prompts: Tensor, completions: Tensor, heads: int, *size: int) -> Tensor:
+    def join(self, prompts: Tensor, completions: Tensor, heads: int, filler: float = 0) -> Tensor:
         """Join what `split` returns to (T, H, …)."""
-        row = self.layout.maps(heads).join(prompts.reshape(-1, *size), completions.reshape(-1, *size))
+        size = prompts.shape[2:]
+        row = self.layout.maps(heads).join(prompts.reshape(-1, *size), completions.reshape(-1, *size), filler)
         return row.view(-1, heads, *size)
 
     def _after_prompts(self, prompts: Tensor, own: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class Tree:
     def of_row(self, of_prompts: Tensor, of_completions: Tensor, key_heads: int) -> Tensor:
         """Return the gradient of the row's keys or values (K, T, d) from those of the two branches."""
         prompts, own = self._before_completions(of_completions)
-        return self.join(of_prompts + prompts, own, key_heads, own.shape[-1]).transpose(0, 1)
+        return self.join(of_prompts + prompts, own, key_heads).transpose(0, 1)
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -86,8 +87,8 @@ class _TreeAttention(torch.autograd.Function):
         out, sums = to_beginning.run()
         own_out, own_sums = zip(*(branch.run() for branch in branches), strict=True)
         out, sums = joined(
-            tree.join(*own_out, heads, size),
-            tree.join(*own_sums, heads),
+            tree.join(*own_out, heads),
+            tree.join(*own_sums, heads, filler=-torch.inf),
             out.view(heads, -1, size).transpose(0, 1),
             sums.view(heads, -1).transpose(0, 1),
         )
@@ -107,7 +108,7 @@ class _TreeAttention(torch.autograd.Function):
         split = zip(*(tree.split(x, key_heads, padding) for x, padding in filled), strict=True)
         parts = zip(tree.parts(*vectors), (joint, *split), strict=True)
         beginning, prompts, completions = (part.gradients(*results) for part, results in parts)
-        of_query = tree.join(prompts[0], completions[0], heads, out.shape[-1]).transpose(0, 1)
+        of_query = tree.join(prompts[0], completions[0], heads).transpose(0, 1)
         of_query = of_query + beginning[0].reshape(heads, -1, of_query.shape[-1])
         of_key, of_value = (tree.of_row(prompts[i], completions[i], key_heads) for i in (1, 2))
         return None, of_query, of_key, of_value, *beginning[1:]
