@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from grpo.runtime.console import say
@@ -22,6 +23,7 @@ from grpo.runtime.console import say
 CHUNK = 2**24  # fewer logits are held, all at once
 # logits of a product at most; the weight's gradient is a sum of parts, and one of 300 rows takes as long as of 1,400
 PRODUCT = 2**27
+ROWS = 64  # are run at a time: a CPU's library makes, and keeps, kernels of 0.7 MiB for each number of them
 LEAST_LOG = -1e4  # stands for the logarithm of 0, to be multiplied by 0
 IN_CACHE = 2**19  # logits in float32 on a CPU: 2 MiB
 _PLAIN: WeakSet[nn.Module] = WeakSet()  # output layers whose logits the model changes afterwards
@@ -70,7 +72,10 @@ def linear_logprobs(layer: nn.Linear, hidden: Tensor, ids: Tensor, temperature: 
     `hidden` is (M, D), `ids` (M,). The product is in their own precision, all else in float32. The entropy has a
     gradient too.
     """
-    return _LinearLogprobs.apply(hidden, layer.weight, layer.bias, ids, temperature)
+    rows, filler = len(ids), -len(ids) % ROWS
+    hidden, ids = pad(hidden, (0, 0, 0, filler)), pad(ids, (0, filler))
+    logprobs, entropies = _LinearLogprobs.apply(hidden, layer.weight, layer.bias, ids, temperature)
+    return logprobs[:rows], entropies[:rows]
 
 
 class _LinearLogprobs(torch.autograd.Function):
