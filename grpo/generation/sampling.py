@@ -24,7 +24,7 @@ from grpo.runtime.microbatch import split_microbatches
 IN_CACHE = 2**17  # probabilities, in float32 and in two integers
 QUANTA = 2**50  # a distribution as integers that add up to about this
 CHECK_EVERY = 4  # tokens, on devices where a look makes the host wait; a pass too many costs more than some looks
-SHRINK_AT = 3 / 4  # rows that have ended are dropped once at most this share is left
+SHRINK_TO = 3 / 4  # rows that have ended are dropped down to this share of them, and again to this share of those
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,9 @@ class Generator:
                 left = int(running.sum())
                 if not self._any_rank_running(left > 0):
                     break
-                if decoder.can_shrink and left <= len(alive) * SHRINK_AT:
-                    # at least one row, for other ranks may still be running
-                    stay = running.nonzero().squeeze(-1) if left else alive.new_zeros(1)
+                size = shrunk(len(alive), left)
+                if decoder.can_shrink and size < len(alive):
+                    stay = (~running).long().argsort(stable=True)[:size].sort().values
                     decoder.keep(stay)
                     alive, running, tokens = alive[stay], running[stay], tokens[stay]
             logits = decoder(tokens)
@@ -206,6 +206,16 @@ def sample_inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     target = (uniforms[:, None] * total).long().minimum(total - 1)
     # the clamp is for logits that are not finite: their token means nothing, but it must exist
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
+
+
+def shrunk(rows: int, running: int) -> int:
+    """Return how many of these rows to keep: one at least, for other ranks may still be running.
+
+    From each number of rows they come in few sizes, for each of which a device's library makes its kernels anew.
+    """
+    while rows > 1 and running <= (fewer := int(rows * SHRINK_TO)):
+        rows = fewer
+    return rows
 
 
 def concatenate(parts: Sequence[Completions]) -> Completions:

@@ -6,7 +6,8 @@ from scipy.stats import chisquare
 
 from grpo.generation import sampling
 from grpo.generation.capabilities import ModelCapabilities
-from grpo.generation.sampling import Generator, SamplingParams, draw, sample_inverse_cdf, sampling_uniforms
+from grpo.generation.decoding import CachedDecoder
+from grpo.generation.sampling import Generator, SamplingParams, draw, sample_inverse_cdf, sampling_uniforms, shrunk
 from grpo.model.loading import load
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.tokens import Tokens, common_prefix_length, left_pad
@@ -94,6 +95,22 @@ def test_rows_do_not_depend_on_the_rows_beside_them():
         alone = generate(model, tokens.slice_rows(prompt), uniforms[rows], limit=10)
         assert torch.equal(whole.ids[rows, : alone.ids.shape[1]], alone.ids)
         assert torch.equal(whole.lengths[rows], alone.lengths)
+
+
+def test_rows_that_have_ended_are_dropped_in_few_sizes_and_change_no_other(monkeypatch):
+    assert {shrunk(64, n) for n in range(65)} == {64, 48, 36, 27, 20, 15, 11, 8, 6, 4, 3, 2, 1}
+    assert all(n <= shrunk(64, n) for n in range(65))
+    assert (shrunk(64, 49), shrunk(64, 48), shrunk(36, 28), shrunk(36, 20), shrunk(1, 0)) == (64, 48, 36, 20, 1)
+    kept = []
+    keep = CachedDecoder.keep
+    monkeypatch.setattr(CachedDecoder, "keep", lambda self, rows: kept.append(len(rows)) or keep(self, rows))
+    model, tokens = tiny_model("qwen2"), ragged_tokens((6, 6, 6))
+    uniforms = sampling_uniforms(0, 0, 12, 10)
+    dropped = generate(model, tokens, uniforms, limit=10)
+    assert kept
+    assert set(kept) <= {9, 6, 4, 3, 2, 1}
+    monkeypatch.setattr(sampling, "shrunk", lambda rows, running: rows)
+    assert same_completions(generate(model, tokens, uniforms, limit=10), dropped)
 
 
 def test_prompts_run_once_a_completion_sample_the_same_completions():
