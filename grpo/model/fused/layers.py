@@ -8,7 +8,9 @@ Float32 passes keep the layers of transformers, so that their results stay as th
 
 What did not pay in an update of smollm2 on 2 cores (4.3 s): some rows of the backward passes at a time, so that they
 stay in the cache; weights' gradients as products of contiguous matrices, which take half the time (3.4 ms instead of
-6.8) and as much again to transpose.
+6.8) and as much again to transpose; torch.compile, which takes a layer but for its attention from 17 and 48 ms
+(forward, backward, 1,984 tokens) to 13 and 35, so 13% off an update, and needs a C++ compiler and 26 s. Products
+alone are 6 and 17 ms.
 """
 
 from types import MethodType
