@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from grpo.model.attention.common_prefix import CommonPrefix
 from grpo.model.attention.packed import enable
-from grpo.model.tokens import position_ids
+from grpo.model.tokens import last_columns, position_ids
 from grpo.runtime.microbatch import is_unsupported
 
 CAPACITY_STEP = 32  # tokens; the cache grows by this many at a time
@@ -43,7 +43,7 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: in
         position_ids=position_ids(mask)[:, common_prefix:],
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last_columns(ids[:, common_prefix:], 1),
     )
     return cache, out.logits[:, -1]
 
@@ -86,7 +86,7 @@ def prefill_own(
         position_ids=positions[:, length:],
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last_columns(ids[:, length:], 1),
         common_prefix=prefix,
     )
     return prefix, cache, own, out.logits[:, -1]

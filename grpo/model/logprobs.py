@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from grpo.model.attention.layout import Layout
 from grpo.model.attention.packed import enable
 from grpo.model.fused.output_layer import CHUNK, LEAST_LOG, fused_logprobs
-from grpo.model.tokens import Tokens, position_ids, shared_beginning
+from grpo.model.tokens import Tokens, last_columns, position_ids, shared_beginning
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -130,7 +130,7 @@ def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor
         attention_mask=mask.long(),
         position_ids=position_ids(mask),
         use_cache=False,
-        logits_to_keep=inputs.shape[1] + 1,
+        logits_to_keep=last_columns(mask, inputs.shape[1] + 1),
     )
     return out.logits[:, 0], out.logits[:, 1:]
 

@@ -74,6 +74,15 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def last_columns(ids: Tensor, number: int) -> Tensor:
+    """Return the indices (`number`,) of the last columns of (N, L): the `logits_to_keep` of a pass over several rows.
+
+    Given a number, a model slices its hidden states, and torch multiplies slices of several rows with a copy of the
+    output layer for each, where that needs no gradient: 64 rows of smollm2 took 4.8 s and 3.4 GiB.
+    """
+    return torch.arange(ids.shape[1] - number, ids.shape[1], device=ids.device)
+
+
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all prompts begin with, but not the last of any: its logits are needed."""
     first, last = min(prompts), max(prompts)  # in the order of lists, so all others begin as these two do
