@@ -157,7 +157,8 @@ class Generator:
                     break
                 size = shrunk(len(alive), left)
                 if decoder.can_shrink and size < len(alive):
-                    stay = (~running).long().argsort(stable=True)[:size].sort().values
+                    ended_so_far = (~running).long().cumsum(0)
+                    stay = (running | (ended_so_far <= size - left)).nonzero().squeeze(-1)
                     decoder.keep(stay)
                     alive, running, tokens = alive[stay], running[stay], tokens[stay]
             logits = decoder(tokens)
