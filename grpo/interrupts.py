@@ -18,6 +18,7 @@ from grpo.setting import parse_duration
 
 TOO_LATE = 1  # among signals of at least 2
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+SAY_WITHIN = 1.0  # seconds that the end of the process leaves to say that a signal came
 ASK_AGAIN = 0.3  # seconds until work that swallowed an `Interrupted` gets another
 _exit = os._exit  # a user's code runs with another one (tasks/common/user_file.py)
 
@@ -50,7 +51,8 @@ class InterruptHandler:
         signal.set_wakeup_fd(self._write)  # the system writes the number of each signal here
         for number in NAMES:
             self._before[number] = signal.signal(number, self._handle)
-        threading.Thread(target=self._wait, daemon=True).start()
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -58,6 +60,7 @@ class InterruptHandler:
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         os.close(self._write)  # ends the thread
+        self._thread.join(SAY_WITHIN)
 
     @contextmanager
     def abandonable(self, grace: float = 0.0) -> Iterator[None]:

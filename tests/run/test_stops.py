@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import train_grpo
-from grpo import resume, trainer
+from grpo import interrupts, resume, trainer
 from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.update import Updater
 from grpo.evaluation.evaluator import Evaluation, Evaluator
@@ -263,6 +263,8 @@ def test_an_output_folder_that_is_deleted_during_a_run_is_said_in_words(model, t
 def test_a_signal_while_a_finished_run_is_drawn_again_has_its_exit_status(model, whole, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "run")
     kill_at(monkeypatch, trainer.Trainer, "_draw", 1)
+    # the thread that says so may come to it after the run has ended
+    monkeypatch.setattr(interrupts, "for_terminal", lambda text: time.sleep(0.5) or text)
     result = launch(model, tmp_path / "run")
     assert "SIGTERM: stopping" in result.stderr
     assert result.exit_code == 143
