@@ -61,6 +61,7 @@ def test_shared_prompts_give_what_dense_rows_give(smollm2):
 
 
 @needs_model
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_runs")
 def test_a_run_killed_in_a_step_continues_to_the_same_bits(smollm2, tmp_path, monkeypatch):
     # the real tokenizer, template, embedding and head with the first 2 of its 30 layers, for time and space

@@ -70,7 +70,7 @@ def test_samples_of_some_groups_are_recorded_every_few_steps(whole):
     assert [json.loads(line)["step"] for line in lines] == [step for step in steps for _ in range(2 * GROUPS)]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_kill_9_at_random_moments(whole, tmp_path, seed):
     kill_and_continue(launch, whole, tmp_path / "run", seed, launches=1)
 
