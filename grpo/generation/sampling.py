@@ -24,7 +24,7 @@ from grpo.runtime.microbatch import split_microbatches
 IN_CACHE = 2**17  # probabilities, in float32 and in two integers
 QUANTA = 2**50  # a distribution as integers that add up to about this
 CHECK_EVERY = 4  # tokens, on devices where a look makes the host wait; a pass too many costs more than some looks
-SHRINK_TO = 3 / 4  # rows that have ended are dropped down to this share of them, and again to this share of those
+SHRINK_TO = 3 / 4  # this share of the rows is kept once no more of them run, and again of those, and so on
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.generation.decoding import prefill, prefill_own
 from grpo.model import logprobs
@@ -14,6 +13,7 @@ from grpo.model.attention import packed as packed_attention
 from grpo.model.logprobs import completion_logprobs, token_entropy, token_logprobs
 from grpo.model.tokens import shared_beginning
 from tests.helpers.models import VOCABULARY, ragged_tokens, tiny_model
+from tests.helpers.products import Products
 from tests.helpers.zoo import KINDS, WINDOW
 
 
@@ -109,29 +109,15 @@ def test_linear_layers_see_real_tokens_only_and_the_head_only_those_whose_logits
     assert seen == [7 + 4 + 9 + inputs, 3 + inputs]
 
 
-class BatchedProducts(TorchDispatchMode):
-    """Notes the last size of each product of a batch of matrices."""
-
-    def __init__(self):
-        super().__init__()
-        self.columns = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket is torch.ops.aten.bmm:
-            self.columns.add(out.shape[-1])
-        return out
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_frozen_output_layer_is_never_copied_for_each_row(dtype):
-    # torch does so where the rows are slices of hidden states: 200 rows of smollm2 took 10.6 GiB in a product
+    # torch does so where the rows are slices of hidden states: see `last_columns`
     model, tokens = tiny_model("llama").to(dtype).requires_grad_(False), ragged_tokens()
-    with torch.no_grad(), BatchedProducts() as seen:
+    with torch.no_grad(), Products(torch.ops.aten.bmm) as seen:
         completion_logprobs(model, tokens, 1.0, packed=False)
         prefill(model, tokens.prompt_ids, tokens.prompt_mask)
         prefill_own(model, tokens.prompt_ids, tokens.prompt_mask, 1)
-    assert VOCABULARY not in seen.columns
+    assert VOCABULARY not in {second[-1] for _, second in seen.shapes}
 
 
 def test_gradients_have_the_same_bits_each_time():

@@ -15,6 +15,7 @@ from grpo.model.fused.output_layer import linear_logprobs
 from grpo.model.logprobs import completion_logprobs, token_entropy
 from grpo.runtime.precision import in_precision, set_precision
 from tests.helpers.models import ragged_tokens, tiny_model
+from tests.helpers.products import Products
 from tests.helpers.zoo import KINDS
 
 CPU = torch.device("cpu")
@@ -145,27 +146,14 @@ def test_logits_of_all_tokens_are_never_in_memory(monkeypatch):
     assert seen.most <= 64 * 6  # such as the scores
 
 
-class Products(TorchDispatchMode):
-    """Notes the shapes of the products of matrices."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket is torch.ops.aten.mm:
-            self.shapes.add((*args[0].shape, args[1].shape[1]))
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_few_rows_more_or_less_are_products_of_the_same_sizes():
     layer, _, _ = a_layer(False, torch.float32)
-    with Products() as seen:
+    with Products(torch.ops.aten.mm) as seen:
         for rows in range(65, 129):
             hidden = torch.randn(rows, 6, requires_grad=True)
             linear_logprobs(layer, hidden, torch.zeros(rows, dtype=torch.long), 1.0)[0].sum().backward()
             assert hidden.grad.shape == (rows, 6)
-    assert seen.shapes == {(128, 6, 13), (128, 13, 6), (13, 128, 6)}
+    assert seen.shapes == {((128, 6), (6, 13)), ((128, 13), (13, 6)), ((13, 128), (128, 6))}
 
 
 class Softcapped(nn.Module):

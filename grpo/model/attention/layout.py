@@ -85,8 +85,7 @@ class Layout:
             prompts = _index_maps(self.prompt_index, self.prompt_lengths, heads)
             completions = _index_maps(self.completion_index, self.completion_lengths, heads)
             pairs = zip(prompts, completions, strict=True)
-            maps = IndexMaps(*(maps for pair in pairs for maps in pair), heads * self.filler)
-            self._of_layers["maps", heads] = maps
+            self._of_layers["maps", heads] = IndexMaps(*(x for pair in pairs for x in pair), heads * self.filler)
         return self._of_layers["maps", heads]
 
     def beginning_bias(self, window: int | None, repeats: int) -> Tensor | None:

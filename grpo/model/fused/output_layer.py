@@ -23,7 +23,7 @@ from grpo.runtime.console import say
 CHUNK = 2**24  # fewer logits are held, all at once
 # logits of a product at most; the weight's gradient is a sum of parts, and one of 300 rows takes as long as of 1,400
 PRODUCT = 2**27
-ROWS = 64  # are run at a time: a CPU's library makes, and keeps, kernels of 0.7 MiB for each number of them
+ROWS = 64  # their number is rounded up to a multiple: oneDNN makes kernels of 0.7 MiB for each, and keeps them
 LEAST_LOG = -1e4  # stands for the logarithm of 0, to be multiplied by 0
 IN_CACHE = 2**19  # logits in float32 on a CPU: 2 MiB
 _PLAIN: WeakSet[nn.Module] = WeakSet()  # output layers whose logits the model changes afterwards
