@@ -104,7 +104,7 @@ DIFFERENT = {
     "generations": ({}, {"num_generations": 4}, "--num-generations is 8"),
     "sharding": ({}, {"shard": True}, "--shard is False"),
     "rewards": ({}, {"reward": "exact=1"}, "--reward is "),
-    "a setting that cannot be": ({}, {"learning_rate": "nan"}, "learning_rate is nan"),
+    "a setting that cannot be": ({}, {"learning_rate": "nan"}, "--learning-rate is nan"),
     "a reward file": ({"reward": "mine.py:pay=1"}, {"reward": "mine.py:pay=1"}, "mine.py is SHA-256"),
     "a data file": ({"task": "jsonl", "data": "d.jsonl"},) * 2 + ("d.jsonl is SHA-256",),
     "no data file": ({"task": "jsonl", "data": "e.jsonl"},) * 2 + ("e.jsonl",),
