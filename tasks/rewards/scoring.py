@@ -162,7 +162,7 @@ def score(
     rewards: Sequence[RewardFunction],
     attempts: Sequence[Attempt],
     columns: Columns,
-    clock: Callable[[str], AbstractContextManager[None]],
+    clock: Callable[[str], AbstractContextManager[None]] = nullcontext,
 ) -> list[Reward]:
     """Return the reward of each attempt; each function runs over the whole batch, timed as `reward/<name>`.
 
@@ -229,7 +229,7 @@ def try_out(rewards: Sequence[RewardFunction], task: Task) -> None:
     pairs = [(problem, text) for problem, ideal in zip(problems, texts, strict=True) for text in (ideal, MADE_UP, "")]
     attempts = [task.grade(problem, text) for problem, text in pairs]
     columns = {"completion_ids": [list(range(len(text))) for _, text in pairs]}
-    score(rewards, attempts, columns, lambda name: nullcontext())
+    score(rewards, attempts, columns)
 
 
 def _named(reward: RewardFunction) -> str:
