@@ -45,6 +45,7 @@ OLD_NAMES = {
     "refresh_reference_every": "ref_model_sync_steps",
     "mask_truncated": "mask_truncated_completions",
 }
+REMOVED = "curriculum"  # a setting of older versions; False, its default, is what every run does today
 
 
 TaskOptions = make_dataclass(
@@ -137,9 +138,6 @@ class TrainConfig(TaskOptions):
         False, VARIANTS, "leave completions that the token limit cut off out of the loss"
     )
     resample_tied: int = setting(0, VARIANTS, "redraw groups that are all right or all wrong, at most this often", 0)
-    curriculum: bool = setting(
-        False, VARIANTS, "draw problems of levels that the policy solves sometimes, by its own rollouts"
-    )
     target_kl: float = setting(0.0, VARIANTS, "adapt beta towards this KL, nats a token; 0: beta is constant", 0.0)
     warmup_steps: int = setting(0, VARIANTS, "steps in which the learning rate rises linearly to its value", 0)
     learning_rate_decay: str = setting(
@@ -241,8 +239,9 @@ def _shown(value: Any) -> str:
 
 
 def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of an older version under today's names."""
-    return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
+    """Return settings of an older version under today's names, without the removed one where it was False."""
+    kept = {name: value for name, value in settings.items() if name != REMOVED or value is not False}
+    return {OLD_NAMES.get(name, name): value for name, value in kept.items()}
 
 
 def ordered_fields() -> list[Field]:

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from grpo.config import MOST_TOKENS, NOT_INHERITED, TrainConfig, with_new_names
+from grpo.config import MOST_TOKENS, NOT_INHERITED, REMOVED, TrainConfig, with_new_names
 from tasks.base import KINDS
 from tasks.common.prompts import STYLE_TOKENS, STYLES
 from tasks.common.user_file import names_a_file
@@ -97,6 +97,7 @@ CARD_ENTRIES = {
 def resolve(given: Mapping[str, Any]) -> TrainConfig:
     """Return the settings of a run: those given, then those of the model's card or recipe, then the defaults."""
     card = with_new_names(read_card(given.get("model", "starter")).get("settings", {}))
+    card.pop(REMOVED, None)  # how an older version drew the problems that the model was trained on
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):
         raise ValueError(f"the model's {CARD} has settings that it cannot have: {', '.join(unknown)}")
     if any(isinstance(spec, str) and names_a_file(spec) for spec in _as_list(card.get("reward", []))):

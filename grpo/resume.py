@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from grpo.algorithm.grpo import GRPO
-from grpo.config import TrainConfig
+from grpo.config import REMOVED, TrainConfig
 from grpo.evaluation.evaluator import Evaluator
 from grpo.model.lora import trainable
 from grpo.record.checkpoint import RECOVERY_HINT, Checkpoint, newest_checkpoint, write_checkpoint
@@ -181,6 +181,10 @@ def check_same_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, fi
 
     Return the files that changed: before the first update they may, for nothing has been learned from them.
     """
+    if checkpoint.state["config"].get(REMOVED):
+        raise ValueError(
+            f"{folder.resolve()} holds a run with --{REMOVED}, which this version no longer has; {RECOVERY_HINT}"
+        )
     ways_on = "to continue, --fresh to start over, or --output-dir NEW"
     if conflicts := config.conflicting_settings(checkpoint.state["config"]):
         raise ValueError(

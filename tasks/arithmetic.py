@@ -153,12 +153,9 @@ class Arithmetic(QATask):
 
 
 def _problem(expression: Expression) -> Problem:
-    category = expression.op + expression.op2
-    largest = max(abs(expression.a), abs(expression.b), abs(expression.c))
     return Problem(
         f"What is {expression}?",
         str(expression.value),
-        category=category,
-        level=f"{category} to {largest}",
+        category=expression.op + expression.op2,
         working=expression.steps,
     )

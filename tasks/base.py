@@ -35,7 +35,6 @@ class Problem:
     answer: str
     columns: Mapping[str, Any] = field(default_factory=dict)
     category: str = ""  # accuracy is reported by category too
-    level: str = ""  # problems of a level are about equally hard; "": nothing is known of it
     working: str = ""  # how to get to the answer, if that is known: for worked examples
     task: str = ""  # which task of a mixture it is of; "" outside of one
     place: str = field(default="", compare=False)  # the line of the file that it was read from

@@ -27,7 +27,7 @@ SHARED = ("tasks.common", "tasks.rewards", "tasks.selection")  # by all tasks
 # what grpo/ may know of tasks/: no concrete task
 ANY_TASK = {
     *("base", "registry", "unrelated", "common.prompts", "common.shots", "common.user_file"),
-    *("rewards.functions", "rewards.scoring", "selection.curriculum", "selection.mixture"),
+    *("rewards.functions", "rewards.scoring", "selection.mixture"),
 }
 
 # The folders and files of grpo/ that each may import, besides itself.

@@ -28,7 +28,6 @@ from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.stopwatch import Stopwatch
 from tasks.base import Task
 from tasks.rewards.scoring import RewardFunction, rewards_of
-from tasks.selection.curriculum import Curriculum
 
 
 class GRPO:
@@ -56,14 +55,13 @@ class GRPO:
         self.update_microbatch = AdaptiveMicrobatch("the update", prompts * g, g, config.shard)
         self.capabilities = ModelCapabilities.probe(lm, task, config.cuda_graphs)
         packed = self.capabilities.supports_packing
-        self.curriculum = Curriculum(task, g) if config.curriculum else None
         self.sampler = RolloutSampler(
             lm,
             task,
             rewards or rewards_of(config, task),
             Generator(lm.model, self.capabilities),
             self.sample_microbatch,
-            self.curriculum.problem if self.curriculum else task.training_problem,
+            task.training_problem,
         )
         self.reference = Reference(lm.model, frozen, packed, self.update_microbatch)
         self.update = Updater(lm.model, config, packed, self.update_microbatch)
@@ -92,12 +90,8 @@ class GRPO:
                     stats, batch = self.update(batch, c)  # the first one fills old_logprobs
                     updates.append(stats)
         self._after_step(step, updates, c)
-        estimates = {}
-        if self.curriculum:
-            estimates = self.curriculum.figures([problem for problem, _, _ in rollout.sampled])
-            self.curriculum.observe(rollout.sampled)
         moved = moved_fraction(weights, watched_weights(self.policy))
-        result = StepResult(step, c, rollout, updates, sampler_gap(rollout, batch), moved, clock.seconds, estimates)
+        result = StepResult(step, c, rollout, updates, sampler_gap(rollout, batch), moved, clock.seconds)
         return rollout, step_metrics(result)
 
     def _after_step(self, step: int, updates: Sequence[UpdateStats], config: TrainConfig) -> None:
@@ -117,7 +111,6 @@ class GRPO:
             **self.update.state_dict(),
             "reference": gather_to_rank0(self.reference.state_dict()) if synced else None,
             "beta": self.beta,
-            "curriculum": self.curriculum and self.curriculum.state_dict(),
             "skipped_in_a_row": self.update.skipped_in_a_row,
             "limits": {"sample": self.sample_microbatch.max_rows, "update": self.update_microbatch.max_rows},
         }
@@ -127,13 +120,11 @@ class GRPO:
 
         Raises ValueError if it is not of this model.
         """
-        counts = state.get("curriculum")
         limits = state.get("limits")  # the first version had none
         check_entries(
             {
                 "beta": is_number(state.get("beta", 0.0)),
                 "skipped_in_a_row": is_count(state.get("skipped_in_a_row")),
-                "curriculum": Curriculum.is_state(counts) if self.curriculum else counts is None,
                 "limits": limits is None
                 or (isinstance(limits, dict) and all(is_count(limits.get(n)) for n in ("sample", "update"))),
             }
@@ -143,8 +134,6 @@ class GRPO:
             self.reference.load_state_dict(state["reference"])
         self.update.load_state_dict(state["policy"], state["optimizer"])
         self.update.skipped_in_a_row, self.beta = state["skipped_in_a_row"], state.get("beta", self.beta)
-        if self.curriculum:
-            self.curriculum.counts = dict(counts)
         if keep_limits and limits is not None:
             self.sample_microbatch.max_rows, self.update_microbatch.max_rows = limits["sample"], limits["update"]
 

@@ -5,7 +5,7 @@ The metrics file gets an entry of `steps` from it, plots take titles, units and 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from statistics import fmean, stdev
@@ -33,7 +33,6 @@ class StepResult:
     sampler_gap: float
     weights_moved: float
     seconds: Mapping[str, float]  # by phase
-    estimates: Mapping[str, Value] = field(default_factory=dict)  # of the curriculum, of the problems drawn
 
 
 @dataclass(frozen=True)
@@ -210,19 +209,6 @@ STEP_METRICS: tuple[StepMetric, ...] = (
         "resampled_groups",
         "groups drawn again because their completions were all right or all wrong (`--resample-tied`)",
         lambda s: s.rollout.resampled,
-    ),
-    StepMetric(
-        "level",
-        "mean place of the drawn levels among those seen lately, from 0 (solved most) to 1 (solved least); null "
-        "without `--curriculum` and while less than two are known",
-        lambda s: s.estimates.get("level"),
-        *("Curriculum: level drawn", "0 solved most, 1 least", "number"),
-    ),
-    StepMetric(
-        "solve_rate",
-        "mean solve rate that the curriculum expects of the drawn problems, before they are sampled; null without it",
-        lambda s: s.estimates.get("solve_rate"),
-        *("Curriculum: expected solve rate", "% of completions", "share"),
     ),
     StepMetric(
         "loss",

@@ -218,7 +218,7 @@ def _of_table() -> tuple[tuple[str, Panel], ...]:
 
 
 def _family(name: str, scale: str) -> Panel:
-    """Return a panel of a metric, or of all metrics of a family such as `level/*`, on an axis from 0."""
+    """Return a panel of a metric, or of all metrics of a family such as `reward/*`, on an axis from 0."""
     draws = _share if scale == "share" else _number
     if not name.endswith("/*"):
         return draws(name, BLUE)

@@ -11,7 +11,6 @@ from functools import cached_property
 from math import fsum
 
 from tasks.base import Attempt, Message, Problem, Task, seeded_rng
-from tasks.selection.curriculum import APART
 
 LARGEST_WEIGHT = 1e6
 
@@ -76,8 +75,8 @@ class Mixture:
     weights: Mapping[str, float]
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem of a row of a step. All candidates of a place are of one task."""
-        [name] = seeded_rng("mixture", seed, step, row % APART).choices(list(self.weights), self.weights.values())
+        """Return the training problem of a row of a step; which task it is of is drawn by weight."""
+        [name] = seeded_rng("mixture", seed, step, row).choices(list(self.weights), self.weights.values())
         return replace(self.parts[name].training_problem(seed, step, row), task=name)
 
     def held_out(self, split: str, limit: int) -> list[Problem]:

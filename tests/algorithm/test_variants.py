@@ -132,7 +132,7 @@ def test_combinations_that_cannot_be_are_refused(settings, words):
 TINY = ["--batch-size", "2", "--num-generations", "3", "--num-inner-updates", "2", "--eval-every", "4"]
 TINY += ["--eval-problems", "4", "--save-every", "2", "--show-every", "0", "--learning-rate", "1e-4"]
 ALL = ["--target-kl", "0.001", "--ref-model-sync-steps", "3", "--warmup-steps", "2", "--resample-tied", "2"]
-ALL += ["--curriculum", "--surrogate", "cispo", "--entropy-bonus", "0.001", "--overlong-buffer", "3"]
+ALL += ["--surrogate", "cispo", "--entropy-bonus", "0.001", "--overlong-buffer", "3"]
 ALL += ["--multi-objective-aggregation", "normalize_then_sum"]
 ALL += [
     "--mask-truncated-completions",

@@ -11,8 +11,8 @@ from grpo.plots.figures import MOST_FINDINGS, overview
 from grpo.plots.panels import PANELS
 from tests.helpers.records import FINDINGS, a_full_record, a_record
 
-# of mixtures and curricula
-OF_SOME_RUNS = ("Accuracy by task", "Reward by task", "Ties by task", "Curriculum")
+# of mixtures
+OF_SOME_RUNS = ("Accuracy by task", "Reward by task", "Ties by task")
 OF_ALL_RUNS = [title for title, _ in PANELS if not title.startswith(OF_SOME_RUNS)]
 
 
@@ -119,17 +119,16 @@ def test_findings_are_numbered_lines_and_words():
 def test_a_panel_that_some_runs_have_is_drawn_for_them_only():
     record = a_full_record(60, [])
     before = titles(overview(record))
-    assert not [title for title in before if title.startswith(("Accuracy by", "Curriculum"))]
+    assert not [title for title in before if title.startswith("Accuracy by")]
     of_task = {"accuracy": 0.5, "n": 10, "ci_low": 0.2, "ci_high": 0.8}
     for row in record["steps"]:
-        row |= {"accuracy/reverse": None if row["step"] % 3 else 0.25, "accuracy/_sums": 0.5, "level": 0.5}
+        row |= {"accuracy/reverse": None if row["step"] % 3 else 0.25, "accuracy/_sums": 0.5}
     for entry in record["evals"]:
         entry["tasks"] = {"reverse": of_task}
     figure = overview(record)
-    assert len(figure.axes) == len(before) + 2
-    assert [title for title in titles(figure) if title.startswith(("Accuracy by", "Curriculum"))] == [
-        "Accuracy by task (% of completions), dots: validation",
-        "Curriculum: level drawn (0 solved most, 1 least)",
+    assert len(figure.axes) == len(before) + 1
+    assert [title for title in titles(figure) if title.startswith("Accuracy by")] == [
+        "Accuracy by task (% of completions), dots: validation"
     ]
     [axes] = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("Accuracy by")]
     assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == ["reverse", "_sums"]

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 import train_grpo
 from grpo.config import CHANGEABLE_ON_RESUME, TrainConfig
-from grpo.record.checkpoint import FORMAT, newest_checkpoint
+from grpo.model_card import resolve
+from grpo.record.checkpoint import FORMAT, newest_checkpoint, write_checkpoint
 from grpo.record.metrics import load_metrics, same_rows, without_times
 from grpo.record.tracker import Tracker
 from grpo.setting import as_typed
@@ -136,6 +137,44 @@ def test_the_settings_that_may_change_are_settings():
 
 
 # --- checkpoints of earlier versions ---
+
+
+def of_an_older_version(half, folder, **entries):
+    """Return a copy of a run whose checkpoint has the `state` and `config` of an older version's curriculum."""
+    folder = Path(shutil.copytree(half, folder))
+    checkpoint, _ = newest_checkpoint(folder / "run")
+    shutil.rmtree(folder / "run/checkpoints")
+    state = {**checkpoint.state, "curriculum": entries["state"]}
+    state["config"] = {**state["config"], "curriculum": entries["config"]}
+    write_checkpoint(folder / "run", replace(checkpoint, state=state))
+    return folder
+
+
+def test_a_run_of_a_version_with_a_curriculum_continues_where_it_was_off(half, whole, tmp_path):
+    folder = of_an_older_version(half, tmp_path / "copy", state=None, config=False)
+    result = train(folder, model=half / "model", num_iterations=3)
+    assert result.exit_code == 0, result.output
+    for mine, theirs in zip(load_metrics(folder / "run")["steps"], load_metrics(whole)["steps"], strict=True):
+        assert without_times(mine) == without_times(theirs)
+
+
+def test_a_run_with_a_curriculum_is_refused_in_one_line(half, tmp_path):
+    folder = of_an_older_version(half, tmp_path / "copy", state={"+- to 3": [2.5, 1]}, config=True)
+    before = snapshot(folder)
+    refused = train(folder, model=half / "model", num_iterations=3)
+    assert refused.exit_code == 1
+    assert refused.stderr.count("\n") == 1
+    assert "holds a run with --curriculum, which this version no longer has; --fresh" in refused.stderr
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_a_model_saved_by_a_version_with_a_curriculum_is_trained_further(value, half, tmp_path):
+    model = Path(shutil.copytree(half / "run/saved_model", tmp_path / "model"))
+    card = json.loads((model / "grpo.json").read_text(encoding="utf-8"))
+    card["settings"]["curriculum"] = value
+    (model / "grpo.json").write_text(json.dumps(card), encoding="utf-8")
+    assert resolve({"model": str(model)}).num_generations == card["settings"]["num_generations"]
 
 
 @pytest.mark.parametrize("version", range(1, FORMAT + 1))

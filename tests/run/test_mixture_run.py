@@ -42,7 +42,7 @@ def place(tmp_path_factory, no_plots):
 @pytest.fixture(scope="module")
 def tasks(place):
     """Return the options of the mixture."""
-    return ("--task", "arithmetic=0.5", "--task", f"{place / 'mine.py'}:Digits=0.5", "--curriculum")
+    return ("--task", "arithmetic=0.5", "--task", f"{place / 'mine.py'}:Digits=0.5")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,6 @@ def test_accuracy_reward_and_ties_are_those_of_all_and_of_each_task(whole):
         for metric in ("accuracy", "reward_mean", "tied_groups_fraction"):
             total = sum(row[f"{metric}/{name}"] * n for name, n in groups.items() if n)
             assert total / 8 == pytest.approx(row[metric], abs=1e-6)
-        assert 0 < row["solve_rate"] < 1
-    assert any(row["level"] is not None for row in record["steps"][1:])
     for entry in record["evals"]:
         by_task = entry["tasks"]
         assert sum(one["n"] for one in by_task.values()) == entry["n"]
@@ -73,7 +71,7 @@ def test_accuracy_reward_and_ties_are_those_of_all_and_of_each_task(whole):
     assert "    arithmetic " in out  # at the end
 
 
-def test_a_killed_run_on_a_mixture_with_a_curriculum_continues_to_the_same_bits(place, tasks, whole):
+def test_a_killed_run_on_a_mixture_continues_to_the_same_bits(place, tasks, whole):
     folder = place / "killed"
     fine_tuned = {"sft_steps": 2, "sft_batch_size": 4, **STEPS}
     arguments = [*options(model=place / "model", output_dir=folder, **fine_tuned), *tasks]

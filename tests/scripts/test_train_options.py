@@ -68,7 +68,6 @@ VALID = {
     "scale_rewards": "none",
     "mask_truncated_completions": True,
     "resample_tied": 3,
-    "curriculum": True,
     "task_arg": ("largest=3",),
     "numbers": 4,
     "largest_number": 9,

@@ -12,7 +12,6 @@ from tasks.common.shots import solved_problem
 from tasks.registry import make_task, task_shares
 from tasks.reverse import Reverse
 from tasks.rewards.scoring import rewards_of, score
-from tasks.selection.curriculum import APART, Curriculum, level_of
 from tasks.selection.mixture import Mixture
 from tests.helpers.data import town_rows, write
 from tests.helpers.tasks import untimed
@@ -68,7 +67,7 @@ def test_a_row_is_of_a_task_by_weight_and_a_function_of_its_place():
     assert 0.67 < shares["arithmetic"] / len(places) < 0.73  # 1600 draws: 0.7 ± 2.6 standard deviations
     for place, problem in zip(places[:20], drawn, strict=False):
         own = {"arithmetic": Arithmetic(), "reverse": Reverse()}[problem.task].training_problem(*place)
-        assert (problem.question, problem.answer, problem.level) == (own.question, own.answer, own.level)
+        assert (problem.question, problem.answer) == (own.question, own.answer)
 
 
 def test_what_is_held_out_is_what_each_task_holds_out_in_these_shares():
@@ -116,19 +115,6 @@ def test_a_reward_that_tasks_share_is_one_and_others_apply_to_their_own_task(min
     assert (first.total, second.total, third) == (pytest.approx(1.0), 2.25, first)
     everywhere = TrainConfig(task=settings.task, reward=("exact=1",))
     assert [r.name for r in rewards_of(everywhere, task)] == ["exact"]
-
-
-def test_the_candidates_of_a_place_are_of_one_task_so_that_the_curriculum_keeps_the_shares():
-    task = mixture(*BOTH)
-    curriculum = Curriculum(task, 8)
-    places = [(0, step, row) for step in range(40) for row in range(8)]
-    for seed, step, row in places:
-        assert len({task.training_problem(seed, step, row + i * APART).task for i in range(8)}) == 1
-    of_arithmetic = [p for p in (task.training_problem(*place) for place in places) if p.task == "arithmetic"]
-    curriculum.observe([(problem, 0, 8) for problem in of_arithmetic])  # hopeless: one would leave it
-    chosen = [curriculum.problem(*place) for place in places]
-    assert [p.task for p in chosen] == [task.training_problem(*place).task for place in places]
-    assert {level_of(p).split(": ")[0] for p in chosen} == {"arithmetic", "reverse"}
 
 
 def test_advice_names_its_task():
