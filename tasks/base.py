@@ -34,9 +34,8 @@ class Problem:
     question: str
     answer: str
     columns: Mapping[str, Any] = field(default_factory=dict)
-    category: str = ""  # accuracy is reported by category too
+    category: str = ""  # accuracy is reported by category too; in a mixture of tasks, the name of its task
     working: str = ""  # how to get to the answer, if that is known: for worked examples
-    task: str = ""  # which task of a mixture it is of; "" outside of one
     place: str = field(default="", compare=False)  # the line of the file that it was read from
 
 
@@ -105,7 +104,7 @@ class Task(Protocol):
 
 def task_of(task: Task, problem: Problem) -> Task:
     """Return the task that a problem is of: one of a mixture, or else the task itself."""
-    return task.parts[problem.task] if problem.task else task
+    return task.parts[problem.category] if task.parts else task
 
 
 def prompt_of(task: Task, problem: Problem) -> list[Message]:

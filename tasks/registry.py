@@ -13,7 +13,7 @@ from tasks.common.shots import with_shots
 from tasks.common.user_file import names_a_file
 from tasks.countdown import Countdown
 from tasks.reverse import Reverse
-from tasks.selection.mixture import Mixture, Share, parse_shares
+from tasks.selection.mixture import Share, mixture_of, parse_shares
 
 # what makes each task, by name; its parameters that are annotated with a `tasks.base.Option` become options
 TASKS: dict[str, Callable[..., Task]] = {
@@ -96,7 +96,7 @@ def make_task(settings: TaskSettings) -> Task:
     if len(shares) == 1:
         return _make(shares[0].spec, settings)
     parts = {share.name: _make(share.spec, settings) for share in shares}
-    return Mixture(parts, {share.name: share.weight for share in shares})
+    return mixture_of(parts, {share.name: share.weight for share in shares})
 
 
 def _make(spec: str, settings: TaskSettings) -> Task:

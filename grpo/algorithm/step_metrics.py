@@ -6,13 +6,11 @@ The metrics file gets an entry of `steps` from it, plots take titles, units and 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import isfinite
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from tasks.rewards.functions import repeats_an_ending
-from tasks.selection.mixture import parse_shares
 
 if TYPE_CHECKING:
     from grpo.algorithm.rollout import Rollout
@@ -71,23 +69,6 @@ def _parts(result: StepResult) -> dict[str, list[Value]]:
     return {name: [reward.parts[name] for reward in rewards] for name in rewards[0].parts}
 
 
-def _by_task(of: "Callable[[Rollout], Any]", result: StepResult) -> dict[str, Value]:
-    """Return the mean over the groups of each task of a mixture, of figures (N,) or (N, G); {} for a task alone."""
-    figures = of(result.rollout)
-    of_group = [problem.task for problem in result.rollout.problems]
-    rows = {name: [i for i, task in enumerate(of_group) if task == name] for name in _tasks(result)}
-    return {name: _finite(figures[own].double().nanmean()) if own else None for name, own in rows.items()}
-
-
-def _groups(result: StepResult) -> dict[str, Value]:
-    return {name: sum(problem.task == name for problem in result.rollout.problems) for name in _tasks(result)}
-
-
-def _tasks(result: StepResult) -> list[str]:
-    shares = parse_shares(result.config.task)
-    return [share.name for share in shares] if len(shares) > 1 else []
-
-
 def _mean(values: Sequence[Value]) -> float | None:
     """Return the mean over the completions that a reward function applies to; None if there are none."""
     applied = [value for value in values if value is not None]
@@ -112,13 +93,6 @@ def _spread(part: Sequence[Value], groups: int) -> float | None:
     return _mean([stdev(group) for group in applied if len(group) > 1 and min(group) < max(group)])
 
 
-BY_TASK: tuple[tuple[Any, ...], ...] = (  # name, formula, how it is drawn
-    ("accuracy", partial(_by_task, lambda r: r.correct), "Accuracy by task", "% of completions", "share"),
-    ("reward_mean", partial(_by_task, lambda r: r.totals), "Reward by task", "mean of the step", "reward"),
-    ("tied_groups_fraction", partial(_by_task, lambda r: r.tied), "Ties by task", "% of groups", "share"),
-    ("tied_all_right_fraction", partial(_by_task, lambda r: r.tied & r.correct.all(1))),
-    ("tied_all_wrong_fraction", partial(_by_task, lambda r: r.tied & ~r.correct.any(1))),
-)
 TIED = "Tied groups, which teach nothing"
 STEP_METRICS: tuple[StepMetric, ...] = (
     StepMetric("step", "number of the step, from 1", lambda s: s.step),
@@ -149,11 +123,6 @@ STEP_METRICS: tuple[StepMetric, ...] = (
         "share of the sampled completions that are right (training problems, at `temperature`)",
         lambda s: float(s.rollout.correct.float().mean()),
         *("Accuracy, sampled", "% of completions", "share"),
-    ),
-    StepMetric("groups/*", "groups of each task of a mixture", _groups),
-    *(
-        StepMetric(f"{name}/*", f"`{name}` of each task of a mixture, null in a step without it", formula, *drawn)
-        for name, formula, *drawn in BY_TASK
     ),
     StepMetric(
         "kl",

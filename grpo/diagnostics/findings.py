@@ -17,9 +17,9 @@ CHECKS: dict[str, Callable[[RunSnapshot], CheckResult]] = {
     check.__name__: check for check in (*groups.CHECKS, *learning.CHECKS, *stability.CHECKS)
 }
 
-# looked for in each task of a mixture, and named NAME/TASK
-OF_EACH_TASK = ("too_easy", "too_hard", "all_or_nothing", "tied_groups", "overfitting")
-OF_ACCURACY = ("collapsed", "reward_hacking", "format_only", "overfitting", "past_peak", "falling_task")
+# left out where it is not known what is right
+OF_ACCURACY = ("unsolved_category", "collapsed", "reward_hacking", "format_only", "overfitting", "past_peak")
+OF_ACCURACY += ("falling_category",)
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,7 @@ def _check(now: RunSnapshot, known: Collection[str]) -> list[Finding]:
     step = now.steps[-1]["step"] if now.steps else 0
     # where the mean reward chooses the best policy, it is not known what is right
     passed = known if not any("reward" in e for e in now.evals) else {*known, *OF_ACCURACY}
-    seen = []
-    for name, check in CHECKS.items():
-        if name in passed:
-            continue
-        if not (now.tasks and name in OF_EACH_TASK):
-            seen.append((name, check(now)))
-            continue
-        for task, of_task in now.tasks.items():
-            if f"{name}/{task}" not in passed and (result := check(of_task)):
-                seen.append((f"{name}/{task}", (result[0], f"Of {task}: {result[1]}")))
+    seen = [(name, check(now)) for name, check in CHECKS.items() if name not in passed]
     return [Finding(name, step, float(result[0]), result[1]) for name, result in seen if result]
 
 

@@ -10,6 +10,7 @@ from grpo.diagnostics.snapshot import CheckResult, RunSnapshot, lower_bound, per
 NEARLY_ALL = 0.9  # of groups: one step in ten may still teach something
 FEW, MANY = 16, 128  # completions that show that none has the form or ends, and that all are wrong or right
 HARDLY_ANY = 0.02  # of completions: less than one right in six groups of 8
+UNSOLVED_CI_HIGH = 0.15  # of a category with no right answer: 22 problems or more
 BOTH_KINDS = 0.15  # of groups: all right and all wrong ones are both common
 WASTED, WASTED_PAIRS = 0.5, 0.7  # share of groups that tie, most not all right; pairs and triples tie by nature
 IDLE, IDLE_STEPS = 0.1, 40  # share of steps beyond what ties of single groups explain; steps that are looked at
@@ -70,6 +71,28 @@ def too_hard(now: RunSnapshot) -> CheckResult:
     if any((e.get("well_formed") or 0) < HARDLY_ANY for e in latest):
         text += " It does not write the form that the prompt asks for: teach it that first, or try --prompt-style."
     return tied, text
+
+
+def unsolved_category(now: RunSnapshot) -> CheckResult:
+    """Hardly a held-out answer of one category of problems has ever been right, while the others' are."""
+    early = len(now.evals) < 3 or len(now.steps) < now.long_window
+    if not _able(now) or (early and len(now.tests) < 2):  # the second test is the end of the run
+        return None
+    best = {name: max(e["accuracy"] for e in evals) for name, evals in now.categories.items()}
+    unsolved = [
+        name
+        for name, accuracy in best.items()
+        if accuracy <= HARDLY_ANY and now.categories[name][-1]["ci_high"] <= UNSOLVED_CI_HIGH
+    ]
+    if not unsolved:
+        return None
+    figure = max(best[name] for name in unsolved)
+    return figure, (
+        f"Never solved: in each of {len(now.evals)} evaluations at most {percent(figure)} of the held-out answers to "
+        f"{', '.join(unsolved)} were right, while of all answers {percent(now.evals[-1]['accuracy'])} are right now. "
+        "Groups that are all wrong and paid alike teach nothing. Take easier problems of this category or none, or a "
+        "--reward that also pays for coming closer."
+    )
 
 
 def constant_reward(now: RunSnapshot) -> CheckResult:
@@ -146,6 +169,7 @@ CHECKS = (
     nothing_to_learn,
     too_easy,
     too_hard,
+    unsolved_category,
     constant_reward,
     all_or_nothing,
     tied_groups,

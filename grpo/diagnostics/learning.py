@@ -63,7 +63,7 @@ def collapsed(now: RunSnapshot) -> CheckResult:
     last, had = now.evals[-1], best["accuracy"]
     if now.evaluated and best["ci_low"] >= ABLE / 2 and last["ci_high"] < 2 * LEFT * had:
         return last["accuracy"], _collapse(f"held-out accuracy fell from {percent(had)} to", last["accuracy"], best)
-    if now.tasks:  # the shares of hard and easy tasks differ from step to step
+    if isinstance(now.setting("task"), list):  # the shares of hard and easy tasks differ from step to step
         return None
     recent = max(3, -(-RECENT_GROUPS // now.batch))
     blocks = [block for block in now.blocks("accuracy", now.window)[:-1] if block == block]
@@ -161,26 +161,24 @@ def past_peak(now: RunSnapshot) -> CheckResult:
     )
 
 
-def falling_task(now: RunSnapshot) -> CheckResult:
-    """Held-out accuracy of a task of a mixture has been higher for two evaluations, and that of all has not."""
+def falling_category(now: RunSnapshot) -> CheckResult:
+    """Held-out accuracy of a category of problems has been higher for two evaluations, and that of all has not."""
     if len(now.evals) < 3 or past_peak(now) or collapsed(now):
         return None
-    measured = {name: task.evals for name, task in now.tasks.items() if len(task.evals) == len(now.evals)}
-    best = {name: max(evals[:-2], key=lambda e: e["accuracy"]) for name, evals in measured.items()}
-    looks = len(now.evals) * len(now.tasks)
-    fallen = [n for n, evals in measured.items() if all(_above(best[n], e, looks) for e in evals[-2:])]
+    best = {name: max(evals[:-2], key=lambda e: e["accuracy"]) for name, evals in now.categories.items()}
+    looks = len(now.evals) * len(now.categories)
+    fallen = {n: evals for n, evals in now.categories.items() if all(_above(best[n], e, looks) for e in evals[-2:])}
     if not fallen:
         return None
-    last = {name: evals[-1]["accuracy"] for name, evals in measured.items()}
+    last = {name: evals[-1]["accuracy"] for name, evals in fallen.items()}
     said = [
-        f"{n} fell from {percent(best[n]['accuracy'])} at step {best[n]['step']} to {percent(last[n])}"
-        for n in fallen
+        f"{name} fell from {percent(best[name]['accuracy'])} at step {best[name]['step']} to {percent(last[name])}"
+        for name in fallen
     ]
-    said += [f"{n} is at {percent(last[n])}" for n in measured if n not in fallen]
     return max(best[name]["accuracy"] - last[name] for name in fallen), (
-        f"A task of the mixture falls: in held-out accuracy {', '.join(said)}. The best policy is chosen by "
-        "all problems together. Give the task a larger weight (--task NAME=WEIGHT), lower --learning-rate, "
-        "or raise --beta."
+        f"A category of problems falls: in held-out accuracy {', '.join(said)}. The best policy is chosen by all "
+        "problems together. Train on more problems of this category (of a task among several: --task NAME=WEIGHT), "
+        "lower --learning-rate, or raise --beta."
     )
 
 
@@ -240,7 +238,7 @@ CHECKS = (
     format_only,
     overfitting,
     past_peak,
-    falling_task,
+    falling_category,
     forgetting,
     reward_scale,
 )

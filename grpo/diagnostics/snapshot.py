@@ -4,7 +4,7 @@ A window is as many steps as hold some groups, so that a figure is as sure in a 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import hypot
 from statistics import fmean
@@ -16,8 +16,6 @@ GROUPS, STEPS = 40, 10  # that a window holds at least
 LONG = 2  # times as many, for rarer or noisier figures
 
 Row = Mapping[str, Any]
-# of a step, by task in a mixture: `accuracy/arithmetic`
-BY_TASK = ("accuracy", "reward_mean", "tied_groups_fraction", "tied_all_right_fraction", "tied_all_wrong_fraction")
 CheckResult = tuple[float, str] | None  # a figure, and what it means in plain words; None if all is well
 
 
@@ -33,23 +31,11 @@ class RunSnapshot:
     outlook: Row | None = None  # what a look before the first step found
 
     @cached_property
-    def tasks(self) -> dict[str, "RunSnapshot"]:
-        """Return each task of a mixture as a run of its own, of the steps with groups of it; {} of a task alone."""
-        rows = self.steps[-1] if self.steps else {}
-        names = [name.removeprefix("groups/") for name in rows if name.startswith("groups/")]
-        return {name: self._of_task(name) for name in names}
-
-    def _of_task(self, task: str) -> "RunSnapshot":
-        rows = [row for row in self.steps if row.get(f"groups/{task}")]
-        groups = sum(row[f"groups/{task}"] for row in rows) // max(1, len(rows))
-        steps = [{"step": row["step"]} | {name: row.get(f"{name}/{task}") for name in BY_TASK} for row in rows]
-        if steps:  # so that an evaluation of now is one of its last step, whether that had a group of the task or not
-            steps[-1]["step"] = self.steps[-1]["step"]
-        evals, tests = (
-            [{**e["tasks"][task], "step": e["step"]} for e in entries if task in e.get("tasks", {})]
-            for entries in (self.evals, self.tests)
-        )
-        return replace(self, config={**self.config, "batch_size": groups}, steps=steps, evals=evals, tests=tests)
+    def categories(self) -> dict[str, list[Row]]:
+        """Return the validation evaluations of each category of problems that is in all of them, with their steps."""
+        tables = [e.get("categories", {}) for e in self.evals]
+        names = [name for name in (tables[-1] if tables else {}) if all(name in table for table in tables)]
+        return {name: [{**e["categories"][name], "step": e["step"]} for e in self.evals] for name in names}
 
     @property
     def batch(self) -> int:

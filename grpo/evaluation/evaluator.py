@@ -55,32 +55,18 @@ class Evaluation:
         return sum(attempt.well_formed for attempt in self.attempts) / self.n
 
     @property
-    def tasks(self) -> dict[str, "Evaluation"]:
-        """Return the evaluation of each task of a mixture, in order; none of a task alone."""
-        found: dict[str, tuple[list[Problem], list[Attempt]]] = {}
-        for problem, attempt in zip(self.problems, self.attempts, strict=True):
-            if problem.task:
-                own = found.setdefault(problem.task, ([], []))
-                own[0].append(problem)
-                own[1].append(attempt)
-        return {name: Evaluation(*own) for name, own in found.items()}
-
-    @property
     def categories(self) -> dict[str, list[bool]]:
-        """Return which problems are right in each category that the task, or each of a mixture, names, in order."""
+        """Return which problems are right in each category that the task names, in order."""
         found: dict[str, list[bool]] = {}
         for problem, right in zip(self.problems, self.right, strict=True):
             if problem.category:
-                name = f"{problem.task}: {problem.category}" if problem.task else problem.category
-                found.setdefault(name, []).append(right)
+                found.setdefault(problem.category, []).append(right)
         return dict(sorted(found.items()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures for the metrics file: accuracy, interval, well-formed share; by task, by category."""
-        tasks = {name: {**proportion(e.right), "well_formed": e.well_formed} for name, e in self.tasks.items()}
-        more = {"tasks": tasks} if tasks else {}
+        """Return the figures for the metrics file: accuracy, interval, well-formed share; accuracy by category."""
         categories = {name: proportion(right) for name, right in self.categories.items()}
-        more |= {"categories": categories} if categories else {}
+        more = {"categories": categories} if categories else {}
         return {**proportion(self.right), "well_formed": self.well_formed, **more}
 
 
@@ -107,7 +93,7 @@ class Evaluator:
         self.microbatch = AdaptiveMicrobatch("the evaluation", MAX_ROWS, 1, config.shard)
         self.start: DriftBaseline | None = None  # what drift is measured from, if known
         self._held_out: dict[tuple[str, str, int], list[Problem]] = {}
-        self._prompts: dict[tuple[str, str, str], list[int]] = {}  # by task, its part of a mixture, and question
+        self._prompts: dict[tuple[str, str, str], list[int]] = {}  # by task, category and question
 
     def remember_start(self, lm: LanguageModel) -> None:
         """Record the starting model's answers to the unrelated questions, which drift is measured from."""
@@ -137,7 +123,7 @@ class Evaluator:
 
     def evaluate(self, lm: LanguageModel, task: Task, problems: Sequence[Problem]) -> Evaluation:
         """Answer each problem once, greedily, and grade it. The prompts of a problem are encoded once."""
-        keys = [(task.name, p.task, p.question) for p in problems]
+        keys = [(task.name, p.category, p.question) for p in problems]
         new = {key: p for key, p in zip(keys, problems, strict=True) if key not in self._prompts}
         encoded = lm.prompts([prompt_of(task, problem) for problem in new.values()])
         self._prompts |= zip(new, encoded, strict=True)

@@ -91,7 +91,6 @@ def figures(found: Sequence[Measured], split: str) -> list[tuple[str, list[str]]
         rows.append((split if name == task else name, accuracies([e.right for e in several])))
         if name == task:
             rows.append(("  well-formed", [f"{100 * e.to_dict()['well_formed']:.1f}%" for e in several]))
-            rows += [(f"  {part}", accuracies([e.tasks[part].right for e in several])) for part in several[0].tasks]
             rows += [
                 (f"  {category}", accuracies([e.categories[category] for e in several]))
                 for category in several[0].categories

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from grpo.plots.series import Record, findings
 from grpo.record.samples import FILE_NAME as SAMPLES
+from grpo.record.schema import few_categories
 from grpo.runtime.atomic_io import write_atomic
 from grpo.runtime.console import printable
 
@@ -122,7 +123,7 @@ def _evaluations(record: Record) -> dict[str, Any]:
         [entry["step"], _text(f"{entry.get('split', '?')}{of}"), *_measured(one)]
         + ([_number(one.get("drift"), 4)] if drifts else [])
         for entry in record["evals"]
-        for of, one in (("", entry), *((f", {task}", one) for task, one in entry.get("tasks", {}).items()))
+        for of, one in (("", entry), *((f", {name}", one) for name, one in few_categories(entry).items()))
     ]
     skills = [
         [entry["step"], _text(name), *_measured(skill)]
@@ -143,7 +144,7 @@ def _measured(entry: Mapping[str, Any]) -> list[str]:
     names = ("accuracy", "ci_low", "ci_high", "well_formed")
     known = [entry[n] * 100 if isinstance(entry.get(n), (int, float)) else None for n in names]
     right, low, high, formed = (_number(value, 1) for value in known)
-    return [f"{right}%", f"{low} to {high}%", _number(entry.get("n"), 0), f"{formed}%"]
+    return [f"{right}%", f"{low} to {high}%", _number(entry.get("n"), 0), f"{formed}%".replace("–%", "–")]
 
 
 def _step(step: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from grpo.plots.style import (
     setting,
     shares,
 )
+from grpo.record.schema import few_categories
 
 MOST_PARTS = 11  # of a reward
 STYLES = ("-", "--")  # of the first parts that have a colour each, and of the others
@@ -214,51 +215,22 @@ def _remark(drawn: bool, remark: str = "") -> str | None:
 def _of_table() -> tuple[tuple[str, Panel], ...]:
     """Return a panel for each metric of the table with a title that no panel has yet."""
     new = [metric for metric in STEP_METRICS if metric.title and metric.name not in DRAWN]
-    return tuple((metric_title(metric.name), _family(metric.name, metric.scale)) for metric in new)
+    return tuple((metric_title(m.name), (_share if m.scale == "share" else _number)(m.name, BLUE)) for m in new)
 
 
-def _family(name: str, scale: str) -> Panel:
-    """Return a panel of a metric, or of all metrics of a family such as `reward/*`, on an axis from 0."""
-    draws = _share if scale == "share" else _number
-    if not name.endswith("/*"):
-        return draws(name, BLUE)
-
-    def draw(axes: Axes, record: Record) -> str | None:
-        start = name.removesuffix("*")
-        keys = _names(record, start)
-        parts = [key.removeprefix(start) for key in keys]
-        values = np.concatenate([np.empty(0), *(column(record, key) for key in keys)])
-        remark = from_zero(axes, values) if scale != "share" else ""
-        drawn = [
-            line(axes, record, start + part, COLOURS[i % len(COLOURS)], short(part), STYLES[i // len(COLOURS)])
-            for i, part in enumerate(parts[:MOST_PARTS])
-        ]
-        if scale == "share":
-            fitting_shares(axes, values)
-        return _remark(any(drawn), remark)
-
-    return draw
-
-
-def _accuracy_by_task(axes: Axes, record: Record) -> str | None:
-    drawn = _family("accuracy/*", "share")(axes, record)
-    for i, name in enumerate(_names(record, "accuracy/")[:MOST_PARTS]):
-        task = name.removeprefix("accuracy/")
-        points = [e for e in evaluations(record, "validation") if task in e.get("tasks", {})]
-        held = [e["tasks"][task]["accuracy"] for e in points]
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": "o", "markersize": 4.5, "linestyle": ":"}
-        axes.plot([e["step"] for e in points], held, **style)
+def _by_category(axes: Axes, record: Record) -> str | None:
+    points = [(e["step"], name, e) for e in evaluations(record, "validation") for name in few_categories(e)]
+    names = list(dict.fromkeys(name for _, name, _ in points))
+    for i, name in enumerate(names):
+        steps = [step for step, of, _ in points if of == name]
+        values = [entry["categories"][name]["accuracy"] for _, of, entry in points if of == name]
+        axes.plot(steps, values, color=COLOURS[i % len(COLOURS)], label=short(name), marker="o", markersize=4.5)
     shares(axes)
-    return ", dots: validation" if drawn is not None else None
-
-
-def _names(record: Record, start: str) -> list[str]:
-    """Return the metrics of the steps whose names begin so, in the order in which they appear."""
-    return list(dict.fromkeys(key for step in record["steps"] for key in step if key.startswith(start)))
+    return _remark(bool(names))
 
 
 DRAWN = {"reward_mean", "accuracy", "kl", "entropy", "clip_fraction", "completion_length", "truncated_fraction"}
-DRAWN |= {"grad_norm", "tied_groups_fraction", "accuracy/*"}
+DRAWN |= {"grad_norm", "tied_groups_fraction"}
 PANELS: tuple[tuple[str, Panel], ...] = (
     ("Reward by part (mean of the step)", _reward),
     ("Exact answers (% of problems)", _accuracy),
@@ -270,7 +242,7 @@ PANELS: tuple[tuple[str, Panel], ...] = (
     (metric_title("truncated_fraction"), _share("truncated_fraction", ORANGE)),
     (metric_title("grad_norm"), _gradient),
     (metric_title("tied_groups_fraction"), _tied),
-    (metric_title("accuracy/*"), _accuracy_by_task),
+    ("Accuracy by category (% of validation problems)", _by_category),
     *_of_table(),
     ("Loss (near 0 is normal)", _loss),
     ("Time of a step (seconds)", _time),

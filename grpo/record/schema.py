@@ -1,5 +1,6 @@
 """What `grpo_metrics.json` looks like, and whether a value from a file does."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ from grpo.runtime.checks import LARGEST_NUMBER, is_count, is_list_of
 
 SCHEMA_VERSION = 1
 MEASURED = ("accuracy", "n", "ci_low", "ci_high")  # in every evaluation
-TABLES = ("tasks", "categories", "pass_at_k", "maj_at_k")  # in some evaluations
+TABLES = ("tasks", "categories", "pass_at_k", "maj_at_k")  # in some evaluations; tasks: of older versions
+FEW_CATEGORIES = 6  # that fit into a line or a legend
 NOT_NUMBERS = ("split", "skills", *TABLES)
 
 
@@ -45,6 +47,12 @@ def is_evaluation(value: Any) -> bool:
     return complete and _is_table("skills", value.get("skills", {}))
 
 
+def few_categories(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the accuracies by category of an evaluation if there are few categories; else {}."""
+    categories = entry.get("categories", {})
+    return categories if len(categories) <= FEW_CATEGORIES else {}
+
+
 def is_finding(value: Any) -> bool:
     """Return whether a value is a complete finding on the run's health."""
     texts = [value.get("name"), value.get("text"), *_examples(value)] if isinstance(value, dict) else [None]
@@ -75,7 +83,7 @@ def is_entry(row: Any) -> bool:
 
 
 def _is_table(name: str, table: Any) -> bool:
-    """Return whether a table of accuracies by task or category, or of pass@k or maj@k by k, holds numbers."""
+    """Return whether a table of accuracies by category, or of pass@k or maj@k by k, holds numbers."""
     if not isinstance(table, dict):
         return False
     if name in ("pass_at_k", "maj_at_k"):

@@ -29,7 +29,6 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: s
     reason = record["finished"]["reason"]
     say(f"\nDone after step {len(steps)} ({reason}), in {duration(seconds)}. The best policy: step {after['step']}.")
     rows = [("test accuracy", before, after)]
-    rows += [(f"  {name}", was, after["tasks"][name]) for name, was in before.get("tasks", {}).items()]
     rows += [(f"skill: {name}", before["skills"][name], after["skills"][name]) for name in after["skills"]]
     _say_accuracies(rows, record.get("before_sft"))
     for line in by_category(before, after) + sampled(before, after) + drifted(after):
@@ -99,7 +98,7 @@ def _say_times(record: Mapping[str, Any]) -> None:
 
 def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Format accuracies by category before and after, at most twelve, those that are lowest now, in their order."""
-    now = {} if after.get("tasks") else after.get("categories", {})  # of a mixture, the tasks are shown
+    now = after.get("categories", {})
     shown = sorted(sorted(now, key=lambda name: now[name]["accuracy"])[:12])
     if not shown:
         return []

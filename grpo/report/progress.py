@@ -7,6 +7,7 @@ from tqdm.utils import disp_len
 
 from grpo.algorithm.rollout import Rollout
 from grpo.evaluation.intervals import accuracy_text
+from grpo.record.schema import few_categories
 from grpo.runtime.console import fitted, paint, paragraph, printable, say, width
 
 SHOWN = 4  # completions each time
@@ -22,8 +23,8 @@ def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
         more = f"reward {entry['reward']:.3f}, {more}"
     if entry.get("drift") is not None:
         more += f", drift {nats(entry['drift'])}"
-    for name, of_task in entry.get("tasks", {}).items():
-        more += f", {printable(name)} {100 * of_task['accuracy']:.1f}%"
+    for name, figures in few_categories(entry).items():
+        more += f", {printable(name)} {100 * figures['accuracy']:.1f}%"
     say(f"step {entry['step']:>4}  validation {accuracy_text(entry)}, {more}{best}")
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from grpo.config import TrainConfig
 from grpo.evaluation.intervals import accuracy_text
+from grpo.record.schema import few_categories
 from grpo.report.ending import drifted, sampled
 
 
@@ -25,8 +26,8 @@ def saved_readme(
         "|---|---|---|",
     ]
     rows = [("test problems", before, after or {})]
-    for name, was in before.get("tasks", {}).items():
-        rows.append((f"of `{name}`", was, (after or {}).get("tasks", {}).get(name, {})))
+    for name, was in few_categories(before).items():
+        rows.append((f"of `{name}`", was, (after or {}).get("categories", {}).get(name, {})))
     for name, was in before.get("skills", {}).items():
         rows.append((f"skill `{name}`", was, (after or {}).get("skills", {}).get(name, {})))
     for name, was, now in rows:

@@ -118,7 +118,7 @@ def of_mixture(by_task: Mapping[str, Sequence[RewardFunction]]) -> list[RewardFu
 
 def _of_tasks(reward: RewardFunction, tasks: frozenset[str], attempts: Sequence[Attempt], columns: Columns) -> Values:
     """Call a reward for the problems of some tasks only."""
-    rows = [row for row, attempt in enumerate(attempts) if attempt.problem.task in tasks]
+    rows = [row for row, attempt in enumerate(attempts) if attempt.problem.category in tasks]
     values: list[float | None] = [None] * len(attempts)
     if rows:
         own = {name: [of_row[row] for row in rows] for name, of_row in columns.items()}
@@ -148,8 +148,6 @@ def _of_user(function: Callable[..., Any], attempts: Sequence[Attempt], columns:
     names = {name for attempt in attempts for name in attempt.problem.columns}
     of_row = {name: [attempt.problem.columns.get(name) for attempt in attempts] for name in sorted(names)}
     of_row |= {name: list(values) for name, values in columns.items()}
-    if any(attempt.problem.task for attempt in attempts):  # of a mixture
-        of_row.setdefault("task", [attempt.problem.task for attempt in attempts])
     of_row["question"] = [attempt.problem.question for attempt in attempts]
     of_row["answer"] = [attempt.problem.answer for attempt in attempts]
     of_row["prompts"] = [[dict(message) for message in attempt.prompt] for attempt in attempts]

@@ -1,16 +1,16 @@
 """Several tasks as one: `--task arithmetic=0.7 --task countdown=0.3`.
 
-Each problem is of one task, which `Problem.task` names; that task asks, grades and rewards it. Which task a row of a
-step takes is drawn by weight, as a function of seed, step and row. Held out are the problems that each task holds
-out, in these shares.
+Each problem is of one task, which asks, grades and rewards it; its category is the name of the task. Which task a row
+of a step takes is drawn by weight, as a function of seed, step and row. Held out are the problems that each task
+holds out, in these shares.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from math import fsum
 
 from tasks.base import Attempt, Message, Problem, Task, seeded_rng
+from tasks.common.qa_task import QATask
 
 LARGEST_WEIGHT = 1e6
 
@@ -67,17 +67,23 @@ def _parse(spec: str) -> Share:
         raise ValueError(f"--task {spec!r}: write NAME=WEIGHT, with a number as weight") from None
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Several tasks as one (`tasks.base.Task`); what is of a task, such as the style, is here that of the first."""
+@dataclass(frozen=True, kw_only=True)
+class Mixture(QATask):
+    """Several tasks as one; what a single task has, such as the style, is here that of the first."""
 
-    parts: Mapping[str, Task]  # by name
-    weights: Mapping[str, float]
+    name: str
+    parts: Mapping[str, Task] = field()  # by name; field() leaves out the empty default of the base
+    weights: Mapping[str, float]  # by name
+
+    @property
+    def default_rewards(self) -> Mapping[str, float]:
+        """Return names and weights of the rewards of all tasks; `rewards_of` applies each where it belongs."""
+        return {name: weight for part in self.parts.values() for name, weight in part.default_rewards.items()}
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem of a row of a step; which task it is of is drawn by weight."""
+        """Return the training problem of a row of a step, of a task that is drawn by weight."""
         [name] = seeded_rng("mixture", seed, step, row).choices(list(self.weights), self.weights.values())
-        return replace(self.parts[name].training_problem(seed, step, row), task=name)
+        return replace(self.parts[name].training_problem(seed, step, row), category=name)
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
         """Return about `limit` problems in the shares of the tasks; fewer of a task that holds out fewer, but one."""
@@ -85,82 +91,41 @@ class Mixture:
         found = []
         for name, weight in self.weights.items():
             own = self.parts[name].held_out(split, max(1, round(limit * weight / total)))
-            found += [replace(problem, task=name) for problem in own]
+            found += [replace(problem, category=name) for problem in own]
         return found
 
     def listed(self) -> list[Problem]:
         """Return all problems of the tasks that list theirs."""
-        return [replace(problem, task=name) for name, part in self.parts.items() for problem in part.listed()]
+        return [replace(problem, category=name) for name, part in self.parts.items() for problem in part.listed()]
 
     def messages(self, question: str) -> list[Message]:
         """Return the chat that asks `question` as one of the first task."""
-        return self.first.messages(question)
+        return next(iter(self.parts.values())).messages(question)
 
     def grade(self, problem: Problem, completion: str) -> Attempt:
-        """Parse and grade `completion` as the problem's own task does."""
-        return self.parts[problem.task].grade(problem, completion)
+        """Parse and grade `completion` as the problem's own task does. Rewards in a file get the column `task`."""
+        attempt = self.parts[problem.category].grade(problem, completion)
+        return replace(attempt, problem=replace(problem, columns={"task": problem.category, **problem.columns}))
 
-    @property
-    def name(self) -> str:
-        """Return the names of the tasks."""
-        return " and ".join(self.parts)
 
-    @property
-    def first(self) -> Task:
-        """Return the task that is named first."""
-        return next(iter(self.parts.values()))
-
-    @property
-    def style(self) -> str:
-        """Return the style of the first task."""
-        return self.first.style
-
-    @property
-    def kind(self) -> str:
-        """Return the kind of the first task's answers."""
-        return self.first.kind
-
-    @property
-    def system_prompt(self) -> str:
-        """Return the system prompt of the first task."""
-        return self.first.system_prompt
-
-    @property
-    def examples(self) -> Sequence[Message]:
-        """Return the worked examples of the first task."""
-        return self.first.examples
-
-    @property
-    def example(self) -> str:
-        """Return the question to try of the first task."""
-        return self.first.example
-
-    @property
-    def default_rewards(self) -> Mapping[str, float]:
-        """Return names and weights of the rewards of all tasks; `rewards_of` applies each where it belongs."""
-        return {name: weight for part in self.parts.values() for name, weight in part.default_rewards.items()}
-
-    @property
-    def files(self) -> Mapping[str, str]:
-        """Return the SHA-256 of each file of a task."""
-        return {path: sha256 for part in self.parts.values() for path, sha256 in part.files.items()}
-
-    @property
-    def notes(self) -> list[str]:
-        """Return the remarks on the problems of each task."""
-        return [f"{name}: {note}" for name, part in self.parts.items() for note in part.notes]
-
-    @cached_property
-    def hints(self) -> Mapping[str, str]:
-        """Return the advice of the tasks: NAME/TASK for a finding on one task, with its name for one on all."""
-        found: dict[str, str] = {}
-        for name, part in self.parts.items():
-            for finding, hint in part.hints.items():
-                found[f"{finding}/{name}"] = hint
-                found[finding] = f"{found.get(finding, '')} {name}: {hint}".strip()
-        return found
-
-    @property
-    def knows_right(self) -> bool:
-        """Return whether all tasks know what is right by their word."""
-        return all(part.knows_right for part in self.parts.values())
+def mixture_of(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Mixture:
+    """Return the mixture of tasks, by name, with these weights."""
+    first = next(iter(parts.values()))
+    hints: dict[str, str] = {}
+    for name, part in parts.items():
+        for finding, hint in part.hints.items():
+            hints[finding] = f"{hints.get(finding, '')} {name}: {hint}".strip()
+    return Mixture(
+        name=" and ".join(parts),
+        parts=parts,
+        weights=weights,
+        style=first.style,
+        kind=first.kind,
+        system_prompt=first.system_prompt,
+        examples=first.examples,
+        example=first.example,
+        hints=hints,
+        files={path: sha256 for part in parts.values() for path, sha256 in part.files.items()},
+        knows_right=all(part.knows_right for part in parts.values()),
+        notes=[f"{name}: {note}" for name, part in parts.items() for note in part.notes],
+    )

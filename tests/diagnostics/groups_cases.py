@@ -1,6 +1,6 @@
 """Each finding on groups: a run that has it, and runs that only look like it."""
 
-from tests.helpers.sick_runs import accuracy, every
+from tests.helpers.sick_runs import accuracy, by_category, every
 
 UNABLE, PAIRS = {"accuracy": 0.01}, {"num_generations": 2}
 PAID_ALIKE = {"tied_groups_fraction": 1.0, "tied_all_right_fraction": 0.0, "tied_all_wrong_fraction": 0.2}
@@ -26,6 +26,14 @@ SICK_AND_WELL = {
             {"steps": {"tied_all_wrong_fraction": 0.95, "accuracy": 0.05}, "evals": accuracy(0.3)},
             {"steps": {"tied_all_wrong_fraction": 0.6, "accuracy": 0.05}, "evals": accuracy(0.0)},
             {"steps": {"tied_all_wrong_fraction": 1.0}, "evals": accuracy(0.0), "length": 19},
+        ],
+    ),
+    "unsolved_category": (
+        {"evals": by_category(lambda step: 0.0)},
+        [
+            {"evals": by_category(lambda step: 0.1 if step == 20 else 0.0)},  # sometimes
+            {"evals": by_category(lambda step: 0.0), "length": 19},  # so far
+            {"evals": accuracy(0.0) | by_category(lambda step: 0.0), "tests": [UNABLE] * 2},  # nothing is solved
         ],
     ),
     "constant_reward": (

@@ -1,9 +1,9 @@
 """Every finding on what a run learns, with records that have it and records that only look like it."""
 
-from tests.helpers.sick_runs import accuracy, every, of_tasks
+from tests.helpers.sick_runs import accuracy, by_category, every
 
 FLAT = accuracy(0.3)
-FALLING = of_tasks(lambda step: 0.9 if step < 40 else 0.3)
+FALLING = by_category(lambda step: 0.9 if step < 40 else 0.3)
 WRONG = {"accuracy": 0.3, "tied_all_right_fraction": 0.1}
 RISES = {"reward_mean": lambda step: 0.3 + step / 100, "reward_std": 0.2}
 SKILLS = {name: {"accuracy": 0.9, "n": 500, "ci_low": 0.87, "ci_high": 0.92} for name in ("single", "letters")}
@@ -49,14 +49,14 @@ SICK_AND_WELL = {
             {"evals": accuracy(lambda step: 0.5 if step == 40 else 0.9)},  # once
         ],
     ),
-    "falling_task": (
+    "falling_category": (
         {"evals": accuracy(0.6) | FALLING},
         [
-            {"evals": accuracy(0.6) | of_tasks(lambda step: 0.9 if step < 40 else 0.85)},  # noise
-            {"evals": accuracy(0.6) | of_tasks(lambda step: 0.3 if step == 40 else 0.9)},  # once
+            {"evals": accuracy(0.6) | by_category(lambda step: 0.9 if step < 40 else 0.85)},  # noise
+            {"evals": accuracy(0.6) | by_category(lambda step: 0.3 if step == 40 else 0.9)},  # once
             {
                 "evals": accuracy(lambda step: 0.9 if step < 40 else 0.5)
-                | of_tasks(lambda step: 0.9 if step < 40 else 0.3)
+                | by_category(lambda step: 0.9 if step < 40 else 0.3)
             },
         ],
     ),

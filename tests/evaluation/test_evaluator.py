@@ -46,6 +46,8 @@ def test_damaged_categories_are_no_evaluation(table):
     assert not is_entry({"step": 1, "categories": table})
     assert not is_entry({"step": 1, "pass_at_k": {"1": "x"}})
     assert is_entry({"step": 1, "categories": {}, "pass_at_k": {"1": 0.5}, "drift": None})
+    figures = {"accuracy": 0.5, "n": 2, "ci_low": 0.1, "ci_high": 0.9}
+    assert is_entry({"step": 1, "tasks": {"reverse": figures}, "accuracy/reverse": None})  # of an older version
 
 
 def test_pass_at_k_depends_on_the_seed_and_not_on_the_size_of_a_pass(starter, monkeypatch):

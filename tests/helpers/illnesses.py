@@ -173,6 +173,12 @@ def _fallen(by: float) -> Callable[[Setting, int], Record]:
     return lambda setting, seed: mixed_run(setting, seed, tasks)
 
 
+def _unsolved(share: float) -> Callable[[Setting, int], Record]:
+    """Return a run of two tasks, one of which is right this often while the other is learned."""
+    tasks = {"sums": (0.5, learning(0.3, 0.95, 8)), "words": (0.5, lambda done: share)}
+    return lambda setting, seed: mixed_run(setting, seed, tasks)
+
+
 SPIKY, SLOW, KL = _now_and_then(6, "grad_norm", 400), {"weights_moved": 0.02}, {"kl": 3.0}
 # finding: heavy form, mild form
 ILLNESSES: dict[str, tuple[Callable[[Setting, int], Record], Callable[[Setting, int], Record]]] = {
@@ -180,6 +186,7 @@ ILLNESSES: dict[str, tuple[Callable[[Setting, int], Record], Callable[[Setting, 
     "too_easy": (_always(0.9999), _always(0.97)),
     "too_hard": (_groups(_all_wrong(0.0), NEVER), _groups(_all_wrong(0.002), NEVER)),
     "collapsed": (_edited(lambda *_: None, _collapse(0.0)), _edited(lambda *_: None, _collapse(0.2))),
+    "unsolved_category": (_unsolved(0.0), _unsolved(0.001)),
     "constant_reward": (_groups(_constant), _groups(_constant)),
     "all_or_nothing": (_groups(_all_or_nothing(0.0)), _groups(_all_or_nothing(0.1))),
     "tied_groups": (_groups(_wasted(0.8)), _groups(_wasted(0.55))),
@@ -194,7 +201,7 @@ ILLNESSES: dict[str, tuple[Callable[[Setting, int], Record], Callable[[Setting, 
         _edited(lambda *_: None, lambda done: 0.9 if done < 0.2 else 0.5),
         _edited(lambda *_: None, lambda done: 0.9 if done < 0.2 else 0.75),
     ),
-    "falling_task": (_fallen(0.9), _fallen(0.4)),
+    "falling_category": (_fallen(0.9), _fallen(0.4)),
     "forgetting": (_evals(drift=2.0), _evals(drift=0.6)),
     "reward_scale": (_changed(reward_std=1e-6), _changed(reward_std=3e-4)),
     "kl_diverging": (_changed(**KL), _changed(kl=1.1)),

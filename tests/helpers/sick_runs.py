@@ -23,8 +23,6 @@ def changed(steps=None, evals=None, config=None, first=1, tests=None, length=80,
     record["config"] |= config or {}
     record["outlook"] = outlook
     for row in record["steps"]:
-        if evals and "tasks" in evals:
-            row |= {"groups/words": 4, "groups/sums": 4}
         if row["step"] >= first:
             row |= {name: value_at(value, row["step"]) for name, value in (steps or {}).items()}
     for row in record["evals"]:
@@ -55,13 +53,13 @@ def accuracy(value):
     }
 
 
-def of_tasks(falling):
-    """Return validation accuracies of two tasks, one of which falls, with the interval of 500 problems."""
+def by_category(words):
+    """Return validation accuracies of two categories, `words` as a function of the step, with intervals as of 500."""
 
     def figures(value):
         return {"accuracy": value, "n": 500, "ci_low": value - 0.04, "ci_high": value + 0.04}
 
-    return {"tasks": lambda step: {"words": figures(falling(step)), "sums": figures(0.5 + step / 200)}}
+    return {"categories": lambda step: {"words": figures(words(step)), "sums": figures(0.5 + step / 200)}}
 
 
 def names(record):

@@ -159,9 +159,6 @@ HEALTHY: list[Curve] = [
 ]
 
 
-BY_TASK = ("accuracy", "reward_mean", "tied_groups_fraction", "tied_all_right_fraction", "tied_all_wrong_fraction")
-
-
 def mixed_run(setting: Setting, seed: int, tasks: dict[str, tuple[float, Curve]]) -> dict[str, Any]:
     """Simulate a run on several tasks, each with its weight and its accuracy."""
     rng = random.Random(f"mixed {setting} {seed}")
@@ -170,16 +167,12 @@ def mixed_run(setting: Setting, seed: int, tasks: dict[str, tuple[float, Curve]]
     def change(row: Row, done: float) -> Row:
         drawn = rng.choices(list(tasks), weights, k=setting.batch)
         made = [group_of(rng, setting.group, tasks[name][1](done)) for name in drawn]
-        row = step_from(rng, setting, row["step"], *map(list, zip(*made, strict=True)))
-        for name in tasks:
-            own = [group for group, of in zip(made, drawn, strict=True) if of == name]
-            part = step_from(rng, setting, row["step"], *map(list, zip(*own, strict=True))) if own else {}
-            row |= {f"groups/{name}": len(own)} | {f"{metric}/{name}": part.get(metric) for metric in BY_TASK}
-        return row
+        return step_from(rng, setting, row["step"], *map(list, zip(*made, strict=True)))
 
     record = run(
         setting, seed, lambda done: sum(weight * curve(done) for weight, curve in tasks.values()), None, change
     )
+    record["config"]["task"] = [f"{name}={weight}" for name, (weight, _) in tasks.items()]
     for entry in record["evals"]:
         done = entry["step"] / setting.steps
         by_task = {
@@ -191,8 +184,8 @@ def mixed_run(setting: Setting, seed: int, tasks: dict[str, tuple[float, Curve]]
         right, n = sum(e["accuracy"] * e["n"] for e in by_task.values()), sum(e["n"] for e in by_task.values())
         low, high = wilson_interval(round(right), n)
         entry |= {"accuracy": right / n, "n": n, "ci_low": low, "ci_high": high}
-        figures = ("accuracy", "n", "ci_low", "ci_high", "well_formed")
-        entry["tasks"] = {name: {k: e[k] for k in figures} for name, e in by_task.items()}
+        figures = ("accuracy", "n", "ci_low", "ci_high")
+        entry["categories"] = {name: {k: e[k] for k in figures} for name, e in by_task.items()}
     return record
 
 

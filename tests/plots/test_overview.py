@@ -11,8 +11,7 @@ from grpo.plots.figures import MOST_FINDINGS, overview
 from grpo.plots.panels import PANELS
 from tests.helpers.records import FINDINGS, a_full_record, a_record
 
-# of mixtures
-OF_SOME_RUNS = ("Accuracy by task", "Reward by task", "Ties by task")
+OF_SOME_RUNS = "Accuracy by category"  # of those with few of them, such as the tasks of a mixture
 OF_ALL_RUNS = [title for title, _ in PANELS if not title.startswith(OF_SOME_RUNS)]
 
 
@@ -77,7 +76,6 @@ def test_panels_do_not_overlap_and_have_even_gaps():
 def test_a_metric_of_the_table_that_no_panel_knows_has_one_of_its_own(monkeypatch):
     added = (
         StepMetric("luck", "", lambda s: 0.5, "Luck", "% of problems", "share"),
-        StepMetric("kind/*", "", lambda s: {}, "Problems by kind", "of a step"),
         StepMetric("unnamed", "", lambda s: 0.5),
     )
     monkeypatch.setattr(panels, "STEP_METRICS", (*panels.STEP_METRICS, *added))
@@ -85,12 +83,10 @@ def test_a_metric_of_the_table_that_no_panel_knows_has_one_of_its_own(monkeypatc
     monkeypatch.setattr(figures, "PANELS", (*PANELS[:2], *panels._of_table()))
     record = a_full_record(60)
     for row in record["steps"]:
-        row |= {"luck": 0.5, "kind/easy": 3, "kind/hard": 5, "unnamed": 1}
+        row |= {"luck": 0.5, "unnamed": 1}
     drawn = {axes.get_title(loc="left"): axes for axes in overview(record).axes}
-    assert list(drawn)[2:] == ["Luck (% of problems)", "Problems by kind (of a step)"]
+    assert list(drawn)[2:] == ["Luck (% of problems)"]
     assert drawn["Luck (% of problems)"].get_ylim() == (0, 1.05)
-    words = [text.get_text() for text in drawn["Problems by kind (of a step)"].get_legend().get_texts()]
-    assert words == ["easy", "hard"]
     assert len(overview(a_full_record(60)).axes) == 2  # of runs without them
 
 
@@ -120,19 +116,20 @@ def test_a_panel_that_some_runs_have_is_drawn_for_them_only():
     record = a_full_record(60, [])
     before = titles(overview(record))
     assert not [title for title in before if title.startswith("Accuracy by")]
-    of_task = {"accuracy": 0.5, "n": 10, "ci_low": 0.2, "ci_high": 0.8}
-    for row in record["steps"]:
-        row |= {"accuracy/reverse": None if row["step"] % 3 else 0.25, "accuracy/_sums": 0.5}
+    figures = {"accuracy": 0.5, "n": 10, "ci_low": 0.2, "ci_high": 0.8}
     for entry in record["evals"]:
-        entry["tasks"] = {"reverse": of_task}
+        entry["categories"] = {"reverse": figures, "_sums": figures}
     figure = overview(record)
     assert len(figure.axes) == len(before) + 1
     assert [title for title in titles(figure) if title.startswith("Accuracy by")] == [
-        "Accuracy by task (% of completions), dots: validation"
+        "Accuracy by category (% of validation problems)"
     ]
     [axes] = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("Accuracy by")]
     assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == ["reverse", "_sums"]
-    assert any(list(line.get_ydata()) == [0.5] * len(line.get_xdata()) for line in axes.lines)
+    assert all(list(line.get_ydata()) == [0.5] * 3 for line in axes.lines[:2])
+    for entry in record["evals"]:
+        entry["categories"] = {str(i): figures for i in range(9)}
+    assert titles(overview(record)) == before  # too many for a legend
 
 
 def test_saving_which_follows_a_step_takes_nothing_from_its_other_time(monkeypatch):

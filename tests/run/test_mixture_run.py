@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 import inference
 import train_grpo
+from grpo.plots.html_report import page
 from grpo.record.metrics import load_metrics
 from grpo.record.schema import is_entry
 from tests.helpers.runs import Fork, a_tiny_model, fingerprint, options, trained, wait_for
@@ -52,23 +53,22 @@ def whole(place, tasks):
     return folder, *trained(place / "model", folder, *tasks, sft_steps=2, sft_batch_size=4, **STEPS)
 
 
-def test_accuracy_reward_and_ties_are_those_of_all_and_of_each_task(whole):
-    _, record, out = whole
+def test_accuracy_is_that_of_all_and_of_each_task(whole):
+    folder, record, out = whole
     for row in record["steps"]:
         assert is_entry(row)
-        groups = {name: row[f"groups/{name}"] for name in ("arithmetic", "Digits")}
-        assert sum(groups.values()) == 8
-        for metric in ("accuracy", "reward_mean", "tied_groups_fraction"):
-            total = sum(row[f"{metric}/{name}"] * n for name, n in groups.items() if n)
-            assert total / 8 == pytest.approx(row[metric], abs=1e-6)
     for entry in record["evals"]:
-        by_task = entry["tasks"]
+        by_task = entry["categories"]
+        assert list(by_task) == ["Digits", "arithmetic"]
         assert sum(one["n"] for one in by_task.values()) == entry["n"]
         right = sum(one["accuracy"] * one["n"] for one in by_task.values())
         assert right / entry["n"] == pytest.approx(entry["accuracy"])
-        assert any(name.startswith("arithmetic: ") for name in entry["categories"])
     assert ", Digits " in out  # on the way
-    assert "    arithmetic " in out  # at the end
+    assert "by category, after " in out  # at the end
+    readme = (folder / "saved_model/README.md").read_text(encoding="utf-8")
+    [row] = [line for line in readme.splitlines() if line.startswith("| of `Digits` |")]
+    assert f"{100 * record['evals'][-1]['categories']['Digits']['accuracy']:.1f}%" in row
+    assert "validation, Digits" in page(record, {}, {})
 
 
 def test_a_killed_run_on_a_mixture_continues_to_the_same_bits(place, tasks, whole):
@@ -102,7 +102,7 @@ def test_the_saved_model_is_measured_on_all_its_tasks_and_asks_as_one(place, tas
     assert found.exit_code == 0, found.output
     after = record["evals"][-1]
     rows = {line.split()[0]: line for line in found.stdout.splitlines()[2:]}
-    for name, figures in (("test", after), *after["tasks"].items()):
+    for name, figures in (("test", after), *after["categories"].items()):
         assert f"{100 * figures['accuracy']:.1f}%" in rows[name]
         assert f"n = {figures['n']}" in rows[name]
     alone = CliRunner().invoke(inference.main, [*model, "What is (1 + 0) - 1?"])

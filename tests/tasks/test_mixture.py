@@ -63,27 +63,27 @@ def test_a_row_is_of_a_task_by_weight_and_a_function_of_its_place():
     places = [(seed, step, row) for seed in (0, 1) for step in range(100) for row in range(8)]
     drawn = [task.training_problem(*place) for place in places]
     assert drawn == [again.training_problem(*place) for place in places]
-    shares = Counter(problem.task for problem in drawn)
+    shares = Counter(problem.category for problem in drawn)
     assert 0.67 < shares["arithmetic"] / len(places) < 0.73  # 1600 draws: 0.7 ± 2.6 standard deviations
     for place, problem in zip(places[:20], drawn, strict=False):
-        own = {"arithmetic": Arithmetic(), "reverse": Reverse()}[problem.task].training_problem(*place)
+        own = {"arithmetic": Arithmetic(), "reverse": Reverse()}[problem.category].training_problem(*place)
         assert (problem.question, problem.answer) == (own.question, own.answer)
 
 
 def test_what_is_held_out_is_what_each_task_holds_out_in_these_shares():
     task = mixture(*BOTH)
     held = {split: task.held_out(split, limit) for split, limit in (("validation", 500), ("test", 1000))}
-    assert Counter(p.task for p in held["validation"]) == {"arithmetic": 350, "reverse": 150}
-    assert Counter(p.task for p in held["test"]) == {"arithmetic": 508, "reverse": 300}  # 508 is all there are
+    assert Counter(p.category for p in held["validation"]) == {"arithmetic": 350, "reverse": 150}
+    assert Counter(p.category for p in held["test"]) == {"arithmetic": 508, "reverse": 300}  # 508 is all there are
     assert [p.question for p in held["test"][:508]] == [p.question for p in Arithmetic().held_out("test", 700)]
-    assert Counter(p.task for p in task.held_out("test", 1)) == {"arithmetic": 1, "reverse": 1}
+    assert Counter(p.category for p in task.held_out("test", 1)) == {"arithmetic": 1, "reverse": 1}
     drawn = {task.training_problem(0, step, row).question for step in range(50) for row in range(8)}
     assert not drawn & {problem.question for problems in held.values() for problem in problems}
 
 
 def test_each_task_asks_grades_and_teaches_in_its_own_way():
     task = mixture("arithmetic=1", "countdown=1", shots=2)
-    sums, numbers = (next(p for p in task.held_out("test", 10) if p.task == name) for name in task.parts)
+    sums, numbers = (next(p for p in task.held_out("test", 10) if p.category == name) for name in task.parts)
     system, *turns, question = prompt_of(task, numbers)
     assert "the answer" in system["content"]
     assert [turn["content"][:5] for turn in turns[::2]] == ["Make "] * 2
@@ -107,7 +107,7 @@ def test_a_reward_that_tasks_share_is_one_and_others_apply_to_their_own_task(min
     task = make_task(settings)
     rewards = rewards_of(settings, task)
     assert [r.name for r in rewards] == ["format", "close", "exact/arithmetic", "near", "exact/Sums"]
-    own, other = (Problem("Q", "5", task=name) for name in ("arithmetic", "Sums"))
+    own, other = (Problem("Q", "5", category=name) for name in ("arithmetic", "Sums"))
     attempts = [task.grade(problem, "<answer>5</answer>") for problem in (own, other, own)]
     first, second, third = score(rewards, attempts, {"completion_ids": [[1], [2], [3]]}, untimed)
     assert first.parts == {"format": 0.2, "close": 0.2, "exact/arithmetic": 0.6, "near": None, "exact/Sums": None}
@@ -119,7 +119,6 @@ def test_a_reward_that_tasks_share_is_one_and_others_apply_to_their_own_task(min
 
 def test_advice_names_its_task():
     hints = mixture(*BOTH).hints
-    assert hints["too_hard/arithmetic"] == Arithmetic().hints["too_hard"]
     assert hints["too_hard"].startswith("arithmetic: Lower --max-operand. reverse: Where")
 
 
