@@ -202,8 +202,8 @@ class TrainConfig(TaskOptions):
             )
         if self.overlong_buffer > self.max_new_tokens:
             raise ValueError(f"--overlong-buffer is {self.overlong_buffer}; it must be at most --max-new-tokens")
-        if self.surrogate == "gmpo" and self.ratio != "token":
-            raise ValueError("--surrogate gmpo has a ratio of its own; leave --ratio token")
+        if self.surrogate in ("cispo", "gmpo") and self.ratio != "token":
+            raise ValueError(f"--surrogate {self.surrogate} needs --ratio token: it uses the ratio of each token")
         if self.warmup_steps >= self.num_iterations:
             raise ValueError(f"--warmup-steps is {self.warmup_steps}; it must be below --num-iterations")
 

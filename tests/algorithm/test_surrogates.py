@@ -78,9 +78,10 @@ def test_on_the_first_pass_all_have_the_policy_gradient(surrogate):
     torch.testing.assert_close(logprobs.grad, -advantages[:, None].expand(2, 2) / 2)
 
 
-def test_gmpo_refuses_another_ratio():
-    with pytest.raises(ValueError, match="ratio of its own"):
-        TrainConfig(surrogate="gmpo", ratio="sequence")
+@pytest.mark.parametrize("surrogate", ["cispo", "gmpo"])
+def test_a_surrogate_of_token_ratios_refuses_the_ratio_of_a_sequence(surrogate):
+    with pytest.raises(ValueError, match=f"--surrogate {surrogate} needs --ratio token"):
+        TrainConfig(surrogate=surrogate, ratio="sequence")
 
 
 def test_rewards_normalised_apart_by_hand():

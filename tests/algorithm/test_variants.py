@@ -134,15 +134,7 @@ TINY += ["--eval-problems", "4", "--save-every", "2", "--show-every", "0", "--le
 ALL = ["--target-kl", "0.001", "--ref-model-sync-steps", "3", "--warmup-steps", "2", "--resample-tied", "2"]
 ALL += ["--surrogate", "cispo", "--entropy-bonus", "0.001", "--overlong-buffer", "3"]
 ALL += ["--multi-objective-aggregation", "normalize_then_sum"]
-ALL += [
-    "--mask-truncated-completions",
-    "--group-schedule",
-    "4:2",
-    "--learning-rate-decay",
-    "cosine",
-    "--ratio",
-    "sequence",
-]
+ALL += ["--mask-truncated-completions", "--group-schedule", "4:2", "--learning-rate-decay", "cosine"]
 ALL += ["--loss-average", "constant", "--scale-rewards", "batch", "--epsilon-high", "0.3"]
 
 
