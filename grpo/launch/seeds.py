@@ -18,9 +18,9 @@ def parse_seeds(text: str) -> list[int]:
     """Return the seeds in "0,1,2". Raises ValueError for anything else, and for fewer than two different ones."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise ValueError(f"seeds is {text!r}; write it as 0,1,2")
+        raise ValueError(f"--seeds is {text!r}; write it as 0,1,2")
     if len({int(part) for part in parts}) < max(2, len(parts)):
-        raise ValueError(f"seeds is {text!r}; give two or more different ones, or --seed for one")
+        raise ValueError(f"--seeds is {text!r}; give two or more different ones, or --seed for one")
     return [int(part) for part in parts]
 
 

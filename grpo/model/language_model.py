@@ -116,9 +116,9 @@ def check_prompts_fit(lm: LanguageModel, task: Task, config: TrainConfig) -> Non
     more = [other.place for other, _ in too_long[1:NAMED]]
     others = f" (and {len(too_long) - 1} more: {', '.join(more)}{', …' * (len(too_long) > NAMED)})" if more else ""
     examples = f" with {len(task.examples) // 2} worked examples" if task.examples else ""
-    advice = "take fewer --shots" if examples and len(frame) > room / 2 else "shorten or remove the question"
+    advice = "lower --shots" if examples and len(frame) > room / 2 else "shorten or remove the question"
     raise ValueError(
         f"{problem.place}{': ' * bool(problem.place)}the prompt{examples} has {'more than ' * cut}{tokens:,} tokens, "
-        f"and max_new_tokens is {config.max_new_tokens}: more than the {lm.positions:,} positions of {config.model}; "
-        f"{advice}{others}"
+        f"and --max-new-tokens is {config.max_new_tokens}: more than the {lm.positions:,} positions of "
+        f"{config.model}; {advice}{others}"
     )

@@ -21,9 +21,9 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind, is_available in available.items() if is_available)
     if name not in available:
-        raise ValueError(f"device {name!r} is not known; use auto, cuda, mps or cpu")
+        raise ValueError(f"--device is {name!r}; it must be auto, cuda, mps or cpu")
     if not available[name]:
-        raise ValueError(f"device {name} is not available on this machine; use --device auto")
+        raise ValueError(f"--device {name} is not available on this machine; use --device auto")
     return torch.device(name)
 
 

@@ -34,7 +34,7 @@ def with_shots(task: QATask, shots: int) -> QATask:
     drawn = (task.training_problem(0, -1, row) for row in range(DRAWS * shots))
     found = list(islice(_solved(task, drawn), shots))
     if len(found) < shots:
-        raise ValueError(f"shots is {shots}; only {len(found)} different training problems were found")
+        raise ValueError(f"--shots is {shots}; only {len(found)} different training problems were found")
     return replace(task, examples=[message for turn in found for message in turn])
 
 

@@ -88,5 +88,6 @@ def test_a_question_longer_than_the_model_is_named_with_its_line_and_the_limit(t
             line = refusal(check_prompts_fit, lm, jsonl.load(data), config)
             assert line.startswith(f"{data}:5: ")
             assert "512 positions" in line
+            assert "--max-new-tokens is 22" in line
     data = write(tmp_path / "d.jsonl", [*numbers, *({"question": f"{i} " * 600, "answer": 1} for i in range(9))])
     assert "(and 8 more: " in refusal(check_prompts_fit, lm, jsonl.load(data), config)

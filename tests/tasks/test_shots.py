@@ -82,7 +82,7 @@ def test_a_working_with_a_tag_in_it_is_left_out():
 def test_more_examples_than_problems_are_refused_in_one_line(tmp_path):
     rows = [{"question": f"How many are {i}?", "answer": str(i)} for i in range(60)]
     task = jsonl.load(write(tmp_path / "n.jsonl", rows))
-    with pytest.raises(ValueError, match=r"shots is 60; only \d+ different training problems") as caught:
+    with pytest.raises(ValueError, match=r"^--shots is 60; only \d+ different training problems") as caught:
         with_shots(task, 60)
     assert "\n" not in str(caught.value)
     assert json.dumps(with_shots(task, 5).examples)
