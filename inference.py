@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grpo.config import DEVICES, MOST_TOKENS
+from grpo.config import DEVICES, MAX_NEW_TOKENS
 from grpo.evaluation.intervals import majority
 from grpo.launch.asking import as_task, before_training, with_examples
 from grpo.launch.command import EXAMPLE, Asking, run_script, without_quotes
@@ -77,7 +77,7 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="completions a question")
 @click.option("--vote", is_flag=True, help="answer with what most of the samples say, and their share")
-@click.option("--max-new-tokens", type=click.IntRange(1, MOST_TOKENS), help="of a completion  [default: the model's]")
+@click.option("--max-new-tokens", type=click.IntRange(1, MAX_NEW_TOKENS), help="token limit  [default: the model's]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of sampling")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="where to compute")
 def main(

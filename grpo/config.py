@@ -15,31 +15,41 @@ from tasks.common.prompts import STYLES
 from tasks.common.user_file import names_a_file
 from tasks.registry import DEFAULT_TASK, TASKS, task_options, task_shares
 
-SFT, VARIANTS, OUTPUT = "SFT before GRPO", "Variants and schedules", "Evaluation and output"
-GROUPS = ("Model", "Task", "Algorithm", SFT, VARIANTS, OUTPUT)  # in the order of --help
+MODEL = "Model"
+TASK = "Task"
+ALGORITHM = "Algorithm"
+SFT = "SFT before GRPO"
+VARIANTS = "Variants and schedules"
+OUTPUT = "Evaluation and output"
+GROUPS = (MODEL, TASK, ALGORITHM, SFT, VARIANTS, OUTPUT)  # the headings of --help, in this order
+
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "float32", "bfloat16")
-# the choices of a variant; each is one function in algorithm/loss.py or algorithm/advantages.py
-AVERAGES, RATIOS, SCALES = ("completion", "token", "constant"), ("token", "sequence"), ("group", "batch", "none")
-SURROGATES, AGGREGATIONS = ("clip", "cispo", "gmpo"), ("sum_then_normalize", "normalize_then_sum")
+# Each choice of a variant is one function in algorithm/loss.py or algorithm/advantages.py.
+AVERAGES = ("completion", "token", "constant")
+RATIOS = ("token", "sequence")
+SCALES = ("group", "batch", "none")
+SURROGATES = ("clip", "cispo", "gmpo")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 KL_ESTIMATORS = ("k3", "k3-corrected")
 DECAYS = ("none", "linear", "cosine")
 TRACKERS = ("none", "trackio", "wandb")
-MOST_ROWS = 10**6  # completions of a step
-MOST_TOKENS = 10**6  # of a completion: no model has so many positions, and memory for all is taken at once
-# settings of one run, which its saved model does not hand to the runs that start from it. A model's folder may come
-# from anywhere, so it can name no file either
+
+MAX_COMPLETIONS_PER_STEP = 10**6
+# No model has so many positions, and memory for the longest completion is allocated at once.
+MAX_NEW_TOKENS = 10**6
+
+MACHINE = ("device", "deterministic", "cuda_graphs", "shard")
+COMPUTING = (*MACHINE, "precision", "gradient_checkpointing", "micro_batch_size")
+STOPPING = ("num_iterations", "time_limit", "patience", "target_accuracy")
+REPORTING = ("output_dir", "save_every", "show_every", "track")
+# These settings decide nothing about what is learned from a step.
+CHANGEABLE_ON_RESUME = (*COMPUTING, *STOPPING, *REPORTING)
+# A saved model does not hand these settings to the runs that start from it. It may come from anywhere, so it names no
+# file; its weights have been through the supervised steps already.
 NOT_INHERITED = (
-    *("model", "device", "deterministic", "cuda_graphs", "shard", "seed", "output_dir", "time_limit", "track"),
-    "task_arg",
-    "sft_steps",  # its model has been through them
+    *(*MACHINE, "model", "task_arg", "seed", "sft_steps", "output_dir", "time_limit", "track"),
     *(name for name, option in task_options().items() if not option.inheritable),
-)
-# settings that decide nothing about what is learned from a step
-CHANGEABLE_ON_RESUME = (
-    *("device", "precision", "deterministic", "cuda_graphs", "gradient_checkpointing", "micro_batch_size"),
-    *("num_iterations", "output_dir", "save_every", "shard", "show_every", "track", "time_limit"),
-    *("patience", "target_accuracy"),
 )
 OLD_NAMES = {
     "refresh_reference_every": "ref_model_sync_steps",
@@ -51,7 +61,7 @@ REMOVED = "curriculum"  # a setting of older versions; False, its default, is wh
 TaskOptions = make_dataclass(
     "TaskOptions",
     [
-        (name, option.type, setting(option.default, "Task", option.meaning, option.least))
+        (name, option.type, setting(option.default, TASK, option.meaning, least=option.least, common=option.common))
         for name, option in task_options().items()
     ],
     frozen=True,
@@ -62,118 +72,147 @@ TaskOptions = make_dataclass(
 class TrainConfig(TaskOptions):
     """The settings of a run. Raises ValueError for an impossible value."""
 
-    model: str = setting("starter", "Model", "starter (bundled), smollm2, a Hub id, a folder, or a GGUF file")
-    device: str = setting("auto", "Model", "device to compute on; auto takes cuda, then mps, then cpu", None, DEVICES)
+    model: str = setting("starter", MODEL, "starter, smollm2, a Hub id, a folder, or a GGUF file", common=True)
+    device: str = setting(
+        "auto", MODEL, "device; auto: the first available of cuda, mps and cpu", choices=DEVICES, common=True
+    )
     precision: str = setting(
-        "auto", "Model", "of passes; auto: bfloat16 where the device multiplies it faster", None, PRECISIONS
+        "auto",
+        MODEL,
+        "precision of forward and backward; auto: bfloat16 where the hardware supports it",
+        choices=PRECISIONS,
     )
-    deterministic: bool = setting(
-        False, "Model", "compute the same bits each time on CUDA too, which is slower there"
-    )
-    cuda_graphs: bool = setting(False, "Model", "sample with CUDA graphs: faster, but not yet run on a GPU")
-    lora_rank: int = setting(0, "Model", "train an adapter of this rank instead of all weights (peft); 0: all", 0)
-    lora_alpha: float = setting(32.0, "Model", "LoRA scale: updates are multiplied by alpha / rank", 1e-9)
-    lora_targets: str = setting("all-linear", "Model", "layers that get an adapter, such as q_proj,v_proj")
-    load_in_4bit: bool = setting(False, "Model", "hold the frozen weights in 4 bits; needs LoRA (bitsandbytes)")
-    gradient_checkpointing: bool = setting(False, "Model", "save memory: recompute activations in the backward pass")
-    shard: bool = setting(False, "Model", "spread weights, gradients and optimizer over the processes of torchrun")
+    deterministic: bool = setting(False, MODEL, "make runs on CUDA repeat bit for bit; slower")
+    cuda_graphs: bool = setting(False, MODEL, "sample with CUDA graphs, to launch fewer kernels; not tested on a GPU")
+    lora_rank: int = setting(0, MODEL, "rank of a LoRA adapter (peft); 0: train all weights", least=0, common=True)
+    lora_alpha: float = setting(32.0, MODEL, "LoRA scale: updates are multiplied by alpha / rank", least=1e-9)
+    lora_targets: str = setting("all-linear", MODEL, "layers that get an adapter, such as q_proj,v_proj")
+    load_in_4bit: bool = setting(False, MODEL, "hold the frozen weights in 4 bits (bitsandbytes); needs --lora-rank")
+    gradient_checkpointing: bool = setting(False, MODEL, "save memory: recompute activations in the backward pass")
+    shard: bool = setting(False, MODEL, "split weights, gradients and optimizer state over the processes of torchrun")
 
     task: tuple[str, ...] = setting(
-        (DEFAULT_TASK,), "Task", f"{', '.join(TASKS)}, or FILE.py:NAME, one of your own; several: NAME=WEIGHT each"
+        (DEFAULT_TASK,),
+        TASK,
+        f"{', '.join(TASKS)}, or FILE.py:NAME for your own; for a mixture, one --task NAME=WEIGHT each",
+        common=True,
     )
-    task_arg: tuple[str, ...] = setting((), "Task", "key=value, an argument of the --task in your file")
-    prompt_style: str = setting("answer", "Task", "form of the answer that the prompt asks for", None, STYLES)
-    system_prompt: str = setting("", "Task", "system prompt instead of the style's own")
-    shots: int = setting(0, "Task", "worked examples in the prompt, solved training problems as turns", 0, (), 10**4)
-    reward: tuple[str, ...] = setting((), "Task", "NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT, instead of the task's own")
+    task_arg: tuple[str, ...] = setting((), TASK, "KEY=VALUE, an argument of the --task in your file; repeatable")
+    prompt_style: str = setting("answer", TASK, "answer format that the prompt asks for", choices=STYLES, common=True)
+    system_prompt: str = setting("", TASK, "system prompt, instead of the prompt style's")
+    shots: int = setting(0, TASK, "solved training problems in the prompt", least=0, most=10**4, common=True)
+    reward: tuple[str, ...] = setting(
+        (), TASK, "NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT, instead of the task's rewards; repeatable", common=True
+    )
 
     num_iterations: int = setting(
         2000,
-        "Algorithm",
-        "steps, of one rollout and its updates each (TRL's num_iterations is our num_inner_updates)",
-        1,
+        ALGORITHM,
+        "steps, of one rollout and its updates each (TRL's num_iterations: see --num-inner-updates)",
+        least=1,
+        common=True,
     )
-    batch_size: int = setting(4, "Algorithm", "prompts a step", 1)
-    num_generations: int = setting(8, "Algorithm", "completions a prompt (G, the group)", 2)
+    batch_size: int = setting(4, ALGORITHM, "prompts per step", least=1, common=True)
+    num_generations: int = setting(8, ALGORITHM, "completions per prompt: the group size G", least=2, common=True)
     max_new_tokens: int = setting(
-        16, "Algorithm", "longest completion, in tokens; think: 128, reasoning: 256", 1, (), MOST_TOKENS
+        16,
+        ALGORITHM,
+        "token limit of a completion; with --prompt-style think 128, with reasoning 256",
+        least=1,
+        most=MAX_NEW_TOKENS,
+        common=True,
     )
     temperature: float = setting(
-        1.0, "Algorithm", "sampling temperature; log-probabilities are taken at it too", 1e-3, (), 100.0
+        1.0, ALGORITHM, "sampling temperature; log-probabilities are computed at it too", least=1e-3, most=100.0
     )
-    learning_rate: float = setting(1e-7, "Algorithm", "learning rate of AdamW", 0.0)
-    beta: float = setting(0.04, "Algorithm", "weight of the KL to the reference; 0 loads no reference", 0.0)
-    epsilon: float = setting(0.2, "Algorithm", "the ratio is clipped to 1 ± this", 1e-6)
-    num_inner_updates: int = setting(5, "Algorithm", "updates on one rollout (TRL calls this num_iterations)", 1)
-    clip_grad_norm: float = setting(0.5, "Algorithm", "largest norm of the gradient", 1e-9)
-    micro_batch_size: int = setting(0, "Algorithm", "prompts in one pass, to save memory; 0 takes all at once", 0)
-    seed: int = setting(0, "Algorithm", "seed of problems and sampling", 0, (), 10**18)
+    learning_rate: float = setting(1e-7, ALGORITHM, "learning rate of AdamW", least=0.0, common=True)
+    beta: float = setting(0.04, ALGORITHM, "weight of the KL to the reference; 0: no KL", least=0.0, common=True)
+    epsilon: float = setting(0.2, ALGORITHM, "clip range: the ratio is clipped to 1 ± epsilon", least=1e-6)
+    num_inner_updates: int = setting(5, ALGORITHM, "updates per rollout (TRL: num_iterations)", least=1, common=True)
+    clip_grad_norm: float = setting(0.5, ALGORITHM, "norm that larger gradients are scaled down to", least=1e-9)
+    micro_batch_size: int = setting(0, ALGORITHM, "prompts per forward pass, to save memory; 0: all at once", least=0)
+    seed: int = setting(0, ALGORITHM, "seed of problems and sampling", least=0, most=10**18, common=True)
 
-    sft_steps: int = setting(0, SFT, "supervised steps on ideal completions before GRPO; 0: none", 0)
-    sft_batch_size: int = setting(16, SFT, "problems, each with its completion, in such a step", 1)
-    sft_learning_rate: float = setting(1e-5, SFT, "their learning rate, linear up to it and down to 0", 0.0)
-
-    surrogate: str = setting(
-        "clip", VARIANTS, "what the loss makes of ratio and advantage; cispo and gmpo: as published", None, SURROGATES
+    sft_steps: int = setting(0, SFT, "supervised steps before GRPO; 0: none", least=0, common=True)
+    sft_batch_size: int = setting(16, SFT, "problems per supervised step, each with a correct completion", least=1)
+    sft_learning_rate: float = setting(
+        1e-5, SFT, "peak of the supervised learning rate, which rises and falls linearly", least=0.0
     )
+
+    surrogate: str = setting("clip", VARIANTS, "policy-gradient term: PPO clip, CISPO or GMPO", choices=SURROGATES)
     loss_average: str = setting(
-        "completion", VARIANTS, "what the loss is averaged over; token: DAPO, constant: Dr. GRPO", None, AVERAGES
+        "completion",
+        VARIANTS,
+        "average of the loss: per completion, over all tokens (DAPO), over a constant length (Dr. GRPO)",
+        choices=AVERAGES,
+        common=True,
     )
-    ratio: str = setting("token", VARIANTS, "level of ratio and clipping; sequence: GSPO", None, RATIOS)
+    ratio: str = setting("token", VARIANTS, "ratio per token, or per completion (sequence: GSPO)", choices=RATIOS)
     kl_estimator: str = setting(
-        "k3", VARIANTS, "KL term of the loss; k3-corrected: times the ratio (DeepSeek-V3.2)", None, KL_ESTIMATORS
+        "k3", VARIANTS, "KL term of the loss; k3-corrected: times the ratio (DeepSeek-V3.2)", choices=KL_ESTIMATORS
     )
-    epsilon_high: float = setting(0.0, VARIANTS, "clip the ratio to 1 + this above (DAPO: 0.28); 0: as epsilon", 0.0)
+    epsilon_high: float = setting(
+        0.0, VARIANTS, "upper clip range, such as 0.28 (DAPO); 0: same as --epsilon", least=0.0
+    )
     scale_rewards: str = setting(
-        "group", VARIANTS, "std that advantages are divided by; none: Dr. GRPO", None, SCALES
+        "group", VARIANTS, "standard deviation that divides advantages; none: Dr. GRPO", choices=SCALES
     )
     multi_objective_aggregation: str = setting(
-        "sum_then_normalize", VARIANTS, "order for several rewards; normalize_then_sum: GDPO", None, AGGREGATIONS
+        "sum_then_normalize",
+        VARIANTS,
+        "order of adding and normalizing several rewards; normalize_then_sum: GDPO",
+        choices=AGGREGATIONS,
     )
-    entropy_bonus: float = setting(0.0, VARIANTS, "weight of the entropy, nats a token, that the loss rewards")
+    entropy_bonus: float = setting(0.0, VARIANTS, "weight of the entropy bonus in the loss (nats per token)")
     overlong_buffer: int = setting(
-        0, VARIANTS, "tokens below the limit over which a reward of 0 falls to -1 (DAPO); 0: none", 0
+        0, VARIANTS, "a reward falls from 0 to -1 over this many tokens before the limit (DAPO); 0: none", least=0
     )
     mask_truncated_completions: bool = setting(
-        False, VARIANTS, "leave completions that the token limit cut off out of the loss"
+        False, VARIANTS, "leave completions cut off by the token limit out of the loss"
     )
-    resample_tied: int = setting(0, VARIANTS, "redraw groups that are all right or all wrong, at most this often", 0)
-    target_kl: float = setting(0.0, VARIANTS, "adapt beta towards this KL, nats a token; 0: beta is constant", 0.0)
-    warmup_steps: int = setting(0, VARIANTS, "steps in which the learning rate rises linearly to its value", 0)
+    resample_tied: int = setting(
+        0, VARIANTS, "redraw groups that are all right or all wrong, at most this often", least=0, common=True
+    )
+    target_kl: float = setting(
+        0.0, VARIANTS, "adapt beta to hold the KL here (nats per token); 0: constant beta", least=0.0
+    )
+    warmup_steps: int = setting(0, VARIANTS, "steps of linear warm-up of the learning rate", least=0)
     learning_rate_decay: str = setting(
-        "none", VARIANTS, "decay of the learning rate until the last step", None, DECAYS
+        "none", VARIANTS, "decay of the learning rate until the last step", choices=DECAYS, common=True
     )
-    group_schedule: str = setting("", VARIANTS, "completions a prompt from the first step to the last, such as 8:4")
+    group_schedule: str = setting("", VARIANTS, "completions per prompt in the first and the last step, such as 8:4")
     ref_model_sync_steps: int = setting(
-        0, VARIANTS, "steps after which the reference becomes a copy of the policy; 0: never", 0
+        0, VARIANTS, "steps between copies of the policy into the reference; 0: never", least=0
     )
 
-    eval_every: int = setting(50, OUTPUT, "steps between evaluations on validation", 1)
-    eval_problems: int = setting(500, OUTPUT, "validation problems in each evaluation", 1, (), 10**5)
+    eval_every: int = setting(50, OUTPUT, "steps between evaluations on validation problems", least=1, common=True)
+    eval_problems: int = setting(500, OUTPUT, "validation problems per evaluation", least=1, most=10**5)
     pass_at_k: int = setting(
-        0, OUTPUT, "also measure pass@k and maj@k by sampling on the test problems; 0: do not", 0, (), 10**4
+        0, OUTPUT, "also sample the test problems for pass@k and maj@k, with this k; 0: do not", least=0, most=10**4
     )
-    save_every: int = setting(25, OUTPUT, "steps between checkpoints", 1)
-    patience: int = setting(0, OUTPUT, "stop after this many evaluations without a better one; 0: never", 0)
-    target_accuracy: float = setting(0.0, OUTPUT, "stop at this validation accuracy, up to 1; 0: never", 0.0, (), 1.0)
-    time_limit: str = setting("", OUTPUT, "end this launch within this time: 3h, 90m, 1h30m")
-    show_every: int = setting(50, OUTPUT, "steps between printed completions; 0: never", 0)
-    track: str = setting("none", OUTPUT, "experiment tracker that also gets the metrics", None, TRACKERS)
-    output_dir: str = setting(".", OUTPUT, "folder that everything is written to")
+    save_every: int = setting(25, OUTPUT, "steps between checkpoints", least=1)
+    patience: int = setting(0, OUTPUT, "stop after this many evaluations without a new best; 0: never", least=0)
+    target_accuracy: float = setting(
+        0.0, OUTPUT, "stop at this validation accuracy, from 0 to 1; 0: never", least=0.0, most=1.0
+    )
+    time_limit: str = setting("", OUTPUT, "end this launch within this time, such as 3h, 90m or 1h30m", common=True)
+    show_every: int = setting(50, OUTPUT, "steps between printed completions; 0: never", least=0)
+    track: str = setting("none", OUTPUT, "experiment tracker that also gets the metrics", choices=TRACKERS)
+    output_dir: str = setting(".", OUTPUT, "folder that everything is written to", common=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.task, str):  # one, as files have it
+        if isinstance(self.task, str):  # JSON files may hold a single task as a text
             object.__setattr__(self, "task", (self.task,))
         for name in ("task", "reward", "task_arg"):
-            if isinstance(getattr(self, name), list):  # as JSON has it
+            if isinstance(getattr(self, name), list):  # JSON has no tuples
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for f in fields(self):
             check_setting(f.name, getattr(self, f.name), f.type, f.metadata)
         shares = task_shares(self.task)
-        object.__setattr__(self, "task", tuple(map(str, shares)))  # a weight has one spelling
+        object.__setattr__(self, "task", tuple(map(str, shares)))  # 0.50 becomes 0.5
         if self.task_arg and sum(names_a_file(share.spec) for share in shares) != 1:
             raise ValueError(
-                f"--task-arg is for a task in a file, --task FILE.py:NAME, and for one; here is {' '.join(self.task)}"
+                f"--task-arg needs one --task FILE.py:NAME to give the argument to; --task is {' '.join(self.task)}"
             )
         if self.time_limit:
             parse_duration(self.time_limit)
@@ -181,24 +220,26 @@ class TrainConfig(TaskOptions):
             parse_group_schedule(self.group_schedule)
         for name in ("target_kl", "ref_model_sync_steps"):
             if getattr(self, name) and not self.beta:
-                raise ValueError(f"{as_typed(name)} is about the KL to the reference, which --beta 0 leaves out")
+                raise ValueError(f"{as_typed(name)} needs --beta above 0: with --beta 0 there is no reference")
         if self.ref_model_sync_steps and self.lora_rank:
-            raise ValueError("--ref-model-sync-steps cannot be with --lora-rank: the reference is the frozen base")
+            raise ValueError(
+                "--ref-model-sync-steps cannot be combined with --lora-rank: the reference is the frozen base"
+            )
         if self.sft_steps and self.lora_rank and self.beta:
             raise ValueError(
-                "--sft-steps cannot be with --lora-rank unless --beta is 0: the reference is the frozen base, which "
-                "the fine-tuned adapter is not a part of"
+                "--sft-steps cannot be combined with --lora-rank unless --beta is 0: the reference is the frozen "
+                "base, without the fine-tuned adapter"
             )
         if self.load_in_4bit and not self.lora_rank:
             raise ValueError(
-                "--load-in-4bit needs --lora-rank: weights in 4 bits cannot be trained, an adapter over them can"
+                "--load-in-4bit needs --lora-rank: 4-bit weights cannot be trained, an adapter on them can"
             )
         if self.shard and self.load_in_4bit:
-            raise ValueError("--shard cannot be with --load-in-4bit: weights in 4 bits cannot be spread")
-        if self.batch_size * self.num_generations > MOST_ROWS:
+            raise ValueError("--shard cannot be combined with --load-in-4bit: 4-bit weights cannot be split")
+        if self.batch_size * self.num_generations > MAX_COMPLETIONS_PER_STEP:
             raise ValueError(
-                f"--batch-size {self.batch_size} and --num-generations {self.num_generations} make more than "
-                f"{MOST_ROWS} completions a step; take fewer"
+                f"--batch-size {self.batch_size} times --num-generations {self.num_generations} is more than "
+                f"{MAX_COMPLETIONS_PER_STEP} completions per step; lower --batch-size or --num-generations"
             )
         if self.overlong_buffer > self.max_new_tokens:
             raise ValueError(f"--overlong-buffer is {self.overlong_buffer}; it must be at most --max-new-tokens")
@@ -213,8 +254,8 @@ class TrainConfig(TaskOptions):
         return bool(self.group_schedule) or self.learning_rate_decay != "none"
 
     def conflicting_settings(self, earlier: Mapping[str, Any]) -> list[str]:
-        """List the settings that differ from an earlier launch of the run and may not."""
-        earlier = {**TrainConfig().to_dict(), **with_new_names(earlier)}  # the run may lack a newer setting
+        """List the settings that differ from an earlier launch of the run, but must not."""
+        earlier = {**TrainConfig().to_dict(), **with_new_names(earlier)}  # it may lack newer settings
         may_change = set(CHANGEABLE_ON_RESUME) - ({"num_iterations"} if self.depends_on_length else set())
         return [
             f"{as_typed(name)} {_shown(earlier[name])} (now {_shown(value)})"
@@ -223,12 +264,12 @@ class TrainConfig(TaskOptions):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values: a task alone as a text, several as a list."""
+        """Return the settings as JSON values: a single task as a text, several tasks as a list."""
         task = self.task[0] if len(self.task) == 1 else list(self.task)
         return {**asdict(self), "task": task, "reward": list(self.reward), "task_arg": list(self.task_arg)}
 
     def inheritable_settings(self) -> dict[str, Any]:
-        """Return what a saved model hands to a run that starts from it: all but place, model, seed and files."""
+        """Return the settings that a saved model hands to a run that starts from it."""
         passed = {name: value for name, value in self.to_dict().items() if name not in NOT_INHERITED}
         return passed | {"reward": []} if any(map(names_a_file, self.reward)) else passed
 
@@ -239,12 +280,12 @@ def _shown(value: Any) -> str:
 
 
 def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of an older version under today's names, without the removed one where it was False."""
+    """Return settings of an older version under today's names, without the removed setting where it was False."""
     kept = {name: value for name, value in settings.items() if name != REMOVED or value is not False}
     return {OLD_NAMES.get(name, name): value for name, value in kept.items()}
 
 
 def ordered_fields() -> list[Field]:
-    """Return the fields of `TrainConfig` by group, a task's own options last in theirs."""
+    """Return the fields of `TrainConfig` in the order of `GROUPS`; the options of tasks end theirs."""
     own = task_options()
     return sorted(fields(TrainConfig), key=lambda f: (GROUPS.index(f.metadata["group"]), f.name in own))

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from grpo.config import MOST_TOKENS, NOT_INHERITED, REMOVED, TrainConfig, with_new_names
+from grpo.config import MAX_NEW_TOKENS, NOT_INHERITED, REMOVED, TrainConfig, with_new_names
 from tasks.base import KINDS
 from tasks.common.prompts import STYLE_TOKENS, STYLES
 from tasks.common.user_file import names_a_file
@@ -82,7 +82,7 @@ CARD_ENTRIES = {
     "settings": lambda value: isinstance(value, dict),
     "step": lambda value: isinstance(value, int) and value >= 0,
     "max_new_tokens": lambda value: (
-        isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_TOKENS
+        isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_NEW_TOKENS
     ),
     "system_prompt": lambda value: isinstance(value, str),
     "prompt_style": lambda value: value in STYLES,

@@ -5,7 +5,8 @@ from dataclasses import field
 from typing import Any
 
 LARGEST_FLOAT32 = 3.4e38
-MOST_COUNT = 10**9  # of anything that is counted: what is larger was mistyped, and would fill the memory
+# A larger count (of steps, prompts, tokens) was mistyped, and would fill the memory.
+MAX_COUNT = 10**9
 _DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")
 
 
@@ -16,11 +17,23 @@ def setting(
     least: float | None = None,
     choices: tuple = (),
     most: float | None = None,
+    common: bool = False,
 ) -> Any:
-    """Declare a field with its group in --help, its meaning, and its bounds or its choices."""
-    most = LARGEST_FLOAT32 if most is None and isinstance(default, float) else most or MOST_COUNT
-    bounds = {"least": least, "most": most}
-    return field(default=default, metadata={"group": group, "meaning": meaning, "choices": choices, **bounds})
+    """Declare a field of `TrainConfig` with its heading in --help, its meaning, and its bounds or its choices.
+
+    --help lists the `common` settings, which most runs need; --help-all lists all.
+    """
+    if most is None:
+        most = LARGEST_FLOAT32 if isinstance(default, float) else MAX_COUNT
+    metadata = {
+        "group": group,
+        "meaning": meaning,
+        "choices": choices,
+        "least": least,
+        "most": most,
+        "common": common,
+    }
+    return field(default=default, metadata=metadata)
 
 
 def as_typed(name: str) -> str:
@@ -29,7 +42,7 @@ def as_typed(name: str) -> str:
 
 
 def check_setting(name: str, value: Any, kind: type, metadata: Any) -> None:
-    """Raise ValueError, which names the option, if a value is not of the type or within the bounds of a setting."""
+    """Raise ValueError, which names the option, if a value has the wrong type or is out of bounds."""
     option = as_typed(name)
     if kind == tuple[str, ...]:
         if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
@@ -37,7 +50,7 @@ def check_setting(name: str, value: Any, kind: type, metadata: Any) -> None:
         return
     if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"{option} is {value!r}; it must be {kind.__name__}")
-    if kind is float and not abs(value) <= LARGEST_FLOAT32:  # nor NaN
+    if kind is float and not abs(value) <= LARGEST_FLOAT32:  # false for NaN too
         raise ValueError(f"{option} is {value}; it must be a finite number")
     least, most, choices = metadata["least"], metadata["most"], metadata["choices"]
     if least is not None and value < least:
@@ -53,7 +66,7 @@ def _plain(number: float) -> str:
 
 
 def parse_duration(text: str) -> int:
-    """Return the seconds in 3h, 90m, 1h30m or 45s. Raises ValueError for anything else, and for no time at all."""
+    """Return the seconds in 3h, 90m, 1h30m or 45s. Raises ValueError for anything else, and for zero."""
     match = _DURATION.fullmatch(text.strip().lower())
     parts = [int(part or 0) for part in match.groups()] if match else [0]
     if not any(parts):

@@ -86,7 +86,7 @@ def operand(value: int) -> str:
 class Arithmetic(QATask):
     """The arithmetic task (`tasks.base.Task`)."""
 
-    max_operand: Annotated[int, Option("largest operand", 1)] = 10
+    max_operand: Annotated[int, Option("largest operand", least=1)] = 10
     min_operand: Annotated[int, Option("smallest operand; a negative one is written in brackets")] = 0
     _: KW_ONLY
     name: str = "arithmetic"

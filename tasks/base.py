@@ -25,6 +25,7 @@ class Option:
     meaning: str  # the text in --help
     least: float | None = None  # the smallest allowed value
     inheritable: bool = True  # whether a saved model keeps it; False for a file, which no model may name
+    common: bool = False  # whether --help lists it; --help-all lists all options
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ _TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
 class Countdown(DrawnTask):
     """The task of making a number of others (`tasks.base.Task`)."""
 
-    numbers: Annotated[int, Option("how many numbers to make another of", 2)] = 3
-    largest_number: Annotated[int, Option("largest of them", 2)] = 20
+    numbers: Annotated[int, Option("how many numbers a problem gives", least=2)] = 3
+    largest_number: Annotated[int, Option("largest of the given numbers", least=2)] = 20
     name: str = "countdown"
     kind: str = "text"
     example: str = "Make 46 from 25, 3 and 7, each once, with + - * / and brackets."

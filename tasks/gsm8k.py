@@ -23,7 +23,7 @@ _CALCULATION = re.compile(r"<<[^<>]*>>")  # for a calculator, as in 9 * 2 = <<9*
 
 
 def load(
-    data: Annotated[str, Option("JSON Lines file with the problems", inheritable=False)] = "",
+    data: Annotated[str, Option("JSON Lines file with the problems", inheritable=False, common=True)] = "",
     style: str = "answer",
     system_prompt: str = "",
 ) -> Rows:

@@ -25,7 +25,7 @@ def load(
     style: str = "answer",
     system_prompt: str = "",
     correct: Annotated[
-        str, Option("FILE.py:FUNCTION that decides what is right, not equality", inheritable=False)
+        str, Option("FILE.py:FUNCTION that judges answers, instead of equality with the reference", inheritable=False)
     ] = "",
 ) -> Rows:
     """Load the task of a file. Raises ValueError, in one line, if the file is malformed or too small."""

@@ -46,6 +46,7 @@ class TaskOption:
     meaning: str
     least: float | None
     inheritable: bool
+    common: bool = False
 
 
 def task_options() -> dict[str, TaskOption]:
@@ -58,7 +59,9 @@ def task_options() -> dict[str, TaskOption]:
         option = parameter.annotation.__metadata__[0]
         meaning = f"{', '.join(tasks)}: {option.meaning}"
         kind = parameter.annotation.__origin__
-        found[name] = TaskOption(tasks, kind, parameter.default, meaning, option.least, option.inheritable)
+        found[name] = TaskOption(
+            tasks, kind, parameter.default, meaning, option.least, option.inheritable, option.common
+        )
     return found
 
 

@@ -95,7 +95,7 @@ def test_a_run_continues_with_a_changed_setting_or_names_and_refuses_it(field, h
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     if field.name == "task_arg":  # of a task in a file alone
         assert result.exit_code == 2
-        assert "task in a file" in result.stderr
+        assert "--task-arg needs one --task" in result.stderr
         return
     if field.name == "load_in_4bit":  # needs an adapter, so it never comes alone
         assert result.exit_code == 2

@@ -111,4 +111,4 @@ def test_an_adapter_is_refused_in_one_line_unless_there_is_no_reference(model, t
     arguments = options(model=model, output_dir=tmp_path / "run", lora_rank=2, **FIRST)
     result = CliRunner().invoke(train_grpo.main, arguments)
     assert result.exit_code in (1, 2)
-    assert "--sft-steps cannot be with --lora-rank unless --beta is 0" in result.output
+    assert "--sft-steps cannot be combined with --lora-rank unless --beta is 0" in result.output

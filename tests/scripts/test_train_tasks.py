@@ -197,7 +197,7 @@ BAD_TASKS = [
     (["--min-operand", 11], "--min-operand"),
     (["--task", "sums"], "--task is 'sums'; it must be one of"),
     (["--task", "missing.py:Sums"], "cannot read the rewards, judge or task in 'missing.py': No such file"),
-    (["--task-arg", "largest=3"], "--task-arg is for a task in a file"),
+    (["--task-arg", "largest=3"], "--task-arg needs one --task FILE.py:NAME"),
     (["--reward", "excat=1"], "excat"),
     (["--reward", "exact"], "NAME=WEIGHT"),
     (["--reward", "missing.py:f=1"], "missing.py"),

@@ -167,7 +167,7 @@ def test_what_is_no_mixture_is_refused_in_one_line(specs, said):
     [
         ({"numbers": 4}, "--numbers"),
         ({"data": "x.jsonl"}, "--data"),
-        ({"task": ("a.py:A=1", "b.py:B=1"), "task_arg": ("x=1",)}, "and for one"),
+        ({"task": ("a.py:A=1", "b.py:B=1"), "task_arg": ("x=1",)}, "--task-arg needs one --task"),
     ],
 )
 def test_an_option_of_none_of_the_tasks_is_refused(given, said):

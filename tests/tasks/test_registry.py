@@ -102,14 +102,14 @@ def test_a_file_with_annotations_from_the_future_declares_its_options_too(monkey
 
 def test_the_options_are_those_that_the_tasks_declare():
     data = "gsm8k, jsonl: JSON Lines file with the problems"
-    correct = "jsonl: FILE.py:FUNCTION that decides what is right, not equality"
+    correct = "jsonl: FILE.py:FUNCTION that judges answers, instead of equality with the reference"
     smallest = "arithmetic: smallest operand; a negative one is written in brackets"
     assert task_options() == {
         "max_operand": TaskOption(("arithmetic",), int, 10, "arithmetic: largest operand", 1, True),
         "min_operand": TaskOption(("arithmetic",), int, 0, smallest, None, True),
-        "numbers": TaskOption(("countdown",), int, 3, "countdown: how many numbers to make another of", 2, True),
-        "largest_number": TaskOption(("countdown",), int, 20, "countdown: largest of them", 2, True),
-        "data": TaskOption(("gsm8k", "jsonl"), str, "", data, None, False),
+        "numbers": TaskOption(("countdown",), int, 3, "countdown: how many numbers a problem gives", 2, True),
+        "largest_number": TaskOption(("countdown",), int, 20, "countdown: largest of the given numbers", 2, True),
+        "data": TaskOption(("gsm8k", "jsonl"), str, "", data, None, False, True),
         "correct": TaskOption(("jsonl",), str, "", correct, None, False),
     }
 
