@@ -21,82 +21,40 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from click.core import ParameterSource
 
-from grpo.config import GROUPS, OLD_NAMES, TrainConfig, ordered_fields
-from grpo.launch.command import Script, run_script
+from grpo.config import TrainConfig
+from grpo.launch.command import run_script
 from grpo.launch.config_file import read_settings, resolve_with_file
+from grpo.launch.options import TrainCommand, given_settings, help_all_option, setting_options
 from grpo.launch.run_folder import claim_folder
 from grpo.model_card import resolve
-from grpo.runtime.console import printable, say
+from grpo.runtime.console import printable
 from tasks.base import Task
 from tasks.common.user_file import naming_own_code
 from tasks.registry import make_task
 
 
-class GroupedCommand(Script):
-    """A command whose --help lists the settings under the headings of `TrainConfig`."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section a group."""
-        groups = {f.name: f.metadata["group"] for f in fields(TrainConfig)}
-        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in GROUPS}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                sections.setdefault(groups.get(parameter.name, "Other"), []).append(record)
-        for title, rows in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(rows)
-
-
-def setting_options(command: click.Command) -> click.Command:
-    """Add an option for every field of `TrainConfig`, and a hidden one for every old name."""
-    old_names = {new: old for old, new in OLD_NAMES.items()}
-    for f in reversed(ordered_fields()):
-        command = _option(f, f.name, default=f.default, show_default=True, help=f.metadata["meaning"])(command)
-        if f.name in old_names:
-            command = _option(f, old_names[f.name], default=None, hidden=True)(command)
-    return command
-
-
-def _option(f: Field, name: str, **more: Any) -> Callable[[click.Command], click.Command]:
-    flag = f"--{name.replace('_', '-')}"
-    kind = {"type": click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type}
-    if f.type == tuple[str, ...]:
-        kind = {"type": str, "multiple": True}
-    if f.type is bool:
-        flag, kind = f"{flag}/--no-{flag[2:]}", {}
-    return click.option(flag, name, **kind, **more)
-
-
-@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(cls=TrainCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @setting_options
 @click.option("--config", "file", type=click.Path(path_type=Path), help="JSON file of settings; options override it")
 @click.option("--check", is_flag=True, help="show a prompt, rewards, expected time and memory; train nothing")
-@click.option("--seeds", help="several, such as 0,1,2: one run each, in seed-0/ and so on below --output-dir")
+@click.option("--seeds", help="one run for each of several seeds, such as 0,1,2, in folders seed-0/ and so on")
 @click.option("--fresh", is_flag=True, help="start over; what an earlier run wrote is moved to earlier_runs/")
+@help_all_option
 @click.pass_context
 def main(ctx: click.Context, file: Path | None, check: bool, seeds: str | None, fresh: bool, **settings: Any) -> None:
     """Train a small instruct model with GRPO, on arithmetic or another task.
 
-    The defaults shown are the published ones, for models of the Hub. The starter has settings of its own,
-    kept in grpo/recipes; a run prints what it resolved.
+    The default model, the starter, has settings of its own where "starter" stands beside a default. So may other
+    models; a run prints the settings that it uses.
     """
     launched = time.monotonic()
-    given = with_deprecated(
-        {
-            name: value
-            for name, value in settings.items()
-            if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-        }
-    )
+    given = given_settings(ctx, settings)
     rank = int(os.environ.get("RANK", "0"))  # torchrun starts one process a device
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
@@ -120,17 +78,6 @@ def main(ctx: click.Context, file: Path | None, check: bool, seeds: str | None, 
         raise click.ClickException(printable(f"process {rank}: {error}" if rank else str(error))) from None
     except KeyboardInterrupt:
         ctx.exit(130)
-
-
-def with_deprecated(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings under today's names, with a line on standard error for each old one."""
-    for old, new in OLD_NAMES.items():
-        if old in given:
-            value = given.pop(old)
-            given.setdefault(new, value)
-            options = (f"--{name.replace('_', '-')}" for name in (old, new))
-            say("{} is deprecated; it is {} now".format(*options), sys.stderr)
-    return given
 
 
 def train_seeds(text: str, given: dict[str, Any], fresh: bool) -> int:
@@ -211,12 +158,12 @@ def failures_in_words(config: TrainConfig) -> Iterator[None]:
         yield
     except MemoryError:
         raise ValueError(
-            "a step does not fit into memory; take fewer --batch-size, --num-generations or --max-new-tokens"
+            "a step does not fit into memory; lower --batch-size, --num-generations or --max-new-tokens"
         ) from None
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise ValueError(
-                f"{config.model} does not fit into memory; take a smaller one, or --device cpu"
+                f"{config.model} does not fit into memory; take a smaller model, or --device cpu"
             ) from None
         if distributed.is_peer_failure(error):
             raise ValueError(

@@ -20,6 +20,7 @@ LIGHT = (
     "grpo.launch.run_folder",
     "grpo.launch.command",
     "grpo.launch.config_file",
+    "grpo.launch.options",
     "grpo.runtime.atomic_io",
     "grpo.runtime.console",
 )  # imported before --help answers

@@ -30,7 +30,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     settings, known = with_new_names(value), {f.name: f for f in fields(TrainConfig)}
     for name, one in settings.items():
         if name not in known:
-            raise ValueError(f"--config {path} has {printable(name)!r}, which is no setting; --help lists them")
+            raise ValueError(f"--config {path} has {printable(name)!r}, which is no setting; --help-all lists them")
         if name == "task" and isinstance(one, str):  # one alone
             one = [one]
         if isinstance(one, list):

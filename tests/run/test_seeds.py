@@ -13,6 +13,7 @@ import pytest
 import train_grpo
 from grpo.config import TrainConfig
 from grpo.evaluation.intervals import mean_interval, t_quantile
+from grpo.launch.options import setting_options
 from grpo.launch.seeds import as_arguments, parse_seeds, table
 from grpo.plots.comparison import COMPARISON
 from grpo.record.metrics import load_metrics
@@ -31,7 +32,7 @@ def test_settings_survive_the_command_line():
     seen = {}
 
     @click.command()
-    @train_grpo.setting_options
+    @setting_options
     def command(**settings):
         seen.update(settings)
 
