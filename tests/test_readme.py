@@ -65,26 +65,12 @@ def test_what_a_readme_links_to_is_there(name):
         assert (folder / target).exists(), target
 
 
-def test_the_front_page_is_a_screenful_and_the_others_are_short():
-    assert len(FRONT.splitlines()) <= 200
-    assert len(FRONT.split()) <= 1600
-    for name, text in TEXTS.items():
-        assert len(text.splitlines()) <= 200, name
-
-
 def test_every_folder_of_code_has_a_readme_that_the_front_page_leads_to():
     folders = [path.parent for path in (ROOT / "grpo").rglob("__init__.py")] + [ROOT / "tasks", ROOT / "tests"]
     for folder in folders:
         name = folder.relative_to(ROOT).as_posix()
         assert f"{name}/README.md" in TEXTS
         assert f"{name.removeprefix('grpo/')}/" in FRONT, name
-
-
-def test_the_files_of_one_step_are_there_and_few():
-    text = TEXTS["grpo/README.md"]
-    files = re.findall(r"^\| \d+ \| \[`[\w/.]+`\]\(([\w/.]+)\)", text, re.MULTILINE)
-    assert 5 <= len(files) <= 10, files
-    assert all((ROOT / "grpo" / file).is_file() for file in files), files
 
 
 def test_the_reward_of_the_front_page_is_a_reward(tmp_path, monkeypatch):
