@@ -164,7 +164,7 @@ def test_a_card_that_is_not_json_is_refused_by_all_who_read_it(tmp_path):
     assert CARD in refusal(invoke(inference.main, "--model", "m", "--compare", QUESTION, folder=tmp_path))
 
 
-@pytest.mark.parametrize(("shots", "reason"), [(40, "lower --shots"), (10**4, "different training problems")])
+@pytest.mark.parametrize(("shots", "reason"), [(40, "lower --shots"), (10**3, "different training problems")])
 def test_more_examples_than_fit_or_than_there_are_get_one_line(shots, reason, tmp_path):
     line = refusal(invoke(train_grpo.main, *TINY, "--max-operand", 2, "--shots", shots, folder=tmp_path))
     assert reason in line
