@@ -1,15 +1,32 @@
 """Runs as a user without privileges, faults that begin while they write, and what must be true afterwards."""
 
 import os
+import subprocess
+from pathlib import Path
+
+import click
+import matplotlib
+import torch
+import transformers
 
 import train_grpo
 from grpo import measurer, resume, trainer
+from grpo.model_card import STARTER
 from grpo.record.checkpoint import newest_checkpoint
 from grpo.record.metrics import Metrics
-from tests.helpers.runs import fingerprint, forked, options
+from tests.helpers.runs import ROOT, fingerprint, forked, options
 
 NOBODY = 65534
 FULL, FORBIDDEN, READ_ONLY, NO_SPACE = map(os.strerror, (27, 13, 30, 28))
+# One file of each folder that a run still reads after it has become another user: of the clone and of the packages.
+READ_BY_A_RUN = [
+    ROOT / "grpo/recipes/starter.json",
+    STARTER / "config.json",
+    Path(click.__file__),
+    Path(torch.__file__),
+    Path(transformers.__file__),
+    Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"),
+]
 # what a run calls to write each of its outputs
 PLACES = {
     "checkpoint": (resume, "write_checkpoint"),
@@ -38,6 +55,15 @@ def unprivileged():
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
+
+
+def unreadable(files):
+    """Return the files that the user of `unprivileged` cannot read."""
+
+    def may_read(file):
+        return subprocess.run(["test", "-r", file], preexec_fn=unprivileged, cwd="/", check=False).returncode == 0
+
+    return [file for file in files if not may_read(file)]
 
 
 def give_away(folder):

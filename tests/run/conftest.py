@@ -6,19 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.faults import make_writable, undisturbed
+from tests.helpers.faults import READ_BY_A_RUN, make_writable, undisturbed, unreadable
 from tests.helpers.runs import a_tiny_model
 
 
 @pytest.fixture(scope="package")
 def public():
-    """Make a folder that any user may write in, unlike pytest's own, with a model in it."""
+    """Make a folder that any user may write in, unlike pytest's own, with a model in it.
+
+    Skip the test if another user cannot read that model, the project or its packages: as root, the tests run as such
+    a user.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         folder.chmod(0o777)
         a_tiny_model(folder / "model")
         for path in (folder / "model", *(folder / "model").iterdir()):
             path.chmod(0o755)
+        if closed := unreadable([*READ_BY_A_RUN, folder / "model/config.json"]):
+            pytest.skip(f"users other than root cannot read {closed[0]}")
         yield folder
 
 

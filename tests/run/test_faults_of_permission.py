@@ -6,6 +6,7 @@ ends as if nothing had happened.
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,7 @@ from tests.helpers.faults import (
     make_writable,
     the_error,
     unprivileged,
+    unreadable,
 )
 from tests.helpers.runs import forked, options
 
@@ -39,6 +41,16 @@ IN_THE_WAY = {
     "earlier model": ".saved_model.old/model.safetensors",
     "checkpoint": "checkpoints/.step-00000004.new/policy.safetensors",
 }
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_what_another_user_cannot_read_is_found(tmp_path):
+    # the fixture `public` asks this before a test becomes another user: a clone in root's home is closed as here
+    tmp_path.chmod(0o700)
+    file = tmp_path / "clone/file"
+    file.parent.mkdir()
+    file.write_text("")
+    assert unreadable([file, Path("/bin/sh")]) == [file]
 
 
 @pytest.mark.parametrize("name", IN_THE_WAY.values(), ids=IN_THE_WAY)
