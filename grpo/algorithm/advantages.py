@@ -38,12 +38,14 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str = "group"
 def decoupled_advantages(parts: Tensor, weights: Tensor, num_generations: int, scale: str = "group") -> Tensor:
     """Return advantages, (B,) float32, of reward parts (B, K) that are compared in the group one by one.
 
-    Each part gets its own group-relative advantage. They are added with |`weights`| (K,), for parts are weighted
-    already and keep their sign. The sum, whose mean is 0, is divided by its standard deviation over the batch: GDPO,
+    A part is its reward times its weight. Each reward, without its weight, gets its own group-relative advantage;
+    their sum, weighted by `weights` (K,), has mean 0 and is divided by its standard deviation over the batch: GDPO,
     arXiv:2601.05242, as in TRL. Two completions of equal total differ here if their parts do.
     """
-    columns = [group_advantages(part, num_generations, scale).double() for part in parts.unbind(1)]
-    total = torch.stack(columns, 1) @ weights.double().abs()
+    total = torch.zeros(len(parts), dtype=torch.float64)
+    for part, weight in zip(parts.double().unbind(1), weights.tolist(), strict=True):
+        if weight:
+            total += weight * group_advantages(part / weight, num_generations, scale).double()
     return (total / (total.std() + STD_FLOOR)).float()
 
 

@@ -88,7 +88,7 @@ def test_rewards_normalised_apart_by_hand():
     # one group of 4; part a is 1, 0, 0, 0 (weighted 1), part b 0, 0, 0.2, 0.2 (weighted 0.2)
     parts = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.2], [0.0, 0.2]], dtype=torch.float64)
     a = [0.75 / 0.5, -0.25 / 0.5, -0.25 / 0.5, -0.25 / 0.5]  # std with n - 1: sqrt((0.5625 + 3 · 0.0625) / 3) = 0.5
-    b = [x / (0.2 / math.sqrt(3)) for x in (-0.1, -0.1, 0.1, 0.1)]  # std 0.2 · sqrt(1/3)
+    b = [x / (1 / math.sqrt(3)) for x in (-0.5, -0.5, 0.5, 0.5)]  # without its weight 0, 0, 1, 1: std sqrt(1/3)
     total = [x + 0.2 * y for x, y in zip(a, b, strict=True)]
     std = math.sqrt(sum(x * x for x in total) / 3)
     found = decoupled_advantages(parts, torch.tensor([1.0, 0.2]), 4)
@@ -99,6 +99,46 @@ def test_rewards_normalised_apart_by_hand():
     apart = decoupled_advantages(even, torch.ones(2), 6)
     assert summed[0] == summed[1]
     assert (apart[0] - apart[1]).abs() > 0.05
+
+
+def test_a_weight_counts_once_with_every_scale_by_hand():
+    # two groups of 2. Part a, weight 2, is 0, 1, 0, 0 without its weight; part b, weight −0.5, is 0, 4, 0, 2.
+    a, b = [0.0, 1.0, 0.0, 0.0], [0.0, 4.0, 0.0, 2.0]
+    parts = torch.tensor([[2 * x, -0.5 * y] for x, y in zip(a, b, strict=True)], dtype=torch.float64)
+    # r − mean of a: −0.5, 0.5, 0, 0; of b: −2, 2, −1, 1
+    deviations = [(-0.5, -2.0), (0.5, 2.0), (0.0, -1.0), (0.0, 1.0)]
+    # std with n − 1. Of pairs that differ by d: d / sqrt(2). Of all four of a: mean 1/4, squares 3/16 + 9/16 = 3/4,
+    # std 1/2; of b: mean 1.5, squares 2.25 + 6.25 + 2.25 + 0.25 = 11, std sqrt(11 / 3)
+    stds = {
+        "none": [(1.0, 1.0)] * 4,
+        "batch": [(0.5 + 1e-4, math.sqrt(11 / 3) + 1e-4)] * 4,
+        "group": [(1 / math.sqrt(2) + 1e-4, 4 / math.sqrt(2) + 1e-4)] * 2 + [(1.0, 2 / math.sqrt(2) + 1e-4)] * 2,
+    }
+    for scale, divisors in stds.items():
+        total = [
+            2 * x / of_a - 0.5 * y / of_b for (x, y), (of_a, of_b) in zip(deviations, divisors, strict=True)
+        ]  # with "none": −1 + 1 = 0, 1 − 1 = 0, 0.5, −0.5
+        std = math.sqrt(sum(x * x for x in total) / 3) + 1e-4
+        found = decoupled_advantages(parts, torch.tensor([2.0, -0.5]), 2, scale)
+        assert found.tolist() == pytest.approx([x / std for x in total], abs=1e-6), scale
+
+
+def test_the_floor_of_the_std_is_added_to_that_of_the_reward_without_its_weight():
+    # with its weight part b, 0, 0, 0.001, 0.001, has a std of 0.001 · sqrt(1/3) = 5.8e-4, to which 1e-4 adds a sixth
+    parts = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.001], [0.0, 0.001]], dtype=torch.float64)
+    a = [x / (0.5 + 1e-4) for x in (0.75, -0.25, -0.25, -0.25)]
+    b = [x / (1 / math.sqrt(3) + 1e-4) for x in (-0.5, -0.5, 0.5, 0.5)]
+    total = [x + 0.001 * y for x, y in zip(a, b, strict=True)]
+    std = math.sqrt(sum(x * x for x in total) / 3) + 1e-4
+    found = decoupled_advantages(parts, torch.tensor([1.0, 0.001]), 4)
+    assert found.tolist() == pytest.approx([x / std for x in total], abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_reward_of_weight_0_has_no_part(scale):
+    parts = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [3.0, 0.0]], dtype=torch.float64)
+    both = decoupled_advantages(parts, torch.tensor([1.0, 0.0]), 2, scale)
+    assert both.tolist() == decoupled_advantages(parts[:, :1], torch.ones(1), 2, scale).tolist()
 
 
 def test_a_negative_weight_keeps_its_sign_and_what_does_not_apply_has_no_part():
