@@ -10,6 +10,8 @@ import numpy as np
 from grpo.config import CHANGEABLE_ON_RESUME, TrainConfig, with_new_names
 
 SMOOTHED_FROM = 10  # steps; below that, every step is a marker
+# Settings that a run may change when it continues, but that make its curve another one: its numbers or its length.
+DECIDES_A_CURVE = ("precision", "num_iterations", "patience", "target_accuracy")
 Record = Mapping[str, Any]
 
 
@@ -74,7 +76,7 @@ def findings(record: Record) -> list[Mapping[str, Any]]:
 
 @dataclass
 class Group:
-    """Runs that count as one: the same label, or the same settings but for the seed."""
+    """Runs that are drawn as one curve: the same label, or the same settings and each another seed."""
 
     label: str
     records: list[Record] = field(default_factory=list)
@@ -116,9 +118,10 @@ def over_runs(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> Spread:
 
 
 def group_runs(paths: Sequence[Path], records: Sequence[Record], labels: Sequence[str]) -> list[Group]:
-    """Group runs by label; without labels, by settings other than the seed and those that change nothing learned.
+    """Group runs by label; without labels, those that differ in their seed only.
 
-    `labels` is empty, or as long as `paths`.
+    Settings that change nothing in a curve, such as the output folder, are not compared. A run alone is labelled by
+    its path and the settings that differ between the groups. `labels` is empty, or as long as `paths`.
     """
     if labels:
         groups = {label: Group(label) for label in labels}
@@ -131,21 +134,27 @@ def group_runs(paths: Sequence[Path], records: Sequence[Record], labels: Sequenc
     names = _names([_settings(records[rows[0]]) for rows in by_settings.values()])
     groups = []
     for rows, name in zip(by_settings.values(), names, strict=True):
-        label = name if len(rows) > 1 or not paths[rows[0]].name else str(paths[rows[0]])
-        groups.append(Group(label, [records[i] for i in rows]))
+        group = Group(name, [records[i] for i in rows])
+        if len(rows) > 1 and len({repr(seed) for seed in group.seeds}) == len(rows):
+            group.label = group.label or str(records[rows[0]]["config"].get("model", "?"))
+            groups.append(group)
+        else:
+            groups += [Group(", ".join(filter(None, (str(paths[i]), name))), [records[i]]) for i in rows]
     return groups
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    """Return the settings that make runs different from each other."""
+    """Return the settings that make the curves of two runs differ, but for the seed; precision as "auto" chose it."""
     config = {**TrainConfig().to_dict(), **with_new_names(record["config"])}  # an older run lacks what came later
-    return {name: value for name, value in config.items() if name not in (*CHANGEABLE_ON_RESUME, "seed")}
+    environment = record.get("environment")
+    if isinstance(environment, Mapping):  # a damaged or older record may have none
+        config["precision"] = environment.get("precision", config["precision"])
+    left_out = {"seed", *CHANGEABLE_ON_RESUME} - set(DECIDES_A_CURVE)
+    return {name: value for name, value in config.items() if name not in left_out}
 
 
 def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name each of several settings by where it differs from the others, or else by its model."""
+    """Name each of several settings by where it differs from the others; empty if they are all the same."""
     names = dict.fromkeys(name for one in settings for name in one)
     differing = [name for name in names if len({repr(one.get(name)) for one in settings}) > 1]
-    if not differing:
-        return [str(one.get("model", "?")) for one in settings]
     return [", ".join(f"{name} {one.get(name, '?')}" for name in differing) for one in settings]

@@ -85,4 +85,36 @@ def test_runs_are_grouped_by_label_or_by_their_settings_without_the_seed():
     groups = group_runs(paths, records, ["x", "y", "x"])
     assert [(g.label, g.seeds) for g in groups] == [("x", [0, 0]), ("y", [1])]
     groups = group_runs(paths, records, [])
-    assert [(g.label, g.seeds) for g in groups] == [("learning_rate 1e-07", [0, 1]), (str(Path("runs/c")), [0])]
+    alone = f"{Path('runs/c')}, learning_rate 0.001"
+    assert [(g.label, g.seeds) for g in groups] == [("learning_rate 1e-07", [0, 1]), (alone, [0])]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "precision": ("float32", "bfloat16"),
+        "num_iterations": (60, 80),
+        "patience": (0, 3),
+        "target_accuracy": (0.0, 0.9),
+    }.items(),
+)
+def test_runs_of_other_precision_or_length_are_not_averaged(name, values):
+    records = [a_record(9, seed=seed, **{name: value}) for seed, value in enumerate(values)]
+    groups = group_runs([Path("a"), Path("b")], records, [])
+    assert [(g.label, g.seeds) for g in groups] == [(f"a, {name} {values[0]}", [0]), (f"b, {name} {values[1]}", [1])]
+
+
+def test_the_precision_of_a_run_is_the_one_that_auto_chose():
+    records = [{**a_record(9, seed=seed), "environment": {"precision": "float32"}} for seed in range(3)]
+    records[1]["config"]["precision"] = "float32"
+    records[2]["environment"]["precision"] = "bfloat16"
+    groups = group_runs([Path("a"), Path("b"), Path("c")], records, [])
+    assert [(g.label, g.seeds) for g in groups] == [("precision float32", [0, 1]), ("c, precision bfloat16", [2])]
+    records[2]["environment"] = ["damaged"]
+    assert group_runs([Path("a"), Path("b"), Path("c")], records, [])[1].label == "c, precision auto"
+
+
+def test_runs_of_the_same_seed_and_settings_are_not_averaged():
+    records = [a_record(9, seed=seed) for seed in (0, 1, 0)]
+    groups = group_runs([Path("a"), Path("b"), Path("c")], records, [])
+    assert [(g.label, g.seeds) for g in groups] == [("a", [0]), ("b", [1]), ("c", [0])]
