@@ -229,8 +229,8 @@ def sampled(
 ) -> list[list[str]]:
     """Return random completions of each prompt."""
     from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
-    from grpo.model.tokens import left_pad
     from grpo.runtime.precision import in_precision
+    from grpo.scoring.tokens import left_pad
 
     generator = Generator(lm.model)
     params = SamplingParams(limit, lm.end_ids, sampling.samples, sampling.temperature)

@@ -17,12 +17,12 @@ from grpo.algorithm.schedules import learning_rate_at
 from grpo.algorithm.update import Updater, clipped_step
 from grpo.config import TrainConfig
 from grpo.model.language_model import LanguageModel
-from grpo.model.logprobs import completion_logprobs
-from grpo.model.tokens import Tokens, tokens_of
 from grpo.runtime import distributed
 from grpo.runtime.microbatch import AdaptiveMicrobatch, oom_is_fatal, split_microbatches
 from grpo.runtime.precision import in_precision
 from grpo.runtime.stopwatch import Stopwatch
+from grpo.scoring.logprobs import completion_logprobs
+from grpo.scoring.tokens import Tokens, tokens_of
 from tasks.base import Message, Task, prompt_of
 from tasks.common.shots import solved_problem
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo.algorithm.grpo import GRPO
-from grpo.algorithm.outlook import outlook
 from grpo.config import TrainConfig
 from grpo.evaluation.evaluator import Evaluator
 from grpo.interrupts import Interrupted, InterruptHandler
+from grpo.launch.outlook import outlook
 from grpo.measurer import Measurer
 from grpo.model.language_model import check_prompts_fit
 from grpo.model.loading import load, load_policy

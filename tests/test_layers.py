@@ -40,14 +40,16 @@ MAY_IMPORT = {
     "config": {"setting"},
     "model_card": {"config", "setting"},
     "record": {"runtime"},
-    "model": {*SETTINGS, "runtime"},
-    "generation": {*SETTINGS, "runtime", "model"},
-    "algorithm": {*SETTINGS, "runtime", "model", "generation"},
-    "evaluation": {*SETTINGS, "runtime", "model", "generation"},
-    "plots": {*SETTINGS, "runtime", "record", "algorithm.step_metrics"},
+    "scoring": {"runtime"},
+    "model": {*SETTINGS, "runtime", "scoring"},
+    "generation": {*SETTINGS, "runtime", "scoring", "model"},
+    "algorithm": {*SETTINGS, "runtime", "scoring", "model", "generation"},
+    "evaluation": {*SETTINGS, "runtime", "scoring", "model", "generation"},
+    "plots": {*SETTINGS, "runtime", "record"},
     "interrupts": {*SETTINGS, "runtime"},
-    "sft": {*SETTINGS, "runtime", "model", "algorithm"},
-    "report": {*SETTINGS, "runtime", "record", "model", "generation", "algorithm", "evaluation"},
+    "sft": {*SETTINGS, "runtime", "scoring", "model", "algorithm"},
+    "plain": {*SETTINGS, "model", "generation", "algorithm"},
+    "report": {*SETTINGS, "runtime", "record", "scoring", "model", "generation", "algorithm", "evaluation"},
 }
 MAY_IMPORT["launch"] = MAY_IMPORT["report"] | {"report", "sft", "plots"}
 MAY_IMPORT["resume"] = MAY_IMPORT["report"] | {"report"}

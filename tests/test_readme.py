@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 import train_grpo
-from grpo.algorithm.step_metrics import STEP_METRICS
 from grpo.config import ordered_fields
 from grpo.diagnostics.findings import CHECKS
 from grpo.model_card import STARTER, read_card
+from grpo.record.step_metrics import STEP_METRICS
 from tasks.arithmetic import Arithmetic
 from tasks.rewards.scoring import parse_rewards
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from grpo.algorithm.reference import Reference, frozen_copy
 from grpo.algorithm.rollout import Rollout, RolloutSampler
 from grpo.algorithm.schedules import adapted_beta, scheduled
-from grpo.algorithm.step_metrics import StepResult, step_metrics
 from grpo.algorithm.update import Batch, Updater, UpdateStats, moved_fraction, watched_weights
 from grpo.config import TrainConfig
 from grpo.generation.capabilities import ModelCapabilities
 from grpo.generation.sampling import Generator
 from grpo.model.language_model import LanguageModel
 from grpo.model.lora import has_adapter, trainable
+from grpo.record.step_metrics import StepResult, step_metrics
 from grpo.runtime import distributed
 from grpo.runtime.checks import check_entries, is_count, is_number
 from grpo.runtime.distributed import gather_to_rank0

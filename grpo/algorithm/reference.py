@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.config import TrainConfig
-from grpo.model.logprobs import completion_logprobs
-from grpo.model.tokens import Tokens
 from grpo.runtime.distributed import distribute_like
 from grpo.runtime.microbatch import AdaptiveMicrobatch, split_microbatches
 from grpo.runtime.precision import in_precision, lower_weights
+from grpo.scoring.logprobs import completion_logprobs
+from grpo.scoring.tokens import Tokens
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

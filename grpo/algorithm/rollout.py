@@ -14,11 +14,11 @@ from grpo.algorithm.advantages import decoupled_advantages, group_advantages
 from grpo.config import TrainConfig
 from grpo.generation.sampling import Completions, Generator, SamplingParams, concatenate, sampling_uniforms
 from grpo.model.language_model import LanguageModel
-from grpo.model.tokens import Tokens, shared_beginning
 from grpo.runtime import distributed
 from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.precision import in_precision
 from grpo.runtime.stopwatch import Stopwatch
+from grpo.scoring.tokens import Tokens, shared_beginning
 from tasks.base import Problem, Reward, Task, prompt_of
 from tasks.rewards.scoring import RewardFunction, score
 

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from grpo.algorithm.loss import AVERAGES, StepSizes, grpo_loss
 from grpo.algorithm.rollout import Rollout
 from grpo.config import TrainConfig
-from grpo.model.logprobs import completion_logprobs
 from grpo.model.lora import trainable
-from grpo.model.tokens import Tokens
 from grpo.runtime import distributed
 from grpo.runtime.console import suppress_warnings
 from grpo.runtime.distributed import distribute_like, full_tensor, gather_to_rank0, local_tensor, sum_gradients
 from grpo.runtime.microbatch import AdaptiveMicrobatch, oom_is_fatal, split_microbatches
 from grpo.runtime.precision import in_precision
+from grpo.scoring.logprobs import completion_logprobs
+from grpo.scoring.tokens import Tokens
 
 WATCHED = 10_000  # weights that `watched_weights` copies
 

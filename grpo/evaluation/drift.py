@@ -20,10 +20,10 @@ import torch
 
 from grpo.generation.greedy import greedy
 from grpo.model.language_model import LanguageModel
-from grpo.model.logprobs import completion_logprobs
-from grpo.model.tokens import Tokens, left_pad, length_mask
 from grpo.runtime.checks import is_count, is_list_of
 from grpo.runtime.precision import in_precision
+from grpo.scoring.logprobs import completion_logprobs
+from grpo.scoring.tokens import Tokens, left_pad, length_mask
 
 ANSWER_TOKENS = 24  # of each answer at most
 

@@ -15,12 +15,12 @@ from grpo.generation.capabilities import ModelCapabilities
 from grpo.generation.greedy import MAX_ROWS, greedy_across_ranks
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
 from grpo.model.language_model import LanguageModel
-from grpo.model.tokens import common_prefix_length, left_pad
 from grpo.runtime import distributed
 from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.precision import in_precision
 from grpo.runtime.stopwatch import Stopwatch
+from grpo.scoring.tokens import common_prefix_length, left_pad
 from tasks.base import Attempt, Problem, Task, prompt_of
 from tasks.rewards.scoring import RewardFunction, score
 from tasks.unrelated import QUESTIONS

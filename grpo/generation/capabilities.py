@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.generation.decoding import CachedDecoder, graph_matches_cached, prefill, prefill_own
-from grpo.model.attention.packed import disable
 from grpo.model.language_model import LanguageModel
-from grpo.model.logprobs import completion_logprobs
-from grpo.model.tokens import Tokens, common_prefix_length, left_pad
 from grpo.runtime.console import say
 from grpo.runtime.microbatch import matches_reference
 from grpo.runtime.precision import in_precision
+from grpo.scoring.attention.packed import disable
+from grpo.scoring.logprobs import completion_logprobs
+from grpo.scoring.tokens import Tokens, common_prefix_length, left_pad
 from tasks.base import Task, prompt_of
 
 PROBED = 4  # prompts, each with two completions

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from grpo.model.attention.common_prefix import CommonPrefix
-from grpo.model.attention.packed import enable
-from grpo.model.tokens import last_columns, position_ids
 from grpo.runtime.microbatch import is_unsupported
+from grpo.scoring.attention.common_prefix import CommonPrefix
+from grpo.scoring.attention.packed import enable
+from grpo.scoring.tokens import last_columns, position_ids
 
 CAPACITY_STEP = 32  # tokens; the cache grows by this many at a time
 WARM_UP = 2  # tokens run on a side stream before one is recorded, as CUDA's libraries need to initialise

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from grpo.generation.capabilities import ModelCapabilities
 from grpo.generation.sampling import Completions, Generator, SamplingParams, concatenate
 from grpo.model.language_model import LanguageModel
-from grpo.model.tokens import common_prefix_length, left_pad
 from grpo.runtime import distributed
 from grpo.runtime.precision import in_precision
+from grpo.scoring.tokens import common_prefix_length, left_pad
 
 MAX_ROWS = 256  # greedy completions in one pass
 

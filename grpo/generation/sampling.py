@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from grpo.generation.capabilities import ModelCapabilities
 from grpo.generation.decoding import CachedDecoder, CudaGraphDecoder, prefill, prefill_own
-from grpo.model.logprobs import scaled
-from grpo.model.tokens import length_mask, prompts_of, shared_from
 from grpo.runtime.distributed import any_rank, is_sharded
 from grpo.runtime.microbatch import split_microbatches
+from grpo.scoring.logprobs import scaled
+from grpo.scoring.tokens import length_mask, prompts_of, shared_from
 
 IN_CACHE = 2**17  # probabilities, in float32 and in two integers
 QUANTA = 2**50  # a distribution as integers that add up to about this

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpo.algorithm.grpo import GRPO
-from grpo.algorithm.outlook import outlook
 from grpo.evaluation.evaluator import SAMPLES_PER_K, SKILL_PROBLEMS, Evaluator
 from grpo.generation.greedy import MAX_ROWS
+from grpo.launch.outlook import outlook
 from grpo.report.opening import introduce, show_shares
 from grpo.runtime.console import duration, printable, say
 from grpo.runtime.device import peak_memory

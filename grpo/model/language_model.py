@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import TrainConfig
 from grpo.model.chat_template import encode_chat, encode_completion
-from grpo.model.tokens import left_pad
+from grpo.scoring.tokens import left_pad
 from tasks.base import Message, Task
 
 CHARACTERS = 64  # of a token, at most: of a longer text a beginning tells whether it fits

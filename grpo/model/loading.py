@@ -27,7 +27,6 @@ from transformers.utils import logging as transformers_logging
 
 from grpo.config import TrainConfig
 from grpo.model.chat_template import end_of_turn_ids, ensure_chat_template
-from grpo.model.fused.layers import fuse_layers
 from grpo.model.inspection import check_finite, check_folder, check_gguf, limited_size, read_headers, silent
 from grpo.model.language_model import LanguageModel, switch_off_dropout
 from grpo.model.lora import add_adapter, four_bits
@@ -39,6 +38,7 @@ from grpo.runtime.device import begin_vector_math
 from grpo.runtime.distributed import check_same_model
 from grpo.runtime.precision import precision as precision_of
 from grpo.runtime.precision import set_precision
+from grpo.scoring.layers import fuse_layers
 from tasks.common.user_file import dangling
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]

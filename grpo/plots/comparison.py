@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from grpo.algorithm.step_metrics import STEP_METRICS, metric_title
 from grpo.plots.series import SMOOTHED_FROM, Group, column, evaluations, over_runs, smooth, window_for
 from grpo.plots.style import (
     COLOURS,
@@ -28,6 +27,7 @@ from grpo.plots.style import (
     tidy,
     whole_steps,
 )
+from grpo.record.step_metrics import STEP_METRICS, metric_title
 
 COMPARISON = "grpo_comparison.png"
 WIDTH, ROW, FOOT, TEXT_LINE = 8.8, 1.55, 0.45, 0.19  # inches

@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from grpo.algorithm.step_metrics import STEP_METRICS, metric_title
 from grpo.plots.series import SMOOTHED_FROM, Record, column, evaluations, phases, reward_parts, smooth, window_for
 from grpo.plots.style import (
     AMBER,
@@ -34,6 +33,7 @@ from grpo.plots.style import (
     shares,
 )
 from grpo.record.schema import few_categories
+from grpo.record.step_metrics import STEP_METRICS, metric_title
 
 MOST_PARTS = 11  # of a reward
 STYLES = ("-", "--")  # of the first parts that have a colour each, and of the others

@@ -30,8 +30,8 @@ from grpo.evaluation.intervals import accuracy_text
 from grpo.generation.greedy import greedy
 from grpo.model.language_model import LanguageModel
 from grpo.model.saving import save
-from grpo.model.tokens import Tokens
 from grpo.model_card import STARTER, read_card
+from grpo.scoring.tokens import Tokens
 from grpo.sft import supervised_gradient, supervised_tokens
 from grpo.starter.data import ARITHMETIC, BATCH, PROMPTS, SEED, example
 from tasks.common.prompts import system_prompt

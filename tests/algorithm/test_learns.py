@@ -8,7 +8,7 @@ from grpo.algorithm.advantages import group_advantages
 from grpo.algorithm.update import Batch, inner_update
 from grpo.config import TrainConfig
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
-from grpo.model.tokens import Tokens, left_pad
+from grpo.scoring.tokens import Tokens, left_pad
 from tests.helpers.models import tiny_model
 
 CONFIG = TrainConfig(batch_size=4, num_generations=8, max_new_tokens=3, num_inner_updates=2, beta=0.0)

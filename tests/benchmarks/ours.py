@@ -7,9 +7,9 @@ import torch
 
 from grpo.algorithm.grpo import GRPO
 from grpo.model.language_model import LanguageModel
-from grpo.model.tokens import shared_beginning
 from grpo.runtime.device import keep_freed_memory, use_large_pages
 from grpo.runtime.precision import precision
+from grpo.scoring.tokens import shared_beginning
 from tests.benchmarks.flops import Dimensions, update_flops
 from tests.benchmarks.work import Channel, Spec, record
 

@@ -18,8 +18,8 @@ from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.update import Batch, inner_update
 from grpo.config import TrainConfig
 from grpo.model.loading import load
-from grpo.model.tokens import Tokens
 from grpo.model_card import resolve
+from grpo.scoring.tokens import Tokens
 from tasks.registry import make_task
 
 

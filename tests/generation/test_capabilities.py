@@ -13,9 +13,9 @@ from transformers import (
 
 from grpo.generation import decoding
 from grpo.generation.capabilities import ModelCapabilities, supports_cache_expansion, supports_packing
-from grpo.model.attention import packed as packed_attention
 from grpo.model.loading import load
-from grpo.model.logprobs import completion_logprobs
+from grpo.scoring.attention import packed as packed_attention
+from grpo.scoring.logprobs import completion_logprobs
 from tasks.arithmetic import Arithmetic
 from tests.helpers.models import VOCABULARY, ragged_tokens, tiny_model
 from tests.helpers.zoo import KINDS, SIZES, build

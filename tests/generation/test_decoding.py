@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.generation.decoding import CAPACITY_STEP, PreallocatedLayer
 from grpo.generation.sampling import Generator, sampling_uniforms
-from grpo.model.logprobs import completion_logprobs
-from grpo.model.tokens import Tokens
+from grpo.scoring.logprobs import completion_logprobs
+from grpo.scoring.tokens import Tokens
 from tests.helpers import zoo
 from tests.helpers.generation import generate, same_completions
 from tests.helpers.models import ragged_tokens, tiny_model

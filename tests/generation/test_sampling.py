@@ -9,8 +9,8 @@ from grpo.generation.capabilities import ModelCapabilities
 from grpo.generation.decoding import CachedDecoder
 from grpo.generation.sampling import Generator, SamplingParams, draw, sample_inverse_cdf, sampling_uniforms, shrunk
 from grpo.model.loading import load
-from grpo.model.logprobs import completion_logprobs
-from grpo.model.tokens import Tokens, common_prefix_length, left_pad
+from grpo.scoring.logprobs import completion_logprobs
+from grpo.scoring.tokens import Tokens, common_prefix_length, left_pad
 from tasks.arithmetic import Arithmetic
 from tests.helpers import zoo
 from tests.helpers.generation import generate, same_completions

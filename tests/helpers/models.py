@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from grpo.model.tokens import Tokens
+from grpo.scoring.tokens import Tokens
 from tests.helpers import zoo
 
 VOCABULARY = 50

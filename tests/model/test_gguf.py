@@ -12,9 +12,9 @@ import torch
 from grpo.algorithm.grpo import GRPO
 from grpo.model import loading
 from grpo.model.loading import load
-from grpo.model.logprobs import completion_logprobs
 from grpo.model.saving import save
-from grpo.model.tokens import Tokens
+from grpo.scoring.logprobs import completion_logprobs
+from grpo.scoring.tokens import Tokens
 from tasks.arithmetic import Arithmetic
 from tasks.common.shots import with_shots
 from tests.helpers.generation import greedy_texts

@@ -13,12 +13,12 @@ from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.reference import frozen_copy
 from grpo.config import TrainConfig
 from grpo.evaluation.evaluator import Evaluator
-from grpo.model import logprobs as logprobs_module
 from grpo.model.language_model import LanguageModel
 from grpo.model.loading import load
-from grpo.model.logprobs import completion_logprobs
 from grpo.model.lora import ADAPTER, add_adapter, four_bits, merged, trainable
 from grpo.model_card import resolve
+from grpo.scoring import logprobs as logprobs_module
+from grpo.scoring.logprobs import completion_logprobs
 from tasks.arithmetic import Arithmetic
 from tests.helpers.models import ragged_tokens, tiny_model
 

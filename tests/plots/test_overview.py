@@ -5,10 +5,10 @@ import re
 import pytest
 from matplotlib.figure import Figure
 
-from grpo.algorithm.step_metrics import StepMetric
 from grpo.plots import figures, panels
 from grpo.plots.figures import MOST_FINDINGS, overview
 from grpo.plots.panels import PANELS
+from grpo.record.step_metrics import StepMetric
 from tests.helpers.records import FINDINGS, a_full_record, a_record
 
 OF_SOME_RUNS = "Accuracy by category"  # of those with few of them, such as the tasks of a mixture
@@ -79,7 +79,7 @@ def test_a_metric_of_the_table_that_no_panel_knows_has_one_of_its_own(monkeypatc
         StepMetric("unnamed", "", lambda s: 0.5),
     )
     monkeypatch.setattr(panels, "STEP_METRICS", (*panels.STEP_METRICS, *added))
-    monkeypatch.setattr("grpo.algorithm.step_metrics.STEP_METRICS", panels.STEP_METRICS)
+    monkeypatch.setattr("grpo.record.step_metrics.STEP_METRICS", panels.STEP_METRICS)
     monkeypatch.setattr(figures, "PANELS", (*PANELS[:2], *panels._of_table()))
     record = a_full_record(60)
     for row in record["steps"]:

@@ -144,7 +144,7 @@ def test_two_machines_of_two_processes_that_shard_within_each_do_so_too(model, a
 @pytest.mark.parametrize("shard", [False, True])
 def test_the_fused_output_layer_does_so_too(shard, model, alone, tmp_path, monkeypatch):
     one = alone()
-    monkeypatch.setattr("grpo.model.fused.output_layer.CHUNK", 64)  # fewer logits are held, all at once
+    monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)  # fewer logits are held, all at once
     train_in_two(model, tmp_path / "run", shard=shard)
     assert largest_difference(one, tmp_path / "run") < SAME
 

@@ -17,10 +17,10 @@ from grpo.algorithm import grpo as grpo_module
 from grpo.algorithm.grpo import GRPO
 from grpo.generation.capabilities import supports_common_prefix, supports_packing
 from grpo.model.loading import load
-from grpo.model.tokens import left_pad
 from grpo.model_card import resolve
 from grpo.record.checkpoint import newest_checkpoint
 from grpo.runtime.microbatch import AdaptiveMicrobatch, is_out_of_memory, split_microbatches
+from grpo.scoring.tokens import left_pad
 from grpo.trainer import Trainer
 from tasks.arithmetic import Arithmetic
 

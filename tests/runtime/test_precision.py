@@ -7,10 +7,10 @@ import torch
 
 from grpo.algorithm.reference import frozen_copy
 from grpo.model.loading import load
-from grpo.model.logprobs import completion_logprobs
 from grpo.model_card import resolve
 from grpo.runtime import precision as module
 from grpo.runtime.precision import cpu_multiplies_bfloat16, in_precision, precision, set_precision
+from grpo.scoring.logprobs import completion_logprobs
 from tests.helpers.models import ragged_tokens, tiny_model
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_the_starter_stays_in_float32_and_so_does_what_is_trained_from_it():
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_in_bfloat16_log_probabilities_and_gradients_differ_by_its_rounding_alone(kind, packed, monkeypatch):
     for name in ("SHARED_FROM", "SHARED_FROM_16_BITS"):
-        monkeypatch.setattr(f"grpo.model.tokens.{name}", 2)
+        monkeypatch.setattr(f"grpo.scoring.tokens.{name}", 2)
     tokens, found = ragged_tokens((9, 7, 12), common_prefix=4), {}
     for name in ("float32", "bfloat16"):
         model = tiny_model(kind)

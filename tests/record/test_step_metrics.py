@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo.algorithm.grpo import sampler_gap
-from grpo.algorithm.step_metrics import _spread
+from grpo.record.step_metrics import _spread
 
 
 def test_the_spread_of_a_part_is_that_of_the_groups_where_it_differs():

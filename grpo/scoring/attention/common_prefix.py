@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from grpo.model.attention.layout import as_bias
-from grpo.model.attention.partial import PartialAttention, joined
+from grpo.scoring.attention.layout import as_bias
+from grpo.scoring.attention.partial import PartialAttention, joined
 
 
 @dataclass(frozen=True)

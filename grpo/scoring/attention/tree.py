@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from grpo.model.attention.layout import Layout
-from grpo.model.attention.partial import PartialAttention, joined
+from grpo.scoring.attention.layout import Layout
+from grpo.scoring.attention.partial import PartialAttention, joined
 
 Parts = tuple[PartialAttention, PartialAttention, PartialAttention]
 

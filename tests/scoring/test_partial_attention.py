@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from grpo.model.attention import partial as module
-from grpo.model.attention.layout import as_bias
-from grpo.model.attention.partial import PartialAttention, joined
+from grpo.scoring.attention import partial as module
+from grpo.scoring.attention.layout import as_bias
+from grpo.scoring.attention.partial import PartialAttention, joined
 
 
 def some_vectors(seed=0, rows=3, length=4, keys=5, size=6, more=1):

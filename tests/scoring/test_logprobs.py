@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from grpo.generation.decoding import prefill, prefill_own
-from grpo.model import logprobs
-from grpo.model import tokens as tokens_module
-from grpo.model.attention import packed as packed_attention
-from grpo.model.logprobs import completion_logprobs, token_entropy, token_logprobs
-from grpo.model.tokens import shared_beginning
+from grpo.scoring import logprobs
+from grpo.scoring import tokens as tokens_module
+from grpo.scoring.attention import packed as packed_attention
+from grpo.scoring.logprobs import completion_logprobs, token_entropy, token_logprobs
+from grpo.scoring.tokens import shared_beginning
 from tests.helpers.models import VOCABULARY, ragged_tokens, tiny_model
 from tests.helpers.products import Products
 from tests.helpers.zoo import KINDS, WINDOW

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from grpo.model.fused.layers import fuse_layers, gated_product, rms_norm
 from grpo.model.loading import load
-from grpo.model.logprobs import completion_logprobs
+from grpo.scoring.layers import fuse_layers, gated_product, rms_norm
+from grpo.scoring.logprobs import completion_logprobs
 from tests.helpers.models import ragged_tokens, tiny_model
 from tests.helpers.zoo import KINDS
 

@@ -5,8 +5,8 @@ import torch
 
 from grpo.algorithm import outlook as module
 from grpo.algorithm.grpo import GRPO
-from grpo.algorithm.outlook import outlook
 from grpo.config import TrainConfig
+from grpo.launch.outlook import outlook
 from grpo.model.loading import load
 from tasks.arithmetic import Arithmetic
 

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from grpo.generation.capabilities import supports_packing
-from grpo.model.attention import packed as module
-from grpo.model.attention.layout import Layout
-from grpo.model.attention.packed import disable, enable, packed_attention
-from grpo.model.logprobs import completion_logprobs
 from grpo.runtime.precision import in_precision, set_precision
+from grpo.scoring.attention import packed as module
+from grpo.scoring.attention.layout import Layout
+from grpo.scoring.attention.packed import disable, enable, packed_attention
+from grpo.scoring.logprobs import completion_logprobs
 from tests.helpers.models import ragged_tokens, tiny_model
 
 MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=2)  # what transformers' own attention asks of a module

@@ -21,9 +21,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from grpo.model.attention.common_prefix import CommonPrefix
-from grpo.model.attention.layout import IndexMaps, Layout, causal
-from grpo.model.attention.tree import Tree
+from grpo.scoring.attention.common_prefix import CommonPrefix
+from grpo.scoring.attention.layout import IndexMaps, Layout, causal
+from grpo.scoring.attention.tree import Tree
 
 NAME = "shared_prefix"
 SCORES = 2**21  # attention scores of a layer that may be held in memory, 8 MiB

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from grpo.model.attention.layout import Layout
-from grpo.model.attention.packed import enable
-from grpo.model.fused.output_layer import CHUNK, LEAST_LOG, fused_logprobs
-from grpo.model.tokens import Tokens, last_columns, position_ids, shared_beginning
+from grpo.scoring.attention.layout import Layout
+from grpo.scoring.attention.packed import enable
+from grpo.scoring.output_layer import CHUNK, LEAST_LOG, fused_logprobs
+from grpo.scoring.tokens import Tokens, last_columns, position_ids, shared_beginning
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from grpo.model.tokens import Tokens, left_pad, position_ids
+from grpo.scoring.tokens import Tokens, left_pad, position_ids
 from tests.helpers.models import ragged_tokens
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo.model.fused import output_layer as module
-from grpo.model.fused.output_layer import linear_logprobs
-from grpo.model.logprobs import completion_logprobs, token_entropy
 from grpo.runtime.precision import in_precision, set_precision
+from grpo.scoring import output_layer as module
+from grpo.scoring.logprobs import completion_logprobs, token_entropy
+from grpo.scoring.output_layer import linear_logprobs
 from tests.helpers.models import ragged_tokens, tiny_model
 from tests.helpers.products import Products
 from tests.helpers.zoo import KINDS
@@ -178,7 +178,7 @@ class Softcapped(nn.Module):
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_model_that_changes_its_logits_takes_the_plain_way_and_says_so_once(in_place, monkeypatch, capsys):
-    monkeypatch.setattr("grpo.model.fused.output_layer.CHUNK", 64)
+    monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)
     model, tokens = Softcapped(tiny_model("llama"), in_place).eval(), ragged_tokens()
     found = [completion_logprobs(model, tokens, 1.0, packed=packed)[0].detach() for packed in (True, True, False)]
     for logprobs in found[:2]:
@@ -190,16 +190,16 @@ def test_an_output_layer_of_another_kind_takes_the_plain_way(monkeypatch):
     class Other(nn.Linear):
         """Such as one with an adapter, or in 4 bits."""
 
-    monkeypatch.setattr("grpo.model.fused.output_layer.CHUNK", 64)
+    monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)
     model, tokens = tiny_model("llama"), ragged_tokens()
     before = completion_logprobs(model, tokens, 1.0)[0]
     model.lm_head.__class__ = Other
-    monkeypatch.setattr("grpo.model.fused.output_layer.linear_logprobs", None)  # calling it would fail
+    monkeypatch.setattr("grpo.scoring.output_layer.linear_logprobs", None)  # calling it would fail
     torch.testing.assert_close(completion_logprobs(model, tokens, 1.0)[0], before, atol=1e-5, rtol=1e-5)
 
 
 def test_the_layer_is_itself_again_afterwards_even_if_the_pass_fails(monkeypatch):
-    monkeypatch.setattr("grpo.model.fused.output_layer.CHUNK", 64)
+    monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)
     model, tokens = tiny_model("llama"), ragged_tokens()
     completion_logprobs(model, tokens, 1.0)
     assert "forward" not in vars(model.lm_head)
@@ -210,7 +210,7 @@ def test_the_layer_is_itself_again_afterwards_even_if_the_pass_fails(monkeypatch
 
 
 def test_bfloat16_through_the_fused_layer_of_a_model(monkeypatch):
-    monkeypatch.setattr("grpo.model.fused.output_layer.CHUNK", 64)
+    monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)
     model, tokens = tiny_model("qwen3"), ragged_tokens()
     exact = completion_logprobs(model, tokens, 1.0)[0]
     set_precision(model, "bfloat16", CPU)
