@@ -171,7 +171,7 @@ class TrainConfig(TaskOptions):
         False, VARIANTS, "leave completions cut off by the token limit out of the loss"
     )
     resample_tied: int = setting(
-        0, VARIANTS, "redraw groups that are all right or all wrong, at most this often", least=0, common=True
+        0, VARIANTS, "redraw groups whose rewards are all equal, at most this often", least=0, common=True
     )
     target_kl: float = setting(
         0.0, VARIANTS, "adapt beta to hold the KL here (nats per token); 0: constant beta", least=0.0

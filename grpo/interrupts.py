@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from grpo.runtime import distributed
 from grpo.runtime.console import for_terminal
+from grpo.runtime.ranks import ONE, Ranks
 from grpo.setting import parse_duration
 
 TOO_LATE = 1  # among signals of at least 2
@@ -35,8 +35,9 @@ class InterruptHandler:
     handler during a long operation of torch.
     """
 
-    def __init__(self, time_limit: str, launched: float) -> None:
+    def __init__(self, time_limit: str, launched: float, ranks: Ranks = ONE) -> None:
         """`launched` is the `time.monotonic()` that the time limit counts from."""
+        self.ranks = ranks
         self.signal: signal.Signals | None = None
         self._deadline = launched + parse_duration(time_limit) if time_limit else None
         self._before: dict[signal.Signals, Any] = {}
@@ -68,7 +69,7 @@ class InterruptHandler:
 
         Not so with several processes, which must stop in the same place.
         """
-        if distributed.world_size() > 1:
+        if self.ranks.size > 1:
             yield
             return
         self._grace = grace
@@ -110,7 +111,7 @@ class InterruptHandler:
 
     def _agreed(self, code: int) -> int:
         """Return the most urgent of the codes of all ranks: a signal, or else `code`."""
-        code = int(distributed.all_reduce_max(torch.tensor(self.signal or code)))
+        code = int(self.ranks.max(torch.tensor(self.signal or code)))
         if code in NAMES:
             self.signal = signal.Signals(code)
         return code

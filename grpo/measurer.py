@@ -20,7 +20,7 @@ from grpo.record.tracker import Tracker
 from grpo.report.progress import show_finding
 from grpo.report.saved_readme import saved_readme
 from grpo.resume import Progress
-from grpo.runtime import distributed
+from grpo.runtime.ranks import ONE, Ranks
 from tasks.base import Task, asked
 
 
@@ -28,14 +28,21 @@ class Measurer:
     """Measures the policies of a run and records what they reach; holds no model."""
 
     def __init__(
-        self, config: TrainConfig, task: Task, evaluator: Evaluator, metrics: Metrics, progress: Progress
+        self,
+        config: TrainConfig,
+        task: Task,
+        evaluator: Evaluator,
+        metrics: Metrics,
+        progress: Progress,
+        ranks: Ranks = ONE,
     ) -> None:
         """Write to the output folder of the settings; only rank 0 does."""
+        self.ranks = ranks
         self.config, self.task = config, task
         self.evaluator, self.metrics, self.progress = evaluator, metrics, progress
         self.saved_model = Path(config.output_dir) / SAVED_MODEL
         self.samples = Samples(metrics.path and metrics.path.parent)
-        self.tracker = Tracker(config.track if distributed.is_main_process() else "none")
+        self.tracker = Tracker(config.track if ranks.is_main else "none")
         self.rollout: Rollout | None = None  # of the last step
 
     def record(self, rollout: Rollout, entry: dict[str, Any]) -> None:
@@ -105,5 +112,5 @@ class Measurer:
             "settings": c.inheritable_settings(),
         }
         readme = saved_readme(c, self.progress.best, self.progress.before, None)
-        save(self.saved_model, lm, card, readme)
+        save(self.saved_model, lm, card, readme, self.ranks)
         self.metrics.add_time("save", time.perf_counter() - start)

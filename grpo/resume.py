@@ -18,9 +18,9 @@ from grpo.record.metrics import Metrics
 from grpo.record.samples import Samples
 from grpo.record.schema import is_evaluation
 from grpo.report.opening import show_continuation
-from grpo.runtime import distributed
 from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.console import say
+from grpo.runtime.ranks import ONE, Ranks
 
 LONG_AGO = 60.0  # seconds after which a checkpoint is written between those of --save-every
 MOST_SAVING = 0.02  # of the time, for those
@@ -79,6 +79,7 @@ class RunState:
     grpo: GRPO
     evaluator: Evaluator
     metrics: Metrics
+    ranks: Ranks = ONE
     saved_step: int | None = None  # of the newest checkpoint
     saved_at: float = field(default_factory=time.monotonic)
     saving: float = 0.0  # seconds that it took
@@ -109,7 +110,7 @@ class RunState:
             **{name: value for name, value in learned.items() if name not in TENSORS},
         }
         tensors = {name: learned[name] for name in TENSORS}
-        if distributed.is_main_process():
+        if self.ranks.is_main:
             checkpoint = Checkpoint(self.progress.total, metrics=self.metrics.state_dict(), state=state, **tensors)
             write_checkpoint(folder, checkpoint)
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
@@ -119,7 +120,7 @@ class RunState:
     def saved_long_ago(self) -> bool:
         """Return whether to save for the time that has passed: a stop may throw away what came after."""
         passed = time.monotonic() - self.saved_at
-        return distributed.any_rank(passed > max(LONG_AGO, self.saving / MOST_SAVING))
+        return self.ranks.any(passed > max(LONG_AGO, self.saving / MOST_SAVING))
 
     def what_is_lost(self, folder: Path, error: OSError) -> str:
         """Describe a failed write with what is kept and what is not; keep the metrics too, if they can be written."""
@@ -146,9 +147,9 @@ class RunState:
 
         Raises ValueError if there is a run but none of its checkpoints can be used, or if it is another run.
         """
-        with distributed.main_process_first():  # rank 0 sets damaged ones aside
+        with self.ranks.main_first():  # rank 0 sets damaged ones aside
             checkpoint, problems = newest_checkpoint(folder)
-        distributed.check_alike("the newest checkpoint", f"of step {checkpoint.step}" if checkpoint else "none")
+        self.ranks.check_alike("the newest checkpoint", f"of step {checkpoint.step}" if checkpoint else "none")
         for problem in problems:
             say(f"Warning: {problem}")
         if checkpoint is None:

@@ -14,14 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.algorithm.schedules import learning_rate_at
-from grpo.algorithm.update import Updater, clipped_step
+from grpo.algorithm.update import Updater
 from grpo.config import TrainConfig
 from grpo.model.language_model import LanguageModel
-from grpo.runtime import distributed
 from grpo.runtime.microbatch import AdaptiveMicrobatch, oom_is_fatal, split_microbatches
 from grpo.runtime.precision import in_precision
 from grpo.runtime.stopwatch import Stopwatch
-from grpo.scoring.logprobs import completion_logprobs
+from grpo.scoring.scorer import Scorer
 from grpo.scoring.tokens import Tokens, tokens_of
 from tasks.base import Message, Task, prompt_of
 from tasks.common.shots import solved_problem
@@ -52,19 +51,19 @@ class SupervisedTrainer:
     def step(self, step: int) -> dict[str, Any]:
         """Take step number `step`, from 1; return its metrics."""
         c, clock, model, update = self.config, Stopwatch(), self.lm.model, self.update
+        ranks = update.ranks
         rate = learning_rate_at(step, c.sft_steps, c.sft_learning_rate, round(WARM_UP * c.sft_steps), "linear")
-        for group in update.optimizer.param_groups:
-            group["lr"] = rate
+        update.set_learning_rate(rate)
         with clock("total"):
             tokens = supervised_tokens(self.lm, *self.batch(step))
             counted = int(tokens.completion_mask.sum())
-            own = tokens.slice_rows(distributed.local_slice(c.sft_batch_size))
+            own = tokens.slice_rows(ranks.own_slice(c.sft_batch_size))
             with update.recompute_activations():
-                loss = self.microbatch.run(supervised_gradient, model, own, counted, update.packed)
-            with oom_is_fatal("the optimizer's step"):
-                total = distributed.all_reduce_sum(loss)
-                (loss, norm), applied = clipped_step(model, update.optimizer, c.clip_grad_norm, (total,))
-        update.skipped_in_a_row = 0 if applied else update.skipped_in_a_row + 1
+                own_loss = self.microbatch.run(
+                    lambda rows: supervised_gradient(model, own, counted, update.scorer, rows)
+                )
+            with oom_is_fatal("the optimizer's step", ranks):
+                (loss, norm), _ = update.apply_gradient((ranks.sum(own_loss),))
         figures = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": counted}
         return {"step": step, **figures, "time/total": clock.seconds["total"]}
 
@@ -80,16 +79,18 @@ def supervised_tokens(lm: LanguageModel, chats: Sequence[Sequence[Message]], com
     return tokens_of(lm.prompts(chats), [lm.completion(text) for text in completions], lm.pad_id, lm.device)
 
 
-def supervised_gradient(model: PreTrainedModel, tokens: Tokens, counted: int, packed: bool, max_rows: int) -> Tensor:
+def supervised_gradient(
+    model: PreTrainedModel, tokens: Tokens, counted: int, scorer: Scorer, rows_per_pass: int
+) -> Tensor:
     """Leave the gradient of the mean of -log p, nats, in the model; return that mean.
 
-    It is over `counted` tokens of completions: those of all ranks. At most `max_rows` rows are run at a time.
+    `counted` is the number of completion tokens of all ranks, which the mean is over.
     """
     model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=tokens.completion_ids.device)
-    for rows in split_microbatches(len(tokens.completion_ids), 1, max_rows):
+    for rows in split_microbatches(len(tokens.completion_ids), 1, rows_per_pass):
         with in_precision(model):
-            logprobs, _ = completion_logprobs(model, tokens.slice_rows(rows), 1.0, packed=packed)  # 0 on padding
+            logprobs = scorer.logprobs(model, tokens.slice_rows(rows), 1.0)  # 0 on padding
             loss = -logprobs.sum() / counted
             loss.backward()
         total += loss.detach()

@@ -23,7 +23,6 @@ from grpo.report.opening import introduce, show_choice_by_reward, show_fine_tuni
 from grpo.report.progress import show_completions, show_evaluation
 from grpo.report.saved_readme import saved_readme
 from grpo.resume import Progress, RunState
-from grpo.runtime import distributed
 from grpo.runtime.atomic_io import check_room, name_in_errors
 from grpo.runtime.console import ProgressBar
 from grpo.runtime.device import (
@@ -36,7 +35,10 @@ from grpo.runtime.device import (
     use_large_pages,
 )
 from grpo.runtime.precision import precision
+from grpo.runtime.ranks import ONE, Ranks
+from grpo.runtime.sharding import own_machine_size, shard
 from grpo.sft import SupervisedTrainer
+from grpo.step_probe import measured_step
 from tasks.base import Task
 from tasks.rewards.scoring import decides_by_reward, rewards_of
 
@@ -48,49 +50,56 @@ class Trainer:
     """A run in a folder: `Trainer(config, task, skills).run()`."""
 
     def __init__(
-        self, config: TrainConfig, task: Task, skills: dict[str, Task], launched: float | None = None
+        self,
+        config: TrainConfig,
+        task: Task,
+        skills: dict[str, Task],
+        launched: float | None = None,
+        ranks: Ranks = ONE,
     ) -> None:
         """`launched` is the `time.monotonic()` that a time limit counts from; by default, now."""
-        self.config, self.task = config, task
+        self.config, self.task, self.ranks = config, task, ranks
         self.folder = Path(config.output_dir)
         self.saved_model = self.folder / SAVED_MODEL
         rewards = rewards_of(config, task)
         files = {**task.files, **{reward.path: reward.sha256 for reward in rewards if reward.path}}
         set_deterministic(config.deterministic)
-        device = distributed.own_device(choose_device(config.device))
+        device = ranks.own_device(choose_device(config.device))
         if device.type == "cpu":
             use_large_pages()
-        distributed.check_batch_divisible(config.batch_size, config.shard)
+        ranks.check_divisible(config.batch_size, config.shard)
         if config.sft_steps:
-            distributed.check_batch_divisible(config.sft_batch_size, config.shard, "--sft-batch-size")
-        self.lm = load_policy(config, device)
+            ranks.check_divisible(config.sft_batch_size, config.shard, "--sft-batch-size")
+        self.lm = load_policy(config, device, ranks)
         self.parameters_on_cpu = self.lm.model.num_parameters() if device.type == "cpu" else 0
         if self.parameters_on_cpu:
             keep_freed_memory(self.parameters_on_cpu)
         check_prompts_fit(self.lm, task, config)
-        self.grpo = GRPO(config, task, self.lm, rewards, device)
+        self.grpo = GRPO(config, task, self.lm, rewards, device, ranks)
         own_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
         choosing = rewards if decides_by_reward(rewards, task) else ()
-        self.evaluator = Evaluator(config, task, own_skills, self.grpo.capabilities, choosing)
-        folder = self.folder if distributed.is_main_process() else None  # the other ranks write nothing
-        where = environment(device, precision(self.lm.model), distributed.world_size())
+        self.evaluator = Evaluator(config, task, own_skills, self.grpo.decoder, choosing, ranks)
+        folder = self.folder if ranks.is_main else None  # the other ranks write nothing
+        where = environment(device, precision(self.lm.model), ranks.size)
         self.metrics = Metrics(folder, config.to_dict(), where)
         self.progress = Progress()
-        self.measurer = Measurer(config, task, self.evaluator, self.metrics, self.progress)
-        self.state = RunState(config, files, self.progress, self.grpo, self.evaluator, self.metrics)
+        self.measurer = Measurer(config, task, self.evaluator, self.metrics, self.progress, ranks)
+        self.state = RunState(config, files, self.progress, self.grpo, self.evaluator, self.metrics, ranks)
         self.launched = time.monotonic() if launched is None else launched
 
     def run(self) -> int:
         """Continue from the newest checkpoint, or begin; train; measure the best policy. Return the exit status."""
-        with InterruptHandler(self.config.time_limit, self.launched) as interrupts:
+        with InterruptHandler(self.config.time_limit, self.launched, self.ranks) as interrupts:
             record = self.metrics.record
-            introduce(self.config, self.lm, record["environment"], self.grpo.capabilities, self.task.notes)
+            introduce(
+                self.config, self.lm, record["environment"], self.grpo.scorer, self.grpo.decoder, self.task.notes
+            )
             ended = self._restore()
             if ended and self.state.why_done():
                 show_already_finished(self.folder, ended)
                 self._draw(ended)
                 return interrupts.exit_status
-            if distributed.is_main_process():
+            if self.ranks.is_main:
                 check_room(self.folder, self.state.bytes_to_come(), "two checkpoints and the model")
             try:
                 with self.measurer.tracker.tracking(self.folder, self.config.to_dict()):
@@ -123,7 +132,7 @@ class Trainer:
         place = self.progress.named()
         if self.grpo is None:  # in the last test, when all is saved
             pass
-        elif self.grpo.updating:
+        elif self.grpo.update.has_begun:
             place += f"; the checkpoint is of step {self.state.saved_step}"
         else:
             self.state.save(self.folder)
@@ -142,17 +151,17 @@ class Trainer:
             while True:
                 start = time.monotonic()
                 with interrupts.abandonable(QUICK if slowest <= QUICK else 0.0):
-                    rollout, entry = self.grpo.step(progress.step + 1)
+                    outcome, entry = measured_step(self.grpo, progress.step + 1)
                 progress.step += 1
-                self.grpo.updating = False
+                self.grpo.update.has_begun = False
                 slowest = max(time.monotonic() - start, 0.0 if slowest == math.inf else slowest)
-                self.measurer.record(rollout, entry)
+                self.measurer.record(outcome.rollout, entry)
                 shown = {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
                 bar.update(progress.step, shown)
                 return_freed_memory(self.parameters_on_cpu)
                 self._stop_if_broken()
                 if c.show_every and progress.step % c.show_every == 0:
-                    show_completions(progress.step, rollout)
+                    show_completions(progress.step, outcome.rollout)
                 if progress.step % c.eval_every == 0 or progress.step == c.num_iterations:
                     self._validate(interrupts)
                 needed = slowest + self.measurer.seconds_of_a_validation() + ending
@@ -231,9 +240,9 @@ class Trainer:
         with interrupts.abandonable():
             best = load(str(self.saved_model), device, self.config.precision, self.config.shard)
             if self.config.shard:
-                distributed.shard(best.model, device)
+                shard(best.model, device, self.ranks.gather(own_machine_size(self.ranks.size)))
         after = self.measurer.test(best, progress.best["step"], interrupts.abandonable())
-        if distributed.is_main_process():
+        if self.ranks.is_main:
             readme = saved_readme(self.config, progress.best, progress.before, after)
             with name_in_errors(self.saved_model / "README.md"):
                 (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
@@ -261,12 +270,12 @@ class Trainer:
             return None
         step, best = self.progress.step, self.progress.best
         behind = best and best["step"] == step != read_card(str(self.saved_model)).get("step")
-        if distributed.broadcast_from_rank0(behind):
+        if self.ranks.from_main(behind):
             self.measurer.save(self.lm)  # the process died between the checkpoint and this
-        return distributed.broadcast_from_rank0(ended_with(self.folder, step, self.metrics.record))
+        return self.ranks.from_main(ended_with(self.folder, step, self.metrics.record))
 
     def _draw(self, record: dict[str, Any]) -> None:
-        if distributed.is_main_process():
+        if self.ranks.is_main:
             draw_all(record, self.folder)
 
     def _validate(self, interrupts: InterruptHandler) -> None:

@@ -1,11 +1,12 @@
 """One step of GRPO, as in the algorithm box of the paper (DeepSeekMath, arXiv:2402.03300, algorithm 1).
 
 `GRPO.step` samples a group of completions for each prompt, scores them, compares each with its group, and takes a few
-clipped updates against the policy that sampled, with a KL penalty against the frozen reference.
+clipped updates against the policy that sampled, with a KL penalty against the frozen reference. `grpo/plain.py` takes
+the same step without a shortcut.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,21 +14,32 @@ from torch import Tensor
 
 from grpo.algorithm.reference import Reference, frozen_copy
 from grpo.algorithm.rollout import Rollout, RolloutSampler
-from grpo.algorithm.schedules import adapted_beta, scheduled
-from grpo.algorithm.update import Batch, Updater, UpdateStats, moved_fraction, watched_weights
+from grpo.algorithm.schedules import Schedule, StepSettings
+from grpo.algorithm.update import Batch, Updater, UpdateStats
 from grpo.config import TrainConfig
-from grpo.generation.capabilities import ModelCapabilities
+from grpo.generation.probe import probe
 from grpo.generation.sampling import Generator
 from grpo.model.language_model import LanguageModel
 from grpo.model.lora import has_adapter, trainable
-from grpo.record.step_metrics import StepResult, step_metrics
-from grpo.runtime import distributed
 from grpo.runtime.checks import check_entries, is_count, is_number
-from grpo.runtime.distributed import gather_to_rank0
 from grpo.runtime.microbatch import AdaptiveMicrobatch
+from grpo.runtime.ranks import ONE, Ranks
+from grpo.runtime.sharding import own_machine_size, shard
 from grpo.runtime.stopwatch import Stopwatch
 from tasks.base import Task
 from tasks.rewards.scoring import RewardFunction, rewards_of
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What happened in a step."""
+
+    step: int
+    settings: StepSettings
+    drawn: Rollout  # all groups that were sampled
+    rollout: Rollout  # those that were trained on
+    batch: Batch  # this rank's rows of the rollout, with the log-probabilities of policy and reference
+    updates: Sequence[UpdateStats]
 
 
 class GRPO:
@@ -40,33 +52,36 @@ class GRPO:
         lm: LanguageModel,
         rewards: Sequence[RewardFunction] = (),
         device: torch.device | None = None,
+        ranks: Ranks = ONE,
     ) -> None:
         """Without `rewards`, use those of the settings. `device` is where a model goes that is to be sharded."""
-        self.config, self.policy = config, lm.model
+        self.config, self.policy, self.ranks = config, lm.model, ranks
+        self.clock = Stopwatch()  # of the phases of a step
         adapted = has_adapter(lm.model)  # then the reference is the policy without it
         frozen = frozen_copy(lm.model) if config.beta > 0 and not adapted else None
         if config.shard:
+            machine_sizes = ranks.gather(own_machine_size(ranks.size))
             for model in filter(None, (lm.model, frozen)):
-                distributed.shard(model, device or lm.device)
-        g = max(scheduled(config, step, config.beta).num_generations for step in (1, config.num_iterations))
+                shard(model, device or lm.device, machine_sizes)
+        self.schedule = Schedule(config)
+        g = self.schedule.largest_group
         prompts = min(config.micro_batch_size or config.batch_size, config.batch_size)
         # a sharded model makes every pass on all processes, so none can take smaller ones than the others
         self.sample_microbatch = AdaptiveMicrobatch("sampling", config.batch_size * g, g, config.shard)
         self.update_microbatch = AdaptiveMicrobatch("the update", prompts * g, g, config.shard)
-        self.capabilities = ModelCapabilities.probe(lm, task, config.cuda_graphs)
-        packed = self.capabilities.supports_packing
+        self.scorer, self.decoder = probe(lm, task, config.cuda_graphs, ranks)
         self.sampler = RolloutSampler(
+            config,
             lm,
             task,
             rewards or rewards_of(config, task),
-            Generator(lm.model, self.capabilities),
+            Generator(lm.model, self.decoder),
             self.sample_microbatch,
-            task.training_problem,
+            self.clock,
+            ranks,
         )
-        self.reference = Reference(lm.model, frozen, packed, self.update_microbatch)
-        self.update = Updater(lm.model, config, packed, self.update_microbatch)
-        self.beta = config.beta  # adapted if there is a target for the KL
-        self.updating = False  # from the first update of a step on, until the caller has counted it
+        self.reference = Reference(lm.model, frozen, config, self.scorer, self.update_microbatch, self.clock)
+        self.update = Updater(lm.model, config, self.scorer, self.update_microbatch, self.clock, ranks)
 
     def begin_here(self) -> None:
         """Take the policy as it is for the start: it becomes the reference, and its optimizer is a new one."""
@@ -74,32 +89,19 @@ class GRPO:
             self.reference.sync()
         self.update.forget()
 
-    def step(self, step: int) -> tuple[Rollout, dict[str, Any]]:
-        """Take step number `step`, from 1; return its rollout and its metrics."""
-        c, clock, updates = scheduled(self.config, step, self.beta), Stopwatch(), []
-        weights = watched_weights(self.policy)
-        self.update.optimizer.zero_grad(set_to_none=True)  # the memory of the last gradient serves the rollout
-        with clock("total"):
-            rollout = self.sampler.rollout(step, c, clock)  # o_i ~ π_old, r_i, A_i
-            batch = Batch.from_rollout(rollout, c)
-            with clock("reference"):
-                batch = replace(batch, ref_logprobs=self.reference.logprobs(batch.tokens, c))
-            self.updating = True
-            with clock("update"):
-                for _ in range(c.num_inner_updates):  # μ
-                    stats, batch = self.update(batch, c)  # the first one fills old_logprobs
-                    updates.append(stats)
-        self._after_step(step, updates, c)
-        moved = moved_fraction(weights, watched_weights(self.policy))
-        result = StepResult(step, c, rollout, updates, sampler_gap(rollout, batch), moved, clock.seconds)
-        return rollout, step_metrics(result)
-
-    def _after_step(self, step: int, updates: Sequence[UpdateStats], config: TrainConfig) -> None:
-        """Adapt beta to the KL, and renew the reference, if the settings say so."""
-        if config.target_kl:
-            self.beta = adapted_beta(config.beta, updates[0].kl, config.target_kl)
-        if config.ref_model_sync_steps and step % config.ref_model_sync_steps == 0:
-            self.reference.sync()
+    def step(self, step: int) -> StepOutcome:
+        """Take step number `step`, from 1."""
+        settings = self.schedule.at(step)
+        drawn, rollout = self.sampler.sample(step, settings.num_generations)  # o_i ~ π_old, r_i, A_i
+        batch = Batch.from_rollout(rollout, self.config, self.ranks)
+        batch = replace(batch, ref_logprobs=self.reference.logprobs(batch.tokens))  # log π_ref
+        updates = []
+        for _ in range(self.config.num_inner_updates):  # μ
+            stats, batch = self.update(batch, settings)  # the first one fills in log π_old
+            updates.append(stats)
+        self.schedule.adapt(updates[0].kl)
+        self.reference.sync_if_due(step)  # π_ref ← π
+        return StepOutcome(step, settings, drawn, rollout, batch, updates)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what later steps depend on: named tensors, those of a reference only if it changes, and numbers.
@@ -109,10 +111,10 @@ class GRPO:
         synced = self.reference.frozen is not None and (self.config.ref_model_sync_steps or self.config.sft_steps)
         return {
             **self.update.state_dict(),
-            "reference": gather_to_rank0(self.reference.state_dict()) if synced else None,
-            "beta": self.beta,
+            "reference": self.ranks.collect(self.reference.state_dict()) if synced else None,
+            "beta": self.schedule.beta,
             "skipped_in_a_row": self.update.skipped_in_a_row,
-            "limits": {"sample": self.sample_microbatch.max_rows, "update": self.update_microbatch.max_rows},
+            "limits": {"sample": self.sample_microbatch.rows, "update": self.update_microbatch.rows},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], keep_limits: bool) -> None:
@@ -133,9 +135,11 @@ class GRPO:
         if state["reference"] is not None:
             self.reference.load_state_dict(state["reference"])
         self.update.load_state_dict(state["policy"], state["optimizer"])
-        self.update.skipped_in_a_row, self.beta = state["skipped_in_a_row"], state.get("beta", self.beta)
+        self.update.skipped_in_a_row = state["skipped_in_a_row"]
+        self.schedule.beta = state.get("beta", self.schedule.beta)
         if keep_limits and limits is not None:
-            self.sample_microbatch.max_rows, self.update_microbatch.max_rows = limits["sample"], limits["update"]
+            self.sample_microbatch.rows = limits["sample"]
+            self.update_microbatch.rows = limits["update"]
 
 
 def check_tensor_shapes(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
@@ -161,14 +165,3 @@ def check_tensor_shapes(state: Mapping[str, Any], parameters: Mapping[str, Tenso
     moments = {f"{i}.{name}": shapes[i] for i in touched for name in ("exp_avg", "exp_avg_sq")}
     if found != moments | {f"{i}.step": torch.Size() for i in touched}:
         raise ValueError("its optimizer state cannot be of this model")
-
-
-def sampler_gap(rollout: Rollout, batch: Batch) -> float:
-    """Return the largest difference between a token's log-probability when sampled and in the first update, nats.
-
-    `batch` has this rank's rows of the rollout, scored; 0 if there is no token.
-    """
-    mask, scored = batch.tokens.completion_mask, batch.old_logprobs
-    local = distributed.local_slice(len(rollout.sample_logprobs))
-    sampled = rollout.sample_logprobs[local, : scored.shape[1]]
-    return float(distributed.all_reduce_max(torch.where(mask, (sampled - scored).abs(), 0.0).amax()))

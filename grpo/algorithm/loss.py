@@ -171,8 +171,9 @@ def grpo_loss(
     advantages: Tensor,
     completion_mask: Tensor,
     config: TrainConfig,
+    beta: float,
 ) -> TokenLoss:
-    """Return the negated objective of each token.
+    """Return the negated objective of each token; `beta` is that of this step.
 
     `ref_logprobs` is None without a reference (β = 0); `advantages` is (B,), `completion_mask` (B, C) bool.
     """
@@ -190,4 +191,4 @@ def grpo_loss(
         clipped = ratio * advantages.unsqueeze(-1) > surrogate
     kl = torch.zeros_like(logprobs) if ref_logprobs is None else token_kl(logprobs, ref_logprobs)
     penalty = KL_ESTIMATORS[config.kl_estimator](kl, logprobs, old_logprobs)
-    return TokenLoss(config.beta * penalty - surrogate, kl.detach(), ratio.detach(), clipped & completion_mask)
+    return TokenLoss(beta * penalty - surrogate, kl.detach(), ratio.detach(), clipped & completion_mask)

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.config import TrainConfig
-from grpo.runtime.distributed import distribute_like
 from grpo.runtime.microbatch import AdaptiveMicrobatch, split_microbatches
 from grpo.runtime.precision import in_precision, lower_weights
-from grpo.scoring.logprobs import completion_logprobs
+from grpo.runtime.sharding import distribute_like
+from grpo.runtime.stopwatch import Stopwatch
+from grpo.scoring.scorer import Scorer
 from grpo.scoring.tokens import Tokens
 
 
@@ -27,17 +28,33 @@ class Reference:
     """A frozen copy of the policy, the policy with its adapter off, or none where beta is 0."""
 
     def __init__(
-        self, policy: PreTrainedModel, frozen: PreTrainedModel | None, packed: bool, microbatch: AdaptiveMicrobatch
+        self,
+        policy: PreTrainedModel,
+        frozen: PreTrainedModel | None,
+        config: TrainConfig,
+        scorer: Scorer,
+        microbatch: AdaptiveMicrobatch,
+        clock: Stopwatch,
     ) -> None:
-        """`frozen` is None where the policy has an adapter or beta is 0; `packed`: score packed rows."""
-        self.policy, self.frozen, self.packed, self.microbatch = policy, frozen, packed, microbatch
+        """`frozen` is None where the policy has an adapter or beta is 0. The seconds go to `clock`."""
+        self.policy, self.frozen, self.config = policy, frozen, config
+        self.scorer, self.microbatch, self.clock = scorer, microbatch, clock
 
-    def logprobs(self, tokens: Tokens, config: TrainConfig) -> Tensor | None:
+    def logprobs(self, tokens: Tokens) -> Tensor | None:
         """Return the reference's log-probabilities of a rollout, (B, C); None where beta is 0."""
-        if config.beta == 0:
-            return None
-        with self._model() as model:
-            return self.microbatch.run(reference_logprobs, model, tokens, config.temperature, self.packed)
+        with self.clock("reference"):
+            if self.config.beta == 0:
+                return None
+            with self._model() as model:
+                return self.microbatch.run(
+                    lambda rows: logprobs_in_passes(self.scorer, model, tokens, self.config.temperature, rows)
+                )
+
+    def sync_if_due(self, step: int) -> None:
+        """Make the reference a copy of the policy after this step, if the settings say so."""
+        every = self.config.ref_model_sync_steps
+        if every and step % every == 0:
+            self.sync()
 
     def sync(self) -> None:
         """Make the reference a copy of the policy as it is now."""
@@ -63,13 +80,13 @@ class Reference:
 
 
 @torch.no_grad()
-def reference_logprobs(
-    reference: PreTrainedModel, tokens: Tokens, temperature: float, packed: bool, max_rows: int
+def logprobs_in_passes(
+    scorer: Scorer, model: PreTrainedModel, tokens: Tokens, temperature: float, rows_per_pass: int
 ) -> Tensor:
-    """Return a model's log-probabilities of a rollout, (B, C), at most `max_rows` rows in a pass."""
+    """Return a model's log-probabilities of a rollout, (B, C), without a gradient."""
     logprobs = torch.zeros(tokens.completion_ids.shape, device=tokens.completion_ids.device)
-    for rows in split_microbatches(logprobs.shape[0], tokens.num_generations, max_rows):
-        with in_precision(reference):
-            part, _ = completion_logprobs(reference, tokens.slice_rows(rows), temperature, packed=packed)
+    for rows in split_microbatches(logprobs.shape[0], tokens.num_generations, rows_per_pass):
+        with in_precision(model):
+            part = scorer.logprobs(model, tokens.slice_rows(rows), temperature)
         logprobs[rows, : part.shape[1]] = part
     return logprobs

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grpo.algorithm.advantages import decoupled_advantages, group_advantages
+from grpo.algorithm.advantages import decoupled_advantages, group_advantages, tied_groups
 from grpo.config import TrainConfig
-from grpo.generation.sampling import Completions, Generator, SamplingParams, concatenate, sampling_uniforms
+from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
 from grpo.model.language_model import LanguageModel
-from grpo.runtime import distributed
 from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.precision import in_precision
+from grpo.runtime.ranks import ONE, Ranks
 from grpo.runtime.stopwatch import Stopwatch
-from grpo.scoring.tokens import Tokens, shared_beginning
+from grpo.scoring.tokens import Tokens, left_pad, shared_from
 from tasks.base import Problem, Reward, Task, prompt_of
 from tasks.rewards.scoring import RewardFunction, score
 
@@ -27,24 +27,28 @@ from tasks.rewards.scoring import RewardFunction, score
 class Rollout:
     """N problems with G completions each, group-major: row i belongs to problem i // G; B = N · G."""
 
+    # from sampling
     problems: Sequence[Problem]  # N
     tokens: Tokens  # ids and masks of prompts (N, P) and completions (B, C)
-    completion_texts: Sequence[str]  # B
-    rewards: Sequence[Reward]  # B, by part
-    advantages: Tensor  # (B,) float32
-    truncated: Tensor  # (B,) bool: cut off by the token limit
     sample_logprobs: Tensor  # (B, C) float32, as the sampler computed them
-    sampled: Sequence[tuple[Problem, int, int]]  # all that were drawn, with their right and wrong completions
+    truncated: Tensor  # (B,) bool: cut off by the token limit
+    completion_texts: Sequence[str]  # B
+    # from the reward functions
+    rewards: Sequence[Reward] = ()  # B
+    compared: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B, K) float64: what a group is compared by
+    # from the comparison, of the groups that are trained on
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,) float32
 
     @property
-    def resampled(self) -> int:
-        """Return how many groups were drawn again because all completions were right or all wrong."""
-        return len(self.sampled) - len(self.problems)
+    def num_generations(self) -> int:
+        """Return G."""
+        return len(self.completion_texts) // len(self.problems)
 
     @cached_property
     def totals(self) -> Tensor:
         """Return the rewards by group, (N, G) float64; NaN for a completion that no reward applies to."""
-        return _totals(self.rewards).view(len(self.problems), -1)
+        totals = [_number(reward.total) for reward in self.rewards]
+        return torch.tensor(totals, dtype=torch.float64).view(len(self.problems), -1)
 
     @cached_property
     def applies(self) -> Tensor:
@@ -58,8 +62,9 @@ class Rollout:
 
     @cached_property
     def tied(self) -> Tensor:
-        """Return which groups teach nothing, (N,) bool: those of equal rewards."""
-        return (self.advantages.view(len(self.problems), -1) == 0).all(1).cpu()
+        """Return which groups have equal rewards, (N,) bool: their advantages are 0, and they teach nothing."""
+        by_group = self.compared.view(len(self.problems), -1, self.compared.shape[1])  # (N, G, K)
+        return torch.stack([tied_groups(column) for column in by_group.unbind(-1)]).all(0)
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -79,9 +84,41 @@ class Rollout:
             return self.tokens
         return replace(self.tokens, completion_mask=self.tokens.completion_mask & counts.unsqueeze(-1))
 
+    def pick(self, groups: Sequence[int]) -> "Rollout":
+        """Return these groups, in this order, as wide as the longest of their completions."""
+        if list(groups) == list(range(len(self.problems))):
+            return self
+        g = self.num_generations
+        rows = [group * g + i for group in groups for i in range(g)]
+        width = int(self.tokens.completion_mask[rows].sum(-1).max())
+        tokens = Tokens(
+            self.tokens.prompt_ids[groups],
+            self.tokens.prompt_mask[groups],
+            self.tokens.completion_ids[rows, :width],
+            self.tokens.completion_mask[rows, :width],
+        )
+        return Rollout(
+            problems=[self.problems[group] for group in groups],
+            tokens=tokens,
+            sample_logprobs=self.sample_logprobs[rows, :width],
+            truncated=self.truncated[rows],
+            completion_texts=[self.completion_texts[row] for row in rows],
+            rewards=[self.rewards[row] for row in rows] if self.rewards else (),
+            compared=self.compared[rows] if self.rewards else self.compared,
+        )
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """Return a copy with the sampled tensors on `device`."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            sample_logprobs=self.sample_logprobs.to(device),
+            truncated=self.truncated.to(device),
+        )
+
     def samples(self, step: int, groups: int) -> list[dict[str, Any]]:
         """Return the completions of the first `groups` groups as JSON values, with question and rewards."""
-        g = len(self.rewards) // len(self.problems)
+        g = self.num_generations
         return [
             {
                 "step": step,
@@ -97,156 +134,151 @@ class Rollout:
 
     def top_rewarded_wrong(self, count: int = 2) -> list[str]:
         """Return the wrong completions with the highest rewards, each once, with question and reward."""
-        g = len(self.rewards) // len(self.problems)
         rows = zip(range(len(self.rewards)), self.completion_texts, self.rewards, strict=True)
         wrong = [row for row in rows if not row[2].correct and row[2].total is not None]
         wrong.sort(key=lambda row: -row[2].total)
-        lines = [f"{self.problems[i // g].question}  {text}  reward {r.total:.2f}, wrong" for i, text, r in wrong]
+        lines = [
+            f"{self.problems[i // self.num_generations].question}  {text}  reward {reward.total:.2f}, wrong"
+            for i, text, reward in wrong
+        ]
         return list(dict.fromkeys(lines))[:count]
 
 
-@dataclass(frozen=True)
-class ScoredGroups:
-    """Some problems with a group of scored completions each, of which a rollout is built."""
+def concatenate(parts: Sequence[Rollout]) -> Rollout:
+    """Join the groups of rollouts of one group size: prompts padded on the left, completions on the right."""
+    if len(parts) == 1:
+        return parts[0]
+    prompt_width = max(part.tokens.prompt_ids.shape[1] for part in parts)
+    width = max(part.tokens.completion_ids.shape[1] for part in parts)
 
-    problems: Sequence[Problem]
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    completions: Completions
-    texts: Sequence[str]
-    rewards: Sequence[Reward]
+    def left(x: Tensor) -> Tensor:
+        return pad(x, (prompt_width - x.shape[1], 0))
 
-    def all_alike(self) -> list[bool]:
-        """Return whether the completions of each group are all right or all wrong."""
-        g = len(self.rewards) // len(self.problems)
-        groups = [self.rewards[i : i + g] for i in range(0, len(self.rewards), g)]
-        return [len({reward.correct for reward in group}) == 1 for group in groups]
+    def right(x: Tensor) -> Tensor:
+        return pad(x, (0, width - x.shape[1]))
 
-    def counts(self) -> list[tuple[Problem, int, int]]:
-        """Return each problem with the number of its right and its wrong completions."""
-        g = len(self.rewards) // len(self.problems)
-        groups = (self.rewards[i : i + g] for i in range(0, len(self.rewards), g))
-        right = (sum(reward.correct for reward in group) for group in groups)
-        return [(problem, n, g - n) for problem, n in zip(self.problems, right, strict=True)]
+    return Rollout(
+        problems=[problem for part in parts for problem in part.problems],
+        tokens=Tokens(
+            torch.cat([left(part.tokens.prompt_ids) for part in parts]),
+            torch.cat([left(part.tokens.prompt_mask) for part in parts]),
+            torch.cat([right(part.tokens.completion_ids) for part in parts]),
+            torch.cat([right(part.tokens.completion_mask) for part in parts]),
+        ),
+        sample_logprobs=torch.cat([right(part.sample_logprobs) for part in parts]),
+        truncated=torch.cat([part.truncated for part in parts]),
+        completion_texts=[text for part in parts for text in part.completion_texts],
+        rewards=[reward for part in parts for reward in part.rewards],
+        compared=torch.cat([part.compared for part in parts]),
+    )
 
-    def to(self, device: torch.device | str) -> "ScoredGroups":
-        """Return a copy with all tensors on `device`."""
-        ids, mask = self.prompt_ids.to(device), self.prompt_mask.to(device)
-        return replace(self, prompt_ids=ids, prompt_mask=mask, completions=self.completions.to(device))
+
+def resample_tied(
+    draw: Callable[[int, Sequence[int]], Rollout], places: int, redraws: int
+) -> tuple[Rollout, list[int]]:
+    """Draw a group for each place of a batch, and draw tied ones again, with other problems, at most `redraws` times.
+
+    `draw(attempt, places)` returns a scored group for each of these places. Returns all groups that were drawn, and
+    for each place the index of the group to train on.
+    """
+    drawn = draw(0, range(places))
+    kept = list(range(places))
+    for attempt in range(1, redraws + 1):
+        tied = [place for place in range(places) if drawn.tied[kept[place]]]
+        if not tied:
+            break
+        for number, place in enumerate(tied):
+            kept[place] = len(drawn.problems) + number
+        drawn = concatenate([drawn, draw(attempt, tied)])
+    return drawn, kept
 
 
 @dataclass(frozen=True)
 class RolloutSampler:
-    """Samples a step: `sampler.rollout(step, config, clock)` is a function of the policy, the seed and the step."""
+    """Samples a step: `sampler.sample(step, num_generations)` is a function of the policy, the seed and the step."""
 
+    config: TrainConfig
     lm: LanguageModel
     task: Task
     rewards: Sequence[RewardFunction]
     generator: Generator
     microbatch: AdaptiveMicrobatch
-    training_problem: Callable[[int, int, int], Problem]  # of a seed, a step and a row
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    ranks: Ranks = ONE
 
-    def rollout(self, step: int, config: TrainConfig, clock: Stopwatch) -> Rollout:
-        """Sample and score the groups of a step; draw tied ones again with other problems if the settings say so."""
-        found: list[ScoredGroups] = []
-        drawn: list[tuple[Problem, int, int]] = []
-        chosen = [0] * config.batch_size  # the group of each place in the batch, counted through `found`
-        places = list(range(config.batch_size))
-        for attempt in range(config.resample_tied + 1):
-            known = sum(len(groups.problems) for groups in found)
-            new = self._sample_across_ranks(step, attempt, places, config, clock)
-            found += new
-            drawn += [counts for groups in new for counts in groups.counts()][: len(places)]  # without padding
-            tied = [alike for groups in new for alike in groups.all_alike()]
-            for number, place in enumerate(places):
-                chosen[place] = known + number
-            places = [place for number, place in enumerate(places) if tied[number]]
-            if not places:
-                break
-        return build_rollout(found, chosen, drawn, config, self.rewards)
+    def sample(self, step: int, num_generations: int) -> tuple[Rollout, Rollout]:
+        """Sample, score and compare the groups of a step; return all that were drawn, and those to train on."""
+        c = self.config
 
-    def _sample_across_ranks(
-        self, step: int, attempt: int, places: Sequence[int], config: TrainConfig, clock: Stopwatch
-    ) -> list[ScoredGroups]:
-        """Return the groups of all ranks for these places of the batch, in order; padding may follow at the end.
+        def draw(attempt: int, places: Sequence[int]) -> Rollout:
+            return self._score(self._sample_across_ranks(step, attempt, places, num_generations))
 
-        Each attempt has other problems, and each place its own row of uniforms, whichever rank samples it.
+        drawn, kept = resample_tied(draw, c.batch_size, c.resample_tied)
+        rollout = drawn.pick(kept)
+        return drawn, replace(rollout, advantages=self._advantages(rollout))
+
+    def _sample_across_ranks(self, step: int, attempt: int, places: Sequence[int], num_generations: int) -> Rollout:
+        """Return a group, without rewards, for each of these places of the batch.
+
+        Each attempt has other problems, and each place its own rows of uniforms, whichever rank samples it.
         """
-        padded = distributed.pad_to_world_size(places)
-        own, g = distributed.local_slice(len(padded)), config.num_generations
-        numbers = [attempt * config.batch_size + place for place in padded[own]]
-        problems = [self.training_problem(config.seed, step, number) for number in numbers]
-        uniforms = sampling_uniforms(config.seed, step, own.stop * g, config.max_new_tokens, attempt)[own.start * g :]
-        # around what a rank does alone: it may repeat that with fewer rows
-        local = self.microbatch.run(self._sample_groups, problems, uniforms, config, clock)
-        if distributed.world_size() == 1:
-            return [local]
-        return [groups.to(local.prompt_ids.device) for groups in distributed.gather(local.to("cpu"))]
+        c, g = self.config, num_generations
+        padded = self.ranks.padded(places)
+        own = self.ranks.own_slice(len(padded))
+        numbers = [attempt * c.batch_size + place for place in padded[own]]
+        problems = [self.task.training_problem(c.seed, step, number) for number in numbers]
+        uniforms = sampling_uniforms(c.seed, step, own.stop * g, c.max_new_tokens, attempt)[own.start * g :]
+        # a rank repeats its own part alone, with fewer rows, if its memory runs out
+        local = self.microbatch.run(lambda rows_per_pass: self._sample(problems, uniforms, g, rows_per_pass))
+        if self.ranks.size == 1:
+            return local
+        gathered = concatenate(self.ranks.gather(local.to("cpu"))).to(self.lm.device)
+        return gathered.pick(range(len(places)))
 
-    def _sample_groups(
-        self, problems: Sequence[Problem], uniforms: Tensor, config: TrainConfig, clock: Stopwatch, max_rows: int
-    ) -> ScoredGroups:
-        """Sample and score a group for each problem."""
-        with clock("sample"), in_precision(self.lm.model):
-            prompt_ids, prompt_mask = self.lm.encode([prompt_of(self.task, p) for p in problems])
-            params = SamplingParams(
-                config.max_new_tokens, self.lm.end_ids, config.num_generations, config.temperature
+    def _sample(
+        self, problems: Sequence[Problem], uniforms: Tensor, num_generations: int, rows_per_pass: int
+    ) -> Rollout:
+        """Sample a group for each problem."""
+        c, lm, decoder = self.config, self.lm, self.generator.decoder
+        with self.clock("sample"), in_precision(lm.model):
+            prompts = lm.prompts([prompt_of(self.task, problem) for problem in problems])
+            prompt_ids, prompt_mask = left_pad(prompts, lm.pad_id, lm.device)
+            params = SamplingParams(c.max_new_tokens, lm.end_ids, num_generations, c.temperature)
+            common = decoder.common_prefix(prompts, least=shared_from(lm.model))
+            completions = self.generator(prompt_ids, prompt_mask, params, uniforms, rows_per_pass, common)
+            return Rollout(
+                problems=problems,
+                tokens=Tokens(prompt_ids, prompt_mask, completions.ids, completions.mask),
+                sample_logprobs=completions.logprobs,
+                truncated=~completions.ended,
+                completion_texts=lm.decode(completions.rows(with_end=False)),
             )
-            shares = self.generator.capabilities.supports_common_prefix
-            common = shared_beginning(self.lm.model, prompt_ids, prompt_mask) if shares else 0
-            completions = self.generator(prompt_ids, prompt_mask, params, uniforms, max_rows, common)
-            texts = self.lm.decode(completions.rows(with_end=False))
-        with clock("reward"):
-            of_row = [problem for problem in problems for _ in range(config.num_generations)]
-            attempts = [self.task.grade(problem, text) for problem, text in zip(of_row, texts, strict=True)]
-            scored = score(self.rewards, attempts, {"completion_ids": completions.rows()}, clock)
-        return ScoredGroups(problems, prompt_ids, prompt_mask, completions, texts, scored)
 
+    def _score(self, rollout: Rollout) -> Rollout:
+        """Return the rollout with its rewards. Rank 0 scores all completions that were drawn, in one batch."""
+        with self.clock("reward"):
+            rewards = self.ranks.on_main(lambda: self._rewards(rollout))
+        if self.config.multi_objective_aggregation == "normalize_then_sum":
+            values = [[_number(reward.parts[f.name]) for f in self.rewards] for reward in rewards]
+        else:
+            values = [[_number(reward.total)] for reward in rewards]
+        return replace(rollout, rewards=rewards, compared=torch.tensor(values, dtype=torch.float64))
 
-def build_rollout(
-    found: Sequence[ScoredGroups],
-    chosen: Sequence[int],
-    drawn: Sequence[tuple[Problem, int, int]],
-    config: TrainConfig,
-    functions: Sequence[RewardFunction],
-) -> Rollout:
-    """Make a rollout of the chosen groups, counted through all of `found`.
+    def _rewards(self, rollout: Rollout) -> list[Reward]:
+        problems = [problem for problem in rollout.problems for _ in range(rollout.num_generations)]
+        attempts = [self.task.grade(p, text) for p, text in zip(problems, rollout.completion_texts, strict=True)]
+        ids = {"completion_ids": rollout.tokens.completion_rows()}
+        return score(self.rewards, attempts, ids, self.clock)
 
-    `drawn` are all problems, with their right and wrong completions; `functions` are those of the rewards.
-    """
-    g, width = config.num_generations, max(groups.prompt_ids.shape[1] for groups in found)
-    prompt_ids, prompt_mask = (
-        torch.cat([pad(tensor, (width - tensor.shape[1], 0)) for tensor in tensors])[chosen]
-        for tensors in ([groups.prompt_ids for groups in found], [groups.prompt_mask for groups in found])
-    )
-    rows = [group * g + i for group in chosen for i in range(g)]
-    completions = concatenate([groups.completions for groups in found]).pick(rows)
-    problems = [problem for groups in found for problem in groups.problems]
-    texts = [text for groups in found for text in groups.texts]
-    all_rewards = [reward for groups in found for reward in groups.rewards]
-    rewards = [all_rewards[row] for row in rows]
-    if config.multi_objective_aggregation == "normalize_then_sum":
-        values = [[_number(reward.parts[f.name]) for f in functions] for reward in rewards]
-        parts = torch.tensor(values, dtype=torch.float64)
-        weights = torch.tensor([f.weight for f in functions])
-        advantages = decoupled_advantages(parts, weights, g, config.scale_rewards)
-    else:
-        advantages = group_advantages(_totals(rewards), g, config.scale_rewards)
-    return Rollout(
-        problems=[problems[group] for group in chosen],
-        tokens=Tokens(prompt_ids, prompt_mask, completions.ids, completions.mask),
-        completion_texts=[texts[row] for row in rows],
-        rewards=rewards,
-        advantages=advantages.to(prompt_ids.device),
-        truncated=~completions.ended,
-        sample_logprobs=completions.logprobs,
-        sampled=drawn,
-    )
-
-
-def _totals(rewards: Sequence[Reward]) -> Tensor:
-    """Return the total rewards, (B,) float64, on the CPU; NaN where none applies."""
-    return torch.tensor([_number(reward.total) for reward in rewards], dtype=torch.float64)
+    def _advantages(self, rollout: Rollout) -> Tensor:
+        """Return the advantages of the completions, (B,) float32."""
+        g, scale = rollout.num_generations, self.config.scale_rewards
+        if self.config.multi_objective_aggregation == "normalize_then_sum":
+            weights = torch.tensor([f.weight for f in self.rewards])
+            advantages = decoupled_advantages(rollout.compared, weights, g, scale)
+        else:
+            advantages = group_advantages(rollout.compared[:, 0], g, scale)
+        return advantages.to(rollout.truncated.device)
 
 
 def _number(value: float | None) -> float:

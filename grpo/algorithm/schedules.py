@@ -1,22 +1,50 @@
-"""What changes from step to step: learning rate, group size, weight of the KL. Pure functions."""
+"""What changes from step to step: learning rate, group size, weight of the KL."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 from math import cos, isfinite, pi
 
 from grpo.config import TrainConfig, parse_group_schedule
 
-MOST_ERROR, GAIN = 0.2, 0.1  # of the adaptive KL weight, as published
+# The adaptive KL weight, as published: the relative error that counts at most, and how much of it changes the weight.
+KL_MAX_ERROR = 0.2
+KL_GAIN = 0.1
 LARGEST_BETA = 1e3
 
 
-def scheduled(config: TrainConfig, step: int, beta: float) -> TrainConfig:
-    """Return the settings of one step (from 1), with scheduled values and the adapted `beta`."""
-    c = config
-    rate = learning_rate_at(step, c.num_iterations, c.learning_rate, c.warmup_steps, c.learning_rate_decay)
-    group = c.num_generations
-    if c.group_schedule:
-        group = group_size_at(step, c.num_iterations, *parse_group_schedule(c.group_schedule))
-    return replace(c, learning_rate=rate, num_generations=group, beta=beta)
+@dataclass(frozen=True)
+class StepSettings:
+    """The settings of one step that may differ from those of another."""
+
+    learning_rate: float
+    num_generations: int  # completions a prompt, G
+    beta: float  # weight of the KL
+
+
+class Schedule:
+    """The settings of each step. `beta` changes on the way if there is a target for the KL."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.beta = config.beta
+
+    def at(self, step: int) -> StepSettings:
+        """Return the settings of a step, from 1."""
+        c = self.config
+        group = c.num_generations
+        if c.group_schedule:
+            group = group_size_at(step, c.num_iterations, *parse_group_schedule(c.group_schedule))
+        rate = learning_rate_at(step, c.num_iterations, c.learning_rate, c.warmup_steps, c.learning_rate_decay)
+        return StepSettings(rate, group, self.beta)
+
+    @property
+    def largest_group(self) -> int:
+        """Return the largest number of completions a prompt in any step."""
+        return max(self.at(step).num_generations for step in (1, self.config.num_iterations))
+
+    def adapt(self, kl: float | None) -> None:
+        """Adapt beta after a step with this KL, nats a token, if there is a target for it."""
+        if self.config.target_kl:
+            self.beta = adapted_beta(self.beta, kl, self.config.target_kl)
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: int, decay: str) -> float:
@@ -44,5 +72,5 @@ def adapted_beta(beta: float, kl: float, target: float) -> float:
     """
     if not isfinite(kl):
         return beta
-    error = max(-MOST_ERROR, min(MOST_ERROR, kl / target - 1))
-    return min(LARGEST_BETA, beta * (1 + GAIN * error))
+    error = max(-KL_MAX_ERROR, min(KL_MAX_ERROR, kl / target - 1))
+    return min(LARGEST_BETA, beta * (1 + KL_GAIN * error))

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.algorithm.loss import AVERAGES, StepSizes, grpo_loss
+from grpo.algorithm.loss import AVERAGES, StepSizes, TokenLoss, grpo_loss
 from grpo.algorithm.rollout import Rollout
+from grpo.algorithm.schedules import StepSettings
 from grpo.config import TrainConfig
 from grpo.model.lora import trainable
-from grpo.runtime import distributed
 from grpo.runtime.console import suppress_warnings
-from grpo.runtime.distributed import distribute_like, full_tensor, gather_to_rank0, local_tensor, sum_gradients
 from grpo.runtime.microbatch import AdaptiveMicrobatch, oom_is_fatal, split_microbatches
 from grpo.runtime.precision import in_precision
-from grpo.scoring.logprobs import completion_logprobs
+from grpo.runtime.ranks import ONE, Ranks
+from grpo.runtime.sharding import distribute_like, full_tensor
+from grpo.runtime.stopwatch import Stopwatch
+from grpo.scoring.scorer import Scorer
 from grpo.scoring.tokens import Tokens
-
-WATCHED = 10_000  # weights that `watched_weights` copies
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,18 @@ class Batch:
         return cls(tokens, advantages, StepSizes(n, num_tokens, max_new_tokens))
 
     @classmethod
-    def from_rollout(cls, rollout: Rollout, config: TrainConfig) -> "Batch":
+    def from_rollout(cls, rollout: Rollout, config: TrainConfig, ranks: Ranks = ONE) -> "Batch":
         """Make a batch of this rank's rows of a rollout, with the sizes of the whole step."""
         tokens, applying = rollout.loss_tokens(config), int(rollout.applies.sum())
         batch = cls.of_step(tokens, rollout.advantages, config.max_new_tokens, applying)
-        return batch.slice_rows(distributed.local_slice(len(rollout.advantages)))
+        return batch.slice_rows(ranks.own_slice(len(rollout.advantages)))
 
     def slice_rows(self, rows: slice) -> "Batch":
         """Return some rows, whole groups or a part of one, with as many columns as their tokens have."""
         tokens = self.tokens.slice_rows(rows)
         width = tokens.completion_ids.shape[1]
-        ref, old = (x if x is None else x[rows, :width] for x in (self.ref_logprobs, self.old_logprobs))
+        ref = None if self.ref_logprobs is None else self.ref_logprobs[rows, :width]
+        old = None if self.old_logprobs is None else self.old_logprobs[rows, :width]
         return replace(self, tokens=tokens, advantages=self.advantages[rows], ref_logprobs=ref, old_logprobs=old)
 
 
@@ -72,32 +73,130 @@ class UpdateStats:
     applied: bool  # False if loss or gradient was not finite: the weights are unchanged
 
 
+class Totals:
+    """The sums of an inner update over its micro-batches, on the device."""
+
+    def __init__(self, completion_ids: Tensor) -> None:
+        """`completion_ids` are those of the whole batch, (B, C)."""
+        device = completion_ids.device
+        self.sums = torch.zeros(4, device=device)  # loss; kl, entropy and clipped, summed over tokens
+        self.ratio_min = torch.full((), torch.inf, device=device)
+        self.ratio_max = torch.full((), -torch.inf, device=device)
+        self.logprobs = torch.zeros(completion_ids.shape, device=device)  # (B, C) of the policy before the update
+
+    def add(self, loss: Tensor, tokens: TokenLoss, entropy: Tensor | None, mask: Tensor) -> None:
+        """Add the figures of a micro-batch, whose tokens (B, C) count where `mask` says so."""
+        by_token = (tokens.kl, torch.zeros_like(tokens.kl) if entropy is None else entropy, tokens.clipped.float())
+        self.sums += torch.stack([loss, *(torch.where(mask, x, 0.0).sum() for x in by_token)])
+        self.ratio_min = torch.minimum(self.ratio_min, torch.where(mask, tokens.ratio, torch.inf).min())
+        self.ratio_max = torch.maximum(self.ratio_max, torch.where(mask, tokens.ratio, -torch.inf).max())
+
+
 class Updater:
-    """The policy's optimizer: `stats, batch = updater(batch, config)` is one inner update."""
+    """The policy's optimizer: `stats, batch = updater(batch, settings)` is one inner update."""
 
     def __init__(
-        self, policy: PreTrainedModel, config: TrainConfig, packed: bool, microbatch: AdaptiveMicrobatch
+        self,
+        policy: PreTrainedModel,
+        config: TrainConfig,
+        scorer: Scorer,
+        microbatch: AdaptiveMicrobatch,
+        clock: Stopwatch,
+        ranks: Ranks = ONE,
     ) -> None:
-        """`packed`: score packed rows."""
-        self.policy, self.packed, self.microbatch = policy, packed, microbatch
-        self.gradient_checkpointing = config.gradient_checkpointing
+        """`microbatch` has the rows of a pass; the seconds go to `clock`."""
+        self.policy, self.config, self.scorer = policy, config, scorer
+        self.microbatch, self.clock, self.ranks = microbatch, clock, ranks
         self.optimizer = torch.optim.AdamW(
             trainable(policy).values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
         self.skipped_in_a_row = 0  # updates that were not finite
+        self.has_begun = False  # whether the policy has changed since the caller last counted a step
 
-    def __call__(self, batch: Batch, config: TrainConfig) -> tuple[UpdateStats, Batch]:
+    def __call__(self, batch: Batch, settings: StepSettings) -> tuple[UpdateStats, Batch]:
         """Update the policy; return the figures, and the batch with `old_logprobs`, computed by the first update."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate
-        with self.recompute_activations():
-            stats, logprobs = self.microbatch.run(
-                inner_update, self.policy, self.optimizer, batch, config, self.packed
-            )
-        self.skipped_in_a_row = 0 if stats.applied else self.skipped_in_a_row + 1
+        self.has_begun = True
+        self.set_learning_rate(settings.learning_rate)
+        with self.clock("update"), self.recompute_activations():
+            stats, logprobs = self.microbatch.run(lambda rows: self.inner_update(batch, settings.beta, rows))
+        self.optimizer.zero_grad(set_to_none=True)  # the memory of the gradient serves the next rollout
         if batch.old_logprobs is None:  # the policy was still the one that sampled
             batch = replace(batch, old_logprobs=logprobs)
         return stats, batch
+
+    def inner_update(self, batch: Batch, beta: float, rows_per_pass: int) -> tuple[UpdateStats, Tensor]:
+        """Accumulate the gradient of the whole step over micro-batches, clip it, apply it.
+
+        Also returns the policy's log-probabilities before the update, (B, C): in the first inner update the policy is
+        the one that sampled, so they are the old ones of the others.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = self._accumulate(batch, beta, rows_per_pass)
+        with oom_is_fatal("the optimizer's step", self.ranks):
+            sums = self.ranks.sum(totals.sums)
+            low = self.ranks.min(totals.ratio_min)
+            high = self.ranks.max(totals.ratio_max)
+            numbers, applied = self.apply_gradient((sums, low, high))
+        loss, kl, entropy, clipped, ratio_min, ratio_max, grad_norm = numbers
+        n = batch.sizes.num_tokens
+        stats = UpdateStats(
+            loss=loss,
+            grad_norm=grad_norm,
+            kl=None if batch.ref_logprobs is None else kl / n,
+            entropy=entropy / n if batch.old_logprobs is None else None,
+            clip_fraction=clipped / n,
+            ratio_min=ratio_min,
+            ratio_max=ratio_max,
+            applied=applied,
+        )
+        return stats, totals.logprobs
+
+    def _accumulate(self, batch: Batch, beta: float, rows_per_pass: int) -> Totals:
+        """Run each micro-batch forward and backward; the gradients stay in the policy."""
+        c, first = self.config, batch.old_logprobs is None
+        average = AVERAGES[c.loss_average]
+        totals = Totals(batch.tokens.completion_ids)
+        for rows in split_microbatches(len(batch.advantages), batch.tokens.num_generations, rows_per_pass):
+            micro = batch.slice_rows(rows)
+            mask = micro.tokens.completion_mask
+            with in_precision(self.policy):
+                logprobs, entropy = self._score(micro.tokens, with_entropy=first)
+                old_logprobs = logprobs.detach() if first else micro.old_logprobs
+                tokens = grpo_loss(logprobs, old_logprobs, micro.ref_logprobs, micro.advantages, mask, c, beta)
+                loss = average(tokens.loss, mask, batch.sizes)
+                if c.entropy_bonus:
+                    loss = loss - c.entropy_bonus * average(entropy, mask, batch.sizes)
+                loss.backward()
+            totals.logprobs[rows, : mask.shape[1]] = logprobs.detach()
+            totals.add(loss.detach(), tokens, entropy.detach() if first else None, mask)
+        return totals
+
+    def _score(self, tokens: Tokens, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """Return log-probabilities, and entropies if asked for or part of the loss: (B, C) each."""
+        temperature, bonus = self.config.temperature, bool(self.config.entropy_bonus)
+        if with_entropy or bonus:
+            return self.scorer.logprobs_and_entropies(self.policy, tokens, temperature, entropy_gradient=bonus)
+        return self.scorer.logprobs(self.policy, tokens, temperature), None
+
+    def apply_gradient(self, figures: Sequence[Tensor]) -> tuple[list[float], bool]:
+        """Sum the gradient over the ranks, clip its norm, and apply it if it and the loss are finite.
+
+        `figures` are tensors, the loss first. Returns their numbers and the norm before clipping, and whether the
+        gradient was applied.
+        """
+        self.ranks.sum_gradients(self.policy.parameters())
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.clip_grad_norm))
+        numbers = torch.cat([x.reshape(-1) for x in (*figures, norm)]).tolist()  # one transfer from the device
+        applied = isfinite(numbers[0]) and isfinite(numbers[-1])
+        if applied:
+            self.optimizer.step()
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        return numbers, applied
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of the next updates."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def forget(self) -> None:
         """Forget the moments of earlier updates, as if there had been none."""
@@ -111,7 +210,10 @@ class Updater:
             for index, entry in self.optimizer.state_dict()["state"].items()
             for name, value in entry.items()
         }
-        return {"policy": gather_to_rank0(trainable(self.policy)), "optimizer": gather_to_rank0(moments)}
+        return {
+            "policy": self.ranks.collect(trainable(self.policy)),
+            "optimizer": self.ranks.collect(moments),
+        }
 
     @torch.no_grad()
     def load_state_dict(self, policy: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
@@ -119,7 +221,8 @@ class Updater:
         parameters = trainable(self.policy)
         for name, parameter in parameters.items():
             parameter.copy_(distribute_like(policy[name], parameter))
-        by_index, state = list(parameters.values()), {}
+        by_index = list(parameters.values())
+        state: dict[int, dict[str, Tensor]] = {}
         for key, value in optimizer.items():
             index, _, name = key.partition(".")
             value = value if name == "step" else distribute_like(value, by_index[int(index)])
@@ -130,7 +233,7 @@ class Updater:
     @contextmanager
     def recompute_activations(self) -> Iterator[None]:
         """Recompute activations if asked to. That works in train mode only, and sampling in eval mode only."""
-        if not self.gradient_checkpointing:
+        if not self.config.gradient_checkpointing:
             yield
             return
         with suppress_warnings():  # transformers 5.23 renames this function; 5.21 has no other
@@ -140,106 +243,3 @@ class Updater:
             yield
         finally:
             self.policy.eval()
-
-
-@dataclass
-class Totals:
-    """The sums of an inner update over its micro-batches."""
-
-    sums: Tensor  # (4,): loss; kl, entropy and clipped, summed over tokens
-    ratio_min: Tensor
-    ratio_max: Tensor
-    logprobs: Tensor  # (B, C) of the policy before the update
-
-
-def inner_update(
-    policy: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    config: TrainConfig,
-    packed: bool,
-    max_rows: int,
-) -> tuple[UpdateStats, Tensor]:
-    """Accumulate the gradient of the whole step over micro-batches of at most `max_rows` rows, clip it, apply it.
-
-    Also returns the policy's log-probabilities before the update, (B, C): in the first inner update the policy is the
-    one that sampled, so they are the old ones of the others.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    totals = _accumulate(policy, batch, config, packed, max_rows)
-    with oom_is_fatal("the optimizer's step"):
-        sums = distributed.all_reduce_sum(totals.sums)
-        low, high = distributed.all_reduce_min(totals.ratio_min), distributed.all_reduce_max(totals.ratio_max)
-        figures, applied = clipped_step(policy, optimizer, config.clip_grad_norm, (sums, low, high))
-    loss, kl, entropy, clipped, low, high, grad_norm = figures
-    n, first = batch.sizes.num_tokens, batch.old_logprobs is None
-    kl_mean = None if batch.ref_logprobs is None else kl / n
-    entropy_mean = entropy / n if first else None
-    return UpdateStats(loss, grad_norm, kl_mean, entropy_mean, clipped / n, low, high, applied), totals.logprobs
-
-
-def clipped_step(
-    policy: PreTrainedModel, optimizer: torch.optim.Optimizer, most: float, figures: Sequence[Tensor]
-) -> tuple[list[float], bool]:
-    """Sum the gradient over the ranks, clip its norm to `most`, and apply it if it and the loss are finite.
-
-    `figures` are tensors, the loss first. Returns their numbers and the norm before clipping, and whether it was
-    applied.
-    """
-    sum_gradients(policy.parameters())
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), most))
-    numbers = torch.cat([x.reshape(-1) for x in (*figures, norm)]).tolist()  # one transfer from the device
-    applied = isfinite(numbers[0]) and isfinite(numbers[-1])
-    if applied:
-        optimizer.step()
-    return numbers, applied
-
-
-def _accumulate(policy: PreTrainedModel, batch: Batch, config: TrainConfig, packed: bool, max_rows: int) -> Totals:
-    """Run each micro-batch forward and backward; the gradients stay in the policy."""
-    device, first = batch.advantages.device, batch.old_logprobs is None
-    average = AVERAGES[config.loss_average]
-    totals = Totals(
-        torch.zeros(4, device=device),
-        torch.full((), torch.inf, device=device),
-        torch.full((), -torch.inf, device=device),
-        torch.zeros(batch.tokens.completion_ids.shape, device=device),
-    )
-    for rows in split_microbatches(batch.advantages.shape[0], batch.tokens.num_generations, max_rows):
-        micro = batch.slice_rows(rows)
-        mask = micro.tokens.completion_mask
-        with in_precision(policy):
-            logprobs, entropy = completion_logprobs(
-                policy,
-                micro.tokens,
-                config.temperature,
-                packed=packed,
-                entropy=first or bool(config.entropy_bonus),
-                entropy_gradient=bool(config.entropy_bonus),
-            )
-            old_logprobs = logprobs.detach() if first else micro.old_logprobs
-            tokens = grpo_loss(logprobs, old_logprobs, micro.ref_logprobs, micro.advantages, mask, config)
-            loss = average(tokens.loss, mask, batch.sizes)
-            if config.entropy_bonus:
-                loss = loss - config.entropy_bonus * average(entropy, mask, batch.sizes)
-            loss.backward()
-        totals.logprobs[rows, : mask.shape[1]] = logprobs.detach()
-        by_token = (tokens.kl, entropy.detach() if first else torch.zeros_like(tokens.kl), tokens.clipped.float())
-        totals.sums += torch.stack([loss.detach(), *(torch.where(mask, x, 0.0).sum() for x in by_token)])
-        totals.ratio_min = torch.minimum(totals.ratio_min, torch.where(mask, tokens.ratio, torch.inf).min())
-        totals.ratio_max = torch.maximum(totals.ratio_max, torch.where(mask, tokens.ratio, -torch.inf).max())
-    return totals
-
-
-def watched_weights(policy: PreTrainedModel) -> Tensor:
-    """Copy some WATCHED of the trainable weights, spread evenly over them, always the same ones."""
-    parameters = list(map(local_tensor, trainable(policy).values()))
-    stride = max(1, sum(p.numel() for p in parameters) // WATCHED) | 1  # odd, so that it meets every column
-    return torch.cat([p.detach().flatten()[::stride] for p in parameters])
-
-
-def moved_fraction(before: Tensor, after: Tensor) -> float:
-    """Return the share of watched weights that changed, over all ranks."""
-    moved = (before != after).float()
-    counts = distributed.all_reduce_sum(torch.stack([moved.sum(), torch.ones_like(moved).sum()])).tolist()
-    return counts[0] / max(1.0, counts[1])

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
+from grpo.generation.decoding import Decoder
 from grpo.generation.greedy import greedy
 from grpo.model.language_model import LanguageModel
 from grpo.runtime.checks import is_count, is_list_of
 from grpo.runtime.precision import in_precision
-from grpo.scoring.logprobs import completion_logprobs
+from grpo.scoring.scorer import DENSE
 from grpo.scoring.tokens import Tokens, left_pad, length_mask
 
 ANSWER_TOKENS = 24  # of each answer at most
@@ -41,19 +42,21 @@ class DriftBaseline:
         return asdict(self)
 
     @classmethod
-    def record(cls, lm: LanguageModel, questions: Sequence[str], max_rows: int) -> "DriftBaseline":
-        """Answer the questions greedily, at most `max_rows` in a pass."""
+    def record(
+        cls, lm: LanguageModel, questions: Sequence[str], decoder: Decoder, rows_per_pass: int
+    ) -> "DriftBaseline":
+        """Answer the questions greedily."""
         prompts = plain_prompts(lm, questions)
-        answers = greedy(lm, prompts, ANSWER_TOKENS, max_rows).rows()
-        return cls(prompts, answers, answer_logprobs(lm, prompts, answers, max_rows))
+        answers = greedy(lm, prompts, ANSWER_TOKENS, rows_per_pass, decoder).rows()
+        return cls(prompts, answers, answer_logprobs(lm, prompts, answers, rows_per_pass))
 
     def same_prompts(self, lm: LanguageModel, questions: Sequence[str]) -> bool:
         """Return whether another model has the same prompts, so that its ids mean the same."""
         return plain_prompts(lm, questions) == self.prompts
 
-    def drift(self, lm: LanguageModel, max_rows: int) -> float | None:
+    def drift(self, lm: LanguageModel, rows_per_pass: int) -> float | None:
         """Return the drift of a policy, nats a token; None if a log-probability is not finite."""
-        now = answer_logprobs(lm, self.prompts, self.answers, max_rows)
+        now = answer_logprobs(lm, self.prompts, self.answers, rows_per_pass)
         differences = [x - y for a, b in zip(self.logprobs, now, strict=True) for x, y in zip(a, b, strict=True)]
         drift = math.fsum(differences) / len(differences)
         return drift if math.isfinite(drift) else None
@@ -79,18 +82,18 @@ def plain_prompts(lm: LanguageModel, questions: Sequence[str]) -> list[list[int]
 
 @torch.no_grad()
 def answer_logprobs(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], max_rows: int
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows_per_pass: int
 ) -> list[list[float]]:
     """Return the log-probability of each token of each answer at temperature 1, from dense rows: right for any."""
     rows: list[list[float]] = []
-    for start in range(0, len(prompts), max_rows):
-        some = answers[start : start + max_rows]
+    for start in range(0, len(prompts), rows_per_pass):
+        some = answers[start : start + rows_per_pass]
         width = max(map(len, some))
         ids = torch.tensor([[*answer, *[0] * (width - len(answer))] for answer in some], device=lm.device)
         lengths = torch.tensor([len(answer) for answer in some], device=lm.device)
         mask = length_mask(lengths, width)
-        tokens = Tokens(*left_pad(prompts[start : start + max_rows], lm.pad_id, lm.device), ids, mask)
+        tokens = Tokens(*left_pad(prompts[start : start + rows_per_pass], lm.pad_id, lm.device), ids, mask)
         with in_precision(lm.model):
-            logprobs, _ = completion_logprobs(lm.model, tokens, 1.0, packed=False)
+            logprobs = DENSE.logprobs(lm.model, tokens, 1.0)
         rows += [row[: len(answer)] for row, answer in zip(logprobs.tolist(), some, strict=True)]
     return rows

@@ -11,16 +11,15 @@ import torch
 from grpo.config import TrainConfig
 from grpo.evaluation.drift import DriftBaseline
 from grpo.evaluation.intervals import maj_at_k, pass_at_k, wilson_interval
-from grpo.generation.capabilities import ModelCapabilities
-from grpo.generation.greedy import MAX_ROWS, greedy_across_ranks
+from grpo.generation.decoding import Decoder
+from grpo.generation.greedy import ROWS_PER_PASS, greedy_across_ranks
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
 from grpo.model.language_model import LanguageModel
-from grpo.runtime import distributed
 from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.precision import in_precision
-from grpo.runtime.stopwatch import Stopwatch
-from grpo.scoring.tokens import common_prefix_length, left_pad
+from grpo.runtime.ranks import ONE, Ranks
+from grpo.scoring.tokens import left_pad
 from tasks.base import Attempt, Problem, Task, prompt_of
 from tasks.rewards.scoring import RewardFunction, score
 from tasks.unrelated import QUESTIONS
@@ -84,20 +83,22 @@ class Evaluator:
         config: TrainConfig,
         task: Task,
         skills: Mapping[str, Task],
-        capabilities: ModelCapabilities,
+        decoder: Decoder,
         rewards: Sequence[RewardFunction] = (),
+        ranks: Ranks = ONE,
     ) -> None:
         """`skills` are the neighbouring skills of the starting model; `rewards`, if any, choose the best policy."""
-        self.config, self.task, self.skills, self.capabilities = config, task, skills, capabilities
-        self.rewards = rewards
-        self.microbatch = AdaptiveMicrobatch("the evaluation", MAX_ROWS, 1, config.shard)
+        self.config, self.task, self.skills = config, task, skills
+        self.decoder, self.rewards, self.ranks = decoder, rewards, ranks
+        self.microbatch = AdaptiveMicrobatch("the evaluation", ROWS_PER_PASS, 1, config.shard)
         self.start: DriftBaseline | None = None  # what drift is measured from, if known
         self._held_out: dict[tuple[str, str, int], list[Problem]] = {}
         self._prompts: dict[tuple[str, str, str], list[int]] = {}  # by task, category and question
 
     def remember_start(self, lm: LanguageModel) -> None:
         """Record the starting model's answers to the unrelated questions, which drift is measured from."""
-        self.start = self.microbatch.run(DriftBaseline.record, lm, QUESTIONS)
+        decoder = Decoder(ranks=self.decoder.ranks)  # without shortcuts
+        self.start = self.microbatch.run(lambda rows: DriftBaseline.record(lm, QUESTIONS, decoder, rows))
 
     def validate(self, lm: LanguageModel) -> dict[str, Any]:
         """Measure on the validation problems, which choose the policy that is kept; and the drift from the start."""
@@ -128,8 +129,10 @@ class Evaluator:
         encoded = lm.prompts([prompt_of(task, problem) for problem in new.values()])
         self._prompts |= zip(new, encoded, strict=True)
         prompts = [self._prompts[key] for key in keys]
-        limit, capabilities = self.config.max_new_tokens, self.capabilities
-        completions = self.microbatch.run(greedy_across_ranks, lm, prompts, limit, capabilities=capabilities)
+        limit = self.config.max_new_tokens
+        completions = self.microbatch.run(
+            lambda rows: greedy_across_ranks(lm, prompts, limit, rows, self.decoder, self.ranks)
+        )
         found = graded(lm, task, problems, completions.rows(with_end=False))
         return replace(found, completion_ids=completions.rows())
 
@@ -137,20 +140,22 @@ class Evaluator:
         """Estimate pass@k and maj@k on a split by sampling, if the settings ask for it."""
         if not self.config.pass_at_k:
             return {}
-        return self.microbatch.run(self._sampled, lm, self.problems(split))
+        return self.microbatch.run(lambda rows: self._sampled(lm, self.problems(split), rows))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as JSON values."""
-        return {"evaluate_limit": self.microbatch.max_rows, "start": self.start and self.start.to_dict()}
+        return {"evaluate_limit": self.microbatch.rows, "start": self.start and self.start.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. Raises ValueError if that cannot be its value."""
-        start, limit = state.get("start"), state.get("evaluate_limit", MAX_ROWS)
+        start, limit = state.get("start"), state.get("evaluate_limit", ROWS_PER_PASS)
         check_entries({"evaluate_limit": is_count(limit), "start": start is None or DriftBaseline.is_state(start)})
-        self.microbatch.max_rows = limit
+        self.microbatch.rows = limit
         self.start = None if start is None else DriftBaseline(**start)
 
-    def _sampled(self, lm: LanguageModel, problems: Sequence[Problem], max_rows: int) -> dict[str, dict[str, float]]:
+    def _sampled(
+        self, lm: LanguageModel, problems: Sequence[Problem], rows_per_pass: int
+    ) -> dict[str, dict[str, float]]:
         """Return pass@j and maj@j for j = 1, 2, 4, …, k, means over the problems, from 2k samples of each.
 
         A problem's samples, at temperature 1, are a function of the seed and its place in the list.
@@ -158,18 +163,17 @@ class Evaluator:
         c, k = self.config, self.config.pass_at_k
         n = SAMPLES_PER_K * k
         params = SamplingParams(c.max_new_tokens, lm.end_ids, n)
-        generator, step = Generator(lm.model, self.capabilities), max(1, max_rows // n)
+        generator, step = Generator(lm.model, self.decoder), max(1, rows_per_pass // n)
         answers, right = [], []  # of all samples, by problem
         for first in range(0, len(problems), step):
             some = problems[first : first + step]
             places = range(first, first + len(some))
             uniforms = [sampling_uniforms(c.seed, place, n, c.max_new_tokens, NOT_TRAINING) for place in places]
             prompts = lm.prompts([prompt_of(self.task, p) for p in some])
-            shares = self.capabilities.supports_common_prefix and len(prompts) > 1
-            prefix = common_prefix_length(prompts) if shares else 0
+            prefix = self.decoder.common_prefix(prompts)
             with in_precision(lm.model):
                 padded = left_pad(prompts, lm.pad_id, lm.device)
-                completions = generator(*padded, params, torch.cat(uniforms), max_rows, prefix)
+                completions = generator(*padded, params, torch.cat(uniforms), rows_per_pass, prefix)
             texts = lm.decode(completions.rows(with_end=False))
             for i, problem in enumerate(some):
                 attempts = [self.task.grade(problem, text) for text in texts[i * n : (i + 1) * n]]
@@ -186,13 +190,13 @@ class Evaluator:
         """Return the mean reward of the answers, if that chooses the best policy; 0 if no reward applies to any."""
         if not self.rewards:
             return {}
-        scored = score(self.rewards, found.attempts, {"completion_ids": found.completion_ids}, Stopwatch())
+        ids = {"completion_ids": found.completion_ids}
+        scored = self.ranks.on_main(lambda: score(self.rewards, found.attempts, ids))
         totals = [reward.total for reward in scored if reward.total is not None]
-        # a user's function may be random
-        return {"reward": distributed.broadcast_from_rank0(fmean(totals) if totals else 0.0)}
+        return {"reward": fmean(totals) if totals else 0.0}
 
     def _drift(self, lm: LanguageModel) -> float | None:
-        return None if self.start is None else self.microbatch.run(self.start.drift, lm)
+        return None if self.start is None else self.microbatch.run(lambda rows: self.start.drift(lm, rows))
 
     def _of(self, skill: Task) -> list[Problem]:
         return self._held(skill, "test", SKILL_PROBLEMS)

@@ -9,7 +9,7 @@ from grpo.config import TrainConfig
 from grpo.evaluation.drift import DriftBaseline
 from grpo.evaluation.evaluator import Evaluation, Evaluator, proportion
 from grpo.evaluation.intervals import accuracy_text, paired_interval
-from grpo.generation.capabilities import ModelCapabilities
+from grpo.generation.probe import probe
 from grpo.model.language_model import LanguageModel, check_prompts_fit
 from grpo.model.loading import load
 from grpo.runtime.console import printable
@@ -42,7 +42,8 @@ def measure(
     for name in names:
         lm = load(name, choose_device(config.device), config.precision)
         check_prompts_fit(lm, task, config)
-        evaluator = Evaluator(config, task, skills if split == "test" else {}, ModelCapabilities.probe(lm, task))
+        _, decoder = probe(lm, task)
+        evaluator = Evaluator(config, task, skills if split == "test" else {}, decoder)
         evaluations = evaluator.by_name(lm, split)
         sampled = evaluator.sampled(lm, split)
         if start is None:
@@ -59,7 +60,7 @@ def _drift(evaluator: Evaluator, start: DriftBaseline, lm: LanguageModel) -> flo
     """Return the drift from the first model; None if their tokenizers differ, and so the meaning of ids."""
     if not start.same_prompts(lm, QUESTIONS):
         return None
-    return evaluator.microbatch.run(start.drift, lm)
+    return evaluator.microbatch.run(lambda rows: start.drift(lm, rows))
 
 
 def table(found: Sequence[Measured], split: str, columns: int | None) -> list[str]:

@@ -1,26 +1,23 @@
-"""The forward passes of decoding: over the prompts, then one token a row, on a cache in place or by a CUDA graph.
+"""The forward passes of decoding: over the prompts, then one token a row, on a key/value cache in place.
 
-A graph is recorded once a batch of prompts and replayed without Python. What it replays must keep its shapes and
-places: the cache has room for the longest completion, rows that have ended stay, and the mask alone tells which keys
-exist. CUDA graphs have not been run on a GPU yet, so they are off by default, and tried on each model first
-(`ModelCapabilities`).
+`Decoder` says how that is done for a model. Each shortcut is tried once on the model (`probe.py`).
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
-from grpo.runtime.microbatch import is_unsupported
+from grpo.generation.cuda_graphs import CudaGraphDecoding
+from grpo.runtime.ranks import ONE, Ranks
 from grpo.scoring.attention.common_prefix import CommonPrefix
 from grpo.scoring.attention.packed import enable
-from grpo.scoring.tokens import last_columns, position_ids
+from grpo.scoring.tokens import common_prefix_length, last_columns, position_ids, shared_from
 
 CAPACITY_STEP = 32  # tokens; the cache grows by this many at a time
-WARM_UP = 2  # tokens run on a side stream before one is recorded, as CUDA's libraries need to initialise
-TRIED = WARM_UP + 4  # tokens
-TOLERANCE = {torch.float32: 1e-3}  # nats; in float32 the two ways differ by 1e-6
-TOLERANCE_16_BITS = 0.25  # bfloat16 keeps 8 bits of a logit
 
 
 def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: int = 0) -> tuple[DynamicCache, Tensor]:
@@ -137,7 +134,7 @@ def reserve(x: Tensor, repeats: int, more: int = 0) -> Tensor:
     return buffer.flatten(0, 1)
 
 
-class CachedDecoder:
+class CachedDecoding:
     """Forward passes after the prompts: from a token of every row (B,) to the logits after it (B, V)."""
 
     can_shrink = True  # rows can be dropped
@@ -190,75 +187,38 @@ class CachedDecoder:
         self.mask, self.position = self.mask[rows], self.position[rows]
 
 
-class CudaGraphDecoder:
-    """`CachedDecoder` in tensors of constant shape and place, recorded as a CUDA graph; plain passes elsewhere."""
+@dataclass(frozen=True)
+class Decoder:
+    """How the prompts of a model are continued. The default is right for any model; the rest are shortcuts."""
 
-    can_shrink = False
+    expands_cache: bool = False  # run each prompt once, and copy its cache for each completion of its group
+    shares_prefix: bool = False  # run what all prompts begin with once
+    holds_prefix: bool = False  # hold it once for all rows while decoding
+    uses_cuda_graphs: bool = False
+    ranks: Ranks = ONE  # the processes that the model is sharded over: they make every pass together
 
-    def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, repeats: int, columns: int) -> None:
-        """Start from the cache of N prompts with mask (N, P), each `repeats` times, for at most `columns` tokens."""
-        mask = mask.long().repeat_interleave(repeats, 0)
-        self.model, self.graph, self.done = model, None, 0
-        # full layers for sliding windows too: the mask that the model builds has the window
-        self.cache = Cache(layers=[StaticLayer(max_cache_len=mask.shape[1] + columns) for _ in cache.layers])
-        for i, (layer, static) in enumerate(zip(cache.layers, self.cache.layers, strict=True)):
-            keys, values = (x.repeat_interleave(repeats, 0) for x in (layer.keys, layer.values))
-            static.lazy_initialization(keys, values)
-            self.cache.update(keys, values, i)
-        self.position = mask.sum(-1, keepdim=True)  # (B, 1), of the next token
-        self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], columns)], 1)  # (B, P + columns)
-        self.tokens = torch.zeros_like(self.position)  # (B, 1)
-        self.logits = torch.empty(0)  # (B, V) after the last token; each replay overwrites it
+    def common_prefix(self, prompts: Sequence[Sequence[int]], least: int = 1) -> int:
+        """Return how many tokens all prompts begin with, to be run once; 0 if they are fewer than `least`."""
+        common = common_prefix_length(prompts) if self.shares_prefix else 0
+        return common if common >= least else 0
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Return the logits (B, V) after one more token of each row (B,); valid until the next call."""
-        self.tokens.copy_(tokens[:, None])
-        self.done += 1
-        if tokens.device.type != "cuda":
-            self._forward()
-        elif self.done <= WARM_UP:
-            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                self._forward()
-            main.wait_stream(side)
+    def begin(
+        self, model: PreTrainedModel, ids: Tensor, mask: Tensor, repeats: int, columns: int, common_prefix: int
+    ) -> tuple[CachedDecoding | CudaGraphDecoding, Tensor]:
+        """Run N left-padded prompts (N, P), each to be continued `repeats` times, by at most `columns` tokens.
+
+        Return what decodes after them, and the logits of the first tokens (B, V), B = N · `repeats`.
+        """
+        if not self.expands_cache:
+            ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
+            repeats = 1
+        if self.uses_cuda_graphs:
+            cache, logits = prefill(model, ids, mask, common_prefix)
+            decoding = CudaGraphDecoding(model, cache, mask, repeats, columns)
+        elif self.holds_prefix and common_prefix >= shared_from(model):
+            prefix, cache, own_mask, logits = prefill_own(model, ids, mask, common_prefix)
+            decoding = CachedDecoding(model, cache, own_mask, repeats, columns, prefix)
         else:
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):  # records, does not run
-                    self._forward()
-            self.graph.replay()
-        return self.logits
-
-    def _forward(self) -> None:
-        out = self.model(
-            input_ids=self.tokens,
-            attention_mask=self.mask,
-            position_ids=self.position,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.position.add_(1)
-        self.logits = out.logits[:, -1]
-
-
-def graph_matches_cached(
-    model: PreTrainedModel, cache: DynamicCache, mask: Tensor, repeats: int, logits: Tensor
-) -> bool:
-    """Return whether the two decoders agree on some greedy tokens after `logits` (B, V); leaves `cache` unchanged."""
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return False
-    twin, differences = DynamicCache(), []
-    twin.layers = list(cache.layers)
-    try:
-        static = CudaGraphDecoder(model, cache, mask, repeats, TRIED)
-        plain = CachedDecoder(model, twin, mask, repeats, TRIED)
-        for _ in range(TRIED):
-            tokens = logits.argmax(-1)
-            logits, other = plain(tokens), static(tokens)
-            differences.append((logits.float().log_softmax(-1) - other.float().log_softmax(-1)).abs().max())
-    except Exception as error:
-        if not is_unsupported(error):
-            raise
-        return False
-    return bool(torch.stack(differences).max() < TOLERANCE.get(logits.dtype, TOLERANCE_16_BITS))
+            cache, logits = prefill(model, ids, mask, common_prefix)
+            decoding = CachedDecoding(model, cache, mask, repeats, columns)
+        return decoding, logits.repeat_interleave(repeats, 0)

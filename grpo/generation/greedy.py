@@ -1,34 +1,33 @@
-"""Greedy decoding of many prompts, as an evaluation needs it: what they all begin with is run once."""
+"""Greedy decoding of many prompts, as an evaluation needs it."""
 
 from collections.abc import Sequence
 
-from grpo.generation.capabilities import ModelCapabilities
+from grpo.generation.decoding import Decoder
 from grpo.generation.sampling import Completions, Generator, SamplingParams, concatenate
 from grpo.model.language_model import LanguageModel
-from grpo.runtime import distributed
 from grpo.runtime.precision import in_precision
-from grpo.scoring.tokens import common_prefix_length, left_pad
+from grpo.runtime.ranks import Ranks
+from grpo.scoring.tokens import left_pad
 
-MAX_ROWS = 256  # greedy completions in one pass
+ROWS_PER_PASS = 256  # greedy completions
 
 
 def greedy(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
-    max_rows: int = MAX_ROWS,
-    capabilities: ModelCapabilities | None = None,
+    rows_per_pass: int = ROWS_PER_PASS,
+    decoder: Decoder = Decoder(),  # noqa: B008, it is frozen
 ) -> Completions:
-    """Return the greedy completion of each prompt, at most `max_rows` in a pass, prompts of like length together."""
-    capabilities = capabilities or ModelCapabilities()
-    generator, params = Generator(lm.model, capabilities), SamplingParams(max_tokens, lm.end_ids)
+    """Return the greedy completion of each prompt; prompts of similar length go through the model together."""
+    generator, params = Generator(lm.model, decoder), SamplingParams(max_tokens, lm.end_ids)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts = []
-    for start in range(0, len(order), max_rows):
-        some = [prompts[i] for i in order[start : start + max_rows]]
-        shared = common_prefix_length(some) if capabilities.supports_common_prefix and len(some) > 1 else 0
+    for start in range(0, len(order), rows_per_pass):
+        batch = [prompts[i] for i in order[start : start + rows_per_pass]]
+        ids, mask = left_pad(batch, lm.pad_id, lm.device)
         with in_precision(lm.model):
-            parts.append(generator(*left_pad(some, lm.pad_id, lm.device), params, common_prefix=shared))
+            parts.append(generator(ids, mask, params, common_prefix=decoder.common_prefix(batch)))
     return concatenate(parts).pick(sorted(range(len(order)), key=order.__getitem__))
 
 
@@ -36,12 +35,13 @@ def greedy_across_ranks(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
-    max_rows: int = MAX_ROWS,
-    capabilities: ModelCapabilities | None = None,
+    rows_per_pass: int,
+    decoder: Decoder,
+    ranks: Ranks,
 ) -> Completions:
     """Return what `greedy` returns; the ranks share the prompts out, and all get all completions."""
-    padded = distributed.pad_to_world_size(prompts)
-    local = greedy(lm, padded[distributed.local_slice(len(padded))], max_tokens, max_rows, capabilities)
-    if distributed.world_size() == 1:
+    padded = ranks.padded(prompts)
+    local = greedy(lm, padded[ranks.own_slice(len(padded))], max_tokens, rows_per_pass, decoder)
+    if ranks.size == 1:
         return local
-    return concatenate(distributed.gather(local.to("cpu"))).pick(range(len(prompts)))
+    return concatenate(ranks.gather(local.to("cpu"))).pick(range(len(prompts)))

@@ -14,17 +14,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from grpo.generation.capabilities import ModelCapabilities
-from grpo.generation.decoding import CachedDecoder, CudaGraphDecoder, prefill, prefill_own
-from grpo.runtime.distributed import any_rank, is_sharded
+from grpo.generation.cuda_graphs import CudaGraphDecoding
+from grpo.generation.decoding import CachedDecoding, Decoder
 from grpo.runtime.microbatch import split_microbatches
-from grpo.scoring.logprobs import scaled
-from grpo.scoring.tokens import length_mask, prompts_of, shared_from
+from grpo.scoring.scorer import scaled
+from grpo.scoring.tokens import length_mask, prompts_of
 
-IN_CACHE = 2**17  # probabilities, in float32 and in two integers
-QUANTA = 2**50  # a distribution as integers that add up to about this
-CHECK_EVERY = 4  # tokens, on devices where a look makes the host wait; a pass too many costs more than some looks
-SHRINK_TO = 3 / 4  # this share of the rows is kept once no more of them run, and again of those, and so on
+CACHE_PROBABILITIES = 2**17  # that fit into a CPU's cache, each in float32 and as two integers
+QUANTA = 2**50  # a distribution is turned into integers that add up to about this
+CHECK_EVERY = 4  # tokens between checks for ended rows, on devices where each check makes the host wait
+SHRINK_TO = 3 / 4  # drop ended rows once at most this share of them is running; then again at 3/4 of that
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,9 @@ class Completions:
 
     def to(self, device: torch.device | str) -> "Completions":
         """Return a copy with all tensors on `device`."""
-        return Completions(*(tensor.to(device) for tensor in (self.ids, self.lengths, self.ended, self.logprobs)))
+        return Completions(
+            self.ids.to(device), self.lengths.to(device), self.ended.to(device), self.logprobs.to(device)
+        )
 
     def pick(self, rows: Sequence[int]) -> "Completions":
         """Return some rows, in that order, as wide as the longest of them."""
@@ -69,11 +70,11 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Generator:
-    """A model that completes prompts: `Generator(model, capabilities)(prompt_ids, prompt_mask, params, uniforms)`."""
+    """A model that completes prompts: `Generator(model, decoder)(prompt_ids, prompt_mask, params, uniforms)`."""
 
     model: PreTrainedModel
-    capabilities: ModelCapabilities = field(default_factory=ModelCapabilities)
-    check_every: int = 0  # tokens between looks for rows that have ended, the same result for any; 0: by device
+    decoder: Decoder = field(default_factory=Decoder)
+    check_every: int = 0  # tokens between checks for ended rows, the same result for any; 0: by device
 
     @torch.no_grad()
     def __call__(
@@ -82,46 +83,30 @@ class Generator:
         prompt_mask: Tensor,
         params: SamplingParams,
         uniforms: Tensor | None = None,
-        max_rows: int | None = None,
+        rows_per_pass: int | None = None,
         common_prefix: int = 0,
     ) -> Completions:
         """Return `params.n` completions for each of N left-padded prompts (N, P); greedy without `uniforms`.
 
-        `uniforms` are those of `sampling_uniforms`, (N · n, max_tokens). At most `max_rows` rows are run at a time.
-        All prompts begin with the same `common_prefix` tokens, which are run once (`prefill`) and, if they are
-        enough (`shared_from`), held once for all rows.
+        `uniforms` (N · n, max_tokens) come from `sampling_uniforms`. At most `rows_per_pass` rows are run at a time,
+        by default all. All prompts begin with the same `common_prefix` tokens, which are run once.
         """
-        total, device, group = prompt_ids.shape[0] * params.n, prompt_ids.device, params.n
+        group, device = params.n, prompt_ids.device
+        total = len(prompt_ids) * group
         if uniforms is not None:
             uniforms = uniforms.to(torch.float32 if device.type == "mps" else uniforms.dtype).to(device)
         parts = []
-        for rows in split_microbatches(total, group, max_rows or total):
+        for rows in split_microbatches(total, group, rows_per_pass or total):
             prompts = prompts_of(rows, group)
             ids, mask = prompt_ids[prompts], prompt_mask[prompts]
             repeats = (rows.stop - rows.start) // (prompts.stop - prompts.start)
-            if not self.capabilities.supports_cache_expansion:
-                ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
-                repeats = 1
-            decoder, logits = self._prefill(ids, mask, repeats, params.max_tokens, common_prefix)
-            logits = logits.repeat_interleave(repeats, 0)  # (B, V)
-            parts.append(self._decode(decoder, logits, params, None if uniforms is None else uniforms[rows]))
+            decoding, logits = self.decoder.begin(self.model, ids, mask, repeats, params.max_tokens, common_prefix)
+            parts.append(self._decode(decoding, logits, params, None if uniforms is None else uniforms[rows]))
         return concatenate(parts)
-
-    def _prefill(
-        self, ids: Tensor, mask: Tensor, repeats: int, columns: int, common_prefix: int
-    ) -> tuple[CachedDecoder | CudaGraphDecoder, Tensor]:
-        """Run the prompts; return what decodes after them, and the logits of their first tokens (N, V)."""
-        # sharded processes communicate in a pass, which a graph cannot record
-        graphs = self.capabilities.supports_cuda_graphs and not is_sharded(self.model)
-        if self.capabilities.supports_prefix_attention and common_prefix >= shared_from(self.model) and not graphs:
-            prefix, cache, mask, logits = prefill_own(self.model, ids, mask, common_prefix)
-            return CachedDecoder(self.model, cache, mask, repeats, columns, prefix), logits
-        cache, logits = prefill(self.model, ids, mask, common_prefix)
-        return (CudaGraphDecoder if graphs else CachedDecoder)(self.model, cache, mask, repeats, columns), logits
 
     def _decode(
         self,
-        decoder: CachedDecoder | CudaGraphDecoder,
+        decoding: CachedDecoding | CudaGraphDecoding,
         logits: Tensor,
         params: SamplingParams,
         uniforms: Tensor | None,
@@ -153,22 +138,18 @@ class Generator:
                 break
             if (column + 1) % check_every == 0:
                 left = int(running.sum())
-                if not self._any_rank_running(left > 0):
+                if not self.decoder.ranks.any(left > 0):
                     break
                 size = shrunk(len(alive), left)
-                if decoder.can_shrink and size < len(alive):
+                if decoding.can_shrink and size < len(alive):
                     ended_so_far = (~running).long().cumsum(0)
                     stay = (running | (ended_so_far <= size - left)).nonzero().squeeze(-1)
-                    decoder.keep(stay)
+                    decoding.keep(stay)
                     alive, running, tokens = alive[stay], running[stay], tokens[stay]
-            logits = decoder(tokens)
+            logits = decoding(tokens)
         ended[alive] = ~running
         longest = int(lengths.max())
         return Completions(ids[:, :longest], lengths, ended, logprobs[:, :longest])
-
-    def _any_rank_running(self, running: bool) -> bool:
-        """Return whether to decode on: ranks that a model is sharded over make the same number of passes."""
-        return any_rank(running) if is_sharded(self.model) else running
 
 
 def sampling_uniforms(seed: int, step: int, rows: int, columns: int, attempt: int = 0) -> Tensor:
@@ -185,14 +166,13 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
 
     On a CPU, a few rows at a time go through all that is done with them, so that they stay in its cache.
     """
-    rows = max(1, IN_CACHE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
-    parts = []
-    for some, of_some in zip(logits.split(rows), uniforms.split(rows), strict=True):
-        probabilities = scaled(some, temperature).softmax(-1)
-        tokens = sample_inverse_cdf(probabilities, of_some)
-        parts.append((tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()))
-    tokens, logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
-    return tokens, logprobs
+    rows = max(1, CACHE_PROBABILITIES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    tokens, logprobs = [], []
+    for few_logits, few_uniforms in zip(logits.split(rows), uniforms.split(rows), strict=True):
+        probabilities = scaled(few_logits, temperature).softmax(-1)
+        tokens.append(sample_inverse_cdf(probabilities, few_uniforms))
+        logprobs.append(probabilities.gather(-1, tokens[-1][:, None]).squeeze(-1).log())
+    return torch.cat(tokens), torch.cat(logprobs)
 
 
 def sample_inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
@@ -210,9 +190,9 @@ def sample_inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def shrunk(rows: int, running: int) -> int:
-    """Return how many of these rows to keep: one at least, for other ranks may still be running.
+    """Return how many of these rows to keep: at least one, for other ranks may still be running.
 
-    From each number of rows they come in few sizes, for each of which a device's library makes its kernels anew.
+    Only a few numbers of rows can come of it, because a device's library makes new kernels for each.
     """
     while rows > 1 and running <= (fewer := int(rows * SHRINK_TO)):
         rows = fewer
@@ -222,8 +202,9 @@ def shrunk(rows: int, running: int) -> int:
 def concatenate(parts: Sequence[Completions]) -> Completions:
     """Join the rows of all parts, padded to the longest."""
     width = max(part.ids.shape[1] for part in parts)
-    ids, logprobs = (
-        torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
-        for tensors in ([part.ids for part in parts], [part.logprobs for part in parts])
+    return Completions(
+        ids=torch.cat([pad(part.ids, (0, width - part.ids.shape[1])) for part in parts]),
+        lengths=torch.cat([part.lengths for part in parts]),
+        ended=torch.cat([part.ended for part in parts]),
+        logprobs=torch.cat([pad(part.logprobs, (0, width - part.logprobs.shape[1])) for part in parts]),
     )
-    return Completions(ids, torch.cat([p.lengths for p in parts]), torch.cat([p.ended for p in parts]), logprobs)

@@ -15,11 +15,11 @@ from typing import Any
 from uuid import uuid4
 
 from grpo.config import TrainConfig
+from grpo.launch.rendezvous import Meeting, meet
 from grpo.launch.run_folder import claim_folder
-from grpo.runtime import distributed
 from grpo.runtime.console import printable
 from grpo.runtime.device import choose_device
-from grpo.runtime.rendezvous import Meeting, meet
+from grpo.runtime.ranks import Ranks
 from tasks.base import Task
 from tasks.registry import make_task
 
@@ -30,7 +30,7 @@ SIGHT_PATIENCE = 5.0  # seconds: a network disk may show a new file late
 SHOWN = 5  # differences
 
 
-def agree(settle: Callable[[], TrainConfig]) -> tuple[TrainConfig, Task, Meeting]:
+def agree(settle: Callable[[], TrainConfig], ranks: Ranks) -> tuple[TrainConfig, Task, Meeting]:
     """Settle the settings of this process, make the task, meet the others, and return all three if they agree.
 
     Raises ValueError, the same on all processes, if they differ, or if one has a mistake or does not come.
@@ -38,36 +38,36 @@ def agree(settle: Callable[[], TrainConfig]) -> tuple[TrainConfig, Task, Meeting
     config, task, statement = None, None, {"host": socket.gethostname()}
     try:
         config = settle()
-        device = distributed.own_device(choose_device(config.device))
+        device = ranks.own_device(choose_device(config.device))
         task = make_task(config)
         statement |= {"device": device.type, **_content(config, task)}
     except (ValueError, OSError) as error:
         statement["error"] = str(error)
-    meeting = meet(statement)
+    meeting = meet(statement, ranks)
     _refuse_errors(meeting.statements)
     _refuse_differences(meeting.statements)
     return config, task, meeting
 
 
 @contextmanager
-def claim_shared_folder(config: TrainConfig, meeting: Meeting, fresh: bool) -> Iterator[None]:
+def claim_shared_folder(config: TrainConfig, meeting: Meeting, ranks: Ranks, fresh: bool) -> Iterator[None]:
     """Lock the output folder on rank 0, as `claim_folder` does, and check that all processes see it.
 
     Raises ValueError on all processes otherwise.
     """
     folder, error, token = Path(config.output_dir), "", uuid4().hex
     with ExitStack() as held:
-        if distributed.is_main_process():
+        if ranks.is_main:
             try:
                 held.enter_context(claim_folder(config, fresh, LOCK_PATIENCE))
                 (folder / SHARED).write_text(token, encoding="utf-8")
             except (ValueError, OSError) as problem:
                 error = str(problem)
-        error, token, place = distributed.broadcast_from_rank0((error, token, str(folder.resolve())))
+        error, token, place = ranks.from_main((error, token, str(folder.resolve())))
         if error:
             raise ValueError(error)
-        sees = distributed.gather(distributed.is_main_process() or _has_token(folder / SHARED, token))
-        if distributed.is_main_process():
+        sees = ranks.gather(ranks.is_main or _has_token(folder / SHARED, token))
+        if ranks.is_main:
             (folder / SHARED).unlink(missing_ok=True)
         if blind := [rank for rank, seen in enumerate(sees) if not seen]:
             raise ValueError(

@@ -10,13 +10,13 @@ from typing import Any
 
 from grpo.algorithm.grpo import GRPO
 from grpo.evaluation.evaluator import SAMPLES_PER_K, SKILL_PROBLEMS, Evaluator
-from grpo.generation.greedy import MAX_ROWS
+from grpo.generation.greedy import ROWS_PER_PASS
 from grpo.launch.outlook import outlook
 from grpo.report.opening import introduce, show_shares
 from grpo.runtime.console import duration, printable, say
 from grpo.runtime.device import peak_memory
-from grpo.runtime.stopwatch import Stopwatch
 from grpo.sft import SupervisedTrainer
+from grpo.step_probe import measured_step
 from tasks.base import Problem
 from tasks.common.prompts import ideal_completion
 from tasks.common.shots import solved_problem
@@ -32,7 +32,7 @@ def check(grpo: GRPO, evaluator: Evaluator, environment: Mapping[str, Any], star
     """
     lm = grpo.sampler.lm
     loading = time.monotonic() - started
-    introduce(grpo.config, lm, environment, grpo.capabilities)
+    introduce(grpo.config, lm, environment, grpo.scorer, grpo.decoder)
     show_examples(grpo)
     found, _ = outlook(grpo, grpo.config)
     show_shares(found)
@@ -84,7 +84,7 @@ def _paid(grpo: GRPO, problem: Problem, completion: str) -> str:
     """Return in words how long a completion is, and its reward by part."""
     c, ids = grpo.config, grpo.sampler.lm.completion(completion)
     attempts = [grpo.sampler.task.grade(problem, completion)]
-    [reward] = score(grpo.sampler.rewards, attempts, {"completion_ids": [ids]}, Stopwatch())
+    [reward] = score(grpo.sampler.rewards, attempts, {"completion_ids": [ids]})
     parts = ", ".join(f"{printable(name)} {'-' if n is None else f'{n:.2f}'}" for name, n in reward.parts.items())
     total = "none" if reward.total is None else f"{reward.total:.2f}"
     beyond = f" (more than --max-new-tokens {c.max_new_tokens})" if len(ids) > c.max_new_tokens else ""
@@ -101,7 +101,7 @@ def expected_seconds(grpo: GRPO, evaluator: Evaluator) -> dict[str, float]:
     if c.sft_steps:
         supervised = SupervisedTrainer(c, lm, task, grpo.update)
         expected["SFT"] = c.sft_steps * _seconds(lambda: supervised.step(1))
-    _, entry = grpo.step(1)
+    _, entry = measured_step(grpo, 1)
     expected["steps"] = c.num_iterations * entry["time/total"]
     validation, test = evaluator.problems("validation"), evaluator.problems("test")
     some = validation[:EVALUATED]
@@ -109,7 +109,7 @@ def expected_seconds(grpo: GRPO, evaluator: Evaluator) -> dict[str, float]:
 
     def evaluation(problems: int) -> float:
         """A CPU takes as long as there are rows, an accelerator as there are passes."""
-        return seconds * (problems / len(some) if lm.device.type == "cpu" else -(-problems // MAX_ROWS))
+        return seconds * (problems / len(some) if lm.device.type == "cpu" else -(-problems // ROWS_PER_PASS))
 
     times = 1 + -(-c.num_iterations // c.eval_every)
     expected["validation"] = times * evaluation(len(validation))

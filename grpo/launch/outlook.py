@@ -5,11 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from grpo.algorithm.grpo import GRPO
-from grpo.algorithm.reference import reference_logprobs
+from grpo.algorithm.reference import logprobs_in_passes
 from grpo.algorithm.rollout import Rollout
-from grpo.algorithm.schedules import scheduled
 from grpo.config import TrainConfig
-from grpo.runtime.stopwatch import Stopwatch
 
 GROUPS = 8  # that are looked at, or as many as a step has: it costs no more than the sampling of a step
 BACKWARD = 2  # passes forward that a pass backward takes as long as
@@ -21,16 +19,17 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
     `teaching` is the share of groups that are not tied. The seconds of a step are those of its sampling, and
     those of a pass forward for each pass of reference and updates. Nothing that follows depends on it.
     """
-    config = scheduled(config, 1, config.beta)
+    num_generations = grpo.schedule.at(1).num_generations
     groups = config.batch_size if config.shard else min(GROUPS, config.batch_size)
-    clock = Stopwatch()
-    rollout = grpo.sampler.rollout(0, replace(config, batch_size=groups, resample_tied=0), clock)
+    sampler = replace(grpo.sampler, config=replace(config, batch_size=groups, resample_tied=0))
+    grpo.clock.reset()
+    rollout, _ = sampler.sample(0, num_generations)
     passes = (config.beta > 0) + config.num_inner_updates * (1 + BACKWARD)
-    seconds = clock.seconds["sample"] + passes * _seconds_of_a_pass(grpo, config, rollout)
+    seconds = grpo.clock.seconds["sample"] + passes * _seconds_of_a_pass(grpo, config, rollout)
     correct = rollout.correct
     shares = {
         "groups": groups,
-        "num_generations": config.num_generations,
+        "num_generations": num_generations,
         "teaching": 1 - float(rollout.tied.float().mean()),
         "all_right": float(correct.all(-1).float().mean()),
         "pass_at_1": float(correct.float().mean()),
@@ -43,8 +42,12 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
 
 def _seconds_of_a_pass(grpo: GRPO, config: TrainConfig, rollout: Rollout) -> float:
     """Return the seconds of a pass forward over a rollout; the first group goes before it, to warm up."""
-    whole, packed = rollout.tokens, grpo.capabilities.supports_packing
-    for tokens in (whole.slice_rows(slice(0, config.num_generations)), whole):
+    first_group = rollout.tokens.slice_rows(slice(0, rollout.num_generations))
+    seconds = 0.0
+    for tokens in (first_group, rollout.tokens):
         start = time.perf_counter()
-        grpo.update_microbatch.run(reference_logprobs, grpo.policy, tokens, config.temperature, packed)
-    return time.perf_counter() - start
+        grpo.update_microbatch.run(
+            lambda rows, tokens=tokens: logprobs_in_passes(grpo.scorer, grpo.policy, tokens, config.temperature, rows)
+        )
+        seconds = time.perf_counter() - start
+    return seconds

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo.launch.start import is_one_of_several
 from grpo.runtime.console import say
 
 
@@ -27,8 +28,11 @@ def parse_seeds(text: str) -> list[int]:
 def run_seeds(script: str, seeds: Sequence[int], given: Mapping[str, Any], fresh: bool) -> int:
     """Train with each seed, then print and draw what they reached; return the exit status.
 
-    `given` are the settings that were given. The first run that does not end well ends the others too.
+    `given` are the settings that were given. The first run that does not end well ends the others too. Raises
+    ValueError under torchrun.
     """
+    if is_one_of_several():
+        raise ValueError("--seeds starts a run for each seed; under torchrun give --seed, one launch each")
     folder = Path(given.get("output_dir", "."))
     folders = [folder / f"seed-{seed}" for seed in seeds]
     for seed, own in zip(seeds, folders, strict=True):
@@ -36,7 +40,7 @@ def run_seeds(script: str, seeds: Sequence[int], given: Mapping[str, Any], fresh
         arguments = as_arguments({**given, "seed": seed, "output_dir": str(own)})
         status = _run([sys.executable, script, *arguments, *["--fresh"] * fresh])
         if status:
-            say(f"The run of seed {seed} did not end; the same command goes on with it.")
+            say(f"Seed {seed} was stopped or failed. Run the same command again to continue it.")
             return status if status > 0 else 128 - status
     return conclude(folder, folders)
 

@@ -35,9 +35,9 @@ from grpo.model.saving import SENTENCEPIECE
 from grpo.model_card import PACKAGED, model_folder
 from grpo.runtime.console import printable
 from grpo.runtime.device import begin_vector_math
-from grpo.runtime.distributed import check_same_model
 from grpo.runtime.precision import precision as precision_of
 from grpo.runtime.precision import set_precision
+from grpo.runtime.ranks import ONE, Ranks
 from grpo.scoring.layers import fuse_layers
 from tasks.common.user_file import dangling
 
@@ -285,12 +285,12 @@ def _why_not_on_the_hub(name: str) -> str:
     return "the Hugging Face Hub cannot be reached (offline?)"
 
 
-def load_policy(config: TrainConfig, device: torch.device) -> LanguageModel:
+def load_policy(config: TrainConfig, device: torch.device, ranks: Ranks = ONE) -> LanguageModel:
     """Load the model to train, with its adapter if the settings ask for one; on the CPU if it is to be sharded.
 
     Raises ValueError if another process loaded another model.
     """
     quantization = four_bits(device) if config.load_in_4bit else {}
     lm = load(config.model, device, config.precision, config.shard, **quantization)
-    check_same_model(lm.model)
+    ranks.check_same_model(lm.model)
     return replace(lm, model=add_adapter(lm.model, config)) if config.lora_rank else lm

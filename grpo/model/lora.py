@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from grpo.config import TrainConfig
-from grpo.runtime import distributed
 from grpo.runtime.console import suppress_warnings
-from grpo.runtime.distributed import full_tensor, gather_to_rank0
+from grpo.runtime.ranks import ONE, Ranks
+from grpo.runtime.sharding import full_tensor
 
 ADAPTER = "adapter"  # folder beside the merged weights
 
@@ -80,7 +80,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def merged(model: nn.Module) -> PreTrainedModel:
+def merged(model: nn.Module, ranks: Ranks = ONE) -> PreTrainedModel:
     """Return a plain model with float32 weights, the adapter merged in; a sharded one is put together on the CPU.
 
     `model` stays as it is, to the bit: adding in place and subtracting again would round the base. Weights without an
@@ -92,7 +92,7 @@ def merged(model: nn.Module) -> PreTrainedModel:
         del config.quantization_config
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    weights = gather_to_rank0(
+    weights = ranks.collect(
         (name.replace(".base_layer.", "."), _merged_weight(base, name, parameter))
         for name, parameter in base.named_parameters()
         if ".lora_" not in name
@@ -104,7 +104,7 @@ def merged(model: nn.Module) -> PreTrainedModel:
         plain.get_submodule(layer).register_buffer(leaf, buffer, persistent=False)
     plain.generation_config = copy.deepcopy(base.generation_config)
     left = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
-    assert not left or not distributed.is_main_process(), left
+    assert not left or not ranks.is_main, left
     return plain.eval()
 
 

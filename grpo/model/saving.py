@@ -13,25 +13,25 @@ from transformers import PreTrainedModel
 from grpo.model.language_model import LanguageModel
 from grpo.model.lora import has_adapter, merged, save_adapter, trainable
 from grpo.model_card import CARD, model_folder
-from grpo.runtime import distributed
 from grpo.runtime.atomic_io import fsync, name_in_errors, restore_interrupted_swap
-from grpo.runtime.distributed import gather_to_rank0, is_sharded
+from grpo.runtime.ranks import ONE, Ranks
+from grpo.runtime.sharding import is_sharded
 
 SAVED_MODEL = "saved_model"
 SENTENCEPIECE = "tokenizer.model"
 
 
-def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str) -> None:
+def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str, ranks: Ranks = ONE) -> None:
     """Write a model folder with its `grpo.json` and README.md, whole or not at all.
 
     All ranks must call this; rank 0 writes, and the others wait for it.
     """
     adapted = has_adapter(lm.model)
-    adapter = gather_to_rank0(trainable(lm.model)) if adapted else {}
-    plain = merged(lm.model) if adapted or is_sharded(lm.model) else lm.model
-    if distributed.is_main_process():
+    adapter = ranks.collect(trainable(lm.model)) if adapted else {}
+    plain = merged(lm.model, ranks) if adapted or is_sharded(lm.model) else lm.model
+    if ranks.is_main:
         _replace_folder(folder, lm, plain, adapter, {CARD: json.dumps(card, indent=2) + "\n", "README.md": readme})
-    distributed.barrier()
+    ranks.barrier()
 
 
 def _replace_folder(

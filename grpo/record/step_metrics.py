@@ -14,8 +14,8 @@ from tasks.rewards.functions import repeats_an_ending
 
 if TYPE_CHECKING:
     from grpo.algorithm.rollout import Rollout
+    from grpo.algorithm.schedules import StepSettings
     from grpo.algorithm.update import UpdateStats
-    from grpo.config import TrainConfig
 
 Value = float | int | None
 
@@ -25,8 +25,9 @@ class StepResult:
     """What the metrics of a step are computed from."""
 
     step: int
-    config: "TrainConfig"  # of this step
-    rollout: "Rollout"
+    settings: "StepSettings"  # learning rate, group size and beta of this step
+    drawn: "Rollout"  # all groups that were sampled, tied ones that were drawn again included
+    rollout: "Rollout"  # the groups that were trained on
     updates: Sequence["UpdateStats"]
     sampler_gap: float
     weights_moved: float
@@ -65,7 +66,7 @@ def step_metrics(result: StepResult) -> dict[str, Value]:
 
 def _parts(result: StepResult) -> dict[str, list[Value]]:
     """Return the rewards by part, each (B,)."""
-    rewards = result.rollout.rewards
+    rewards = result.drawn.rewards
     return {name: [reward.parts[name] for reward in rewards] for name in rewards[0].parts}
 
 
@@ -98,14 +99,14 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     StepMetric("step", "number of the step, from 1", lambda s: s.step),
     StepMetric(
         "reward_mean",
-        "mean reward of the completions",
-        lambda s: _finite(s.rollout.totals.nanmean()),
+        "mean reward of the completions that were drawn",
+        lambda s: _finite(s.drawn.totals.nanmean()),
         *("Reward", "mean of the step", "reward"),
     ),
     StepMetric(
         "reward_std",
         "standard deviation of the rewards in a group, mean over the groups",
-        lambda s: _group_std(s.rollout.totals.tolist()),
+        lambda s: _group_std(s.drawn.totals.tolist()),
     ),
     StepMetric(
         "reward/*",
@@ -116,12 +117,12 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     StepMetric(
         "reward_std/*",
         "standard deviation of each part in a group, mean over the groups where it is not 0, null if none",
-        lambda s: {name: _spread(part, len(s.rollout.problems)) for name, part in _parts(s).items()},
+        lambda s: {name: _spread(part, len(s.drawn.problems)) for name, part in _parts(s).items()},
     ),
     StepMetric(
         "accuracy",
-        "share of the sampled completions that are right (training problems, at `temperature`)",
-        lambda s: float(s.rollout.correct.float().mean()),
+        "share of the completions that were drawn that are right (training problems, at `temperature`)",
+        lambda s: float(s.drawn.correct.float().mean()),
         *("Accuracy, sampled", "% of completions", "share"),
     ),
     StepMetric(
@@ -139,45 +140,55 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     StepMetric(
         "completion_length",
         "mean tokens of a completion, the end token included",
-        lambda s: float(s.rollout.lengths.float().mean()),
+        lambda s: float(s.drawn.lengths.float().mean()),
         *("Completion length", "tokens"),
     ),
     StepMetric(
         "truncated_fraction",
         "share of completions cut off by `max_new_tokens`",
-        lambda s: float(s.rollout.truncated.cpu().float().mean()),
+        lambda s: float(s.drawn.truncated.cpu().float().mean()),
         *("Truncated", "% of completions", "share"),
     ),
     StepMetric(
         "empty_fraction",
         "share of completions of at most one token",
-        lambda s: float((s.rollout.lengths <= 1).float().mean()),
+        lambda s: float((s.drawn.lengths <= 1).float().mean()),
     ),
     StepMetric(
         "repeated_endings_fraction",
         "share of completions in which a closing tag or an end marker appears more than once",
-        lambda s: fmean(map(repeats_an_ending, s.rollout.completion_texts)),
+        lambda s: fmean(map(repeats_an_ending, s.drawn.completion_texts)),
     ),
     StepMetric(
         "tied_groups_fraction",
         "share of groups whose rewards are all equal: they teach nothing",
-        lambda s: float(s.rollout.tied.float().mean()),
+        lambda s: float(s.drawn.tied.float().mean()),
         *(TIED, "% of groups", "share"),
     ),
     StepMetric(
         "tied_all_right_fraction",
         "share of groups that are tied with every completion right",
-        lambda s: float((s.rollout.tied & s.rollout.correct.all(1)).float().mean()),
+        lambda s: float((s.drawn.tied & s.drawn.correct.all(1)).float().mean()),
     ),
     StepMetric(
         "tied_all_wrong_fraction",
         "share of groups that are tied with no completion right",
-        lambda s: float((s.rollout.tied & ~s.rollout.correct.any(1)).float().mean()),
+        lambda s: float((s.drawn.tied & ~s.drawn.correct.any(1)).float().mean()),
     ),
     StepMetric(
         "resampled_groups",
-        "groups drawn again because their completions were all right or all wrong (`--resample-tied`)",
-        lambda s: s.rollout.resampled,
+        "groups that were tied and drawn again (`--resample-tied`)",
+        lambda s: len(s.drawn.problems) - len(s.rollout.problems),
+    ),
+    StepMetric(
+        "kept_accuracy",
+        "`accuracy` of the groups that were trained on, without those that were drawn again",
+        lambda s: float(s.rollout.correct.float().mean()),
+    ),
+    StepMetric(
+        "kept_tied_groups_fraction",
+        "`tied_groups_fraction` of the groups that were trained on, without those that were drawn again",
+        lambda s: float(s.rollout.tied.float().mean()),
     ),
     StepMetric(
         "loss",
@@ -221,12 +232,12 @@ STEP_METRICS: tuple[StepMetric, ...] = (
         "share of some 10,000 fixed trainable weights whose value the step changed",
         lambda s: s.weights_moved,
     ),
-    StepMetric("learning_rate", "learning rate of this step", lambda s: s.config.learning_rate),
-    StepMetric("beta", "weight of the KL in this step", lambda s: s.config.beta),
-    StepMetric("num_generations", "completions a prompt in this step", lambda s: s.config.num_generations),
+    StepMetric("learning_rate", "learning rate of this step", lambda s: s.settings.learning_rate),
+    StepMetric("beta", "weight of the KL in this step", lambda s: s.settings.beta),
+    StepMetric("num_generations", "completions a prompt in this step", lambda s: s.settings.num_generations),
     StepMetric(
         "tokens",
-        "prompt and completion tokens of the rollout",
+        "prompt and completion tokens of the groups that were trained on",
         lambda s: int(s.rollout.lengths.sum()) + int(s.rollout.tokens.prompt_mask.sum()),
     ),
     StepMetric(

@@ -5,10 +5,11 @@ from typing import Any
 
 from grpo.config import TrainConfig, ordered_fields
 from grpo.evaluation.intervals import accuracy_text
-from grpo.generation.capabilities import ModelCapabilities
+from grpo.generation.decoding import Decoder
 from grpo.model.language_model import LanguageModel
 from grpo.model_card import recipe_of
 from grpo.runtime.console import WIDEST, command_line, duration, paragraph, printable, say, width
+from grpo.scoring.scorer import Scorer
 from tasks.registry import task_options, task_shares
 
 HUB_EXAMPLE = ("python", "train_grpo.py", "--model", "Qwen/Qwen2.5-0.5B-Instruct")
@@ -18,7 +19,8 @@ def introduce(
     config: TrainConfig,
     lm: LanguageModel,
     environment: Mapping[str, Any],
-    capabilities: ModelCapabilities,
+    scorer: Scorer,
+    decoder: Decoder,
     task_notes: Sequence[str] = (),
 ) -> None:
     """Print the model, the device, the resolved settings, and what the model does not support."""
@@ -39,7 +41,7 @@ def introduce(
     if recipe := recipe_of(config.model):
         say(f"Its recipe is grpo/recipes/{recipe.name}; the command line overrides it.")
     _say_settings(config)
-    shared = {"the update": capabilities.supports_packing, "sampling": capabilities.supports_cache_expansion}
+    shared = {"the update": scorer.shares_prompts, "sampling": decoder.expands_cache}
     if unshared := " and ".join(work for work, is_shared in shared.items() if not is_shared):
         say(f"This model's prompts cannot be shared by a group: in {unshared} each is run once a completion.\n")
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from grpo.runtime import distributed
 from grpo.runtime.console import say
 from grpo.runtime.device import empty_cache
+from grpo.runtime.ranks import Ranks
 
 Result = TypeVar("Result")
 # the exceptions of a model whose attention or cache does not support what a shortcut asks of it
@@ -18,21 +18,21 @@ TOLERANCE = 1e-3  # nats; in float32 a supported shortcut agrees within 1e-6
 OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")  # MPS, cuBLAS, the CPU
 
 
-def split_microbatches(rows: int, group: int, max_rows: int) -> list[slice]:
-    """Cut group-major rows into slices of at most `max_rows`: whole groups, or parts of one if it does not fit.
+def split_microbatches(rows: int, group: int, rows_per_pass: int) -> list[slice]:
+    """Cut group-major rows into slices of at most `rows_per_pass`: whole groups, or parts of one if it does not fit.
 
     >>> split_microbatches(8, 4, 8), split_microbatches(8, 4, 7)
     ([slice(0, 8, None)], [slice(0, 4, None), slice(4, 8, None)])
     >>> split_microbatches(4, 4, 3)
     [slice(0, 3, None), slice(3, 4, None)]
     """
-    size = max_rows // group * group
+    size = rows_per_pass // group * group
     if size:
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
     return [
-        slice(start, min(start + max_rows, first + group))
+        slice(start, min(start + rows_per_pass, first + group))
         for first in range(0, rows, group)
-        for start in range(first, first + group, max_rows)
+        for start in range(first, first + group, rows_per_pass)
     ]
 
 
@@ -60,12 +60,12 @@ def matches_reference(shortcut: Callable[[], Tensor], expected: Tensor) -> bool:
 
 
 @contextmanager
-def oom_is_fatal(work: str) -> Iterator[None]:
+def oom_is_fatal(work: str, ranks: Ranks) -> Iterator[None]:
     """Raise ValueError if memory runs out in work that all processes do together: one alone cannot repeat it."""
     try:
         yield
     except RuntimeError as error:
-        if distributed.world_size() == 1 or not is_out_of_memory(error):
+        if ranks.size == 1 or not is_out_of_memory(error):
             raise
         raise ValueError(
             f"memory ran out in {work}. The last checkpoint is good: the same command continues from it with --shard"
@@ -75,18 +75,18 @@ def oom_is_fatal(work: str) -> Iterator[None]:
 class AdaptiveMicrobatch:
     """The number of rows that one kind of work takes in a pass; halved for good when memory runs out."""
 
-    def __init__(self, work: str, max_rows: int, group: int, collective: bool = False) -> None:
+    def __init__(self, work: str, rows: int, group: int, collective: bool = False) -> None:
         """`collective`: several processes make every pass together, so that none can halve its own."""
-        self.work, self.max_rows, self.group, self.collective = work, max_rows, group, collective
+        self.work, self.rows, self.group, self.collective = work, rows, group, collective
 
-    def run(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-        """Return `function(*args, **kwargs, max_rows=...)`; while memory runs out, halve the rows and start it again.
+    def run(self, work: Callable[[int], Result]) -> Result:
+        """Return `work(rows_per_pass)`; while memory runs out, halve the rows and start it again.
 
         Whole groups stay together as long as one fits. Raises ValueError if a single row does not fit.
         """
         while True:
             try:
-                return function(*args, **kwargs, max_rows=self.max_rows)
+                return work(self.rows)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -100,12 +100,12 @@ class AdaptiveMicrobatch:
                 f"memory ran out in {self.work}, which all processes do together. The last checkpoint is good: the "
                 "same command continues from it with a smaller --micro-batch-size, or with more processes"
             )
-        if self.max_rows == 1:
+        if self.rows == 1:
             raise ValueError(
                 f"memory ran out in {self.work}, with one completion at a time. The last checkpoint is good: "
                 "the same command continues from it with more memory, or on --device cpu; or start a new run with a "
                 "smaller --model or --max-new-tokens"
             )
-        groups = self.max_rows // self.group
-        self.max_rows = groups // 2 * self.group if groups > 1 else min(self.max_rows, self.group) // 2
-        say(f"Memory ran out in {self.work}: from now on {self.max_rows} rows a pass. The result stays the same.")
+        groups = self.rows // self.group
+        self.rows = groups // 2 * self.group if groups > 1 else min(self.rows, self.group) // 2
+        say(f"Memory ran out in {self.work}: from now on {self.rows} rows a pass. The result stays the same.")

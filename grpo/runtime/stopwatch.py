@@ -11,6 +11,10 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
+    def reset(self) -> None:
+        """Begin again at 0."""
+        self.seconds = {}
+
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time the block as part of `phase`."""

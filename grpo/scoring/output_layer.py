@@ -8,9 +8,7 @@ where reading its result is not.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
-from weakref import WeakSet
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,52 +16,23 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from grpo.runtime.console import say
-
-CHUNK = 2**24  # fewer logits are held, all at once
-# logits of a product at most; the weight's gradient is a sum of parts, and one of 300 rows takes as long as of 1,400
-PRODUCT = 2**27
-ROWS = 64  # their number is rounded up to a multiple: oneDNN makes kernels of 0.7 MiB for each, and keeps them
-LEAST_LOG = -1e4  # stands for the logarithm of 0, to be multiplied by 0
-IN_CACHE = 2**19  # logits in float32 on a CPU: 2 MiB
-_PLAIN: WeakSet[nn.Module] = WeakSet()  # output layers whose logits the model changes afterwards
+CHUNK = 2**24  # logits; as many or fewer are held in memory, all at once
+# Logits of one product. The weight's gradient is a sum of parts; a part of 300 rows takes as long as one of 1,400.
+MAX_PRODUCT = 2**27
+ROW_MULTIPLE = 64  # rows are padded to it: oneDNN makes and keeps a kernel of 0.7 MiB for each number of rows
+LOG_OF_ZERO = -1e4  # stands for the logarithm of 0, so that it can be multiplied by 0
+CACHE_LOGITS = 2**19  # float32 logits that fit into a CPU's cache: 2 MiB
 
 
-def fused_logprobs(
-    model: PreTrainedModel,
-    inputs: Callable[[], dict[str, Any]],
-    rows: Callable[[Tensor], Tensor],
-    ids: Tensor,
-    temperature: float,
-) -> tuple[Tensor, Tensor] | None:
-    """Return log-probabilities and entropies of `ids`, (M,) each, from a pass over `inputs()`.
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model that computes the hidden states before its output layer."""
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps an adapter's model
+    return unwrapped.base_model
 
-    `rows` picks the hidden states to score, (M, D), of those before the output layer. None for an output layer of
-    another kind (an adapter, 4 bits), for a model that changes its logits afterwards (a softcap), and for logits that
-    are few enough to be held.
-    """
-    layer = model.get_output_embeddings()
-    plain = type(layer) is not nn.Linear or "forward" in vars(layer) or layer in _PLAIN
-    if plain or len(ids) * layer.weight.shape[0] <= CHUNK:
-        return None
-    scores: list[Tensor] = []
-    version: list[int] = []  # counts changes in place
 
-    def score(hidden: Tensor) -> Tensor:
-        scores[:] = linear_logprobs(layer, rows(hidden), ids, temperature)
-        version.append(scores[0]._version)
-        return scores[0]
-
-    layer.forward = score  # its hooks, such as those of sharding, stay
-    try:
-        found = model(**inputs()).logits
-    finally:
-        del layer.forward
-    if found is scores[0] and [found._version] == version:
-        return scores[0], scores[1]
-    _PLAIN.add(layer)
-    say("This model changes its logits, so they are all held in memory.")
-    return None
+def is_plain(model: PreTrainedModel) -> bool:
+    """Return whether the output layer is a plain product: an adapter or 4 bits make it another class."""
+    return type(model.get_output_embeddings()) is nn.Linear
 
 
 def linear_logprobs(layer: nn.Linear, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -72,7 +41,7 @@ def linear_logprobs(layer: nn.Linear, hidden: Tensor, ids: Tensor, temperature: 
     `hidden` is (M, D), `ids` (M,). The product is in their own precision, all else in float32. The entropy has a
     gradient too.
     """
-    rows, filler = len(ids), -len(ids) % ROWS
+    rows, filler = len(ids), -len(ids) % ROW_MULTIPLE
     hidden, ids = pad(hidden, (0, 0, 0, filler)), pad(ids, (0, filler))
     logprobs, entropies = _LinearLogprobs.apply(hidden, layer.weight, layer.bias, ids, temperature)
     return logprobs[:rows], entropies[:rows]
@@ -93,53 +62,56 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.temperature = temperature
         logprobs, entropies = (torch.zeros(len(ids), device=hidden.device) for _ in range(2))
         for rows, logits in _logits(hidden, weight, bias):
-            for some, block in _blocks(rows, logits, temperature):
+            for few, block in _blocks(rows, logits, temperature):
                 p, (top, at) = block.softmax(-1), block.max(-1, keepdim=True)
                 total = top - p.gather(-1, at).log()  # log of the sum of exp(logits)
-                logprobs[some] = (block.gather(-1, ids[some, None]) - total).squeeze(-1)
-                entropies[some] = total.squeeze(-1) - torch.linalg.vecdot(p, block)
+                logprobs[few] = (block.gather(-1, ids[few, None]) - total).squeeze(-1)
+                entropies[few] = total.squeeze(-1) - torch.linalg.vecdot(p, block)
         ctx.set_materialize_grads(False)  # the entropy is often not a part of the loss
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden states, weight and bias; both arguments are (M,) or None."""
         hidden, weight, bias, ids = ctx.saved_tensors
-        for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
-        of_hidden = torch.empty_like(hidden) if for_hidden else None
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # sums of many parts, so not in 16 bits
         precise = torch.promote_types(hidden.dtype, torch.float32)
-        of_weight = None
-        of_bias = torch.zeros_like(bias, dtype=precise) if for_bias else None
-        grad = torch.zeros(len(ids), device=hidden.device) if grad is None else grad / ctx.temperature
+        grad_weight = None
+        grad_bias = torch.zeros_like(bias, dtype=precise) if needs_bias else None
+        no_gradient = torch.zeros(len(ids), device=hidden.device)
+        grad = no_gradient if grad_logprobs is None else grad_logprobs / ctx.temperature
         for rows, logits in _logits(hidden, weight, bias):
-            for some, block in _blocks(rows, logits, ctx.temperature):
+            for few, block in _blocks(rows, logits, ctx.temperature):
                 p = block.softmax(-1)
-                weights = -grad[some, None]
-                if of_entropy is not None:  # dH/dz = -p (log p + H)
-                    log_p = block.log_softmax(-1).clamp(min=LEAST_LOG)
+                weights = -grad[few, None]
+                if grad_entropy is not None:  # dH/dz = -p (log p + H)
+                    log_p = block.log_softmax(-1).clamp(min=LOG_OF_ZERO)
                     entropy = -torch.linalg.vecdot(p, log_p)[:, None]
-                    weights = weights - (of_entropy[some, None] / ctx.temperature) * (log_p + entropy)
+                    weights = weights - (grad_entropy[few, None] / ctx.temperature) * (log_p + entropy)
                 p.mul_(weights)
-                p.scatter_add_(-1, ids[some, None], grad[some, None])
-                logits[some.start - rows.start : some.stop - rows.start] = p  # their gradient, in their place
-            if for_hidden:
-                torch.mm(logits, weight, out=of_hidden[rows])
-            if for_weight:
+                p.scatter_add_(-1, ids[few, None], grad[few, None])
+                logits[few.start - rows.start : few.stop - rows.start] = p  # their gradient, in their place
+            if needs_hidden:
+                torch.mm(logits, weight, out=grad_hidden[rows])
+            if needs_weight:
                 part = logits.T @ hidden[rows]
-                of_weight = part if of_weight is None else of_weight.to(precise).add_(part)
-            if for_bias:
-                of_bias += logits.sum(0, dtype=of_bias.dtype)
-        if for_weight:
-            of_weight = weight.new_zeros(weight.shape) if of_weight is None else of_weight.to(weight.dtype)
-        of_bias = of_bias.to(bias.dtype) if for_bias else None
-        return of_hidden, of_weight, of_bias, None, None
+                grad_weight = part if grad_weight is None else grad_weight.to(precise).add_(part)
+            if needs_bias:
+                grad_bias += logits.sum(0, dtype=grad_bias.dtype)
+        if needs_weight:
+            grad_weight = weight.new_zeros(weight.shape) if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the logits of some rows after the other, in parts of equal size, all in the same memory."""
-    parts = math.ceil(len(x) / max(1, PRODUCT // len(weight)))
+    """Yield (rows, logits), one block of rows at a time, all of equal size and in the same memory."""
+    parts = math.ceil(len(x) / max(1, MAX_PRODUCT // len(weight)))
     size = max(1, math.ceil(len(x) / max(1, parts)))
     memory = x.new_empty(size, len(weight))
     for start in range(0, len(x), size):
@@ -152,8 +124,8 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[sl
 
 
 def _blocks(rows: slice, logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """Yield logits / temperature of a few rows after the other, in float32."""
-    size = max(1, IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    """Yield (rows, logits / temperature in float32), a few rows at a time."""
+    size = max(1, CACHE_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for start in range(0, len(logits), size):
         block = logits[start : start + size].float()
         yield (

@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from grpo.runtime.precision import precision
 
-# tokens; a shorter common beginning is not worth its bookkeeping in rollouts and updates
+# Tokens. A shorter common beginning is not worth its bookkeeping in rollouts and updates.
 SHARED_FROM = 64
-SHARED_FROM_16_BITS = 16  # products cost less of the time there, copies of keys and values more
+# In 16 bits products cost less of the time, and copies of keys and values more.
+SHARED_FROM_16_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,20 @@ class Tokens:
     def num_generations(self) -> int:
         """Return G."""
         return self.completion_ids.shape[0] // self.prompt_ids.shape[0]
+
+    def completion_rows(self) -> list[list[int]]:
+        """Return the ids of each completion, the token that ended it included."""
+        lengths = self.completion_mask.sum(-1).tolist()
+        return [ids[:length] for ids, length in zip(self.completion_ids.tolist(), lengths, strict=True)]
+
+    def to(self, device: torch.device | str) -> "Tokens":
+        """Return a copy on `device`."""
+        return Tokens(
+            self.prompt_ids.to(device),
+            self.prompt_mask.to(device),
+            self.completion_ids.to(device),
+            self.completion_mask.to(device),
+        )
 
     def slice_rows(self, rows: slice) -> "Tokens":
         """Return some rows, whole groups or a part of one, trimmed to their longest prompt and completion."""

@@ -22,7 +22,7 @@ import torch
 
 from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.reference import reference_logprobs
-from grpo.generation.capabilities import ModelCapabilities
+from grpo.generation.probe import ModelCapabilities
 from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.record.metrics import load_metrics

@@ -4,8 +4,8 @@ import pytest
 
 from grpo.evaluation import evaluator
 from grpo.evaluation.evaluator import Evaluation, Evaluator, graded
-from grpo.generation.capabilities import ModelCapabilities
 from grpo.generation.greedy import greedy
+from grpo.generation.probe import ModelCapabilities
 from grpo.model_card import resolve
 from grpo.record.schema import is_entry
 from tasks.arithmetic import Arithmetic

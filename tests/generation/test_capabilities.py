@@ -12,12 +12,12 @@ from transformers import (
 )
 
 from grpo.generation import decoding
-from grpo.generation.capabilities import ModelCapabilities, supports_cache_expansion, supports_packing
+from grpo.generation.probe import ModelCapabilities, supports_cache_expansion, supports_packing
 from grpo.model.loading import load
 from grpo.scoring.attention import packed as packed_attention
-from grpo.scoring.logprobs import completion_logprobs
 from tasks.arithmetic import Arithmetic
 from tests.helpers.models import VOCABULARY, ragged_tokens, tiny_model
+from tests.helpers.scoring import logprobs_of
 from tests.helpers.zoo import KINDS, SIZES, build
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_a_model_that_does_more_than_plain_attention_is_refused(other):
     model, tokens = AutoModelForCausalLM.from_config(OTHERS[other]).eval(), ragged_tokens((9, 12))
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match="no shared prefix with"):
-        completion_logprobs(model, tokens, 1.0)
+        logprobs_of(model, tokens, 1.0)
     assert not supports_packing(model, tokens.prompt_ids, tokens.prompt_mask)
     assert model.config._attn_implementation == before
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from grpo.generation.capabilities import ModelCapabilities, supports_common_prefix, supports_prefix_attention
 from grpo.generation.decoding import CachedDecoder, prefill, prefill_own
 from grpo.generation.greedy import greedy
+from grpo.generation.probe import ModelCapabilities, supports_common_prefix, supports_prefix_attention
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
+from grpo.model import tokens
 from grpo.model.language_model import LanguageModel
-from grpo.scoring import tokens
 from grpo.scoring.attention.common_prefix import CommonPrefix
 from grpo.scoring.tokens import common_prefix_length, left_pad
 from tests.helpers import zoo

@@ -7,8 +7,8 @@ from torch.utils._pytree import tree_map
 
 from grpo.algorithm.grpo import GRPO
 from grpo.generation import capabilities, sampling
-from grpo.generation.capabilities import ModelCapabilities, supports_cuda_graphs
 from grpo.generation.decoding import TRIED, CudaGraphDecoder, graph_matches_cached, prefill
+from grpo.generation.probe import ModelCapabilities, supports_cuda_graphs
 from grpo.generation.sampling import sampling_uniforms
 from grpo.model.loading import load
 from grpo.model_card import resolve

@@ -6,11 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.generation.decoding import CAPACITY_STEP, PreallocatedLayer
 from grpo.generation.sampling import Generator, sampling_uniforms
-from grpo.scoring.logprobs import completion_logprobs
 from grpo.scoring.tokens import Tokens
 from tests.helpers import zoo
 from tests.helpers.generation import generate, same_completions
 from tests.helpers.models import ragged_tokens, tiny_model
+from tests.helpers.scoring import logprobs_of
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3"])
@@ -48,7 +48,7 @@ def test_past_its_capacity_a_cache_holds_what_a_plain_one_does(kind):
     model, tokens, limit = tiny_model(kind), ragged_tokens(), CAPACITY_STEP + 8
     sampled = generate(model, tokens, sampling_uniforms(0, 0, 12, limit), limit=limit, ends=(60,))
     rollout = Tokens(tokens.prompt_ids, tokens.prompt_mask, sampled.ids, sampled.mask)
-    rescored, _ = completion_logprobs(model, rollout, 1.0, packed=False)
+    rescored = logprobs_of(model, rollout, 1.0, shared=False)
     torch.testing.assert_close(sampled.logprobs, rescored, atol=2e-5, rtol=0)
 
 

@@ -5,16 +5,16 @@ import torch
 from scipy.stats import chisquare
 
 from grpo.generation import sampling
-from grpo.generation.capabilities import ModelCapabilities
 from grpo.generation.decoding import CachedDecoder
+from grpo.generation.probe import ModelCapabilities
 from grpo.generation.sampling import Generator, SamplingParams, draw, sample_inverse_cdf, sampling_uniforms, shrunk
 from grpo.model.loading import load
-from grpo.scoring.logprobs import completion_logprobs
 from grpo.scoring.tokens import Tokens, common_prefix_length, left_pad
 from tasks.arithmetic import Arithmetic
 from tests.helpers import zoo
 from tests.helpers.generation import generate, same_completions
 from tests.helpers.models import VOCABULARY, ragged_tokens, tiny_model
+from tests.helpers.scoring import logprobs_of
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def test_sampled_and_rescored_logprobs_agree(kind, temperature):
     uniforms = sampling_uniforms(0, 0, 12, 14)
     sampled = generate(model, tokens, uniforms, limit=14, temperature=temperature, ends=(1, 3, 5))
     rollout = Tokens(tokens.prompt_ids, tokens.prompt_mask, sampled.ids, sampled.mask)
-    rescored, _ = completion_logprobs(model, rollout, temperature)
+    rescored = logprobs_of(model, rollout, temperature)
     assert sampled.lengths.unique().numel() > 1, "rows of different lengths, or the test shows little"
     # the temperature divides what a logit is rounded by
     mask, tolerance = sampled.mask, 1e-5 / temperature

@@ -2,8 +2,8 @@
 
 import torch
 
-from grpo.generation.capabilities import ModelCapabilities
 from grpo.generation.greedy import MAX_ROWS, greedy
+from grpo.generation.probe import ModelCapabilities
 from grpo.generation.sampling import Generator, SamplingParams
 
 EXPANDING = ModelCapabilities(supports_cache_expansion=True)

@@ -13,12 +13,12 @@ from grpo.algorithm.grpo import GRPO
 from grpo.model import loading
 from grpo.model.loading import load
 from grpo.model.saving import save
-from grpo.scoring.logprobs import completion_logprobs
 from grpo.scoring.tokens import Tokens
 from tasks.arithmetic import Arithmetic
 from tasks.common.shots import with_shots
 from tests.helpers.generation import greedy_texts
 from tests.helpers.runs import fingerprint, trained
+from tests.helpers.scoring import logprobs_of
 from tests.helpers.smollm2 import is_installed, needs_model
 
 CPU = torch.device("cpu")
@@ -55,8 +55,8 @@ def test_shared_prompts_give_what_dense_rows_give(smollm2):
     rows = torch.tensor(smollm2.tokenizer("4 - 9 = -5\n")["input_ids"]).repeat(4, 1)
     tokens = Tokens(ids, mask, rows, torch.ones_like(rows, dtype=torch.bool))
     with torch.no_grad():
-        packed, _ = completion_logprobs(smollm2.model, tokens, 1.0, packed=True)
-        dense, _ = completion_logprobs(smollm2.model, tokens, 1.0, packed=False)
+        packed = logprobs_of(smollm2.model, tokens, 1.0, shared=True)
+        dense = logprobs_of(smollm2.model, tokens, 1.0, shared=False)
     torch.testing.assert_close(packed, dense, atol=2e-4, rtol=1e-4)
 
 

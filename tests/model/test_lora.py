@@ -13,14 +13,14 @@ from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.reference import frozen_copy
 from grpo.config import TrainConfig
 from grpo.evaluation.evaluator import Evaluator
+from grpo.model import logprobs as logprobs_module
 from grpo.model.language_model import LanguageModel
 from grpo.model.loading import load
 from grpo.model.lora import ADAPTER, add_adapter, four_bits, merged, trainable
 from grpo.model_card import resolve
-from grpo.scoring import logprobs as logprobs_module
-from grpo.scoring.logprobs import completion_logprobs
 from tasks.arithmetic import Arithmetic
 from tests.helpers.models import ragged_tokens, tiny_model
+from tests.helpers.scoring import logprobs_of
 
 CPU = torch.device("cpu")
 SMALL = {"model": "starter", "batch_size": 2, "num_generations": 4, "num_inner_updates": 2, "learning_rate": 1e-3}
@@ -41,7 +41,7 @@ def make_grpo(**settings):
 def logprobs(model):
     """Return the log-probabilities of some random tokens."""
     with torch.no_grad():
-        return completion_logprobs(model, ragged_tokens(), 1.0)[0][ragged_tokens().completion_mask]
+        return logprobs_of(model, ragged_tokens(), 1.0)[ragged_tokens().completion_mask]
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3"])
@@ -84,7 +84,7 @@ def test_of_a_trained_adapter_off_is_the_base_to_the_bit_and_merged_within_1e_5(
 
     @torch.no_grad()
     def scores(of):
-        return completion_logprobs(of, tokens, 1.0)[0][tokens.completion_mask]
+        return logprobs_of(of, tokens, 1.0)[tokens.completion_mask]
 
     assert (scores(merged(model)) - scores(model)).abs().max() < 1e-5
     base = scores(frozen_copy(load("starter", CPU).model))
@@ -110,7 +110,7 @@ def test_a_base_in_4_bits_is_trained_by_its_adapter_and_saved_in_full():
     same = add_adapter(plain, made.config)
     for model in (made.policy, same):
         logprobs(model)  # a pass without gradient comes first in a run too, and must not spoil the others
-        completion_logprobs(model, ragged_tokens(), 1.0)[0].sum().backward()
+        logprobs_of(model, ragged_tokens(), 1.0).sum().backward()
     for four, full in zip(trainable(made.policy).values(), trainable(same).values(), strict=True):
         torch.testing.assert_close(four.grad, full.grad, atol=1e-3, rtol=1e-3)
     made.step(1)

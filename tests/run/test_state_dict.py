@@ -11,7 +11,7 @@ from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.update import Updater
 from grpo.config import TrainConfig
 from grpo.evaluation.evaluator import Evaluator
-from grpo.generation.capabilities import ModelCapabilities
+from grpo.generation.probe import ModelCapabilities
 from grpo.model.loading import load
 from grpo.record.metrics import Metrics
 from grpo.resume import Progress

@@ -13,6 +13,14 @@ import peft  # noqa: F401, once, not in every fork
 import pytest
 import torch
 import torch.distributed as dist
+from grpo.runtime.distributed import (
+    distribute_like,
+    full_tensor,
+    gather_to_rank0,
+    is_sharded,
+    local_tensor,
+    sum_gradients,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -23,14 +31,6 @@ from grpo.generation import greedy
 from grpo.record.checkpoint import newest_checkpoint
 from grpo.record.metrics import load_metrics, without_times
 from grpo.runtime import distributed
-from grpo.runtime.distributed import (
-    distribute_like,
-    full_tensor,
-    gather_to_rank0,
-    is_sharded,
-    local_tensor,
-    sum_gradients,
-)
 from tests.helpers.runs import ENVIRONMENT, ROOT, a_tiny_model, forked, options, together, wait_for
 
 SAME = 1e-5  # of a weight that 20 steps moved by up to 0.04

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import train_grpo
 from grpo.algorithm import grpo as grpo_module
 from grpo.algorithm.grpo import GRPO
-from grpo.generation.capabilities import supports_common_prefix, supports_packing
+from grpo.generation.probe import supports_common_prefix, supports_packing
 from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.record.checkpoint import newest_checkpoint

@@ -10,8 +10,8 @@ from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.runtime import precision as module
 from grpo.runtime.precision import cpu_multiplies_bfloat16, in_precision, precision, set_precision
-from grpo.scoring.logprobs import completion_logprobs
 from tests.helpers.models import ragged_tokens, tiny_model
+from tests.helpers.scoring import logprobs_of, scores_of
 
 CPU = torch.device("cpu")
 
@@ -89,7 +89,7 @@ def test_in_bfloat16_log_probabilities_and_gradients_differ_by_its_rounding_alon
         model = tiny_model(kind)
         set_precision(model, name, CPU)
         with in_precision(model):
-            logprobs, entropy = completion_logprobs(model, tokens, 1.0, packed=packed, entropy=True)
+            logprobs, entropy = scores_of(model, tokens, 1.0, shared=packed)
             assert logprobs.dtype == entropy.dtype == torch.float32
             logprobs.sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -137,7 +137,7 @@ def test_recomputed_activations_are_in_the_same_precision():
             model.train()
         model.zero_grad()
         with in_precision(model):
-            completion_logprobs(model, tokens, 1.0)[0].sum().backward()
+            logprobs_of(model, tokens, 1.0).sum().backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.equal(*found)
 
@@ -151,5 +151,5 @@ def test_a_model_that_is_not_trained_is_held_in_its_precision_and_computes_the_s
     scores = []
     for each in (model, frozen):
         with torch.no_grad(), in_precision(each):
-            scores.append(completion_logprobs(each, tokens, 1.0)[0])
+            scores.append(logprobs_of(each, tokens, 1.0))
     assert torch.equal(*scores)

@@ -10,9 +10,8 @@ import pytest
 import torch.distributed as dist
 
 import train_grpo
-from grpo.launch import agreement
-from grpo.runtime import rendezvous
-from grpo.runtime.rendezvous import Meeting, _agree_on_round
+from grpo.launch import agreement, rendezvous
+from grpo.launch.rendezvous import Meeting, _agree_on_round
 from tests.helpers.runs import a_tiny_model, options, together, wait_for
 
 pytestmark = pytest.mark.usefixtures("no_plots")

@@ -9,8 +9,8 @@ from torch.nn.functional import silu
 
 from grpo.model.loading import load
 from grpo.scoring.layers import fuse_layers, gated_product, rms_norm
-from grpo.scoring.logprobs import completion_logprobs
 from tests.helpers.models import ragged_tokens, tiny_model
+from tests.helpers.scoring import logprobs_of
 from tests.helpers.zoo import KINDS
 
 NORMS = {
@@ -96,7 +96,7 @@ def test_a_whole_model_gives_the_same_log_probabilities_and_gradients(kind):
     fused = copy.deepcopy(fused)  # as for a reference: its layers use the weights of the copy
     tokens, results = ragged_tokens(), []
     for model in (plain, fused):
-        logprobs, _ = completion_logprobs(model, tokens, 1.0, packed=True)
+        logprobs = logprobs_of(model, tokens, 1.0, shared=True)
         (logprobs * torch.linspace(-1, 1, logprobs.numel()).view(logprobs.shape)).sum().backward()
         results.append((logprobs, {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)

@@ -7,20 +7,20 @@ import pytest
 import torch
 
 from grpo.generation.decoding import prefill, prefill_own
-from grpo.scoring import logprobs
 from grpo.scoring import tokens as tokens_module
 from grpo.scoring.attention import packed as packed_attention
-from grpo.scoring.logprobs import completion_logprobs, token_entropy, token_logprobs
+from grpo.scoring.scorer import token_entropy, token_logprobs
 from grpo.scoring.tokens import shared_beginning
 from tests.helpers.models import VOCABULARY, ragged_tokens, tiny_model
 from tests.helpers.products import Products
+from tests.helpers.scoring import logprobs_of, scores_of
 from tests.helpers.zoo import KINDS, WINDOW
 
 
 def gradient(model, tokens, packed):
     """Return the gradient of a weighted sum of the masked log-probabilities, as one vector."""
     model.zero_grad()
-    values, _ = completion_logprobs(model, tokens, 0.7, packed=packed)
+    values = logprobs_of(model, tokens, 0.7, shared=packed)
     weights = torch.linspace(-1, 2, values.numel()).view_as(values)
     torch.where(tokens.completion_mask, values * weights, 0.0).sum().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -32,8 +32,8 @@ def test_packed_equals_dense_in_value_and_gradient(kind, columns):
     # 12 columns on prompts of up to 9 tokens reach beyond Gemma 3's window
     assert WINDOW < 9
     model, tokens = tiny_model(kind), ragged_tokens(columns=columns)
-    packed = completion_logprobs(model, tokens, 0.7, packed=True, entropy=True)
-    dense = completion_logprobs(model, tokens, 0.7, packed=False, entropy=True)
+    packed = scores_of(model, tokens, 0.7, shared=True)
+    dense = scores_of(model, tokens, 0.7, shared=False)
     for ours, oracle in zip(packed, dense, strict=True):
         torch.testing.assert_close(ours, oracle, atol=1e-5, rtol=1e-5)
         assert not ours[~tokens.completion_mask].any()
@@ -48,7 +48,7 @@ def test_packed_and_dense_differ_by_rounding_alone(kind, scores, lengths, genera
     # in float64 only the rounding of the log-softmax is left, which is computed in float32
     monkeypatch.setattr(packed_attention, "SCORES", scores)
     model, tokens = tiny_model(kind).double(), ragged_tokens(lengths, generations, columns=9)
-    packed, dense = (completion_logprobs(model, tokens, 1.0, packed=packed)[0] for packed in (True, False))
+    packed, dense = (logprobs_of(model, tokens, 1.0, shared=packed) for packed in (True, False))
     torch.testing.assert_close(packed, dense, atol=1e-5, rtol=1e-6)
     a, b = gradient(model, tokens, True), gradient(model, tokens, False)
     assert ((a - b).norm() / b.norm()).item() < 1e-6
@@ -62,7 +62,7 @@ def test_a_common_beginning_is_run_once_and_changes_no_value_or_gradient(kind, l
     model = tiny_model(kind).double()
     tokens = ragged_tokens(lengths, generations, columns=9, extra_padding=2, common_prefix=6)
     assert shared_beginning(model, tokens.prompt_ids, tokens.prompt_mask) == 6
-    packed, dense = (completion_logprobs(model, tokens, 1.0, packed=packed)[0] for packed in (True, False))
+    packed, dense = (logprobs_of(model, tokens, 1.0, shared=packed) for packed in (True, False))
     torch.testing.assert_close(packed, dense, atol=1e-5, rtol=1e-6)
     a, b = gradient(model, tokens, True), gradient(model, tokens, False)
     assert ((a - b).norm() / b.norm()).item() < 1e-6
@@ -73,7 +73,7 @@ def test_a_common_beginning_is_run_once_and_changes_no_value_or_gradient(kind, l
 def test_a_common_beginning_in_float32(kind, monkeypatch):
     monkeypatch.setattr(tokens_module, "SHARED_FROM", 2)
     model, tokens = tiny_model(kind), ragged_tokens((9, 7, 12), columns=9, common_prefix=6)
-    packed, dense = (completion_logprobs(model, tokens, 1.0, packed=packed)[0] for packed in (True, False))
+    packed, dense = (logprobs_of(model, tokens, 1.0, shared=packed) for packed in (True, False))
     torch.testing.assert_close(packed, dense, atol=1e-5, rtol=1e-5)
     a, b = gradient(model, tokens, True), gradient(model, tokens, False)
     assert ((a - b).norm() / b.norm()).item() < 1e-5
@@ -85,17 +85,17 @@ def test_linear_layers_see_a_common_beginning_once_from_the_length_on_that_pays(
     model.model.layers[1].mlp.up_proj.register_forward_hook(lambda layer, inputs, out: seen.append(out.shape[1]))
     for shared_from in (7, 6):
         monkeypatch.setattr(tokens_module, "SHARED_FROM", shared_from)
-        completion_logprobs(model, tokens, 1.0)
+        logprobs_of(model, tokens, 1.0)
     assert seen[0] - seen[1] == 2 * 6 - 1  # two of three prompts; one token fills up
 
 
 def test_a_completion_without_tokens_in_the_loss_changes_no_other():
     # as --mask-truncated-completions leaves it
     model, tokens = tiny_model("qwen2"), ragged_tokens()
-    whole, _ = completion_logprobs(model, tokens, 1.0)
+    whole = logprobs_of(model, tokens, 1.0)
     mask = tokens.completion_mask.clone()
     mask[4] = False
-    values, _ = completion_logprobs(model, replace(tokens, completion_mask=mask), 1.0)
+    values = logprobs_of(model, replace(tokens, completion_mask=mask), 1.0)
     torch.testing.assert_close(values, torch.where(mask, whole, 0.0), atol=1e-5, rtol=0)
 
 
@@ -104,7 +104,7 @@ def test_linear_layers_see_real_tokens_only_and_the_head_only_those_whose_logits
     seen = []
     for layer in (model.model.layers[1].mlp.up_proj, model.lm_head):
         layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.shape[:2].numel()))
-    completion_logprobs(model, tokens, 1.0)
+    logprobs_of(model, tokens, 1.0)
     inputs = int(tokens.completion_mask[:, 1:].sum())  # all tokens but the last of each
     assert seen == [7 + 4 + 9 + inputs, 3 + inputs]
 
@@ -114,7 +114,7 @@ def test_a_frozen_output_layer_is_never_copied_for_each_row(dtype):
     # torch does so where the rows are slices of hidden states: see `last_columns`
     model, tokens = tiny_model("llama").to(dtype).requires_grad_(False), ragged_tokens()
     with torch.no_grad(), Products(torch.ops.aten.bmm) as seen:
-        completion_logprobs(model, tokens, 1.0, packed=False)
+        logprobs_of(model, tokens, 1.0, shared=False)
         prefill(model, tokens.prompt_ids, tokens.prompt_mask)
         prefill_own(model, tokens.prompt_ids, tokens.prompt_mask, 1)
     assert VOCABULARY not in {second[-1] for _, second in seen.shapes}
@@ -129,7 +129,7 @@ def test_gradients_have_the_same_bits_each_time():
 def test_a_batch_equals_each_row_alone_without_padding_or_cache(kind):
     # the plainest computation there is: one row, no padding, no mask, no positions, no cache
     model, tokens = tiny_model(kind), ragged_tokens()
-    batched, _ = completion_logprobs(model, tokens, 1.0)
+    batched = logprobs_of(model, tokens, 1.0)
     for row in range(tokens.completion_ids.shape[0]):
         group = row // tokens.num_generations
         prompt = tokens.prompt_ids[group][tokens.prompt_mask[group]]
@@ -144,8 +144,8 @@ def test_a_batch_equals_each_row_alone_without_padding_or_cache(kind):
 @pytest.mark.parametrize("packed", [True, False])
 def test_left_padding_changes_nothing(kind, packed):
     model = tiny_model(kind)
-    plain, _ = completion_logprobs(model, ragged_tokens(), 1.0, packed=packed)
-    padded, _ = completion_logprobs(model, ragged_tokens(extra_padding=5), 1.0, packed=packed)
+    plain = logprobs_of(model, ragged_tokens(), 1.0, shared=packed)
+    padded = logprobs_of(model, ragged_tokens(extra_padding=5), 1.0, shared=packed)
     mask = ragged_tokens().completion_mask
     torch.testing.assert_close(plain[mask], padded[mask], atol=1e-5, rtol=0)
 
@@ -165,7 +165,7 @@ def test_chunks_change_neither_value_nor_gradient(monkeypatch):
     logits, ids = torch.randn(5, 3, 11, generator=generator), torch.randint(0, 11, (5, 3), generator=generator)
     results = []
     for chunk in (2**24, 40):
-        monkeypatch.setattr(logprobs, "CHUNK", chunk)
+        monkeypatch.setattr(scorer_module, "CHUNK", chunk)
         x = logits.clone().requires_grad_()
         values = token_logprobs(x, ids, 0.9)
         values.square().sum().backward()
@@ -176,21 +176,21 @@ def test_chunks_change_neither_value_nor_gradient(monkeypatch):
 
 def test_a_slice_of_groups_is_trimmed_and_scores_the_same():
     model, tokens = tiny_model("llama"), ragged_tokens((3, 9, 5), columns=7, seed=3)
-    whole, _ = completion_logprobs(model, tokens, 1.0)
+    whole = logprobs_of(model, tokens, 1.0)
     part = tokens.slice_rows(slice(6, 9))
     assert part.prompt_ids.shape[1] == 5
-    values, _ = completion_logprobs(model, part, 1.0)
+    values = logprobs_of(model, part, 1.0)
     mask = part.completion_mask
     torch.testing.assert_close(values[mask], whole[6:, : mask.shape[1]][mask], atol=1e-5, rtol=0)
 
 
 def test_a_part_of_a_group_runs_its_prompt_again_and_scores_the_same():
     model, tokens = tiny_model("llama"), ragged_tokens((3, 9, 5), columns=7, seed=3)
-    whole, _ = completion_logprobs(model, tokens, 1.0)
+    whole = logprobs_of(model, tokens, 1.0)
     part = tokens.slice_rows(slice(4, 6))
     assert part.num_generations == 2
     assert part.prompt_ids.shape == (1, 9)
-    values, _ = completion_logprobs(model, part, 1.0)
+    values = logprobs_of(model, part, 1.0)
     mask = part.completion_mask
     torch.testing.assert_close(values[mask], whole[4:6, : mask.shape[1]][mask], atol=1e-5, rtol=0)
 

@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.runtime.precision import in_precision, set_precision
 from grpo.scoring import output_layer as module
-from grpo.scoring.logprobs import completion_logprobs, token_entropy
 from grpo.scoring.output_layer import linear_logprobs
+from grpo.scoring.scorer import token_entropy
 from tests.helpers.models import ragged_tokens, tiny_model
 from tests.helpers.products import Products
+from tests.helpers.scoring import logprobs_of, scores_of
 from tests.helpers.zoo import KINDS
 
 CPU = torch.device("cpu")
@@ -110,7 +111,7 @@ def test_a_model_scores_the_same_with_it_and_without(kind, temperature, monkeypa
     for chunk in (2**24, 64):  # few logits are held, all at once
         monkeypatch.setattr(module, "CHUNK", chunk)
         model.zero_grad()
-        logprobs, entropy = completion_logprobs(model, tokens, temperature, entropy=True)
+        logprobs, entropy = scores_of(model, tokens, temperature)
         (logprobs * torch.linspace(-1, 1, len(logprobs))[:, None]).sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         found.append((logprobs.detach(), entropy, gradient / gradient.norm()))
@@ -180,7 +181,7 @@ class Softcapped(nn.Module):
 def test_a_model_that_changes_its_logits_takes_the_plain_way_and_says_so_once(in_place, monkeypatch, capsys):
     monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)
     model, tokens = Softcapped(tiny_model("llama"), in_place).eval(), ragged_tokens()
-    found = [completion_logprobs(model, tokens, 1.0, packed=packed)[0].detach() for packed in (True, True, False)]
+    found = [logprobs_of(model, tokens, 1.0, shared=packed).detach() for packed in (True, True, False)]
     for logprobs in found[:2]:
         torch.testing.assert_close(logprobs, found[2], atol=1e-5, rtol=1e-5)
     assert capsys.readouterr().out.count("changes its logits") == 1
@@ -192,30 +193,30 @@ def test_an_output_layer_of_another_kind_takes_the_plain_way(monkeypatch):
 
     monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)
     model, tokens = tiny_model("llama"), ragged_tokens()
-    before = completion_logprobs(model, tokens, 1.0)[0]
+    before = logprobs_of(model, tokens, 1.0)
     model.lm_head.__class__ = Other
     monkeypatch.setattr("grpo.scoring.output_layer.linear_logprobs", None)  # calling it would fail
-    torch.testing.assert_close(completion_logprobs(model, tokens, 1.0)[0], before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs_of(model, tokens, 1.0), before, atol=1e-5, rtol=1e-5)
 
 
 def test_the_layer_is_itself_again_afterwards_even_if_the_pass_fails(monkeypatch):
     monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)
     model, tokens = tiny_model("llama"), ragged_tokens()
-    completion_logprobs(model, tokens, 1.0)
+    logprobs_of(model, tokens, 1.0)
     assert "forward" not in vars(model.lm_head)
     monkeypatch.setattr(module, "linear_logprobs", lambda *args: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
-        completion_logprobs(model, tokens, 1.0)
+        logprobs_of(model, tokens, 1.0)
     assert "forward" not in vars(model.lm_head)
 
 
 def test_bfloat16_through_the_fused_layer_of_a_model(monkeypatch):
     monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)
     model, tokens = tiny_model("qwen3"), ragged_tokens()
-    exact = completion_logprobs(model, tokens, 1.0)[0]
+    exact = logprobs_of(model, tokens, 1.0)
     set_precision(model, "bfloat16", CPU)
     with in_precision(model):
-        found = completion_logprobs(model, tokens, 1.0)[0]
+        found = logprobs_of(model, tokens, 1.0)
     assert 0 < (found - exact).abs().max() < 0.1
 
 

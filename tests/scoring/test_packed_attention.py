@@ -8,13 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from grpo.generation.capabilities import supports_packing
+from grpo.generation.probe import supports_packing
 from grpo.runtime.precision import in_precision, set_precision
 from grpo.scoring.attention import packed as module
 from grpo.scoring.attention.layout import Layout
 from grpo.scoring.attention.packed import disable, enable, packed_attention
-from grpo.scoring.logprobs import completion_logprobs
 from tests.helpers.models import ragged_tokens, tiny_model
+from tests.helpers.scoring import logprobs_of
 
 MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=2)  # what transformers' own attention asks of a module
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
@@ -126,9 +126,9 @@ def test_without_a_layout_attention_is_transformers_own_to_the_bit():
     own, _ = sdpa_attention_forward(MODULE, query, key, value, None, scaling=0.3)
     assert torch.equal(ours, own)
     model, tokens = tiny_model("gemma3"), ragged_tokens()
-    before, _ = completion_logprobs(model, tokens, 1.0, packed=False)
+    before = logprobs_of(model, tokens, 1.0, shared=False)
     enable(model)
-    assert torch.equal(before, completion_logprobs(model, tokens, 1.0, packed=False)[0])
+    assert torch.equal(before, logprobs_of(model, tokens, 1.0, shared=False))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_copy_packs_too_and_a_saved_model_does_not_mention_packing(tmp_path):
     model.save_pretrained(tmp_path / "after")
     before, after = ((tmp_path / name / "config.json").read_bytes() for name in ("before", "after"))
     assert before == after
-    values, again = (completion_logprobs(m, tokens, 1.0)[0] for m in (model, copy.deepcopy(model)))
+    values, again = (logprobs_of(m, tokens, 1.0) for m in (model, copy.deepcopy(model)))
     assert torch.equal(values, again)
 
 
@@ -175,9 +175,9 @@ def test_in_bfloat16_packed_and_dense_differ_by_the_rounding_of_bf16(scores, mon
     model, tokens = tiny_model("qwen2"), ragged_tokens()
     set_precision(model, "bfloat16", torch.device("cpu"))
     with in_precision(model):
-        packed, dense = (completion_logprobs(model, tokens, 1.0, packed=packed)[0] for packed in (True, False))
+        packed, dense = (logprobs_of(model, tokens, 1.0, shared=packed) for packed in (True, False))
         packed.sum().backward()
-    exact, _ = completion_logprobs(model, tokens, 1.0, packed=False)
+    exact = logprobs_of(model, tokens, 1.0, shared=False)
     off = [(values - exact)[tokens.completion_mask].square().mean().sqrt().item() for values in (packed, dense)]
     assert off[0] < 1.5 * off[1]
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -200,7 +200,7 @@ def test_no_tensor_is_as_large_as_the_row_squared():
     model, tokens = tiny_model("llama"), ragged_tokens((9,) * 8, num_generations=8, columns=5)
     length = 8 * 9 + int(tokens.completion_mask[:, 1:].sum())
     with Shapes() as shapes:
-        completion_logprobs(model, tokens, 1.0)[0].sum().backward()
+        logprobs_of(model, tokens, 1.0).sum().backward()
     assert any(length in shape for shape in shapes.seen)
     assert not [shape for shape in shapes.seen if sum(n >= length / 2 for n in shape if n not in (64, 128)) > 1]
 

@@ -1,0 +1,59 @@
+"""The figures of a step, taken from outside: its metrics, from what happened in it and from the weights around it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo.algorithm.grpo import GRPO, StepOutcome
+from grpo.model.lora import trainable
+from grpo.record.step_metrics import StepResult, step_metrics
+from grpo.runtime.ranks import Ranks
+from grpo.runtime.sharding import local_tensor
+
+WATCHED_WEIGHTS = 10_000  # that `watched_weights` copies
+
+
+def measured_step(grpo: GRPO, step: int) -> tuple[StepOutcome, dict[str, Any]]:
+    """Take a step of GRPO; return what happened, and its metrics."""
+    weights = watched_weights(grpo.policy)
+    grpo.clock.reset()
+    with grpo.clock("total"):
+        outcome = grpo.step(step)
+    result = StepResult(
+        step=step,
+        settings=outcome.settings,
+        drawn=outcome.drawn,
+        rollout=outcome.rollout,
+        updates=outcome.updates,
+        sampler_gap=sampler_gap(outcome, grpo.ranks),
+        weights_moved=moved_fraction(weights, watched_weights(grpo.policy), grpo.ranks),
+        seconds=grpo.clock.seconds,
+    )
+    return outcome, step_metrics(result)
+
+
+def sampler_gap(outcome: StepOutcome, ranks: Ranks) -> float:
+    """Return the largest difference between a token's log-probability when sampled and in the first update, nats.
+
+    0 if there is no token.
+    """
+    mask, scored = outcome.batch.tokens.completion_mask, outcome.batch.old_logprobs
+    own_rows = ranks.own_slice(len(outcome.rollout.sample_logprobs))
+    sampled = outcome.rollout.sample_logprobs[own_rows, : scored.shape[1]]
+    return float(ranks.max(torch.where(mask, (sampled - scored).abs(), 0.0).amax()))
+
+
+def watched_weights(policy: PreTrainedModel) -> Tensor:
+    """Copy about WATCHED_WEIGHTS of the trainable weights, spread evenly over them, always the same ones."""
+    parameters = [local_tensor(parameter) for parameter in trainable(policy).values()]
+    stride = max(1, sum(p.numel() for p in parameters) // WATCHED_WEIGHTS) | 1  # odd, so that it meets every column
+    return torch.cat([p.detach().flatten()[::stride] for p in parameters])
+
+
+def moved_fraction(before: Tensor, after: Tensor, ranks: Ranks) -> float:
+    """Return the share of watched weights that changed, over all ranks."""
+    moved = (before != after).float()
+    changed, all_weights = ranks.sum(torch.stack([moved.sum(), torch.ones_like(moved).sum()])).tolist()
+    return changed / max(1.0, all_weights)
