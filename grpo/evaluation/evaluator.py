@@ -158,33 +158,46 @@ class Evaluator:
     ) -> dict[str, dict[str, float]]:
         """Return pass@j and maj@j for j = 1, 2, 4, …, k, means over the problems, from 2k samples of each.
 
-        A problem's samples, at temperature 1, are a function of the seed and its place in the list.
+        The ranks share the problems out, and all get all samples.
         """
-        c, k = self.config, self.config.pass_at_k
+        k = self.config.pass_at_k
         n = SAMPLES_PER_K * k
+        padded = self.ranks.padded(range(len(problems)))
+        local = self._samples(lm, problems, padded[self.ranks.own_slice(len(padded))], n, rows_per_pass)
+        samples = [texts for part in self.ranks.gather(local) for texts in part][: len(problems)]
+        votes = []  # of each problem: the answers of its samples, and which of them are right
+        for problem, texts in zip(problems, samples, strict=True):
+            attempts = [self.task.grade(problem, text) for text in texts]
+            votes.append(([attempt.answer for attempt in attempts], [attempt.correct for attempt in attempts]))
+        ks = sorted({2**i for i in range(k.bit_length())} | {k})
+        return {
+            "pass_at_k": {str(j): fmean(pass_at_k(n, sum(right), j) for _, right in votes) for j in ks},
+            "maj_at_k": {str(j): fmean(maj_at_k(*vote, j) for vote in votes) for j in ks},
+        }
+
+    def _samples(
+        self, lm: LanguageModel, problems: Sequence[Problem], places: Sequence[int], n: int, rows_per_pass: int
+    ) -> list[list[str]]:
+        """Return the texts of `n` samples, at temperature 1, of the problem at each of some places in the list.
+
+        They are a function of the seed and the place.
+        """
+        c = self.config
         params = SamplingParams(c.max_new_tokens, lm.end_ids, n)
-        generator, step = Generator(lm.model, self.decoder), max(1, rows_per_pass // n)
-        answers, right = [], []  # of all samples, by problem
-        for first in range(0, len(problems), step):
-            some = problems[first : first + step]
-            places = range(first, first + len(some))
-            uniforms = [sampling_uniforms(c.seed, place, n, c.max_new_tokens, NOT_TRAINING) for place in places]
-            prompts = lm.prompts([prompt_of(self.task, p) for p in some])
+        generator = Generator(lm.model, self.decoder)
+        step = max(1, rows_per_pass // n)
+        samples = []
+        for first in range(0, len(places), step):
+            some = places[first : first + step]
+            uniforms = [sampling_uniforms(c.seed, place, n, c.max_new_tokens, NOT_TRAINING) for place in some]
+            prompts = lm.prompts([prompt_of(self.task, problems[place]) for place in some])
             prefix = self.decoder.common_prefix(prompts)
             with in_precision(lm.model):
                 padded = left_pad(prompts, lm.pad_id, lm.device)
                 completions = generator(*padded, params, torch.cat(uniforms), rows_per_pass, prefix)
             texts = lm.decode(completions.rows(with_end=False))
-            for i, problem in enumerate(some):
-                attempts = [self.task.grade(problem, text) for text in texts[i * n : (i + 1) * n]]
-                answers.append([attempt.answer for attempt in attempts])
-                right.append([attempt.correct for attempt in attempts])
-        ks = sorted({2**i for i in range(k.bit_length())} | {k})
-        votes = list(zip(answers, right, strict=True))
-        return {
-            "pass_at_k": {str(j): fmean(pass_at_k(n, sum(some), j) for some in right) for j in ks},
-            "maj_at_k": {str(j): fmean(maj_at_k(*some, j) for some in votes) for j in ks},
-        }
+            samples += [texts[i * n : (i + 1) * n] for i in range(len(some))]
+        return samples
 
     def _reward(self, found: Evaluation) -> dict[str, float]:
         """Return the mean reward of the answers, if that chooses the best policy; 0 if no reward applies to any."""

@@ -200,6 +200,7 @@ class Decoder:
     def common_prefix(self, prompts: Sequence[Sequence[int]], least: int = 1) -> int:
         """Return how many tokens all prompts begin with, to be run once; 0 if they are fewer than `least`."""
         common = common_prefix_length(prompts) if self.shares_prefix else 0
+        common = int(self.ranks.min(torch.tensor(common)))  # ranks that make every pass together run the same ones
         return common if common >= least else 0
 
     def begin(

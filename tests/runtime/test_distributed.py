@@ -27,6 +27,7 @@ from torch import nn
 import train_grpo
 from grpo.algorithm import update
 from grpo.algorithm.rollout import RolloutSampler
+from grpo.evaluation import evaluator
 from grpo.generation import greedy
 from grpo.record.checkpoint import newest_checkpoint
 from grpo.record.metrics import load_metrics, without_times
@@ -170,6 +171,35 @@ def test_an_adapter_is_trained_and_merged_as_in_one_process(shard, model, alone,
         some, others = (load_file(run / "saved_model" / name) for run in (one, tmp_path / "run"))
         assert some.keys() == others.keys()
         assert max(float((some[k] - others[k]).abs().max()) for k in some) < SAME
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_the_problems_of_pass_at_k_are_shared_out_too(shard, model, alone, tmp_path):
+    settings = {"pass_at_k": 2, "num_iterations": 2, "eval_every": 2}
+
+    def before(rank):
+        true_uniforms = evaluator.sampling_uniforms
+
+        def noted(seed, place, *args):
+            with (tmp_path / f"places of {rank}").open("a") as file:
+                file.write(f"{place}\n")
+            return true_uniforms(seed, place, *args)
+
+        evaluator.sampling_uniforms = noted
+
+    forks = together(train_grpo.main, arguments(model, tmp_path / "run", shard=shard, **settings), before=before)
+    ends = [fork.wait() for fork in forks]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    first, second = (
+        [e for e in load_metrics(run)["evals"] if "pass_at_k" in e] for run in (alone(**settings), tmp_path / "run")
+    )
+    assert len(first) == len(second) == 2
+    for name in ("pass_at_k", "maj_at_k"):
+        assert [entry[name] for entry in first] == [entry[name] for entry in second]
+    assert 0 < first[-1]["pass_at_k"]["2"] < 1, "or it would prove nothing"
+    places = [(tmp_path / f"places of {rank}").read_text().split() for rank in (0, 1)]
+    assert {*places[0], *places[1]} == {str(place) for place in range(first[0]["n"])}
+    assert len({*places[0]} & {*places[1]}) <= 1, "the last problem fills up an odd number"
 
 
 def out_of_memory_once(owner, name, call):
