@@ -118,7 +118,11 @@ def test_masked_tokens_get_exactly_no_gradient_whatever_stands_there():
     logprobs = torch.tensor([[-1.0, float("nan"), float("-inf")]], requires_grad=True)
     old, mask = torch.tensor([[-1.1, -1.0, -1.0]]), torch.tensor([[True, False, False]])
     result = loss_of(logprobs, old, old, torch.tensor([1.0]), mask, epsilon=0.2, beta=0.1)
+    result.loss.backward()
     assert math.isfinite(result.loss.item())
+    # of the one real token: d = 0.1, loss −e^d + 0.1 · (e^−d + d − 1), gradient −e^d + 0.1 · (1 − e^−d)
+    assert logprobs.grad[0, 0].item() == pytest.approx(-math.exp(0.1) + 0.1 * (1 - math.exp(-0.1)), abs=1e-6)
+    assert logprobs.grad[0, 1:].tolist() == [0.0, 0.0]
 
 
 def test_an_empty_mask_gives_a_loss_of_zero_not_nan():
