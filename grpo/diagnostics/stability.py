@@ -180,9 +180,9 @@ def clipping(now: RunSnapshot) -> CheckResult:
     if not clipped >= CLIPPED:
         return None
     return clipped, (
-        f"Much is clipped: {percent(clipped)} of the tokens in the last inner updates of the last {now.window} "
-        "steps (5 to 20% is usual), so the policy moves far within one step, on old samples. Lower --learning-rate "
-        f"or --num-inner-updates (now {now.setting('num_inner_updates')})."
+        f"Much is clipped: {percent(clipped)} of the tokens in the inner update of a step that clips most, over the "
+        f"last {now.window} steps (5 to 20% is usual), so the policy moves far within one step, on old samples. "
+        f"Lower --learning-rate or --num-inner-updates (now {now.setting('num_inner_updates')})."
     )
 
 
