@@ -204,11 +204,11 @@ FORBIDDEN = {
 
 # --reward FILE.py:FUNCTION runs a file, which only the command line can name: here, and nowhere else
 # seeds starts train_grpo.py
-# sandbox.tokenizer starts sandbox/child.py: what is not trusted is used there, with limits; nothing of it is executed
+# trial starts itself as a child process, in which an unknown tokenizer is tried with limits
 ALLOWED = {
     "tasks.common.user_file": {"import by name"},
     "grpo.launch.seeds": {"a shell"},
-    "grpo.model.sandbox.tokenizer": {"a shell"},
+    "grpo.model.trial": {"a shell"},
 }
 
 

@@ -1,142 +1,134 @@
-"""Inspect the files of a model before it is built, and its weights after: a few bytes could ask for all memory.
+"""Inspect the files of an unknown model before it is built: a few bytes of them could ask for all memory.
 
-What config.json (or the header of a GGUF file) describes is held against the weights that are there. Nothing is
-guessed about a kind of model: torch itself counts, while transformers builds the model, and the count has a limit.
+What config.json, or the header of a GGUF file, describes is compared with the headers of the weights.
 """
 
+import copy
+import filecmp
 import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from grpo.model.trial import try_tokenizer
+from grpo.model_card import CARD, STARTER
 from grpo.runtime.console import printable, suppress_warnings
 
-MOST_BYTES = 16 * 2**20  # of a JSON file, or of a header
-MOST_LAYERS = 10_000
-MOST = 10**10  # of any number; the largest in use, rope_theta aside, are context lengths of some 10^7
-PACKED = 8  # weights in an element of a file: formats of 4 bits have up to so many in 32
-SPARE_NUMBERS, SPARE_PARTS = 50_000_000, 20_000  # tables that are in no file; modules without weights
-PARTS = 100  # modules and weights that are made for each tensor in the files, at most: layers may share theirs
-# the first bytes of a value in a GGUF file say of which type it is: its struct format; 8 is a text, 9 an array
-GGUF_TYPES = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-GGUF_TEXT, GGUF_ARRAY = 8, 9
+MAX_BYTES = 16 * 2**20  # of a JSON file
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file
+MAX_NUMBER = 10**10  # in a configuration; the largest in use, rope_theta aside, are context lengths of some 10^7
+SPARE_LAYERS = 500  # layers or experts beyond the count of tensors: experts share one, some entries are unused
+NUMBERS_PER_ELEMENT = 8  # weights in an element of a file: formats of 4 bits have up to 8 in 32 bits
+SPARE_NUMBERS = 50_000_000  # tables that a model computes and no file holds
+NOT_OF_TOKENIZER = {"config.json", "generation_config.json", CARD, "README.md"}
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ValueError, in one line, if the JSON files of a model's folder are not what they should be."""
+def check_folder(folder: Path) -> int:
+    """Check config.json of a model's folder and the headers of its weights; return the count of weights.
+
+    Raises ValueError, in one line, if they are not what they should be.
+    """
     for path in folder.iterdir():
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError(f"{path.name!a} is no file; a pipe or a device may never end")
     if (folder / "adapter_config.json").exists():
         raise ValueError("it is an adapter (adapter_config.json), not a model; merge it into its model first")
-    for name in ("config.json", "generation_config.json"):
-        if name == "config.json" or (folder / name).exists():
-            check_config(_read_json(folder / name), name)
-    read_headers(folder)
+    shapes = read_headers(folder)
+    check_config(_read_json(folder / "config.json"), "config.json", len(shapes))
+    return sum(map(prod, shapes))
 
 
-def check_config(value: Any, place: str) -> None:
-    """Raise ValueError if a configuration has a number that no model has, or names code to fetch."""
+def check_config(value: Any, place: str, tensors: int) -> None:
+    """Raise ValueError if a configuration has a number that no model of `tensors` tensors has, or names code."""
     if isinstance(value, dict):
         for name, item in value.items():
-            if "layer" in name and _is_int(item) and not 0 <= item <= MOST_LAYERS and item != -1:
-                raise ValueError(f"{place} has {item} as {name!r}; at most {MOST_LAYERS} layers are built")
+            is_int = type(item) is int  # a bool is none
+            is_count = is_int and re.search("(layers?|experts)$", name)
+            if is_count and not -1 <= item <= tensors + SPARE_LAYERS:
+                raise ValueError(f"{place} has {str(item)[:40]} as {name!r}; the weights have {tensors} tensors")
             if name.endswith("attn_implementation") and isinstance(item, str) and not re.fullmatch(r"\w+", item):
                 raise ValueError(f"{place} has {item[:80]!r} as {name!r}: code of the model's own is never run")
-            check_config(item, f"{place}: {name!r}" if isinstance(item, (dict, list)) else place)
-            if _is_int(item) and abs(item) > MOST:
+            if is_int and abs(item) > MAX_NUMBER:
                 raise ValueError(f"{place} has {str(item)[:40]} as {name!r}, which is too large")
+            check_config(item, f"{place}: {name!r}" if isinstance(item, (dict, list)) else place, tensors)
     elif isinstance(value, list):
         for item in value:
-            check_config(item, place)
+            check_config(item, place, tensors)
 
 
-def read_headers(folder: Path) -> tuple[int, int]:
-    """Return how many tensors, and how many numbers in them, the safetensors files of a folder have.
+def read_headers(folder: Path) -> list[list[int]]:
+    """Return the shape of each tensor in the safetensors files of a folder.
 
-    Raises ValueError if a file is damaged, or if an index leads to another kind of file or out of the folder.
+    Raises ValueError if there is none, if a file is damaged, or if an index names another file than one of these.
     """
     for path in folder.glob("*.safetensors.index.json"):
         names = _read_json(path).get("weight_map")
         for name in set(names.values()) if isinstance(names, dict) else {None}:
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{path.name} names {str(name)[:80]!a}, no safetensors file of the folder")
-    tensors = numbers = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-            if length > min(size - 8, 100_000_000):
-                raise ValueError(f"{path.name} is cut short, or no safetensors file")
-            header = _parse(file.read(length), path.name)
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            try:
-                begin, end = entry["data_offsets"]
-                count = 1
-                for side in entry["shape"]:
-                    count *= side
-                fits = 0 <= begin <= end <= size - 8 - length and count <= 8 * (end - begin)
-            except (TypeError, KeyError, ValueError):
-                fits = False
-            if not fits:
-                raise ValueError(f"{path.name} has no such tensor as its header says: {name[:80]!r}")
-            tensors, numbers = tensors + 1, numbers + count
-    return tensors, numbers
+    shapes = [shape for path in sorted(folder.glob("*.safetensors")) for shape in _read_header(path)]
+    if not shapes:
+        raise ValueError("it has no weights in safetensors files")
+    return shapes
 
 
-@contextmanager
-def limited_size(sizes: Callable[[], tuple[int, int]]) -> Iterator[None]:
-    """Raise ValueError while a model is built as soon as it is too large for its files.
+def _read_header(path: Path) -> list[list[int]]:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size - 8
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+        if length > min(size, MAX_HEADER_BYTES):
+            raise ValueError(f"{path.name} is cut short, or no safetensors file")
+        header = _parse(file.read(length), path.name)
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        try:
+            begin, end = entry["data_offsets"]
+            fits = 0 <= begin <= end <= size - length and prod(entry["shape"]) <= NUMBERS_PER_ELEMENT * (end - begin)
+        except (TypeError, KeyError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f"{path.name} has no such tensor as its header says: {name[:80]!r}")
+    return [entry["shape"] for entry in header.values()]
 
-    `sizes` returns how many tensors and numbers they have. It is called when the first part is made: those of the Hub
-    have been downloaded by then.
+
+def read_gguf(path: Path) -> tuple[PreTrainedConfig, int]:
+    """Return the configuration in a GGUF file, and the count of weights that it can have at most.
+
+    Raises ValueError, in one line, if the header has a number that no model has.
     """
-    parts = sized = tensors = numbers = 0
+    with open(path, "rb") as file:
+        _, tensors = struct.unpack("<QQ", file.read(16).ljust(16, b"\0"))
+    values, _ = PreTrainedConfig.get_config_dict(str(path.parent), gguf_file=path.name)
+    check_config(values, "its header", tensors)
+    return AutoConfig.for_model(**values), path.stat().st_size
 
-    def count(module: nn.Module, name: str, made: nn.Module | Tensor | None) -> None:
-        nonlocal parts, sized, tensors, numbers
-        if not parts:
-            tensors, numbers = sizes()
-        parts += 1
-        sized += made.numel() if isinstance(made, Tensor) else 0
-        if parts > PARTS * tensors + SPARE_PARTS or sized > PACKED * numbers + SPARE_NUMBERS:
-            raise ValueError(
-                f"its configuration describes a model of more than {sized:,} numbers in {parts:,} parts; its files "
-                f"have {numbers:,} in {tensors:,}"
-            )
 
-    hooks = [
-        register(count)
-        for register in (
-            register_module_module_registration_hook,
-            register_module_parameter_registration_hook,
-            register_module_buffer_registration_hook,
-        )
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def check_size(config: PreTrainedConfig, numbers: int) -> None:
+    """Raise ValueError if a configuration describes a model that is much larger than the `numbers` in its files.
+
+    The model is built on the meta device, where its tensors have shapes and take no memory. The names are left to
+    transformers, which renames and merges weights of older files, and reports those that are missing or misshapen.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
+    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if described > NUMBERS_PER_ELEMENT * numbers + SPARE_NUMBERS:
+        raise ValueError(f"its configuration describes a model of {described:,} numbers; its files have {numbers:,}")
 
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Suppress what transformers logs: it quotes a stranger's files, with escape sequences if they have any."""
+    """Suppress what transformers logs: it quotes a model's files, with escape sequences if they have any."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
@@ -155,66 +147,29 @@ def check_finite(model: nn.Module) -> None:
             raise ValueError(f"{bad:,} of {weight.numel():,} numbers of the weight {name} are NaN or infinite")
 
 
-def check_gguf(path: Path) -> tuple[int, int]:
-    """Return how many tensors a GGUF file has, and how many numbers they may have at most.
+def check_tokenizer(folder: Path) -> None:
+    """Try the tokenizer in a folder in a child process, unless its files are the bundled starter's, byte for byte.
 
-    Raises ValueError, in one line, if its header is longer than the file, or has a number that no model has.
+    Raises ValueError, in one line, if the tokenizer or its chat template fails or reaches a limit.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if file.read(4) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
-        version, tensors, entries = _unpack(file, "IQQ")
-        if version not in (2, 3):
-            raise ValueError(f"it is of version {version}, which is not read here")
-        if tensors > size / 24 or entries > size / 12:  # bytes that the shortest takes
-            raise ValueError(f"it is cut short: {tensors} tensors and {entries} entries in {size} bytes")
-        for _ in range(entries):
-            name = _gguf_text(file, size)
-            check_config({name: _gguf_value(file, size)}, "its header")
-    return tensors, size
+    files = _tokenizer_files(folder)
+    names = [path.name for path in _tokenizer_files(STARTER)]
+    same, _, _ = filecmp.cmpfiles(folder, STARTER, names, shallow=False)
+    others = len(files) > len(same) or (folder / "additional_chat_templates").exists()
+    if same != names or others:
+        try_tokenizer(folder, sum(path.stat().st_size for path in files))
 
 
-def _gguf_value(file: BinaryIO, size: int) -> Any:
-    """Return a number of the header; None for a text or an array, which is passed over."""
-    (kind,) = _unpack(file, "I")
-    if kind in GGUF_TYPES:
-        return _unpack(file, GGUF_TYPES[kind])[0]
-    if kind == GGUF_TEXT:
-        _gguf_text(file, size)
-        return None
-    of, length = _unpack(file, "IQ") if kind == GGUF_ARRAY else (None, 0)
-    if of in GGUF_TYPES and length <= size:
-        file.seek(length * struct.calcsize(GGUF_TYPES[of]), os.SEEK_CUR)
-    elif of == GGUF_TEXT and length <= size / 8:
-        for _ in range(length):
-            _gguf_text(file, size)
-    else:
-        raise ValueError(f"its header has a value of type {kind} that is not read here, or that is cut short")
-    if file.tell() > size:
-        raise ValueError("it is cut short")
-    return None
-
-
-def _gguf_text(file: BinaryIO, size: int) -> str:
-    (length,) = _unpack(file, "Q")
-    if length > size - file.tell():
-        raise ValueError("it is cut short")
-    return file.read(length).decode(errors="replace")
-
-
-def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
-    found = file.read(struct.calcsize(f"<{form}"))
-    if len(found) < struct.calcsize(f"<{form}"):
-        raise ValueError("it is cut short")
-    return struct.unpack(f"<{form}", found)
+def _tokenizer_files(folder: Path) -> list[Path]:
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
+    return [path for path in files if path.name not in NOT_OF_TOKENIZER]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"it has no {path.name}")
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path.name} is larger than {MOST_BYTES // 2**20} MB")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path.name} is larger than {MAX_BYTES // 2**20} MB")
     return _parse(path.read_bytes(), path.name)
 
 
@@ -226,7 +181,3 @@ def _parse(text: bytes, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{name} is not a JSON object")
     return found
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -3,10 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,19 +17,25 @@ from huggingface_hub import (
     hf_hub_download,
     hf_hub_url,
     is_offline_mode,
+    snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from grpo.config import TrainConfig
 from grpo.model.chat_template import end_of_turn_ids, ensure_chat_template
-from grpo.model.inspection import check_finite, check_folder, check_gguf, limited_size, read_headers, silent
+from grpo.model.inspection import check_finite, check_folder, check_size, check_tokenizer, read_gguf, silent
 from grpo.model.language_model import LanguageModel, switch_off_dropout
 from grpo.model.lora import add_adapter, four_bits
-from grpo.model.sandbox.tokenizer import SandboxedTokenizer, child_of
-from grpo.model.saving import SENTENCEPIECE
 from grpo.model_card import PACKAGED, model_folder
 from grpo.runtime.console import printable
 from grpo.runtime.device import begin_vector_math
@@ -42,6 +46,9 @@ from grpo.scoring.layers import fuse_layers
 from tasks.common.user_file import dangling
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+# what is downloaded of a Hub model: files beside config.json, weights in safetensors only
+HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+HUB_FILES_LEFT_OUT = ("*/*", "consolidated*")  # other formats of the same weights
 GGUF_PACKAGES = ("gguf>=0.10", "accelerate>=1.0")  # what transformers needs to read a GGUF file
 
 # no bars for reading and writing weights; `disable_progress_bar` would remove those of downloads too
@@ -65,8 +72,7 @@ class FolderSource:
     def load(self, **options: Any) -> Loaded:
         """Load model, in float32, and tokenizer. Raises ValueError, in one line, if that fails."""
         try:
-            check_folder(self.folder)
-            return _from_pretrained(str(self.folder), partial(read_headers, self.folder), **options)
+            return _from_folder(str(self.folder), self.folder, **options)
         except Exception as error:  # the libraries raise a dozen kinds
             raise ValueError(f"cannot load the model in folder {printable(self.name)}: {_reason(error)}") from error
 
@@ -85,15 +91,15 @@ class GgufSource:
         if missing := [package for package in GGUF_PACKAGES if not _is_installed(package.partition(">")[0])]:
             raise ValueError(f"a GGUF file needs pip install {' '.join(map(repr, missing))}")
         try:
-            sizes = check_gguf(self.path)
-            with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # a progress bar of a few seconds
-                model, tokenizer = _from_pretrained(str(self.path.parent), lambda: sizes, gguf_file=self.path.name)
+            with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), silent():  # progress bars of seconds
+                config, numbers = read_gguf(self.path)
+                where = {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}
+                model = _build(config, numbers, **where)
+                tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
             if self.name not in PACKAGED:
                 with TemporaryDirectory() as folder:
                     tokenizer.save_pretrained(folder)
-                    child = child_of(folder)
-                    child.check()
-                tokenizer = SandboxedTokenizer(tokenizer, child)
+                    check_tokenizer(Path(folder))
         except Exception as error:  # the libraries raise a dozen kinds
             raise ValueError(
                 f"cannot load the GGUF file {printable(self.name)} (cut short, of a kind that transformers does not "
@@ -115,15 +121,11 @@ class HubSource:
             if not unavailable and not isinstance(try_to_load_from_cache(self.name, "config.json"), str):
                 print(f"Downloading {printable(self.name)} from the Hugging Face Hub", file=sys.stderr, flush=True)
             folder = Path(hf_hub_download(self.name, "config.json", local_files_only=bool(unavailable))).parent
-            check_folder(folder)
-            sizes = partial(read_headers, folder)
-            loaded = _from_pretrained(self.name, sizes, local_files_only=bool(unavailable), **options)
+            if not unavailable:
+                snapshot_download(self.name, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT_OUT)
+            return _from_folder(self.name, folder, local_files_only=bool(unavailable), **options)
         except Exception as error:  # the libraries raise a dozen kinds
             raise ValueError(self._message(unavailable, error)) from error
-        if not unavailable:
-            with suppress(Exception):  # few models have one, and only saving passes it on
-                hf_hub_download(self.name, SENTENCEPIECE)
-        return loaded
 
     def _message(self, unavailable: str, error: Exception) -> str:
         name = printable(self.name)
@@ -210,36 +212,34 @@ def _is_installed(package: str) -> bool:
     return False
 
 
-def _from_pretrained(
-    source: str,
-    sizes: Callable[[], tuple[int, int]],
-    local_files_only: bool = True,
-    gguf_file: str | None = None,
-    **options: Any,
-) -> Loaded:
-    """Load the model and tokenizer in `source`, which are not trusted; `sizes` is that of `limited_size`."""
-    where = {"local_files_only": local_files_only, "gguf_file": gguf_file}
-    child = None if gguf_file else child_of(source, local_files_only)  # starts while the model is built
-    with limited_size(sizes), silent():
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the error below names them
-            **where,
-            **options,
-        )
+def _from_folder(source: str, folder: Path, local_files_only: bool = True, **options: Any) -> Loaded:
+    """Load the model and tokenizer that lie in a folder; `source` is the folder itself or the name on the Hub."""
+    numbers = check_folder(folder)
+    with silent():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        where = {"pretrained_model_name_or_path": source, "local_files_only": local_files_only}
+        model = _build(config, numbers, **where, **options)
+        check_tokenizer(folder)
+        return model, AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+
+
+def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrainedModel:
+    """Load a model whose files have so many numbers. Raises ValueError if they are not those of the configuration."""
+    check_size(config, numbers)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        config=config,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # the error below names them
+        **options,
+    )
     if loading["missing_keys"] or loading["mismatched_keys"]:  # these weights are random numbers now
         lacking = ", ".join(sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))[:3])
         raise ValueError(f"weights are missing, or of another shape than config.json says ({lacking}, ...)")
     check_finite(model)
-    if child:
-        child.check()  # what cannot be loaded within its limits should not be loaded here
-    with silent():
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
-    return model, SandboxedTokenizer(tokenizer, child) if child else tokenizer
+    return model
 
 
 def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:

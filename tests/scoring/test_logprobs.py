@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from grpo.generation.decoding import prefill, prefill_own
+from grpo.scoring import scorer as scorer_module
 from grpo.scoring import tokens as tokens_module
 from grpo.scoring.attention import packed as packed_attention
 from grpo.scoring.scorer import token_entropy, token_logprobs

@@ -13,7 +13,7 @@ import time
 import pytest
 
 import train_grpo
-from grpo.model.sandbox import tokenizer
+from grpo.model import trial
 from grpo.model_card import STARTER
 from tests.helpers.hostile import GGUFS, MODELS, a_hostile_model
 from tests.helpers.hostile_data import FILES, write_file
@@ -26,7 +26,7 @@ needs_gguf = pytest.mark.skipif(not is_installed("gguf"), reason="pip install gg
 QUICK_MODELS = ["config: 10**6 layers", "config: a size of 10**9", "config: of an unknown kind", "an adapter"]
 QUICK_MODELS += ["weights: not a number", "weights: a header of 2**60 bytes", "weights: of another shape"]
 QUICK_MODELS += ["weights: names with escape sequences", "weights: from a pipe", "config: attention from elsewhere"]
-QUICK_MODELS += ["template: only questions of training", "tokenizer: chained replacements"]
+QUICK_MODELS += ["template: nested loops", "tokenizer: chained replacements"]
 QUICK_FILES = ["301 times one question", "a question of 5 MB", "escape sequences as a line", "all NUL", "a pipe"]
 BASE_MEMORY = 600  # MB that a run of the starter takes at most
 SMALL = {"batch_size": 1, "num_generations": 2, "num_iterations": 1, "num_inner_updates": 1, "eval_problems": 2}
@@ -46,8 +46,8 @@ def the_line(status, out, err):
 
 
 def short_limits():
-    """Let a text of a stranger take half a second."""
-    tokenizer.SECONDS, tokenizer.SECONDS_PER_TEXT = 2, 0.5
+    """Let the trial of a tokenizer take two seconds."""
+    trial.SECONDS = 2
 
 
 @pytest.mark.parametrize("name", QUICK_MODELS)
