@@ -1,12 +1,9 @@
-"""Malformed files: contents that no reader survives unprepared, and how a script must answer them."""
+"""Malformed files: a tiny run, and the one line that a script must answer them with."""
 
 from click.testing import CliRunner
 
 import train_grpo
 from tests.helpers.runs import options
-
-DEEP = "[" * 100_000
-HUGE = "1" * 10_000  # more digits than Python reads
 
 
 def train(model, folder, **settings):

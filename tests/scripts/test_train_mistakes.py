@@ -129,36 +129,9 @@ def test_a_damaged_model_folder_is_refused_by_name(damage, tmp_path):
     assert not line.endswith((":", ": "))  # the reason is there
 
 
-@pytest.mark.parametrize(
-    "card",
-    [
-        *(
-            {"max_new_tokens": "x"},
-            {"max_new_tokens": -1},
-            {"system_prompt": 5},
-            {"prompt_style": 5},
-            {"skills": 5},
-            {"kind": []},
-        ),
-        *({"settings": {"no_such_setting": 1}}, {"settings": {"batch_size": 0}}, {"settings": []}),
-    ],
-    ids=str,
-)
-def test_a_damaged_card_of_a_model_never_ends_in_a_traceback(card, tmp_path):
-    a_model(tmp_path / "m", **card)
-    small = ["--num-iterations", 1, "--num-generations", 2, "--num-inner-updates", 1, "--eval-problems", 1]
-    trained = invoke(train_grpo.main, *small, "--model", "m", "--output-dir", "out", folder=tmp_path)
-    asked = invoke(inference.main, "--model", "m", QUESTION, folder=tmp_path)
-    for result in (trained, asked):
-        if result.exit_code:
-            line = refusal(result)
-            assert CARD in line or "--batch-size" in line
-    if "settings" in card:
-        assert trained.exit_code != 0
-
-
-def test_a_card_that_is_not_json_is_refused_by_all_who_read_it(tmp_path):
-    (a_model(tmp_path / "m") / CARD).write_text("{", encoding="utf-8")
+@pytest.mark.parametrize("card", ["{", '{"max_new_tokens": "x"}', '{"prompt_style": 5}'])
+def test_a_malformed_card_is_refused_by_all_who_read_it(card, tmp_path):
+    (a_model(tmp_path / "m") / CARD).write_text(card, encoding="utf-8")
     assert CARD in refusal(invoke(train_grpo.main, *TINY, "--model", "m", folder=tmp_path))
     assert CARD in refusal(invoke(inference.main, "--model", "m", QUESTION, folder=tmp_path))
     assert CARD in refusal(invoke(inference.main, "--model", "m", "--compare", QUESTION, folder=tmp_path))
