@@ -31,8 +31,9 @@ from grpo.launch.command import EXAMPLE, Asking, run_script, without_quotes
 from grpo.model_card import read_card, resolve
 from grpo.runtime.atomic_io import write_atomic
 from grpo.runtime.console import printable, say, terminal_columns
+from tasks.base import chat
 from tasks.common.parsing import has_form, parse_answer
-from tasks.common.prompts import STYLES, chat, system_prompt
+from tasks.common.prompts import STYLES, system_prompt
 from tasks.registry import TASKS, task_options
 
 if TYPE_CHECKING:

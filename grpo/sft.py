@@ -5,6 +5,7 @@ GRPO has nothing to compare.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -58,7 +59,8 @@ class SupervisedTrainer:
             tokens = supervised_tokens(self.lm, *self.batch(step))
             counted = int(tokens.completion_mask.sum())
             own = tokens.slice_rows(ranks.own_slice(c.sft_batch_size))
-            with update.recompute_activations():
+            recomputing = update.recompute_activations() if c.gradient_checkpointing else nullcontext()
+            with recomputing:
                 own_loss = self.microbatch.run(
                     lambda rows: supervised_gradient(model, own, counted, update.scorer, rows)
                 )

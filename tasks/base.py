@@ -103,6 +103,14 @@ class Task(Protocol):
         """Parse and grade `completion`. Accepts any string, never raises, runs in linear time."""
 
 
+def chat(question: str, system_prompt: str, examples: Sequence[Message] = ()) -> list[Message]:
+    """Return the messages that ask a question, after worked examples as turns if there are any.
+
+    The model's chat template turns them into a prompt.
+    """
+    return [{"role": "system", "content": system_prompt}, *examples, {"role": "user", "content": question}]
+
+
 def task_of(task: Task, problem: Problem) -> Task:
     """Return the task that a problem is of: one of a mixture, or else the task itself."""
     return task.parts[problem.category] if task.parts else task

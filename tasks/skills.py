@@ -15,9 +15,9 @@ from dataclasses import KW_ONLY, dataclass, replace
 from random import Random
 
 from tasks.arithmetic import OPERATORS, apply
-from tasks.base import Attempt, Message, Problem
+from tasks.base import Attempt, Message, Problem, chat
 from tasks.common.drawn_task import DrawnTask
-from tasks.common.prompts import chat, ideal_completion, system_prompt
+from tasks.common.prompts import ideal_completion, system_prompt
 
 
 @dataclass(frozen=True)

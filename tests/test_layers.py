@@ -20,6 +20,7 @@ LIGHT = (
     "grpo.launch.run_folder",
     "grpo.launch.command",
     "grpo.launch.config_file",
+    "grpo.launch.start",
     "grpo.launch.options",
     "grpo.runtime.atomic_io",
     "grpo.runtime.console",
@@ -52,6 +53,8 @@ MAY_IMPORT = {
     "report": {*SETTINGS, "runtime", "record", "scoring", "model", "generation", "algorithm", "evaluation"},
 }
 MAY_IMPORT["launch"] = MAY_IMPORT["report"] | {"report", "sft", "plots"}
+MAY_IMPORT["step_probe"] = {*SETTINGS, "runtime", "model", "record", "algorithm"}
+MAY_IMPORT["launch"] |= {"step_probe"}
 MAY_IMPORT["resume"] = MAY_IMPORT["report"] | {"report"}
 MAY_IMPORT["measurer"] = MAY_IMPORT["resume"] | {"resume", "diagnostics"}
 MAY_IMPORT["trainer"] = {*MAY_IMPORT}
@@ -71,9 +74,18 @@ SOURCES = sources()
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in SOURCES.items()}
 
 
+def is_for_types(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
 def imports(module, top_level_only=False):
-    """The modules that a module imports, wherever in it: `from grpo.launch import seeds` is grpo.launch.seeds."""
+    """The modules that a module imports, wherever in it: `from grpo.launch import seeds` is grpo.launch.seeds.
+
+    What is imported for type checkers alone is not imported.
+    """
     body = TREES[module].body if top_level_only else ast.walk(TREES[module])
+    for_types = {id(part) for node in TREES[module].body if is_for_types(node) for part in node.body}
+    body = [node for node in body if id(node) not in for_types]
     found = set()
     for node in body:
         if isinstance(node, ast.Import):

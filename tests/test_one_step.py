@@ -14,10 +14,7 @@ Only files of grpo/ and tasks/ count:
   nested function, a lambda or a comprehension belongs to the definition around it. The lambdas of a table belong to
   no definition, and methods that `dataclass` writes to no file;
 - the lines of these definitions, from decorator to end, with docstrings, comments and blank lines, but without the
-  methods of a class that are not entered.
-
-Another count of the same code gave 31 files, 143 definitions and 1,965 lines; of the rules that were tried, this one
-comes nearest to it.
+  methods of a class that are not entered and the blank line above each.
 """
 
 import ast
@@ -39,9 +36,9 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("grpo", "tasks")
 
 # What the step enters today. A bound may be lowered; it may not be raised.
-MOST_FILES = 33
-MOST_DEFINITIONS = 140
-MOST_LINES = 2043
+MOST_FILES = 24
+MOST_DEFINITIONS = 103
+MOST_LINES = 1648
 
 Entered = dict[str, dict[str, int]]  # the lines of each definition that was entered, by file and by name
 
@@ -82,8 +79,13 @@ def definitions(source: str, lines: set[int]) -> dict[str, int]:
     `lines` are the first lines of the code objects that were entered.
     """
 
+    rows = source.splitlines()
+
     def size(node: ast.FunctionDef | ast.ClassDef) -> int:
         return node.end_lineno - first_line(node) + 1
+
+    def size_in_class(method: ast.FunctionDef) -> int:
+        return size(method) + (not rows[first_line(method) - 2].strip())
 
     def is_entered(node: ast.AST) -> bool:
         return any(first_line(node) <= line <= node.end_lineno for line in lines)
@@ -93,7 +95,7 @@ def definitions(source: str, lines: set[int]) -> dict[str, int]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and is_entered(node):
             methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
             unused = [method for method in methods if isinstance(node, ast.ClassDef) and not is_entered(method)]
-            found[node.name] = size(node) - sum(map(size, unused))
+            found[node.name] = size(node) - sum(map(size_in_class, unused))
     return found
 
 
@@ -148,12 +150,12 @@ table = [lambda: 1]
 @pytest.mark.parametrize(
     ("entered", "expected"),
     [
-        ({5}, {"A": 6}),  # the 9 lines of A without the 3 of g
-        ({8}, {"A": 7}),  # without the 2 of f
+        ({5}, {"A": 5}),  # the 9 lines of A without the 3 of g and the blank line above
+        ({8}, {"A": 6}),  # without the 2 of f and the blank line above
         ({5, 8}, {"A": 9}),
         ({12}, {"h": 5}),
         ({14}, {"h": 5}),
-        ({5, 12}, {"A": 6, "h": 5}),
+        ({5, 12}, {"A": 5, "h": 5}),
         ({18}, {}),
     ],
 )

@@ -47,7 +47,7 @@ def test_plain_and_fast_loop_draw_the_same_completions_and_reach_the_same_weight
     completions = plain.train(models[0], task, config, STEPS)
     fast = GRPO(config, task, models[1])
     for step in range(1, STEPS + 1):
-        rollout, _ = fast.step(step)
+        rollout = fast.step(step).rollout
         rows = zip(rollout.tokens.completion_ids.tolist(), rollout.lengths.tolist(), strict=True)
         assert [each.ids for each in completions[step - 1]] == [ids[:n] for ids, n in rows]
         assert [each.text for each in completions[step - 1]] == list(rollout.completion_texts)

@@ -86,8 +86,6 @@ class Rollout:
 
     def pick(self, groups: Sequence[int]) -> "Rollout":
         """Return these groups, in this order, as wide as the longest of their completions."""
-        if list(groups) == list(range(len(self.problems))):
-            return self
         g = self.num_generations
         rows = [group * g + i for group in groups for i in range(g)]
         width = int(self.tokens.completion_mask[rows].sum(-1).max())
@@ -173,18 +171,17 @@ def concatenate(parts: Sequence[Rollout]) -> Rollout:
     )
 
 
-def resample_tied(
-    draw: Callable[[int, Sequence[int]], Rollout], places: int, redraws: int
+def redraw_tied(
+    drawn: Rollout, draw: Callable[[int, Sequence[int]], Rollout], attempts: int
 ) -> tuple[Rollout, list[int]]:
-    """Draw a group for each place of a batch, and draw tied ones again, with other problems, at most `redraws` times.
+    """Draw tied groups again, with other problems, at most `attempts` times.
 
-    `draw(attempt, places)` returns a scored group for each of these places. Returns all groups that were drawn, and
-    for each place the index of the group to train on.
+    `drawn` has a scored group for each place of a batch, and `draw(attempt, places)` returns another one for each of
+    these places. Returns all groups that were drawn, and for each place the index of the group to train on.
     """
-    drawn = draw(0, range(places))
-    kept = list(range(places))
-    for attempt in range(1, redraws + 1):
-        tied = [place for place in range(places) if drawn.tied[kept[place]]]
+    kept = list(range(len(drawn.problems)))
+    for attempt in range(1, attempts + 1):
+        tied = [place for place, group in enumerate(kept) if drawn.tied[group]]
         if not tied:
             break
         for number, place in enumerate(tied):
@@ -213,8 +210,11 @@ class RolloutSampler:
         def draw(attempt: int, places: Sequence[int]) -> Rollout:
             return self._score(self._sample_across_ranks(step, attempt, places, num_generations))
 
-        drawn, kept = resample_tied(draw, c.batch_size, c.resample_tied)
-        rollout = drawn.pick(kept)
+        drawn = draw(0, range(c.batch_size))
+        rollout = drawn
+        if c.resample_tied:
+            drawn, kept = redraw_tied(drawn, draw, c.resample_tied)
+            rollout = drawn.pick(kept)
         return drawn, replace(rollout, advantages=self._advantages(rollout))
 
     def _sample_across_ranks(self, step: int, attempt: int, places: Sequence[int], num_generations: int) -> Rollout:

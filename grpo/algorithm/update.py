@@ -1,7 +1,7 @@
 """One inner update: the loss of a rollout, its gradient, and the optimizer's step, if all of it is finite."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -17,8 +17,8 @@ from grpo.model.lora import trainable
 from grpo.runtime.console import suppress_warnings
 from grpo.runtime.microbatch import AdaptiveMicrobatch, oom_is_fatal, split_microbatches
 from grpo.runtime.precision import in_precision
-from grpo.runtime.ranks import ONE, Ranks
-from grpo.runtime.sharding import distribute_like, full_tensor
+from grpo.runtime.ranks import ONE, Ranks, full_tensor
+from grpo.runtime.sharding import distribute_like
 from grpo.runtime.stopwatch import Stopwatch
 from grpo.scoring.scorer import Scorer
 from grpo.scoring.tokens import Tokens
@@ -117,7 +117,8 @@ class Updater:
         """Update the policy; return the figures, and the batch with `old_logprobs`, computed by the first update."""
         self.has_begun = True
         self.set_learning_rate(settings.learning_rate)
-        with self.clock("update"), self.recompute_activations():
+        recomputing = self.recompute_activations() if self.config.gradient_checkpointing else nullcontext()
+        with self.clock("update"), recomputing:
             stats, logprobs = self.microbatch.run(lambda rows: self.inner_update(batch, settings.beta, rows))
         self.optimizer.zero_grad(set_to_none=True)  # the memory of the gradient serves the next rollout
         if batch.old_logprobs is None:  # the policy was still the one that sampled
@@ -232,10 +233,7 @@ class Updater:
 
     @contextmanager
     def recompute_activations(self) -> Iterator[None]:
-        """Recompute activations if asked to. That works in train mode only, and sampling in eval mode only."""
-        if not self.config.gradient_checkpointing:
-            yield
-            return
+        """Recompute activations in the block. That works in train mode only, and sampling in eval mode only."""
         with suppress_warnings():  # transformers 5.23 renames this function; 5.21 has no other
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy.train()

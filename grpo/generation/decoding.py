@@ -27,13 +27,7 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: in
     cache gets them behind its own padding, where they belong anyway: N · (P − S) + S tokens instead of N · P, exact
     in float32.
     """
-    cache = DynamicCache()
-    if common_prefix:
-        cache = prefill_prefix(model, ids, mask, common_prefix)
-        columns, padding = torch.arange(common_prefix, device=ids.device), (~mask).sum(-1, keepdim=True)
-        source = (columns - padding).clamp(min=0)  # (N, S); columns before a row's first token are masked
-        for layer in cache.layers:
-            layer.keys, layer.values = (x[0][:, source].transpose(0, 1) for x in (layer.keys, layer.values))
+    cache = cache_behind_padding(model, ids, mask, common_prefix) if common_prefix else DynamicCache()
     out = model(
         input_ids=ids[:, common_prefix:],
         attention_mask=mask.long(),
@@ -43,6 +37,17 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: in
         logits_to_keep=last_columns(ids[:, common_prefix:], 1),
     )
     return cache, out.logits[:, -1]
+
+
+def cache_behind_padding(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> DynamicCache:
+    """Return the cache of the `length` tokens that all prompts begin with, in each row behind its own padding."""
+    cache = prefill_prefix(model, ids, mask, length)
+    columns, padding = torch.arange(length, device=ids.device), (~mask).sum(-1, keepdim=True)
+    source = (columns - padding).clamp(min=0)  # (N, S); columns before a row's first token are masked
+    for layer in cache.layers:
+        layer.keys = layer.keys[0][:, source].transpose(0, 1)
+        layer.values = layer.values[0][:, source].transpose(0, 1)
+    return cache
 
 
 def prefill_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> DynamicCache:
@@ -200,7 +205,7 @@ class Decoder:
     def common_prefix(self, prompts: Sequence[Sequence[int]], least: int = 1) -> int:
         """Return how many tokens all prompts begin with, to be run once; 0 if they are fewer than `least`."""
         common = common_prefix_length(prompts) if self.shares_prefix else 0
-        common = int(self.ranks.min(torch.tensor(common)))  # ranks that make every pass together run the same ones
+        common = min(self.ranks.gather(common))  # ranks that make every pass together run the same ones
         return common if common >= least else 0
 
     def begin(

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import TrainConfig
-from grpo.model.chat_template import encode_chat, encode_completion
+from grpo.runtime.console import printable
 from grpo.scoring.tokens import left_pad
 from tasks.base import Message, Task
 
@@ -60,6 +62,42 @@ class LanguageModel:
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, special tokens included."""
         return self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message]) -> list[int]:
+    """Return the ids of the prompt for the assistant's turn; control tokens in the messages are encoded as text."""
+    options = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
+    return render(tokenizer, chat, add_generation_prompt=True, **options)["input_ids"]
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of an assistant's turn, with the token that ends it; control tokens in `text` stay text.
+
+    Raises ValueError if the tokenizer has no token that ends a turn.
+    """
+    end = template_end_id(tokenizer)
+    if end is None:
+        raise ValueError("the model's tokenizer has no token that ends a turn, so no completion can be taught")
+    return [*tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], end]
+
+
+def template_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that the chat template puts after an assistant's turn, or else the tokenizer's EOS."""
+    said = "c0mpl3ti0n"
+    turn = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
+    _, found, after = render(tokenizer, turn).rpartition(said)
+    following = tokenizer(after.strip(), add_special_tokens=False)["input_ids"][:1] if found else []
+    added = tokenizer.added_tokens_decoder
+    return next((i for i in following if i in added and added[i].special), tokenizer.eos_token_id)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], **options: Any) -> Any:
+    """Render a chat by the template. Raises ValueError, in one printable line, if the template refuses it."""
+    try:
+        return tokenizer.apply_chat_template(list(chat), **({"tokenize": False} | options))
+    except TemplateError as error:
+        reason = printable(" ".join(str(error).split()))[:300]
+        raise ValueError(f"the model's chat template refuses the prompt: {reason}") from None
 
 
 def switch_off_dropout(model: PreTrainedModel) -> dict[str, float]:

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from grpo.config import TrainConfig
 from grpo.runtime.console import suppress_warnings
-from grpo.runtime.ranks import ONE, Ranks
-from grpo.runtime.sharding import full_tensor
+from grpo.runtime.ranks import ONE, Ranks, full_tensor
 
 ADAPTER = "adapter"  # folder beside the merged weights
 

@@ -11,7 +11,7 @@ the trial. The CPU's instructions say enough.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -38,23 +38,29 @@ def precision(model: nn.Module) -> str:
     return str(getattr(model, "compute_dtype", torch.float32)).removeprefix("torch.")
 
 
-@contextmanager
-def in_precision(model: nn.Module) -> Iterator[None]:
+def in_precision(model: nn.Module) -> AbstractContextManager[None]:
     """Run passes of a model in the precision that it was loaded with, the backward pass too if there is one.
 
-    In bfloat16 each float32 weight is replaced by a cast of itself until the end, so that all that is computed from
-    them has their type; the gradient goes to the weight, in float32. A sharded model casts its shards itself.
+    A sharded model casts its shards itself.
     """
     if precision(model) == "float32" or isinstance(model, FSDPModule):
-        yield
-        return
+        return nullcontext()
+    return _cast_weights(model, model.compute_dtype)
+
+
+@contextmanager
+def _cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Replace each float32 weight by a cast of itself, so that all that is computed from it has this type.
+
+    The gradient goes to the weight, in float32.
+    """
     weights = [
         (module._parameters, name, weight)
         for module in model.modules()
         for name, weight in module._parameters.items()
         if weight is not None and weight.dtype == torch.float32
     ]
-    casts = {weight: weight.to(model.compute_dtype) for _, _, weight in weights}  # one of a weight with two places
+    casts = {weight: weight.to(dtype) for _, _, weight in weights}  # one cast of a weight that has two places
     try:
         for parameters, name, weight in weights:
             parameters[name] = casts[weight]

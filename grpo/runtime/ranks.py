@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from grpo.runtime.sharding import full_tensor, is_shard
+from torch.distributed.tensor import DTensor
 
 Value = TypeVar("Value")
 BUCKET_NUMBERS = 2**24  # numbers in one all-reduce of gradients
@@ -120,7 +119,7 @@ class Ranks:
 
     def any(self, value: bool) -> bool:
         """Return whether `value` is true on any rank."""
-        return bool(self.max(torch.tensor(int(value))))
+        return value if self.size == 1 else bool(self.max(torch.tensor(int(value))))
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -179,7 +178,7 @@ class Ranks:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.size == 1 or not gradients:
             return
-        if is_shard(gradients[0]):
+        if isinstance(gradients[0], DTensor):
             torch._foreach_mul_(gradients, float(self.size))
         else:
             self._sum_in_buckets(gradients)
@@ -208,3 +207,8 @@ ONE = Ranks()
 def is_peer_failure(error: RuntimeError) -> bool:
     """Return whether `error` says that another process is gone, also while it joins; gloo has no class for it."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor whole, of which each process may hold a shard; all processes must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

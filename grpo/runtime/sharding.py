@@ -65,16 +65,6 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def is_shard(tensor: Tensor) -> bool:
-    """Return whether each process holds only a shard of this tensor."""
-    return isinstance(tensor, DTensor)
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor whole, of which each process may hold a shard; all processes must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the shard of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

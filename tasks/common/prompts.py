@@ -4,10 +4,6 @@ A style is a system message and the form of an ideal completion. Only `tasks/com
 a completion has that form.
 """
 
-from collections.abc import Sequence
-
-from tasks.base import Message
-
 # the token limit of a completion, unless the command line or the model's card sets another
 STYLE_TOKENS = {"answer": 16, "think": 128, "reasoning": 256}
 STYLES = tuple(STYLE_TOKENS)
@@ -28,14 +24,6 @@ def system_prompt(style: str, kind: str = "integer") -> str:
     'Give the result as an integer in <answer>...</answer>.'
     """
     return _FORMS[style].format(_ASKED[kind])
-
-
-def chat(question: str, system_prompt: str, examples: Sequence[Message] = ()) -> list[Message]:
-    """Return the messages that ask a question, after worked examples as turns if there are any.
-
-    The model's chat template turns them into a prompt.
-    """
-    return [{"role": "system", "content": system_prompt}, *examples, {"role": "user", "content": question}]
 
 
 def ideal_completion(answer: str, style: str, working: str = "") -> str:

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tasks.base import Answer, Attempt, Message, Problem, Task
+from tasks.base import Answer, Attempt, Message, Problem, Task, chat
 from tasks.common.parsing import PARSERS, has_form, parse_answer
-from tasks.common.prompts import STYLES, chat, system_prompt
+from tasks.common.prompts import STYLES, system_prompt
 from tasks.rewards.functions import default_rewards
 
 CLOSE_ENOUGH = 1  # a number that is off by at most this is close

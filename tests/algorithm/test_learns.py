@@ -1,17 +1,21 @@
 """A toy task is learned in seconds by the very functions that training uses."""
 
-from dataclasses import replace
-
 import torch
 
 from grpo.algorithm.advantages import group_advantages
-from grpo.algorithm.update import Batch, inner_update
+from grpo.algorithm.schedules import StepSettings
+from grpo.algorithm.update import Batch, Updater
 from grpo.config import TrainConfig
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
+from grpo.runtime.microbatch import AdaptiveMicrobatch
+from grpo.runtime.stopwatch import Stopwatch
 from grpo.scoring.tokens import Tokens, left_pad
 from tests.helpers.models import tiny_model
+from tests.helpers.scoring import scorer
 
-CONFIG = TrainConfig(batch_size=4, num_generations=8, max_new_tokens=3, num_inner_updates=2, beta=0.0)
+CONFIG = TrainConfig(
+    batch_size=4, num_generations=8, max_new_tokens=3, num_inner_updates=2, beta=0.0, learning_rate=2e-3
+)
 PROMPTS = [[10, 11], [12], [13, 14, 15], [16, 17, 18]]
 ENDS = range(10)
 
@@ -24,7 +28,8 @@ def scores(completions, prompts):
 
 def test_grpo_learns_to_look_at_the_prompt_and_to_stop():
     model = tiny_model("llama")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    update = Updater(model, CONFIG, scorer(), AdaptiveMicrobatch("the update", 32, 8), Stopwatch())
+    settings = StepSettings(CONFIG.learning_rate, CONFIG.num_generations, CONFIG.beta)
     ids, mask = left_pad(PROMPTS, 0, torch.device("cpu"))
     params = SamplingParams(CONFIG.max_new_tokens, ENDS, CONFIG.num_generations)
     generator, means = Generator(model), []
@@ -35,7 +40,6 @@ def test_grpo_learns_to_look_at_the_prompt_and_to_stop():
         advantages = group_advantages(rewards, CONFIG.num_generations)
         batch = Batch.of_step(Tokens(ids, mask, completions.ids, completions.mask), advantages, 3)
         for _ in range(CONFIG.num_inner_updates):
-            _, logprobs = inner_update(model, optimizer, batch, CONFIG, True, 32)
-            batch = batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs)
+            _, batch = update(batch, settings)
     assert sum(means[:5]) / 5 < 0.6
     assert sum(means[-5:]) / 5 > 0.95

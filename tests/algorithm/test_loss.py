@@ -25,7 +25,7 @@ from grpo.config import TrainConfig
 def loss_of(logprobs, old, ref, advantages, mask, config=None, **settings):
     """Return the averaged loss of a step that is all in one micro-batch, and its tokens; settings as options."""
     config = config or TrainConfig(**settings)
-    tokens = grpo_loss(logprobs, old, ref, advantages, mask, config)
+    tokens = grpo_loss(logprobs, old, ref, advantages, mask, config, config.beta)
     sizes = StepSizes(mask.shape[0], int(mask.sum()), config.max_new_tokens)
     return replace(tokens, loss=AVERAGES[config.loss_average](tokens.loss, mask, sizes))
 

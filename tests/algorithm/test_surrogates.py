@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from grpo.algorithm.advantages import decoupled_advantages, group_advantages
+from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.loss import cispo_surrogate, gmpo_surrogate, grpo_loss
-from grpo.algorithm.rollout import ScoredGroups, build_rollout
 from grpo.config import AGGREGATIONS, SURROGATES, TrainConfig
-from grpo.generation.sampling import Completions
-from tasks.base import Problem, Reward
+from grpo.model.loading import load
+from grpo.model_card import resolve
+from tasks.arithmetic import Arithmetic
 from tasks.rewards.scoring import RewardFunction
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
@@ -24,7 +25,7 @@ def test_the_four_quadrants_of_cispo(ratio, advantage, weight):
     logprobs = torch.tensor([[-0.7]], requires_grad=True)
     old = logprobs.detach() - math.log(ratio)
     config = TrainConfig(surrogate="cispo", epsilon=0.2, beta=0.0)
-    tokens = grpo_loss(logprobs, old, None, torch.tensor([advantage]), ONE, config)
+    tokens = grpo_loss(logprobs, old, None, torch.tensor([advantage]), ONE, config, config.beta)
     tokens.loss.sum().backward()
     assert tokens.loss.item() == pytest.approx(-weight * advantage * -0.7, abs=1e-6)
     assert logprobs.grad.item() == pytest.approx(-weight * advantage, abs=1e-6)  # the weight has no gradient
@@ -73,7 +74,7 @@ def test_on_the_first_pass_all_have_the_policy_gradient(surrogate):
     logprobs = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], requires_grad=True)
     mask, advantages = torch.ones(2, 2, dtype=torch.bool), torch.tensor([1.5, -0.5])
     config = TrainConfig(surrogate=surrogate, beta=0.0)
-    tokens = grpo_loss(logprobs, logprobs.detach(), None, advantages, mask, config)
+    tokens = grpo_loss(logprobs, logprobs.detach(), None, advantages, mask, config, config.beta)
     tokens.loss.mean(1).sum().backward()  # by completion
     torch.testing.assert_close(logprobs.grad, -advantages[:, None].expand(2, 2) / 2)
 
@@ -164,13 +165,11 @@ def test_the_choices_are_those_of_the_command_line():
 
 
 def test_rewards_of_a_run_that_differ_in_the_ninth_digit_are_compared():
-    rewards = [Reward(r, {"a": r}, correct=False, well_formed=True) for r in (1e8, 1e8 + 1, 1e8, 1e8)]
-    ones = torch.ones(4, 1, dtype=torch.long)
-    completions = Completions(ones, ones[:, 0], ones[:, 0].bool(), torch.zeros(4, 1))
-    groups = ScoredGroups(
-        [Problem("q", "1")], torch.zeros(1, 1), torch.ones(1, 1).bool(), completions, [""] * 4, rewards
-    )
-    config = TrainConfig(num_generations=4, multi_objective_aggregation="normalize_then_sum")
-    rollout = build_rollout([groups], [0], groups.counts(), config, [RewardFunction("a", 1.0, None)])
-    assert rollout.advantages[1] > 1
-    assert rollout.advantages[0] < 0
+    function = RewardFunction("a", 1.0, lambda attempts, columns: [1e8, 1e8 + 1, 1e8, 1e8])
+    settings = {"model": "starter", "batch_size": 1, "num_generations": 4}
+    for aggregation in AGGREGATIONS:
+        config = resolve({**settings, "multi_objective_aggregation": aggregation})
+        grpo = GRPO(config, Arithmetic(), load("starter", torch.device("cpu")), [function])
+        _, rollout = grpo.sampler.sample(1, 4)
+        assert rollout.advantages[1] > 1
+        assert rollout.advantages[0] < 0

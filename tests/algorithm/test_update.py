@@ -6,24 +6,28 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo.algorithm.reference import reference_logprobs
-from grpo.algorithm.update import Batch, inner_update
+from grpo.algorithm.reference import logprobs_in_passes
+from grpo.algorithm.update import Batch, Updater
 from grpo.config import TrainConfig
+from grpo.runtime.microbatch import AdaptiveMicrobatch
+from grpo.runtime.stopwatch import Stopwatch
 from tests.helpers.models import ragged_tokens, tiny_model
+from tests.helpers.scoring import scorer
 
 CONFIG = TrainConfig(batch_size=3, num_generations=3, beta=0.1, clip_grad_norm=1e9, learning_rate=1e-3)
 ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0, 0.0, -1.0, 0.3, 0.7])
 
 
-def one_update(model, reference, config=CONFIG, advantages=ADVANTAGES, updates=1, learning_rate=0.0, max_rows=9):
+def one_update(model, reference, config=CONFIG, advantages=ADVANTAGES, updates=1, learning_rate=0.0, rows=9):
     """Update on a ragged rollout; return the statistics of each. A rate of 0 leaves the gradient to look at."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    update = Updater(model, config, scorer(), AdaptiveMicrobatch("the update", rows, 3), Stopwatch())
+    update.optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     batch, all_stats = Batch.of_step(ragged_tokens(), advantages, 16), []
     if reference is not None:
-        ref_logprobs = reference_logprobs(reference, batch.tokens, config.temperature, True, max_rows)
+        ref_logprobs = logprobs_in_passes(scorer(), reference, batch.tokens, config.temperature, rows)
         batch = replace(batch, ref_logprobs=ref_logprobs)
     for _ in range(updates):
-        stats, logprobs = inner_update(model, optimizer, batch, config, True, max_rows)
+        stats, logprobs = update.inner_update(batch, config.beta, rows)
         all_stats.append(stats)
         if batch.old_logprobs is None:
             batch = replace(batch, old_logprobs=logprobs)
@@ -38,12 +42,12 @@ def flat_weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("max_rows", [8, 6, 5, 3, 2, 1])  # in whole groups of 3, then in parts of one
-def test_micro_batches_give_the_gradient_of_one_large_batch(max_rows):
+@pytest.mark.parametrize("rows", [8, 6, 5, 3, 2, 1])  # in whole groups of 3, then in parts of one
+def test_micro_batches_give_the_gradient_of_one_large_batch(rows):
     model, reference = tiny_model("llama"), tiny_model("llama", seed=1)
     whole = one_update(model, reference)[0]
     expected = flat_gradient(model)
-    parts = one_update(model, reference, max_rows=max_rows)[0]
+    parts = one_update(model, reference, rows=rows)[0]
     assert ((flat_gradient(model) - expected).norm() / expected.norm()).item() < 1e-5
     for name in ("loss", "kl", "entropy", "clip_fraction", "ratio_min", "ratio_max"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), abs=1e-5), name

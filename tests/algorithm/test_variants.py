@@ -11,7 +11,7 @@ from grpo.algorithm.grpo import GRPO
 from grpo.config import TrainConfig
 from grpo.model.loading import load
 from grpo.model_card import resolve
-from grpo.runtime.stopwatch import Stopwatch
+from grpo.step_probe import measured_step
 from tasks.arithmetic import Arithmetic
 
 SMALL = {"model": "starter", "batch_size": 4, "num_generations": 4, "num_inner_updates": 2, "learning_rate": 1e-4}
@@ -31,15 +31,20 @@ def weights(grpo):
     return torch.cat([p.detach().flatten() for p in grpo.policy.parameters()])
 
 
+def sampled(lm, config):
+    """Return all groups that step 1 draws, and those that it would train on, without any update."""
+    return GRPO(config, Arithmetic(), lm).sampler.sample(1, config.num_generations)
+
+
 def rollout_of(lm, config):
-    """Return the rollout of step 1, without any update."""
-    return GRPO(config, Arithmetic(), lm).sampler.rollout(1, config, Stopwatch())
+    """Return the groups that step 1 would train on."""
+    return sampled(lm, config)[1]
 
 
 def test_tied_groups_are_drawn_again_with_other_problems_and_only_they(lm):
-    plain, again = (rollout_of(lm, resolve({**SMALL, "batch_size": 8, "resample_tied": tries})) for tries in (0, 3))
-    right = torch.tensor([reward.correct for reward in plain.rewards]).view(8, 4)
-    tied = (right.all(1) | ~right.any(1)).tolist()
+    plain = rollout_of(lm, resolve({**SMALL, "batch_size": 8}))
+    drawn, again = sampled(lm, resolve({**SMALL, "batch_size": 8, "resample_tied": 3}))
+    tied = [max(group) == min(group) for group in plain.totals.tolist()]
     assert True in tied
     assert False in tied
     for place in range(8):
@@ -52,10 +57,9 @@ def test_tied_groups_are_drawn_again_with_other_problems_and_only_they(lm):
             assert torch.equal(
                 again.tokens.slice_rows(rows).completion_ids, plain.tokens.slice_rows(rows).completion_ids
             )
-    assert plain.resampled == 0
-    assert sum(tied) <= again.resampled <= 3 * sum(tied)
-    left = torch.tensor([reward.correct for reward in again.rewards]).view(8, 4)
-    assert int((left.all(1) | ~left.any(1)).sum()) < sum(tied)
+    assert sum(tied) <= len(drawn.problems) - 8 <= 3 * sum(tied)
+    assert drawn.completion_texts[:32] == plain.completion_texts
+    assert int(again.tied.sum()) < sum(tied)
     for problem, completion, reward in zip(
         [p for p in again.problems for _ in range(4)], again.completion_texts, again.rewards, strict=True
     ):
@@ -75,7 +79,7 @@ def test_truncated_completions_teach_nothing_when_masked():
     # a limit of 3 tokens cuts every completion off, so nothing is left to learn from
     grpo = make_grpo(mask_truncated_completions=True, max_new_tokens=3, beta=0.0, temperature=5.0)
     before = weights(grpo)
-    _, entry = grpo.step(1)
+    _, entry = measured_step(grpo, 1)
     assert entry["truncated_fraction"] == 1
     assert entry["completion_length"] == 3
     assert (entry["loss"], entry["grad_norm"]) == (0, 0)
@@ -94,7 +98,7 @@ def test_only_the_truncated_ones_are_masked(lm):
 
 def test_the_reference_is_refreshed_and_the_kl_begins_again_from_zero():
     grpo = make_grpo(ref_model_sync_steps=2)
-    kl = [grpo.step(step)[1]["kl"] for step in (1, 2, 3)]
+    kl = [measured_step(grpo, step)[1]["kl"] for step in (1, 2, 3)]
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert kl[1] > 1e-6
     assert kl[2] == pytest.approx(0, abs=1e-6)
@@ -102,16 +106,16 @@ def test_the_reference_is_refreshed_and_the_kl_begins_again_from_zero():
 
 def test_beta_moves_towards_the_target_and_is_logged():
     grpo = make_grpo(target_kl=1000.0)
-    betas = [grpo.step(step)[1]["beta"] for step in (1, 2, 3)]
+    betas = [measured_step(grpo, step)[1]["beta"] for step in (1, 2, 3)]
     assert betas == pytest.approx([0.04, 0.04 * 0.98, 0.04 * 0.98**2])
 
 
 def test_group_size_and_learning_rate_follow_their_schedules():
     grpo = make_grpo(group_schedule="6:2", num_iterations=3, warmup_steps=1, learning_rate_decay="linear")
-    entries = [grpo.step(step) for step in (1, 2, 3)]
-    assert [entry["num_generations"] for _, entry in entries] == [6, 4, 2]
-    assert [len(rollout.completion_texts) for rollout, _ in entries] == [24, 16, 8]
-    assert [entry["learning_rate"] for _, entry in entries] == pytest.approx([1e-4, 1e-4, 0.5e-4])
+    steps = [measured_step(grpo, step) for step in (1, 2, 3)]
+    assert [entry["num_generations"] for _, entry in steps] == [6, 4, 2]
+    assert [len(outcome.rollout.completion_texts) for outcome, _ in steps] == [24, 16, 8]
+    assert [entry["learning_rate"] for _, entry in steps] == pytest.approx([1e-4, 1e-4, 0.5e-4])
 
 
 @pytest.mark.parametrize(

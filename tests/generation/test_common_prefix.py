@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from grpo.generation.decoding import CachedDecoder, prefill, prefill_own
+from grpo.generation.decoding import CachedDecoding, Decoder, prefill, prefill_own
 from grpo.generation.greedy import greedy
-from grpo.generation.probe import ModelCapabilities, supports_common_prefix, supports_prefix_attention
+from grpo.generation.probe import supports_common_prefix, supports_prefix_attention
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
-from grpo.model import tokens
 from grpo.model.language_model import LanguageModel
+from grpo.scoring import tokens
 from grpo.scoring.attention.common_prefix import CommonPrefix
 from grpo.scoring.tokens import common_prefix_length, left_pad
 from tests.helpers import zoo
@@ -38,8 +38,7 @@ def test_a_common_prefix_gives_the_same_logits_and_cache(kind, prefix):
 @pytest.mark.parametrize("kind", zoo.KINDS)
 def test_greedy_tokens_are_the_same_shared_separate_and_alone(kind):
     lm, prompts = LanguageModel(tiny_model(kind), None, (1,), 0), some_prompts()
-    kinds = ModelCapabilities(), ModelCapabilities(supports_common_prefix=True)
-    separate, shared = (greedy(lm, prompts, 12, 3, capabilities) for capabilities in kinds)
+    separate, shared = (greedy(lm, prompts, 12, 3, Decoder(shares_prefix=shares)) for shares in (False, True))
     for row, prompt in enumerate(prompts):
         alone = greedy(lm, [prompt], 12, 1)
         expected = alone.ids[0, : alone.lengths[0]].tolist()
@@ -54,15 +53,14 @@ def test_a_beginning_held_once_gives_the_same_samples(kind, generations, monkeyp
     model, prompts = tiny_model(kind), some_prompts()
     ids, mask = left_pad(prompts, 0, torch.device("cpu"))
     assert supports_prefix_attention(model, ids, mask, 5)
-    held, kinds = [], (ModelCapabilities(True, True, True), ModelCapabilities(True, True, True, True))
+    held = []
+    decoders = [Decoder(expands_cache=True, shares_prefix=True, holds_prefix=holds) for holds in (False, True)]
     true_attend = CommonPrefix.attend
     monkeypatch.setattr(CommonPrefix, "attend", lambda *args: held.append(True) or true_attend(*args))
     params, uniforms = SamplingParams(12, range(1, 9), generations), sampling_uniforms(0, 1, 5 * generations, 12)
     # with rows that end early, so are dropped, and with passes in which no row is without padding
-    for max_rows in (None, 2 * generations):
-        copied, once = (
-            Generator(model, capabilities)(ids, mask, params, uniforms, max_rows, 5) for capabilities in kinds
-        )
+    for rows in (None, 2 * generations):
+        copied, once = (Generator(model, decoder)(ids, mask, params, uniforms, rows, 5) for decoder in decoders)
         assert torch.equal(copied.ids, once.ids)
         assert copied.lengths.min() < copied.lengths.max()
         torch.testing.assert_close(copied.logprobs, once.logprobs, atol=3e-5, rtol=0)
@@ -79,7 +77,7 @@ def test_a_beginning_held_once_takes_the_memory_of_one_copy():
     ids, mask = left_pad(prompts, 0, torch.device("cpu"))
     with torch.no_grad():
         prefix, cache, mask, _ = prefill_own(model, ids, mask, 20)
-    CachedDecoder(model, cache, mask, 4, 8, prefix)
+    CachedDecoding(model, cache, mask, 4, 8, prefix)
     assert prefix.keys[0].shape == (2, 20, 8)
     assert cache.layers[0].keys.shape == (12, 2, 10, 8)  # the tokens of each row alone
 

@@ -6,9 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from grpo.algorithm.grpo import GRPO
-from grpo.generation import capabilities, sampling
-from grpo.generation.decoding import TRIED, CudaGraphDecoder, graph_matches_cached, prefill
-from grpo.generation.probe import ModelCapabilities, supports_cuda_graphs
+from grpo.generation import probe as probe_module
+from grpo.generation.cuda_graphs import CudaGraphDecoding
+from grpo.generation.decoding import Decoder, prefill
+from grpo.generation.probe import GRAPH_TOKENS, graph_matches_cached, probe, supports_cuda_graphs
 from grpo.generation.sampling import sampling_uniforms
 from grpo.model.loading import load
 from grpo.model_card import resolve
@@ -22,9 +23,9 @@ COLUMNS = 24  # past Gemma's window of 6
 
 
 def generate_with(model, tokens, uniforms, check_every=0, **supported):
-    """Return completions of a model with these capabilities alone."""
+    """Return completions of a model with these shortcuts alone."""
     settings = {"limit": COLUMNS, "ends": range(3, 8), "check_every": check_every}
-    return generate(model, tokens, uniforms, **settings, capabilities=ModelCapabilities(**supported))
+    return generate(model, tokens, uniforms, **settings, decoder=Decoder(**supported))
 
 
 @pytest.mark.parametrize("kind", zoo.KINDS)
@@ -33,14 +34,14 @@ def generate_with(model, tokens, uniforms, check_every=0, **supported):
 def test_the_graph_decoder_samples_what_the_cached_one_does(kind, lengths, expansion, monkeypatch):
     model, tokens = tiny_model(kind), ragged_tokens(lengths)
     uniforms = sampling_uniforms(0, 0, 4 * len(lengths), COLUMNS)
-    cached = generate_with(model, tokens, uniforms, supports_cache_expansion=expansion)
-    calls, true_call = [], CudaGraphDecoder.__call__
-    monkeypatch.setattr(CudaGraphDecoder, "__call__", lambda *args: calls.append(1) or true_call(*args))
-    supported = {"supports_cache_expansion": expansion, "supports_cuda_graphs": True}
+    cached = generate_with(model, tokens, uniforms, expands_cache=expansion)
+    calls, true_call = [], CudaGraphDecoding.__call__
+    monkeypatch.setattr(CudaGraphDecoding, "__call__", lambda *args: calls.append(1) or true_call(*args))
+    supported = {"expands_cache": expansion, "uses_cuda_graphs": True}
     for check_every in (1, 16):
         calls.clear()
         static = generate_with(model, tokens, uniforms, check_every, **supported)
-        assert len(calls) > TRIED
+        assert len(calls) > GRAPH_TOKENS
         assert same_completions(static, cached)
         torch.testing.assert_close(static.logprobs, cached.logprobs, atol=1e-5, rtol=0)
 
@@ -77,7 +78,7 @@ def addresses(decoder):
 def test_every_token_makes_the_same_calls_on_the_same_shapes_and_addresses(kind):
     # a graph replays the calls of one token; a number that the host reads cannot be recorded at all
     model, cache, mask, repeats, logits = prefilled(kind)
-    decoder, calls = CudaGraphDecoder(model, cache, mask, repeats, COLUMNS), []
+    decoder, calls = CudaGraphDecoding(model, cache, mask, repeats, COLUMNS), []
     before = addresses(decoder)
     for _ in range(COLUMNS):
         with Recorded() as recorded:
@@ -104,16 +105,16 @@ def test_the_probe_leaves_the_cache_unchanged():
 @torch.no_grad()
 @pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing"), None], ids=str)
 def test_the_probe_finds_a_graph_that_fails_or_differs(error, monkeypatch):
-    true_forward = CudaGraphDecoder._forward
+    true_forward = CudaGraphDecoding._forward
 
     def forward(self):
         if error is not None:
             raise error
         true_forward(self)
-        if self.done == TRIED:  # a replay that goes wrong late
+        if self.done == GRAPH_TOKENS:  # a replay that goes wrong late
             self.logits = self.logits.roll(1, 0)
 
-    monkeypatch.setattr(CudaGraphDecoder, "_forward", forward)
+    monkeypatch.setattr(CudaGraphDecoding, "_forward", forward)
     assert not graph_matches_cached(*prefilled("llama"))
 
 
@@ -122,18 +123,18 @@ def test_running_out_of_memory_in_the_probe_is_raised(monkeypatch):
     def forward(self):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(CudaGraphDecoder, "_forward", forward)
+    monkeypatch.setattr(CudaGraphDecoding, "_forward", forward)
     with pytest.raises(torch.OutOfMemoryError):
         graph_matches_cached(*prefilled("llama"))
 
 
 def test_without_cuda_the_probe_says_so_once_and_the_model_decodes_without_graphs(capsys):
     lm, task, tokens = load("starter", CPU), Arithmetic(), ragged_tokens()
-    without = ModelCapabilities.probe(lm, task)
+    _, without = probe(lm, task)
     assert capsys.readouterr().out == ""
-    asked = ModelCapabilities.probe(lm, task, cuda_graphs=True)
+    _, asked = probe(lm, task, cuda_graphs=True)
     assert asked == without
-    assert not asked.supports_cuda_graphs
+    assert not asked.uses_cuda_graphs
     uniforms = sampling_uniforms(0, 0, 12, COLUMNS)
     plain = generate_with(lm.model, tokens, uniforms, **vars(without))
     for _ in range(2):
@@ -144,14 +145,14 @@ def test_without_cuda_the_probe_says_so_once_and_the_model_decodes_without_graph
 
 @pytest.mark.parametrize("found", [True, False])
 def test_a_run_probes_once_at_the_start_and_only_if_the_settings_ask_for_graphs(found, monkeypatch, capsys):
-    probes, decoders, true_init = [], [], CudaGraphDecoder.__init__
-    monkeypatch.setattr(capabilities, "supports_cuda_graphs", lambda *_: probes.append(1) or found)
-    monkeypatch.setattr(CudaGraphDecoder, "__init__", lambda *args: decoders.append(1) or true_init(*args))
+    probes, decoders, true_init = [], [], CudaGraphDecoding.__init__
+    monkeypatch.setattr(probe_module, "supports_cuda_graphs", lambda *_: probes.append(1) or found)
+    monkeypatch.setattr(CudaGraphDecoding, "__init__", lambda *args: decoders.append(1) or true_init(*args))
     settings = {"model": "starter", "batch_size": 2, "num_generations": 2}
     for asked in (False, True):
         made = GRPO(resolve({**settings, "cuda_graphs": asked}), Arithmetic(), load("starter", CPU))
         assert len(probes) == asked
-        assert made.capabilities.supports_cuda_graphs == (asked and found)
+        assert made.decoder.uses_cuda_graphs == (asked and found)
         for step in (1, 2):
             made.step(step)
         assert len(probes) == asked
@@ -160,8 +161,7 @@ def test_a_run_probes_once_at_the_start_and_only_if_the_settings_ask_for_graphs(
 
 
 def test_several_devices_never_decode_by_graphs(monkeypatch):
-    model, tokens = tiny_model("llama"), ragged_tokens()
-    plain = generate_with(model, tokens, None)
-    monkeypatch.setattr(sampling, "is_sharded", lambda model: True)
-    monkeypatch.setattr(CudaGraphDecoder, "__init__", lambda *_: pytest.fail("a graph was made"))
-    assert same_completions(generate_with(model, tokens, None, supports_cuda_graphs=True), plain)
+    monkeypatch.setattr(probe_module, "is_sharded", lambda model: True)
+    monkeypatch.setattr(probe_module, "supports_cuda_graphs", lambda *_: True)
+    _, decoder = probe(load("starter", CPU), Arithmetic(), cuda_graphs=True)
+    assert not decoder.uses_cuda_graphs

@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.generation.decoding import CAPACITY_STEP, PreallocatedLayer
-from grpo.generation.sampling import Generator, sampling_uniforms
+from grpo.generation.sampling import sampling_uniforms
+from grpo.runtime.ranks import Ranks
 from grpo.scoring.tokens import Tokens
 from tests.helpers import zoo
 from tests.helpers.generation import generate, same_completions
@@ -113,7 +114,7 @@ def test_a_rank_that_is_done_makes_passes_as_long_as_another_is_not(check_every,
         return len(answers) * check_every < 24
 
     rows = count_rows_of_passes(model, monkeypatch)
-    monkeypatch.setattr(Generator, "_any_rank_running", others_run_to_the_24th)
+    monkeypatch.setattr(Ranks, "any", others_run_to_the_24th)
     found = generate(model, tokens, uniforms, **settings)
     assert same_completions(found, alone)
     assert torch.equal(found.logprobs, alone.logprobs)

@@ -5,8 +5,8 @@ import torch
 from scipy.stats import chisquare
 
 from grpo.generation import sampling
-from grpo.generation.decoding import CachedDecoder
-from grpo.generation.probe import ModelCapabilities
+from grpo.generation.decoding import CachedDecoding, Decoder
+from grpo.generation.probe import probe
 from grpo.generation.sampling import Generator, SamplingParams, draw, sample_inverse_cdf, sampling_uniforms, shrunk
 from grpo.model.loading import load
 from grpo.scoring.tokens import Tokens, common_prefix_length, left_pad
@@ -40,7 +40,7 @@ def test_the_inverse_of_the_cumulative_softmax_by_hand():
 @pytest.mark.parametrize("in_cache", [1, 14, 10**6])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_rows_drawn_a_few_at_a_time_are_those_drawn_at_once(in_cache, temperature, monkeypatch):
-    monkeypatch.setattr(sampling, "IN_CACHE", in_cache)
+    monkeypatch.setattr(sampling, "CACHE_PROBABILITIES", in_cache)
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     uniforms = sampling_uniforms(0, 0, 5, 1)[:, 0]
     tokens, logprobs = draw(logits, uniforms, temperature)
@@ -102,8 +102,8 @@ def test_rows_that_have_ended_are_dropped_in_few_sizes_and_change_no_other(monke
     assert all(n <= shrunk(64, n) for n in range(65))
     assert (shrunk(64, 49), shrunk(64, 48), shrunk(36, 28), shrunk(36, 20), shrunk(1, 0)) == (64, 48, 36, 20, 1)
     kept = []
-    keep = CachedDecoder.keep
-    monkeypatch.setattr(CachedDecoder, "keep", lambda self, rows: kept.append(len(rows)) or keep(self, rows))
+    keep = CachedDecoding.keep
+    monkeypatch.setattr(CachedDecoding, "keep", lambda self, rows: kept.append(len(rows)) or keep(self, rows))
     model, tokens = tiny_model("qwen2"), ragged_tokens((6, 6, 6))
     uniforms = sampling_uniforms(0, 0, 12, 10)
     dropped = generate(model, tokens, uniforms, limit=10)
@@ -117,8 +117,7 @@ def test_prompts_run_once_a_completion_sample_the_same_completions():
     model, tokens = tiny_model("llama"), ragged_tokens()
     uniforms = sampling_uniforms(0, 0, 12, 8)
     expanded, plain = (
-        generate(model, tokens, uniforms, capabilities=ModelCapabilities(supports_cache_expansion=expansion))
-        for expansion in (True, False)
+        generate(model, tokens, uniforms, decoder=Decoder(expands_cache=expansion)) for expansion in (True, False)
     )
     assert torch.equal(expanded.ids, plain.ids)
 
@@ -126,22 +125,21 @@ def test_prompts_run_once_a_completion_sample_the_same_completions():
 @pytest.mark.parametrize("kind", ["starter", *zoo.KINDS])
 def test_without_any_capability_a_model_samples_what_it_does_with_those_probed(kind, tmp_path):
     lm, task = load(kind if kind == "starter" else str(zoo.build(tmp_path / kind, kind)), CPU), Arithmetic()
-    probed, none = ModelCapabilities.probe(lm, task), ModelCapabilities()
-    assert probed.supports_cache_expansion
-    assert probed.supports_common_prefix
-    assert not any(vars(none).values())
+    _, probed = probe(lm, task)
+    assert probed.expands_cache
+    assert probed.shares_prefix
     prompts = lm.prompts([task.messages(problem.question) for problem in task.held_out("test", 3)])
     prefix, params = common_prefix_length(prompts), SamplingParams(16, lm.end_ids, 4)
     assert prefix > 0
     uniforms = sampling_uniforms(0, 0, 12, 16)
     shortcuts, plain = (
-        Generator(lm.model, capabilities)(
+        Generator(lm.model, decoder)(
             *left_pad(prompts, lm.pad_id, CPU),
             params,
             uniforms,
-            common_prefix=prefix if capabilities.supports_common_prefix else 0,
+            common_prefix=prefix if decoder.shares_prefix else 0,
         )
-        for capabilities in (probed, none)
+        for decoder in (probed, Decoder())
     )
     assert same_completions(shortcuts, plain)
     torch.testing.assert_close(shortcuts.logprobs, plain.logprobs, atol=1e-4, rtol=0)

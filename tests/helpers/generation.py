@@ -2,11 +2,11 @@
 
 import torch
 
-from grpo.generation.greedy import MAX_ROWS, greedy
-from grpo.generation.probe import ModelCapabilities
+from grpo.generation.decoding import Decoder
+from grpo.generation.greedy import ROWS_PER_PASS, greedy
 from grpo.generation.sampling import Generator, SamplingParams
 
-EXPANDING = ModelCapabilities(supports_cache_expansion=True)
+EXPANDING = Decoder(expands_cache=True)
 
 
 def generate(
@@ -18,13 +18,13 @@ def generate(
     temperature=1.0,
     ends=(1, 5),
     group=4,
-    capabilities=EXPANDING,
+    decoder=EXPANDING,
     check_every=0,
-    max_rows=None,
+    rows=None,
 ):
     """Return completions of the prompts of `tokens`, `group` of each; greedy without `uniforms`."""
-    generator, params = Generator(model, capabilities, check_every), SamplingParams(limit, ends, group, temperature)
-    return generator(tokens.prompt_ids, tokens.prompt_mask, params, uniforms, max_rows)
+    generator, params = Generator(model, decoder, check_every), SamplingParams(limit, ends, group, temperature)
+    return generator(tokens.prompt_ids, tokens.prompt_mask, params, uniforms, rows)
 
 
 def same_completions(one, other):
@@ -32,6 +32,6 @@ def same_completions(one, other):
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("ids", "lengths", "ended"))
 
 
-def greedy_texts(lm, chats, limit, max_rows=MAX_ROWS):
+def greedy_texts(lm, chats, limit, rows=ROWS_PER_PASS):
     """Return the greedy completion of each chat as text."""
-    return lm.decode(greedy(lm, lm.prompts(chats), limit, max_rows).rows(with_end=False))
+    return lm.decode(greedy(lm, lm.prompts(chats), limit, rows).rows(with_end=False))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from grpo.model.chat_template import encode_chat, end_of_turn_ids, ensure_chat_template, render
+from grpo.model.chat_template import end_of_turn_ids, ensure_chat_template
+from grpo.model.language_model import encode_chat, render
 from grpo.model.loading import load
 from tasks.arithmetic import Arithmetic
 from tests.helpers import zoo

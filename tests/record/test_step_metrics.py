@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo.algorithm.grpo import sampler_gap
 from grpo.record.step_metrics import _spread
+from grpo.runtime.ranks import ONE
+from grpo.step_probe import sampler_gap
 
 
 def test_the_spread_of_a_part_is_that_of_the_groups_where_it_differs():
@@ -22,7 +23,7 @@ def test_the_sampler_gap_is_the_largest_of_the_tokens_of_completions():
     def gap(mask):
         tokens = SimpleNamespace(completion_mask=torch.tensor([mask]))
         batch = SimpleNamespace(sizes=SimpleNamespace(num_completions=1), old_logprobs=scored, tokens=tokens)
-        return sampler_gap(SimpleNamespace(sample_logprobs=sampled), batch)
+        return sampler_gap(SimpleNamespace(rollout=SimpleNamespace(sample_logprobs=sampled), batch=batch), ONE)
 
     assert gap([True, True]) == 0.5
     assert gap([False, True]) == 0.25

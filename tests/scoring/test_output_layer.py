@@ -1,19 +1,20 @@
 """Output layer, log-softmax and entropy in one, against the plain way in float64; models that it is not for."""
 
 import copy
-import gc
 import math
-import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo.config import TrainConfig
+from grpo.generation.probe import probe_scorer
+from grpo.model.lora import add_adapter
 from grpo.runtime.precision import in_precision, set_precision
 from grpo.scoring import output_layer as module
 from grpo.scoring.output_layer import linear_logprobs
-from grpo.scoring.scorer import token_entropy
+from grpo.scoring.scorer import Scorer, token_entropy
 from tests.helpers.models import ragged_tokens, tiny_model
 from tests.helpers.products import Products
 from tests.helpers.scoring import logprobs_of, scores_of
@@ -25,8 +26,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=[(2**24, 2**19), (40, 20)], ids=["at once", "in chunks of blocks"])
 def sizes(request, monkeypatch):
     """Set how many logits are in memory; the second is 3 rows of 13 at a time, and one of those in float32."""
-    monkeypatch.setattr(module, "PRODUCT", request.param[0])
-    monkeypatch.setattr(module, "IN_CACHE", request.param[1])
+    monkeypatch.setattr(module, "MAX_PRODUCT", request.param[0])
+    monkeypatch.setattr(module, "CACHE_LOGITS", request.param[1])
 
 
 def a_layer(bias: bool, dtype: torch.dtype) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
@@ -107,9 +108,9 @@ def test_of_bfloat16_the_product_is_in_it_and_the_rest_in_float32(sizes):
 @pytest.mark.parametrize("temperature", [1.0, 1.3])
 def test_a_model_scores_the_same_with_it_and_without(kind, temperature, monkeypatch):
     model, tokens, found = tiny_model(kind), ragged_tokens((9, 7, 12)), []
-    monkeypatch.setattr(module, "PRODUCT", 64)
+    monkeypatch.setattr(module, "MAX_PRODUCT", 64)
     for chunk in (2**24, 64):  # few logits are held, all at once
-        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr("grpo.scoring.scorer.CHUNK", chunk)
         model.zero_grad()
         logprobs, entropy = scores_of(model, tokens, temperature)
         (logprobs * torch.linspace(-1, 1, len(logprobs))[:, None]).sum().backward()
@@ -135,8 +136,8 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_of_all_tokens_are_never_in_memory(monkeypatch):
-    monkeypatch.setattr(module, "PRODUCT", 8 * 13)
-    monkeypatch.setattr(module, "IN_CACHE", 2 * 13)
+    monkeypatch.setattr(module, "MAX_PRODUCT", 8 * 13)
+    monkeypatch.setattr(module, "CACHE_LOGITS", 2 * 13)
     layer, _, _ = a_layer(False, torch.float32)
     hidden = torch.randn(64, 6, requires_grad=True)
     with Largest() as seen:
@@ -178,55 +179,47 @@ class Softcapped(nn.Module):
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_model_that_changes_its_logits_takes_the_plain_way_and_says_so_once(in_place, monkeypatch, capsys):
-    monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)
+def test_a_model_that_changes_its_logits_takes_the_plain_way_and_the_probe_says_so(in_place, capsys):
     model, tokens = Softcapped(tiny_model("llama"), in_place).eval(), ragged_tokens()
-    found = [logprobs_of(model, tokens, 1.0, shared=packed).detach() for packed in (True, True, False)]
-    for logprobs in found[:2]:
-        torch.testing.assert_close(logprobs, found[2], atol=1e-5, rtol=1e-5)
+    assert probe_scorer(model, tokens.prompt_ids, tokens.prompt_mask) == Scorer(shares_prompts=True)
     assert capsys.readouterr().out.count("changes its logits") == 1
+    found = [Scorer(shares).logprobs(model, tokens, 1.0).detach() for shares in (True, False)]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
-def test_an_output_layer_of_another_kind_takes_the_plain_way(monkeypatch):
+def test_an_output_layer_of_another_kind_takes_the_plain_way(monkeypatch, capsys):
     class Other(nn.Linear):
         """Such as one with an adapter, or in 4 bits."""
 
-    monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)
     model, tokens = tiny_model("llama"), ragged_tokens()
-    before = logprobs_of(model, tokens, 1.0)
+    assert probe_scorer(model, tokens.prompt_ids, tokens.prompt_mask).fuses_output
     model.lm_head.__class__ = Other
-    monkeypatch.setattr("grpo.scoring.output_layer.linear_logprobs", None)  # calling it would fail
-    torch.testing.assert_close(logprobs_of(model, tokens, 1.0), before, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr("grpo.scoring.scorer.linear_logprobs", None)  # calling it would fail
+    assert probe_scorer(model, tokens.prompt_ids, tokens.prompt_mask) == Scorer(shares_prompts=True)
+    assert capsys.readouterr().out == ""
 
 
-def test_the_layer_is_itself_again_afterwards_even_if_the_pass_fails(monkeypatch):
-    monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)
+def test_an_adapted_model_is_asked_for_the_hidden_states_of_the_model_that_it_wraps(monkeypatch):
+    monkeypatch.setattr("grpo.scoring.scorer.CHUNK", 64)
     model, tokens = tiny_model("llama"), ragged_tokens()
-    logprobs_of(model, tokens, 1.0)
-    assert "forward" not in vars(model.lm_head)
-    monkeypatch.setattr(module, "linear_logprobs", lambda *args: (_ for _ in ()).throw(RuntimeError("out of memory")))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        logprobs_of(model, tokens, 1.0)
-    assert "forward" not in vars(model.lm_head)
+    adapted = add_adapter(model, TrainConfig(lora_rank=2, lora_targets="q_proj,v_proj"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    assert probe_scorer(adapted, tokens.prompt_ids, tokens.prompt_mask).fuses_output
+    torch.testing.assert_close(
+        logprobs_of(adapted, tokens), logprobs_of(adapted, tokens, shared=False), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_bfloat16_through_the_fused_layer_of_a_model(monkeypatch):
-    monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)
+    monkeypatch.setattr("grpo.scoring.scorer.CHUNK", 64)
     model, tokens = tiny_model("qwen3"), ragged_tokens()
     exact = logprobs_of(model, tokens, 1.0)
     set_precision(model, "bfloat16", CPU)
     with in_precision(model):
         found = logprobs_of(model, tokens, 1.0)
     assert 0 < (found - exact).abs().max() < 0.1
-
-
-def test_nothing_holds_a_model_that_is_gone():
-    model = tiny_model("llama")
-    module._PLAIN.add(model.lm_head)
-    gone = weakref.ref(model.lm_head)
-    del model
-    gc.collect()
-    assert gone() is None
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])

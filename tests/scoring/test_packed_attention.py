@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from grpo.generation.probe import supports_packing
+from grpo.generation.probe import probe_scorer
 from grpo.runtime.precision import in_precision, set_precision
 from grpo.scoring.attention import packed as module
 from grpo.scoring.attention.layout import Layout
@@ -153,7 +153,7 @@ def test_a_model_with_another_attention_keeps_it():
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="eager"):
         enable(model)
-    assert not supports_packing(model, tokens.prompt_ids, tokens.prompt_mask)
+    assert not probe_scorer(model, tokens.prompt_ids, tokens.prompt_mask).shares_prompts
     disable(model)
     assert model.config._attn_implementation == "eager"
 

@@ -12,9 +12,11 @@ from transformers import (
 )
 
 from grpo.generation import decoding
-from grpo.generation.probe import ModelCapabilities, supports_cache_expansion, supports_packing
+from grpo.generation.decoding import Decoder
+from grpo.generation.probe import probe, probe_scorer, supports_cache_expansion
 from grpo.model.loading import load
 from grpo.scoring.attention import packed as packed_attention
+from grpo.scoring.scorer import DENSE, Scorer
 from tasks.arithmetic import Arithmetic
 from tests.helpers.models import VOCABULARY, ragged_tokens, tiny_model
 from tests.helpers.scoring import logprobs_of
@@ -27,7 +29,9 @@ OTHER_SIZES = SIZES | {"num_hidden_layers": 2, "vocab_size": VOCABULARY, "pad_to
 @pytest.mark.parametrize("kind", ["starter", *KINDS])
 def test_these_models_support_all_shortcuts_on_the_prompts_of_a_task(kind, tmp_path):
     lm = load(kind if kind == "starter" else str(build(tmp_path / kind, kind)), CPU)
-    assert ModelCapabilities.probe(lm, Arithmetic()) == ModelCapabilities(True, True, True, kind != "gemma3")
+    scorer, decoder = probe(lm, Arithmetic())
+    assert scorer == Scorer(shares_prompts=True, fuses_output=True)
+    assert decoder == Decoder(expands_cache=True, shares_prefix=True, holds_prefix=kind != "gemma3")
 
 
 # --- packed rows ---
@@ -36,10 +40,10 @@ def test_these_models_support_all_shortcuts_on_the_prompts_of_a_task(kind, tmp_p
 @pytest.mark.parametrize("kind", KINDS)
 def test_these_models_support_packing_and_one_that_sees_other_tokens_falls_back(kind, monkeypatch):
     model, tokens = tiny_model(kind), ragged_tokens((9, 12))
-    assert supports_packing(model, tokens.prompt_ids, tokens.prompt_mask)
+    assert probe_scorer(model, tokens.prompt_ids, tokens.prompt_mask).shares_prompts
     true_of = packed_attention.Layout.of
     monkeypatch.setattr(packed_attention.Layout, "of", lambda prompts, *more: true_of(prompts.flip(0), *more))
-    assert not supports_packing(model, tokens.prompt_ids, tokens.prompt_mask)
+    assert probe_scorer(model, tokens.prompt_ids, tokens.prompt_mask) == DENSE
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -58,7 +62,7 @@ def test_a_model_that_does_more_than_plain_attention_is_refused(other):
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match="no shared prefix with"):
         logprobs_of(model, tokens, 1.0)
-    assert not supports_packing(model, tokens.prompt_ids, tokens.prompt_mask)
+    assert probe_scorer(model, tokens.prompt_ids, tokens.prompt_mask) == DENSE
     assert model.config._attn_implementation == before
 
 
