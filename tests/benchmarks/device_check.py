@@ -21,17 +21,20 @@ import click
 import torch
 
 from grpo.algorithm.grpo import GRPO
-from grpo.algorithm.reference import reference_logprobs
-from grpo.generation.probe import ModelCapabilities
+from grpo.algorithm.reference import logprobs_in_passes
+from grpo.generation.probe import probe
 from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.record.metrics import load_metrics
 from grpo.runtime.device import choose_device, device_name
 from grpo.runtime.precision import set_precision
+from grpo.scoring.scorer import DENSE
+from grpo.step_probe import measured_step
 from tasks.arithmetic import Arithmetic
 from tests.benchmarks import report
 from tests.benchmarks.__main__ import ROOT, WARM_UP, hardware, speed, trl_python
 from tests.benchmarks.work import SHAPES, Size, Spec, random_model
+from tests.helpers.scoring import SHARING
 
 PACKED, BF16 = 1e-3, 0.05  # nats: the largest difference of packed and dense rows, the mean one of bfloat16
 STEPS = 20  # of a shape
@@ -53,11 +56,12 @@ def same_numbers(check: Check) -> str:
     """Compare packed with dense rows in float32, and bfloat16 with float32, on a rollout of the starter."""
     lm = load("starter", check.device)
     grpo = GRPO(resolve({"model": "starter", "device": check.device.type}), Arithmetic(), lm)
-    tokens = grpo.step(1)[0].tokens
+    tokens = grpo.step(1).rollout.tokens
     mask = tokens.completion_mask
-    dense, packed = (reference_logprobs(lm.model, tokens, 1.0, packed, len(mask)) for packed in (False, True))
+    scorers = DENSE, SHARING
+    dense, packed = (logprobs_in_passes(scorer, lm.model, tokens, 1.0, len(mask)) for scorer in scorers)
     set_precision(lm.model, "bfloat16", check.device)
-    lower = reference_logprobs(lm.model, tokens, 1.0, True, len(mask))
+    lower = logprobs_in_passes(SHARING, lm.model, tokens, 1.0, len(mask))
     apart, rounding = (dense - packed)[mask].abs().max().item(), (lower - packed)[mask].abs().mean().item()
     said = f"packed {apart:.1e} nats at most, bfloat16 {rounding:.4f} on average"
     if apart > PACKED or rounding > BF16:
@@ -72,11 +76,11 @@ def cuda_graphs(check: Check) -> str:
     seconds = {}
     for graphs in (False, True):
         lm = load("starter", check.device)
-        if graphs and not ModelCapabilities.probe(lm, Arithmetic(), True).supports_cuda_graphs:
+        if graphs and not probe(lm, Arithmetic(), cuda_graphs=True)[1].uses_cuda_graphs:
             raise ValueError("they do not decode as plain passes do")
         config = resolve({"model": "starter", "device": "cuda", "cuda_graphs": graphs})
         grpo = GRPO(config, Arithmetic(), lm)
-        seconds[graphs] = min(grpo.step(step)[1]["time/sample"] for step in range(1, 6))
+        seconds[graphs] = min(measured_step(grpo, step)[1]["time/sample"] for step in range(1, 6))
     return f"sampling {seconds[False]:.3f} s without, {seconds[True]:.3f} s with"
 
 
@@ -94,7 +98,7 @@ def out_of_memory(check: Check) -> str:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
-    rows, most = grpo.update_microbatch.max_rows, sizes["batch_size"] * sizes["num_generations"]
+    rows, most = grpo.update_microbatch.rows, sizes["batch_size"] * sizes["num_generations"]
     if rows >= most:
         raise ValueError("memory did not run out")
     return f"a step of {most} completions in passes of {rows}"

@@ -1,4 +1,4 @@
-"""The worker of this project: `GRPO.step`, and the rate at which the machine multiplies matrices."""
+"""The worker of this project: a step with its metrics, and the rate at which the machine multiplies matrices."""
 
 import time
 from statistics import fmean
@@ -10,6 +10,7 @@ from grpo.model.language_model import LanguageModel
 from grpo.runtime.device import keep_freed_memory, use_large_pages
 from grpo.runtime.precision import precision
 from grpo.scoring.tokens import shared_beginning
+from grpo.step_probe import measured_step
 from tests.benchmarks.flops import Dimensions, update_flops
 from tests.benchmarks.work import Channel, Spec, record
 
@@ -49,12 +50,13 @@ def main() -> None:
         keep_freed_memory(lm.model.num_parameters())
     grpo, channel = GRPO(config, task, lm, spec.rewards), Channel(spec, lm)
     of, step, rows = Dimensions.of(lm.model.config), 0, 1
-    channel.ready(shared=grpo.capabilities.supports_packing)
+    channel.ready(shared=grpo.scorer.shares_prompts)
     while (order := channel.receive()) is not None:
         for step in range(step + 1, step + order["steps"] + 1):  # noqa: B020 (it counts on)
             start = time.perf_counter()
-            rollout, metrics = grpo.step(step)
+            outcome, metrics = measured_step(grpo, step)
             seconds = time.perf_counter() - start
+            rollout = outcome.rollout
             prompts, completions = (
                 mask.sum(-1).tolist() for mask in (rollout.tokens.prompt_mask, rollout.tokens.completion_mask)
             )

@@ -15,12 +15,15 @@ import click
 import torch
 
 from grpo.algorithm.grpo import GRPO
-from grpo.algorithm.update import Batch, inner_update
+from grpo.algorithm.update import Batch, Updater
 from grpo.config import TrainConfig
 from grpo.model.loading import load
 from grpo.model_card import resolve
+from grpo.runtime.microbatch import AdaptiveMicrobatch
+from grpo.runtime.stopwatch import Stopwatch
 from grpo.scoring.tokens import Tokens
 from tasks.registry import make_task
+from tests.helpers.scoring import scorer
 
 
 def random_tokens(prompts: int, group: int, prompt_length: int, completion_length: int) -> Tokens:
@@ -36,21 +39,23 @@ def random_tokens(prompts: int, group: int, prompt_length: int, completion_lengt
 
 
 def measure(tokens: Tokens, config: TrainConfig, runs: int) -> dict[bool, list[float]]:
-    """Seconds of a step's inner updates, by packed or not, `runs` of each, alternating after a warm-up."""
+    """Seconds of a step's updates with shared prompts and without, `runs` of each, alternating after a warm-up."""
     model = load("starter", torch.device("cpu")).model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    advantages = torch.randn(tokens.completion_ids.shape[0], generator=torch.Generator().manual_seed(1))
-    seconds: dict[bool, list[float]] = {True: [], False: []}
+    rows = tokens.completion_ids.shape[0]
+    slow = replace(config, learning_rate=1e-6)
+    microbatch = AdaptiveMicrobatch("the update", rows, tokens.num_generations)
+    updaters = {shared: Updater(model, slow, scorer(shared), microbatch, Stopwatch()) for shared in (True, False)}
+    advantages = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+    seconds: dict[bool, list[float]] = {shared: [] for shared in updaters}
     for run in range(2 + runs):
-        for packed in (True, False):
+        for shared, updater in updaters.items():
             batch = Batch.of_step(tokens, advantages, config.max_new_tokens)
-            max_rows = tokens.completion_ids.shape[0]
             start = time.perf_counter()
             for _ in range(config.num_inner_updates):
-                _, logprobs = inner_update(model, optimizer, batch, config, packed, max_rows)
+                _, logprobs = updater.inner_update(batch, config.beta, rows)
                 batch = batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs)
             if run >= 2:
-                seconds[packed].append(time.perf_counter() - start)
+                seconds[shared].append(time.perf_counter() - start)
     return seconds
 
 
@@ -61,7 +66,7 @@ def compare(runs: int) -> Iterator[dict[str, Any]]:
     trained = replace(config, learning_rate=1e-5)
     grpo = GRPO(trained, task, load("starter", torch.device("cpu")))
     for step in range(1, 11):  # past the first steps, completions have the length that they keep
-        rollout, _ = grpo.step(step)
+        rollout = grpo.step(step).rollout
     batches = {"default run": rollout.tokens}
     batches |= {f"random {n}": random_tokens(n, 16, 150, 64) for n in (2, 4)}
     for name, tokens in batches.items():

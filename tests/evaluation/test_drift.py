@@ -9,6 +9,7 @@ import torch
 
 from grpo.evaluation.drift import DriftBaseline, answer_logprobs
 from grpo.evaluation.evaluator import Evaluator
+from grpo.generation.decoding import Decoder
 from grpo.record.checkpoint import newest_checkpoint
 from tasks.unrelated import QUESTIONS
 from tests.helpers.runs import a_tiny_model, trained
@@ -25,7 +26,7 @@ def moved(lm, amount=0.01):
 
 
 def test_the_drift_is_0_at_the_start_and_the_mean_difference_after(starter):
-    start = DriftBaseline.record(starter, QUESTIONS[:5], 256)
+    start = DriftBaseline.record(starter, QUESTIONS[:5], Decoder(), 256)
     assert all(len(answer) <= 24 for answer in start.answers)
     assert start.drift(starter, 256) == 0.0
     other = moved(starter)
@@ -42,7 +43,7 @@ def test_the_drift_is_0_at_the_start_and_the_mean_difference_after(starter):
 
 
 def test_a_baseline_survives_json_to_the_bit(starter):
-    start = DriftBaseline.record(starter, QUESTIONS, 256)
+    start = DriftBaseline.record(starter, QUESTIONS, Decoder(), 256)
     text = json.dumps(start.to_dict(), allow_nan=False)
     assert DriftBaseline(**json.loads(text)) == start
     assert DriftBaseline.is_state(json.loads(text))
@@ -50,7 +51,7 @@ def test_a_baseline_survives_json_to_the_bit(starter):
 
 
 def test_a_drift_that_is_not_a_number_is_not_measured(starter):
-    start = DriftBaseline.record(starter, QUESTIONS[:2], 256)
+    start = DriftBaseline.record(starter, QUESTIONS[:2], Decoder(), 256)
     broken = moved(starter)
     with torch.no_grad():
         next(broken.model.parameters()).fill_(float("nan"))

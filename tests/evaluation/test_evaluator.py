@@ -4,22 +4,23 @@ import pytest
 
 from grpo.evaluation import evaluator
 from grpo.evaluation.evaluator import Evaluation, Evaluator, graded
+from grpo.generation.decoding import Decoder
 from grpo.generation.greedy import greedy
-from grpo.generation.probe import ModelCapabilities
+from grpo.generation.probe import probe
 from grpo.model_card import resolve
 from grpo.record.schema import is_entry
 from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
 
 TASK = Arithmetic()
-EXPANDING = ModelCapabilities(supports_cache_expansion=True)
-SHARING = ModelCapabilities(supports_cache_expansion=True, supports_common_prefix=True)
+EXPANDING = Decoder(expands_cache=True)
+SHARING = Decoder(expands_cache=True, shares_prefix=True)
 
 
 def test_the_evaluator_finds_what_a_plain_evaluation_finds(starter):
-    capabilities = ModelCapabilities.probe(starter, TASK)
-    assert capabilities.supports_common_prefix
-    found = Evaluator(resolve({"eval_problems": 40}), TASK, {}, capabilities).validate(starter)
+    _, decoder = probe(starter, TASK)
+    assert decoder.shares_prefix
+    found = Evaluator(resolve({"eval_problems": 40}), TASK, {}, decoder).validate(starter)
     problems = TASK.held_out("validation", 40)
     prompts = starter.prompts([TASK.messages(problem.question) for problem in problems])
     plain = graded(starter, TASK, problems, greedy(starter, prompts, 22).rows(with_end=False)).to_dict()
@@ -53,15 +54,15 @@ def test_damaged_categories_are_no_evaluation(table):
 def test_pass_at_k_depends_on_the_seed_and_not_on_the_size_of_a_pass(starter, monkeypatch):
     monkeypatch.setattr(evaluator, "TEST_PROBLEMS", 12)
 
-    def pass_at_k(max_rows=256, seed=0, capabilities=EXPANDING):
+    def pass_at_k(rows=256, seed=0, decoder=EXPANDING):
         config = resolve({"pass_at_k": 3, "seed": seed, "max_new_tokens": 22})
-        measure = Evaluator(config, TASK, {}, capabilities)
-        measure.microbatch.max_rows = max_rows
+        measure = Evaluator(config, TASK, {}, decoder)
+        measure.microbatch.rows = rows
         return measure.sampled(starter, "test")["pass_at_k"]
 
     first = pass_at_k()
     assert list(first) == ["1", "2", "3"]
     assert first["1"] <= first["2"] <= first["3"]
-    assert pass_at_k(max_rows=7) == first
-    assert pass_at_k(capabilities=SHARING) == first
+    assert pass_at_k(rows=7) == first
+    assert pass_at_k(decoder=SHARING) == first
     assert pass_at_k(seed=1) != first

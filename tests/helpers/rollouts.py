@@ -21,5 +21,4 @@ def a_rollout(groups=3, per_group=2, completion=ODD):
         advantages=torch.arange(rows) / 2,
         truncated=torch.zeros(rows, dtype=torch.bool),
         sample_logprobs=torch.zeros(rows, 1),
-        sampled=[(problem, 0, per_group) for problem in problems],
     )

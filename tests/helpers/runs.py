@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train_grpo
-from grpo.model.chat_template import encode_chat
+from grpo.model.language_model import encode_chat
 from grpo.model_card import CARD, STARTER
 from grpo.record.metrics import load_metrics
 from tasks.arithmetic import Arithmetic
@@ -85,6 +85,17 @@ def trained(model, folder, *arguments, **settings):
     result = CliRunner().invoke(train_grpo.main, [*options(model=model, output_dir=folder, **settings), *arguments])
     assert result.exit_code == 0, result.output
     return load_metrics(folder), result.stdout
+
+
+def kept_gradients(grpo):
+    """Return a list that each update of GRPO will append its gradient to, as one vector; no step keeps it itself."""
+    kept = []
+
+    def keep(optimizer, *_):
+        kept.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]))
+
+    grpo.update.optimizer.register_step_pre_hook(keep)
+    return kept
 
 
 class Fork:

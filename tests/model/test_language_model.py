@@ -16,4 +16,4 @@ def test_texts_leave_out_the_end_token_and_nothing_else(starter):
 
 def test_greedy_does_not_depend_on_how_many_rows_go_together(starter):
     chats = [Arithmetic().messages(p.question) for p in Arithmetic().held_out("validation", 20)]
-    assert greedy_texts(starter, chats, 22, max_rows=3) == greedy_texts(starter, chats, 22)
+    assert greedy_texts(starter, chats, 22, rows=3) == greedy_texts(starter, chats, 22)

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from grpo.algorithm.reference import frozen_copy
 from grpo.model import loading
-from grpo.model.chat_template import encode_chat
+from grpo.model.language_model import encode_chat
 from grpo.model.loading import load, switch_off_dropout
 from grpo.model_card import STARTER
 from tasks.arithmetic import Arithmetic

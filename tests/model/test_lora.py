@@ -13,13 +13,15 @@ from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.reference import frozen_copy
 from grpo.config import TrainConfig
 from grpo.evaluation.evaluator import Evaluator
-from grpo.model import logprobs as logprobs_module
 from grpo.model.language_model import LanguageModel
 from grpo.model.loading import load
 from grpo.model.lora import ADAPTER, add_adapter, four_bits, merged, trainable
 from grpo.model_card import resolve
+from grpo.scoring import scorer
+from grpo.step_probe import measured_step
 from tasks.arithmetic import Arithmetic
 from tests.helpers.models import ragged_tokens, tiny_model
+from tests.helpers.runs import kept_gradients
 from tests.helpers.scoring import logprobs_of
 
 CPU = torch.device("cpu")
@@ -65,8 +67,8 @@ def test_only_the_adapter_is_trained_and_no_second_model_is_held(monkeypatch):
     monkeypatch.setattr(grpo_module, "frozen_copy", lambda model: pytest.fail("a copy was made"))
     made = make_grpo(lora_rank=4)
     base = {name: p.clone() for name, p in made.policy.named_parameters() if ".lora_" not in name}
-    _, first = made.step(1)
-    _, second = made.step(2)
+    _, first = measured_step(made, 1)
+    _, second = measured_step(made, 2)
     assert made.reference.frozen is None
     assert first["kl"] == pytest.approx(0, abs=1e-6)
     assert second["kl"] > 1e-5, "the reference is the model without the adapter"
@@ -79,7 +81,7 @@ def test_only_the_adapter_is_trained_and_no_second_model_is_held(monkeypatch):
 
 def test_of_a_trained_adapter_off_is_the_base_to_the_bit_and_merged_within_1e_5():
     made = make_grpo(lora_rank=4, num_inner_updates=5)
-    rollouts = [made.step(step)[0] for step in range(1, 7)]
+    rollouts = [made.step(step).rollout for step in range(1, 7)]
     tokens, model = rollouts[-1].tokens, made.policy
 
     @torch.no_grad()
@@ -95,7 +97,7 @@ def test_of_a_trained_adapter_off_is_the_base_to_the_bit_and_merged_within_1e_5(
 
 def test_without_beta_no_reference_is_made(monkeypatch):
     monkeypatch.setattr(grpo_module, "frozen_copy", lambda model: pytest.fail("a copy was made"))
-    _, entry = make_grpo(beta=0.0).step(1)
+    _, entry = measured_step(make_grpo(beta=0.0), 1)
     assert entry["kl"] is None
 
 
@@ -129,19 +131,17 @@ def test_gradient_checkpointing_gives_the_same_gradient(more, monkeypatch):
         seen.append(self.training)
         return true_forward(self, *args, **kwargs)
 
+    gradients = [kept_gradients(made) for made in (plain, saving)]
     plain.step(1)
     monkeypatch.setattr(layer, "forward", forward)
-    monkeypatch.setattr(logprobs_module, "dense_logits", lambda *_: pytest.fail("the rows were not packed"))
+    monkeypatch.setattr(scorer, "dense_logits", lambda *_: pytest.fail("the rows were not packed"))
     saving.step(1)
     assert True in seen, "it works in train mode only"
     assert False in seen, "sampling in train mode would drop the cache"
     assert not saving.policy.training
-    gradients = [
-        torch.cat([p.grad.flatten() for p in made.update.optimizer.param_groups[0]["params"]])
-        for made in (plain, saving)
-    ]
-    assert gradients[0].norm() > 0
-    assert ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item() < 1e-5
+    [expected], [found] = gradients
+    assert expected.norm() > 0
+    assert ((expected - found).norm() / expected.norm()).item() < 1e-5
 
 
 @pytest.fixture

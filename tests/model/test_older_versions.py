@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from grpo.generation.greedy import greedy
-from grpo.model.chat_template import encode_chat
-from grpo.model.language_model import LanguageModel
+from grpo.model.language_model import LanguageModel, encode_chat
 from grpo.model.loading import load
 from grpo.model.saving import save
 from tasks.arithmetic import Arithmetic

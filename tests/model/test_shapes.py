@@ -8,7 +8,7 @@ import torch
 
 import inference
 import train_grpo
-from grpo.model.chat_template import encode_chat
+from grpo.model.language_model import encode_chat
 from grpo.model.loading import load
 from grpo.model.saving import save
 from grpo.record.metrics import load_metrics

@@ -82,7 +82,7 @@ def test_sigterm_stops_the_run_of_a_seed_with_a_checkpoint_and_the_command_goes_
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
-    assert "The run of seed 0 did not end; the same command goes on with it." in output
+    assert "Seed 0 was stopped or failed. Run the same command again to continue it." in output
     assert list((tmp_path / "seed-0/checkpoints").glob("step-*"))
     assert not (tmp_path / "seed-1").exists()
 

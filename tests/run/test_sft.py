@@ -1,7 +1,6 @@
 """Supervised steps: their loss and gradient against torch's own, their tokens, and problems that are not held out."""
 
 import math
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +8,17 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from grpo import sft
+from grpo.algorithm.update import Updater
 from grpo.config import TrainConfig
 from grpo.model.loading import load
+from grpo.runtime.microbatch import AdaptiveMicrobatch
+from grpo.runtime.stopwatch import Stopwatch
 from grpo.sft import SupervisedTrainer, supervised_gradient, supervised_tokens
 from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
 from tasks.common.shots import solved_problem
 from tests.helpers.models import VOCABULARY, ragged_tokens, tiny_model
+from tests.helpers.scoring import scorer
 from tests.helpers.tasks import TASK, fingerprint
 from tests.helpers.zoo import KINDS, build
 from tests.tasks.test_arithmetic import tokens_of
@@ -44,11 +47,11 @@ def by_torch(model, tokens):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("packed", "max_rows"), [(True, 5), (True, 2), (False, 5), (False, 1)])
-def test_loss_and_gradient_are_those_of_cross_entropy_over_the_completions(kind, packed, max_rows):
+@pytest.mark.parametrize(("shared", "rows_per_pass"), [(True, 5), (True, 2), (False, 5), (False, 1)])
+def test_loss_and_gradient_are_those_of_cross_entropy_over_the_completions(kind, shared, rows_per_pass):
     model, tokens = tiny_model(kind), ragged_tokens((7, 4, 9, 5, 6), 1, extra_padding=2)
     expected, gradient = by_torch(model, tokens)
-    loss = supervised_gradient(model, tokens, int(tokens.completion_mask.sum()), packed, max_rows)
+    loss = supervised_gradient(model, tokens, int(tokens.completion_mask.sum()), scorer(shared), rows_per_pass)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     found = gradient_of(model)
     assert ((found - gradient).norm() / gradient.norm()).item() < 1e-5
@@ -58,7 +61,7 @@ def test_the_loss_by_hand():
     # a head of zeros makes every token equally likely: -log(1 / 50) for each
     model, tokens = tiny_model("llama"), ragged_tokens((4, 3), 1)
     torch.nn.init.zeros_(model.lm_head.weight)
-    loss = supervised_gradient(model, tokens, int(tokens.completion_mask.sum()), True, 2)
+    loss = supervised_gradient(model, tokens, int(tokens.completion_mask.sum()), scorer(), 2)
     assert loss.item() == pytest.approx(math.log(VOCABULARY), rel=1e-6)
 
 
@@ -89,7 +92,7 @@ def test_tokens_are_those_of_the_prompt_and_of_the_completion_and_padding_is_mas
 
 def a_trainer(task=TASK, **settings):
     """Return the supervised steps of a run, without a model."""
-    return SupervisedTrainer(TrainConfig(**{"sft_steps": 8, **settings}), None, task, SimpleNamespace(packed=True))
+    return SupervisedTrainer(TrainConfig(**{"sft_steps": 8, **settings}), None, task, None)
 
 
 def test_no_spelling_of_what_is_taught_is_held_out():
@@ -145,15 +148,9 @@ def test_whether_there_is_a_working_to_teach():
 
 def test_the_learning_rate_rises_over_a_tenth_of_the_steps_and_falls_to_zero(monkeypatch):
     monkeypatch.setattr(sft, "supervised_tokens", lambda *_: ragged_tokens((4, 3), 1))
-    monkeypatch.setattr(sft, "clipped_step", lambda *_: ((1.0, 1.0), True))
     trainer = a_trainer(sft_steps=20, sft_batch_size=2, sft_learning_rate=1e-3)
     model = tiny_model("llama")
-    update = SimpleNamespace(
-        optimizer=torch.optim.AdamW(model.parameters()),
-        packed=True,
-        skipped_in_a_row=0,
-        recompute_activations=nullcontext,
-    )
+    update = Updater(model, trainer.config, scorer(), AdaptiveMicrobatch("the update", 2, 1), Stopwatch())
     trainer = SupervisedTrainer(trainer.config, SimpleNamespace(model=model), TASK, update)
     rates = [trainer.step(step)["learning_rate"] for step in (1, 2, 3, 12, 20)]
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4, 1e-3 / 18])

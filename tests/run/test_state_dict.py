@@ -11,11 +11,13 @@ from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.update import Updater
 from grpo.config import TrainConfig
 from grpo.evaluation.evaluator import Evaluator
-from grpo.generation.probe import ModelCapabilities
+from grpo.generation.decoding import Decoder
 from grpo.model.loading import load
 from grpo.record.metrics import Metrics
 from grpo.resume import Progress
 from grpo.runtime.microbatch import AdaptiveMicrobatch
+from grpo.runtime.stopwatch import Stopwatch
+from grpo.scoring.scorer import DENSE
 from tasks.arithmetic import Arithmetic
 from tests.helpers.runs import SETTINGS, a_tiny_model
 
@@ -55,7 +57,7 @@ def evaluator_state(model):
 
 
 def an_evaluator():
-    return Evaluator(CONFIG, Arithmetic(max_operand=1), {}, ModelCapabilities())
+    return Evaluator(CONFIG, Arithmetic(max_operand=1), {}, Decoder())
 
 
 def through_json(state):
@@ -143,7 +145,7 @@ def test_an_evaluator_is_restored(model, evaluator_state):
     evaluator = an_evaluator()
     evaluator.load_state_dict({**through_json(evaluator_state), "evaluate_limit": 7})
     assert evaluator.state_dict() == {**evaluator_state, "evaluate_limit": 7}
-    assert evaluator.start.drift(load(str(model), torch.device("cpu")), max_rows=7) == pytest.approx(0, abs=1e-6)
+    assert evaluator.start.drift(load(str(model), torch.device("cpu")), rows_per_pass=7) == pytest.approx(0, abs=1e-6)
     evaluator.load_state_dict({"start": None})  # the first version had no limit
     assert evaluator.start is None
 
@@ -233,7 +235,7 @@ def test_grpo_takes_the_state_of_the_first_version(model, grpo_state):
     grpo = a_grpo(model)
     state = {name: value for name, value in grpo_state.items() if name not in ("limits", "beta")}
     grpo.load_state_dict({**state, "reference": None}, keep_limits=True)
-    assert grpo.beta == grpo.config.beta
+    assert grpo.schedule.beta == grpo.config.beta
 
 
 def first_matrix(change):
@@ -280,7 +282,7 @@ def test_a_restored_optimizer_continues_to_the_same_bits():
     def an_updater():
         torch.manual_seed(0)
         config = SimpleNamespace(gradient_checkpointing=False, learning_rate=0.1)
-        return Updater(torch.nn.Linear(4, 3), config, False, AdaptiveMicrobatch("the update", 2, 2))
+        return Updater(torch.nn.Linear(4, 3), config, DENSE, AdaptiveMicrobatch("the update", 2, 2), Stopwatch())
 
     def train(updater, steps):
         for step in steps:

@@ -13,14 +13,6 @@ import peft  # noqa: F401, once, not in every fork
 import pytest
 import torch
 import torch.distributed as dist
-from grpo.runtime.distributed import (
-    distribute_like,
-    full_tensor,
-    gather_to_rank0,
-    is_sharded,
-    local_tensor,
-    sum_gradients,
-)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -31,7 +23,9 @@ from grpo.evaluation import evaluator
 from grpo.generation import greedy
 from grpo.record.checkpoint import newest_checkpoint
 from grpo.record.metrics import load_metrics, without_times
-from grpo.runtime import distributed
+from grpo.runtime import sharding
+from grpo.runtime.ranks import ONE, Ranks, full_tensor
+from grpo.runtime.sharding import distribute_like, is_sharded, local_tensor
 from tests.helpers.runs import ENVIRONMENT, ROOT, a_tiny_model, forked, options, together, wait_for
 
 SAME = 1e-5  # of a weight that 20 steps moved by up to 0.04
@@ -124,14 +118,14 @@ def test_two_processes_train_what_one_does(settings, model, alone, tmp_path):
 
 
 def test_two_machines_of_two_processes_that_shard_within_each_do_so_too(model, alone, tmp_path, monkeypatch):
-    true_shard = distributed.fully_shard
+    true_shard = sharding.fully_shard
 
     def on_a_mesh_of_two_by_two(module, mesh, **more):
         assert mesh.shape == (2, 2)
         assert mesh.get_local_rank("process") == int(os.environ["RANK"]) % 2
         return true_shard(module, mesh=mesh, **more)
 
-    monkeypatch.setattr(distributed, "fully_shard", on_a_mesh_of_two_by_two)
+    monkeypatch.setattr(sharding, "fully_shard", on_a_mesh_of_two_by_two)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     few = {"num_iterations": 6, "eval_every": 6}
     forks = together(train_grpo.main, arguments(model, tmp_path / "run", shard=True, **few), processes=4)
@@ -160,6 +154,37 @@ def test_groups_that_are_sampled_again_are_shared_out_too(shard, model, alone, t
     train_in_two(model, tmp_path / "run", shard=shard, **settings)
     assert largest_difference(one, tmp_path / "run") < SAME
     assert_same_run(one, tmp_path / "run")
+
+
+NOVELTY = """
+def novelty(prompts, completions, **columns):
+    texts = [completion[0]["content"] for completion in completions]
+    return [1 - texts.count(text) / len(texts) for text in texts]
+"""
+
+
+@pytest.mark.parametrize("more", [{}, {"resample_tied": 2}, {"shard": True}], ids=str)
+def test_a_reward_that_looks_at_the_whole_batch_gives_the_same_in_two_processes(more, model, alone, tmp_path):
+    file = model.parent / "novelty.py"
+    file.write_text(NOVELTY)
+    settings = {"reward": f"{file}:novelty=1", "num_iterations": 10, **more}
+    one = alone(**{**settings, "shard": False})
+    train_in_two(model, tmp_path / "run", **settings)
+    assert largest_difference(one, tmp_path / "run") < SAME
+    assert_same_run(one, tmp_path / "run")
+    samples, others = (
+        [json.loads(line) for line in (run / "grpo_samples.jsonl").read_text().splitlines()]
+        for run in (one, tmp_path / "run")
+    )
+    assert [(entry["completion"], entry["reward"]) for entry in samples] == [
+        (entry["completion"], entry["reward"]) for entry in others
+    ]
+    if not more.get("resample_tied"):
+        first = [entry for entry in samples if entry["step"] == 1]  # two groups of four: what rank 0 sampled
+        texts = [entry["completion"] for entry in first]
+        assert [entry["reward"] for entry in first] != [1 - texts.count(text) / len(texts) for text in texts], (
+            "or it would prove nothing"
+        )
 
 
 @pytest.mark.parametrize("shard", [False, True])
@@ -220,7 +245,7 @@ def out_of_memory_once(owner, name, call):
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(RolloutSampler, "_sample_groups", 4), (update, "grpo_loss", 3), (greedy, "greedy", 2)],
+    [(RolloutSampler, "_sample", 4), (update, "grpo_loss", 3), (greedy, "greedy", 2)],
     ids=["sampling", "an update", "an evaluation"],
 )
 def test_a_process_that_runs_out_of_memory_repeats_its_own_part(owner, name, call, model, alone, tmp_path):
@@ -236,9 +261,9 @@ def test_a_process_that_runs_out_of_memory_repeats_its_own_part(owner, name, cal
 @pytest.mark.parametrize(
     ("owner", "name", "settings"),
     [
-        (update, "sum_gradients", {}),
+        (Ranks, "sum_gradients", {}),
         (update, "grpo_loss", {"shard": True}),
-        (RolloutSampler, "_sample_groups", {"shard": True}),
+        (RolloutSampler, "_sample", {"shard": True}),
     ],
     ids=["a sum of gradients", "a sharded update", "sharded sampling"],
 )
@@ -341,28 +366,30 @@ def test_torchrun_stopped_by_sigterm_continues_to_the_same_result(model, tmp_pat
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_in_one_process_every_function_returns_its_argument():
+def test_in_one_process_every_method_returns_its_argument():
     tensor = torch.tensor([1.0, -2.0])
-    assert (distributed.world_size(), distributed.rank(), distributed.is_main_process()) == (1, 0, True)
-    assert distributed.local_slice(6) == slice(0, 6)
-    assert distributed.pad_to_world_size([1, 2, 3]) == [1, 2, 3]
-    assert distributed.gather({"a": 1}) == [{"a": 1}]
-    assert distributed.broadcast_from_rank0("x") == "x"
-    for reduced in (distributed.all_reduce_sum, distributed.all_reduce_min, distributed.all_reduce_max):
+    assert (ONE.size, ONE.rank, ONE.is_main) == (1, 0, True)
+    assert ONE.own_slice(6) == slice(0, 6)
+    assert ONE.padded([1, 2, 3]) == [1, 2, 3]
+    assert ONE.gather({"a": 1}) == [{"a": 1}]
+    assert ONE.from_main("x") == ONE.on_main(lambda: "x") == "x"
+    for reduced in (ONE.sum, ONE.min, ONE.max):
         assert reduced(tensor).tolist() == [1.0, -2.0]
-    with distributed.main_process_first():
-        distributed.barrier()
+    assert (ONE.any(True), ONE.any(False)) == (True, False)
+    with ONE.main_first():
+        ONE.barrier()
+    ONE.check_alike("a value", 1)
 
 
 def test_an_unsharded_model_is_whole_and_its_gradients_are_summed_already():
     layer = nn.Linear(2, 1, bias=False)
     layer(torch.ones(1, 2)).sum().backward()
-    sum_gradients(layer.parameters())
+    ONE.sum_gradients(layer.parameters())
     assert layer.weight.grad.tolist() == [[1.0, 1.0]]
     assert not is_sharded(layer)
     assert full_tensor(layer.weight) is local_tensor(layer.weight) is layer.weight
     assert distribute_like(tensor := torch.ones(1, 2), layer.weight) is tensor
-    assert gather_to_rank0({"weight": layer.weight})["weight"].tolist() == layer.weight.tolist()
+    assert ONE.collect({"weight": layer.weight})["weight"].tolist() == layer.weight.tolist()
 
 
 def test_two_processes_leave_a_finished_run_unchanged(model, alone, tmp_path):

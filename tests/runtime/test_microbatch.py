@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 import train_grpo
 from grpo.algorithm import grpo as grpo_module
 from grpo.algorithm.grpo import GRPO
-from grpo.generation.probe import supports_common_prefix, supports_packing
+from grpo.generation.probe import probe_scorer, supports_common_prefix
 from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.record.checkpoint import newest_checkpoint
 from grpo.runtime.microbatch import AdaptiveMicrobatch, is_out_of_memory, split_microbatches
 from grpo.scoring.tokens import left_pad
+from grpo.step_probe import measured_step
 from grpo.trainer import Trainer
 from tasks.arithmetic import Arithmetic
+from tests.helpers.runs import kept_gradients
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 MPS = RuntimeError(
@@ -38,23 +40,23 @@ SETTINGS = {
 
 
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 60))
-def test_microbatches_cover_every_row_once_and_keep_groups_whole_where_one_fits(prompts, group, max_rows):
-    cut = split_microbatches(prompts * group, group, max_rows)
+def test_microbatches_cover_every_row_once_and_keep_groups_whole_where_one_fits(prompts, group, rows_per_pass):
+    cut = split_microbatches(prompts * group, group, rows_per_pass)
     assert [row for rows in cut for row in range(rows.start, rows.stop)] == list(range(prompts * group))
-    assert all(rows.stop - rows.start <= max_rows for rows in cut)
+    assert all(rows.stop - rows.start <= rows_per_pass for rows in cut)
     for rows in cut:
-        if max_rows >= group:
+        if rows_per_pass >= group:
             assert rows.start % group == rows.stop % group == 0
         else:
             assert rows.start // group == (rows.stop - 1) // group
 
 
 def test_the_rows_are_halved_in_whole_groups_then_within_one_and_stay_halved():
-    def work(max_rows):
-        seen.append(max_rows)
-        if max_rows > fits:
+    def work(rows_per_pass):
+        seen.append(rows_per_pass)
+        if rows_per_pass > fits:
             raise CUDA
-        return max_rows
+        return rows_per_pass
 
     microbatch, seen, fits = AdaptiveMicrobatch("a test", 40, 8), [], 2
     assert microbatch.run(work) == 2
@@ -73,10 +75,10 @@ def test_only_errors_about_memory_are_taken_for_it():
     assert not is_out_of_memory(RuntimeError("The size of tensor a (3) must match"))
     assert not is_out_of_memory(ValueError("out of memory"))
     with pytest.raises(RuntimeError, match="must match"):
-        AdaptiveMicrobatch("a test", 4, 2).run(raising, RuntimeError("must match"))
+        AdaptiveMicrobatch("a test", 4, 2).run(lambda _rows: raising(RuntimeError("must match")))
 
 
-def raising(error, max_rows):
+def raising(error):
     raise error
 
 
@@ -106,15 +108,13 @@ def a_grpo():
     return GRPO(config, Arithmetic(), load("starter", torch.device("cpu")))
 
 
-def gradient(grpo):
-    return torch.cat([p.grad.flatten() for p in grpo.policy.parameters()])
-
-
 @pytest.fixture(scope="module")
 def whole():
-    """Return GRPO after a step with enough memory, and the rollout of that step."""
+    """Return the gradient and the rollout of a step with enough memory."""
     grpo = a_grpo()
-    return grpo, grpo.step(1)[0]
+    gradients = kept_gradients(grpo)
+    rollout = grpo.step(1).rollout
+    return gradients[0], rollout
 
 
 @pytest.mark.parametrize(
@@ -126,17 +126,19 @@ def whole():
 def test_the_step_is_repeated_with_fewer_rows_and_has_the_same_gradient(
     where, fits, error, whole, monkeypatch, capsys
 ):
-    whole, expected = whole
+    gradient, expected = whole
     short = a_grpo()
+    gradients = kept_gradients(short)
     short_of_memory(short.policy, monkeypatch, where, fits, error)
-    rollout, entry = short.step(1)
-    assert rollout.completion_texts == expected.completion_texts
+    outcome, entry = measured_step(short, 1)
+    assert outcome.rollout.completion_texts == expected.completion_texts
     assert entry["skipped_updates"] == 0
-    difference = gradient(short) - gradient(whole)  # float32 rounds differently when it sums in another order
+    assert len(gradients) == 1
+    difference = gradients[0] - gradient  # float32 rounds differently when it sums in another order
     assert difference.abs().max().item() < 1e-6
-    assert (difference.norm() / gradient(whole).norm()).item() < 5e-6
+    assert (difference.norm() / gradient.norm()).item() < 5e-6
     microbatch = short.sample_microbatch if where == "sampling" else short.update_microbatch
-    assert microbatch.max_rows == {23: 12, 6: 6, 5: 3, 1: 1}[fits]
+    assert microbatch.rows == {23: 12, 6: 6, 5: 3, 1: 1}[fits]
     said = capsys.readouterr().out
     assert "Memory ran out" in said
     short.step(2)
@@ -171,10 +173,10 @@ def test_the_reduced_size_is_stored_and_a_resume_begins_with_it(train, tmp_path)
     config = resolve({**checkpoint.state["config"]})
     again = Trainer(config, Arithmetic(max_operand=1), {})
     again._restore()
-    assert again.grpo.update_microbatch.max_rows == 2
+    assert again.grpo.update_microbatch.rows == 2
     other = Trainer(resolve({**checkpoint.state["config"], "micro_batch_size": 2}), Arithmetic(max_operand=1), {})
     other._restore()
-    assert other.grpo.update_microbatch.max_rows == 4, "a new --micro-batch-size is tried anew"
+    assert other.grpo.update_microbatch.rows == 4, "a new --micro-batch-size is tried anew"
 
 
 def test_where_nothing_fits_the_run_ends_in_one_line_and_later_continues_to_the_same_weights(train, tmp_path):
@@ -194,7 +196,7 @@ def test_where_nothing_fits_the_run_ends_in_one_line_and_later_continues_to_the_
 
 
 def test_a_model_that_does_not_fit_at_all_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(grpo_module, "frozen_copy", lambda model: raising(CUDA, max_rows=1))
+    monkeypatch.setattr(grpo_module, "frozen_copy", lambda model: raising(CUDA))
     result = CliRunner().invoke(train_grpo.main, ["--output-dir", str(tmp_path)])
     assert result.exit_code == 1
     assert result.stderr == "Error: starter does not fit into memory; take a smaller one, or --device cpu\n"
@@ -215,7 +217,7 @@ def test_running_out_of_memory_is_never_taken_for_a_model_that_does_not_support_
 
     monkeypatch.setattr(lm.model, "forward", forward)
     for tried in (
-        lambda: supports_packing(lm.model, ids, mask),
+        lambda: probe_scorer(lm.model, ids, mask),
         lambda: supports_common_prefix(lm.model, prompts, lm.pad_id),
     ):
         with pytest.raises(RuntimeError, match="memory"):
