@@ -1,8 +1,8 @@
-"""What the starter model is trained on: chats and completions from `tasks/`, none of them held out.
+"""Draw the training data of the starter model: chats and completions of training problems from `tasks/`.
 
-Most are problems of the default task, in the wording that `python train_grpo.py` uses and in all others of the
-project; the rest are neighbouring skills. Problems that carry are drawn far more often than chance would, because
-they are what a model of this size gets wrong.
+Most are problems of the default task, with the prompt of `python train_grpo.py` and with all other prompts of the
+project. The rest are neighbouring skills. Problems that carry are drawn far more often than by chance, because a
+model of this size gets them wrong.
 """
 
 from collections.abc import Callable
@@ -16,43 +16,49 @@ from tasks.base import KINDS, Message, Problem, seeded_rng
 from tasks.common.prompts import STYLES, ideal_completion, system_prompt
 from tasks.skills import SKILLS
 
-Drawn = TypeVar("Drawn")
+Draw = TypeVar("Draw")
 
 SEED = 0
 BATCH = 96  # rows a step
-OTHER_PROMPTS = 0.35  # of the arithmetic problems, asked in any of PROMPTS, the others in the first
-SKILL_SHARE = 0.35  # of all rows
-CARRY_SHARE = {"arithmetic": 0.4, "single": 0.5}  # of the problems, drawn until their last operation carries
-WIDE_SHARE = 0.6  # of `single`, drawn from larger numbers than it is measured on
+SKILL_SHARE = 0.35  # share of the rows that train a skill; the other rows are arithmetic
+ANY_PROMPT_SHARE = 0.35  # share of the arithmetic rows with any of PROMPTS; the other rows have the first
+CARRY_SHARE = 0.4  # share of the arithmetic rows that are drawn again until the last operation carries
+SINGLE_CARRY_SHARE = 0.5  # share of the rows of `single` that are drawn again until the operation carries
+WIDE_SHARE = 0.6  # share of the rows of `single` with larger numbers than its test problems have
 
 
-def example(step: int, row: int, haste: float) -> tuple[list[Message], str]:
-    """Return a row of training data, a chat and the completion to learn, as a pure function of its place."""
+def example(step: int, row: int, direct_share: float) -> tuple[list[Message], str]:
+    """Return a row of training data, a chat and its completion, as a pure function of the arguments.
+
+    `direct_share` of the arithmetic completions are the answer alone, without the first step before it.
+    """
     draw = seeded_rng("starter", SEED, step, row)
     if draw.random() < SKILL_SHARE:
-        name = draw.choice(["single", *SKILLS])  # single twice: it is the hardest
-        skill, carry = SKILLS[name], False
+        name = draw.choice(["single", *SKILLS])  # `single` is there twice because it is the hardest
+        skill = SKILLS[name]
+        carry = False
         if name == "single":
-            skill, carry = WIDE_SINGLE if draw.random() < WIDE_SHARE else skill, draw.random() < CARRY_SHARE[name]
+            skill = WIDE_SINGLE if draw.random() < WIDE_SHARE else skill
+            carry = draw.random() < SINGLE_CARRY_SHARE
         problem = _first(
             lambda n: skill.training_problem(SEED, step, row + BATCH * n),
             lambda p: not carry or _carries(int(p.question.split()[2]), int(p.answer)),
         )
         return skill.messages(problem.question), skill.completion(problem)
-    task = ARITHMETIC[draw.choice(PROMPTS) if draw.random() < OTHER_PROMPTS else PROMPTS[0]]
-    carry = draw.random() < CARRY_SHARE["arithmetic"]
+    task = ARITHMETIC[draw.choice(PROMPTS) if draw.random() < ANY_PROMPT_SHARE else PROMPTS[0]]
+    carry = draw.random() < CARRY_SHARE
     expression = _first(
         lambda n: task.training_expression(SEED, step, row + BATCH * n),
         lambda e: not carry or _carries(e.inner, e.value),
     )
-    working = "" if draw.random() < haste else expression.working
+    working = "" if draw.random() < direct_share else expression.working
     completion = ideal_completion(str(expression.value), task.style, working)
     return task.messages(f"What is {expression}?"), completion
 
 
-def _first(draw: Callable[[int], Drawn], suits: Callable[[Drawn], bool]) -> Drawn:
-    """Return the first of draw(0), draw(1), … that suits."""
-    return next(drawn for drawn in map(draw, count()) if suits(drawn))
+def _first(draw: Callable[[int], Draw], is_suitable: Callable[[Draw], bool]) -> Draw:
+    """Return the first suitable value of draw(0), draw(1), …"""
+    return next(filter(is_suitable, map(draw, count())))
 
 
 def _carries(operand: int, result: int) -> bool:
@@ -61,12 +67,14 @@ def _carries(operand: int, result: int) -> bool:
 
 
 def _wide_single(rng: Random) -> Problem:
-    operator, a, b = rng.choice(OPERATORS), rng.randint(-20, 200), rng.randint(0, 10)
+    operator = rng.choice(OPERATORS)
+    a = rng.randint(-20, 200)
+    b = rng.randint(0, 10)
     return Problem(f"What is {a} {operator} {b}?", str(apply(operator, a, b)))
 
 
 WIDE_SINGLE = replace(SKILLS["single"], make=_wide_single)
-# Every wording of the project's own prompts; the first is the one that `python train_grpo.py` uses.
+# All prompts of the project, by style and kind of answer. `python train_grpo.py` uses the first.
 PROMPTS = [(style, kind) for style in STYLES for kind in KINDS]
 ARITHMETIC = {
     (style, kind): Arithmetic(style=style, system_prompt=system_prompt(style, kind)) for style, kind in PROMPTS
