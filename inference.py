@@ -1,14 +1,14 @@
 """Ask the trained model.
 
-    python inference.py                                          ask one question after the other
+    python inference.py                                          type questions, one after another
     python inference.py "What is (4 - 9) * 6?"
     python inference.py --compare "What is (4 - 9) * 6?"        before and after training
     python inference.py --temperature 1 --samples 16 --vote "What is (4 - 9) * 6?"
     python inference.py < questions.txt                          one question a line
     python inference.py --evaluate --compare                     accuracy on held-out problems, before and after
 
-Uses saved_model/ if it is there, the bundled starter otherwise, or any model with --model. --evaluate measures as a
-run does. All models get the task, prompts and limit of the last: a base is asked as the model that came of it.
+The model is saved_model/ if it is there, else the bundled starter, or any model with --model. --evaluate measures as
+a training run does. With --compare, both models get the task, prompt and token limit of the trained one.
 """
 
 import json
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
-from itertools import count as numbers
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from grpo.config import DEVICES, MAX_NEW_TOKENS
 from grpo.evaluation.intervals import majority
 from grpo.launch.asking import as_task, before_training, with_examples
 from grpo.launch.command import EXAMPLE, Asking, run_script, without_quotes
+from grpo.launch.start import mistakes_are_wrong_usage
 from grpo.model_card import read_card, resolve
 from grpo.runtime.atomic_io import write_atomic
 from grpo.runtime.console import printable, say, terminal_columns
@@ -39,12 +40,12 @@ from tasks.registry import TASKS, task_options
 if TYPE_CHECKING:
     from grpo.model.language_model import LanguageModel
 
-LEAST_TEMPERATURE = 1e-3  # below it, logits / temperature overflow float32
-TOKENS_WITHOUT_CARD = 128  # for a model without a limit of its own
+MIN_TEMPERATURE = 1e-3  # logits divided by a smaller temperature may overflow float32
+DEFAULT_MAX_NEW_TOKENS = 128  # for a model without a grpo.json
 
 
 def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of all tasks."""
+    """Add the options of all tasks to a command."""
     for name, option in reversed(task_options().items()):
         text = f"{option.meaning}  [default: the model's own]"
         command = click.option(f"--{name.replace('_', '-')}", name, type=option.type, help=text)(command)
@@ -57,29 +58,29 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
     "--model",
     "models",
     multiple=True,
-    help="as for training  [default: saved_model/ if there, else starter]; twice to --evaluate two",
+    help="a model, as for training  [default: saved_model/ if there, else starter]; give two to --evaluate both",
 )
-@click.option("--compare", is_flag=True, help="the model before training too, side by side")
+@click.option("--compare", is_flag=True, help="also use the model before training, side by side")
 @click.option("--evaluate", is_flag=True, help="measure accuracy on held-out problems instead of asking")
-@click.option("--split", type=click.Choice(("validation", "test")), help="to --evaluate on  [default: test]")
+@click.option("--split", type=click.Choice(("validation", "test")), help="problems to --evaluate on  [default: test]")
 @click.option(
     "--task",
     multiple=True,
-    help=f"{', '.join(TASKS)} or FILE.py:NAME, to --evaluate on; which prompt to ask with, of a mixture's "
+    help=f"task to --evaluate on: {', '.join(TASKS)} or FILE.py:NAME; of a mixture, the task whose prompt is used "
     "[default: the model's own]",
 )
 @click.option("--task-arg", multiple=True, help="key=value, an argument of the --task in your file")
 @task_setting_options
-@click.option("--prompt-style", type=click.Choice(STYLES), help="to --evaluate in  [default: the model's own]")
-@click.option("--shots", type=click.IntRange(0), help="worked examples, with --evaluate  [default: the model's own]")
-@click.option("--pass-at-k", type=click.IntRange(0), help="also pass@k and maj@k by sampling, with --evaluate")
-@click.option("--json", is_flag=True, help="print one JSON object instead of a table, with --evaluate")
-@click.option("--answers", type=click.Path(path_type=Path), help="JSON Lines file for all answers, with --evaluate")
+@click.option("--prompt-style", type=click.Choice(STYLES), help="for --evaluate  [default: the model's own]")
+@click.option("--shots", type=click.IntRange(0), help="worked examples for --evaluate  [default: the model's own]")
+@click.option("--pass-at-k", type=click.IntRange(0), help="with --evaluate, also sample for pass@k and maj@k")
+@click.option("--json", is_flag=True, help="with --evaluate, print one JSON object instead of a table")
+@click.option("--answers", type=click.Path(path_type=Path), help="with --evaluate, write all answers as JSON Lines")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
-@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="completions a question")
-@click.option("--vote", is_flag=True, help="answer with what most of the samples say, and their share")
+@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="completions for each question")
+@click.option("--vote", is_flag=True, help="show the answer that most samples give, and their share")
 @click.option("--max-new-tokens", type=click.IntRange(1, MAX_NEW_TOKENS), help="token limit  [default: the model's]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of sampling")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of sampling")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="where to compute")
 def main(
     questions: tuple[str, ...],
@@ -94,44 +95,44 @@ def main(
     device: str,
     **exam: Any,
 ) -> None:
-    """Answer QUESTIONS and print completion and parsed answer.
+    """Answer QUESTIONS: print each completion and the answer parsed from it.
 
     Without QUESTIONS, ask for them on a terminal, or read them from standard input, one a line.
     """
     given = {name: value for name, value in exam.items() if value not in (None, ()) and value is not False}
     if evaluate and (questions or temperature != 0 or samples > 1 or vote):
-        raise click.UsageError("--evaluate answers greedily; no questions, --temperature, --samples or --vote then")
+        raise click.UsageError("--evaluate answers greedily: leave out questions, --temperature, --samples, --vote")
     if compare and len(models) > 1:
-        raise click.UsageError("--compare finds the other model itself; give one --model")
+        raise click.UsageError("--compare finds the model before training by itself; give one --model")
     asks_as = given.pop("task", ()) if not evaluate else ()
     if not evaluate and (given or len(models) > 1):
-        too_much = ", ".join(f"--{option.replace('_', '-')}" for option in given) or "--model given twice"
-        raise click.UsageError(f"{too_much} is for --evaluate")
-    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
-        raise click.UsageError(f"--temperature {temperature} is neither 0, greedy, nor at least {LEAST_TEMPERATURE}")
+        options = ", ".join(f"--{option.replace('_', '-')}" for option in given) or "--model given twice"
+        raise click.UsageError(f"{options} needs --evaluate")
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
+        raise click.UsageError(f"--temperature {temperature} is neither 0 (greedy) nor at least {MIN_TEMPERATURE}")
     if samples > 1 and temperature == 0:
-        raise click.UsageError("--samples above 1 needs --temperature above 0: greedy completions are all alike")
+        raise click.UsageError("--samples above 1 needs --temperature above 0: greedy completions are all the same")
     if len(questions) > 1 and not any(len(question.split()) > 1 for question in questions):
         raise click.UsageError(without_quotes(questions))
     name = models[-1] if models else "saved_model" if Path("saved_model").is_dir() else "starter"
     if vote and samples == 1:
-        raise click.UsageError("--vote is among samples; give --samples N and a --temperature")
+        raise click.UsageError("--vote needs several samples; give --samples N and --temperature")
     try:
         names = [before_training(name), name] if compare else list(models or [name])
         if evaluate:
             given |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
             examine(names, {**given, "device": device, "seed": seed})
             return
-        asks = not questions and on_terminal()
-        asked = [] if asks else read_questions(questions)
+        is_conversation = not questions and on_terminal()
+        questions = [] if is_conversation else read_questions(questions)
         say("Model: " + " -> ".join(printable(n) for n in names), sys.stderr)
         sampling = Sampling(temperature, samples, max_new_tokens, seed)
         card = as_task(read_card(name), asks_as)
-        if asks:
+        if is_conversation:
             converse([load_model(n, card, device) for n in names], card, sampling, vote)
             return
-        answers = [complete(load_model(n, card, device), card, asked, sampling) for n in names]
-        for question, *completions in zip(asked, *answers, strict=True):
+        answers = [complete(load_model(n, card, device), card, questions, sampling) for n in names]
+        for question, *completions in zip(questions, *answers, strict=True):
             say(printable(question))
             show(completions, card, vote)
     except (ValueError, OSError) as error:
@@ -142,14 +143,14 @@ def main(
 
 
 def examine(names: Sequence[str], given: dict[str, Any]) -> None:
-    """Measure the models as a run from the last one would, and print the table, or the same as JSON."""
-    split, is_json, file = given.pop("split", "test"), given.pop("json", False), given.pop("answers", None)
-    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):  # now, not after all the work
-        raise ValueError(f"cannot write --answers {printable(str(file))}; it must be a file, in a folder of yours")
-    try:
+    """Measure models as a run of the last one measures, and print a table or JSON. Raises ValueError."""
+    split = given.pop("split", "test")
+    is_json = given.pop("json", False)
+    file = given.pop("answers", None)
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):  # checked before the work
+        raise ValueError(f"--answers {printable(str(file))} cannot be written; give a file in a writable folder")
+    with mistakes_are_wrong_usage():
         config = resolve({"model": names[-1], "pass_at_k": 0, **given})
-    except ValueError as error:
-        raise click.UsageError(printable(str(error))) from None
 
     from tasks.common.user_file import naming_own_code
     from tasks.registry import make_task
@@ -157,26 +158,26 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 
     task = make_task(config)
     card = read_card(names[-1])
-    if not {"task", "shots", "prompt_style"} & set(given):  # the examples of the run, whatever its data are now
+    if not {"task", "shots", "prompt_style"} & set(given):  # the run's examples, even if its data changed
         task = with_examples(task, card)
 
     from grpo.evaluation.model_comparison import answers, as_json, measure, table
 
     skills = {skill: SKILLS[skill] for skill in card.get("skills", []) if skill in SKILLS}
-    with naming_own_code(), redirect_stdout(sys.stderr) if is_json else nullcontext():  # a remark is no JSON
-        found = measure(names, config, task, skills, split)
+    with naming_own_code(), redirect_stdout(sys.stderr) if is_json else nullcontext():
+        measured = measure(names, config, task, skills, split)
     how = {"task": task.name, "split": split, "prompt_style": task.style, "max_new_tokens": config.max_new_tokens}
     if is_json:
-        click.echo(json.dumps({**how, **as_json(found)}))
+        click.echo(json.dumps({**how, **as_json(measured)}))
     else:
         say(f"{task.name}, {split} problems, style {task.style}, greedy, up to {config.max_new_tokens} tokens")
-        say("\n".join(table(found, split, terminal_columns())))
+        say("\n".join(table(measured, split, terminal_columns())))
     if file is not None:
-        write_atomic(file, "".join(json.dumps(row) + "\n" for row in answers(found)).encode())
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in answers(measured)).encode())
 
 
 def read_questions(questions: Sequence[str]) -> list[str]:
-    """Return the questions of the command line, or those of standard input. Raises ValueError for an empty one."""
+    """Return the questions of the command line, else of standard input. Raises ValueError if a question is empty."""
     if not questions:
         if sys.stdin.isatty():
             raise ValueError(f'give a question, such as "{EXAMPLE}", or one a line on standard input')
@@ -184,14 +185,14 @@ def read_questions(questions: Sequence[str]) -> list[str]:
         if not questions:
             raise ValueError("there is no question on standard input; write one a line")
     if any(not question.strip() for question in questions):
-        raise ValueError(f'a question is empty; ask something, such as "{EXAMPLE}"')
-    # a byte that is not UTF-8 reaches Python as a lone surrogate, which no tokenizer takes
+        raise ValueError(f'a question is empty; give one, such as "{EXAMPLE}"')
+    # A byte that is not UTF-8 reaches Python as a lone surrogate, which no tokenizer accepts.
     return [question.strip().encode("utf-8", "replace").decode() for question in questions]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to answer: greedily at temperature 0, else with samples that are a function of the seed."""
+    """How to generate completions: greedily at temperature 0, else samples that are a function of the seed."""
 
     temperature: float
     samples: int
@@ -200,7 +201,7 @@ class Sampling:
 
 
 def load_model(name: str, card: Mapping[str, Any], device: str) -> "LanguageModel":
-    """Load a model in the precision that the card says."""
+    """Load a model in the precision of the card's settings. Raises ValueError if it cannot be loaded."""
     from grpo.model.loading import load
     from grpo.runtime.device import choose_device
 
@@ -210,29 +211,24 @@ def load_model(name: str, card: Mapping[str, Any], device: str) -> "LanguageMode
 def complete(
     lm: "LanguageModel", card: Mapping[str, Any], questions: Sequence[str], sampling: Sampling, first: int = 0
 ) -> list[list[str]]:
-    """Return the completions of a model for each question, asked as the card says; `first` is their number."""
+    """Return the completions of each question; samples are a function of the seed and the question's number.
+
+    `first` is the number of the first question. Raises ValueError if a question is too long for the model.
+    """
     from grpo.generation.greedy import greedy
+    from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
     from grpo.model.language_model import check_room
+    from grpo.runtime.precision import in_precision
+    from grpo.scoring.tokens import left_pad
 
     system = card.get("system_prompt") or system_prompt(
         card.get("prompt_style", "answer"), card.get("kind", "integer")
     )
     prompts = lm.prompts([chat(question, system, card.get("examples", [])) for question in questions])
-    limit = sampling.max_new_tokens or card.get("max_new_tokens", TOKENS_WITHOUT_CARD)
+    limit = sampling.max_new_tokens or card.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
     check_room(lm, prompts, limit)
     if sampling.temperature == 0:
         return [[text] for text in lm.decode(greedy(lm, prompts, limit).rows(with_end=False))]
-    return sampled(lm, prompts, limit, sampling, first)
-
-
-def sampled(
-    lm: "LanguageModel", prompts: Sequence[Sequence[int]], limit: int, sampling: Sampling, first: int
-) -> list[list[str]]:
-    """Return random completions of each prompt."""
-    from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
-    from grpo.runtime.precision import in_precision
-    from grpo.scoring.tokens import left_pad
-
     generator = Generator(lm.model)
     params = SamplingParams(limit, lm.end_ids, sampling.samples, sampling.temperature)
     texts = []
@@ -245,17 +241,17 @@ def sampled(
 
 
 def on_terminal() -> bool:
-    """Return whether a person can be asked."""
+    """Return whether standard input and output are a terminal, so that questions can be asked for."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def converse(models: Sequence["LanguageModel"], card: Mapping[str, Any], sampling: Sampling, vote: bool) -> None:
-    """Ask for a question and answer it, again and again, until an empty line or Ctrl-D."""
-    with suppress(ImportError):  # not on Windows
-        import readline  # noqa: F401  (lines can be edited, and earlier ones called back)
+    """Ask for questions and answer each, until an empty line or Ctrl-D."""
+    with suppress(ImportError):  # Windows has no readline
+        import readline  # noqa: F401, it lets the user edit lines and call back earlier ones
 
     say(f"Ask a question, such as: {EXAMPLE} An empty line or Ctrl-D ends.", sys.stderr)
-    for number in numbers():
+    for number in count():
         try:
             line = input("> ").strip()
         except EOFError:
@@ -265,12 +261,12 @@ def converse(models: Sequence["LanguageModel"], card: Mapping[str, Any], samplin
             return
         try:
             show([complete(lm, card, read_questions([line]), sampling, number)[0] for lm in models], card, vote)
-        except ValueError as error:  # it is too long; the next one may not be
+        except ValueError as error:  # the question is too long; the next one may fit
             say(f"Error: {printable(str(error))}", sys.stderr)
 
 
 def show(answers: Sequence[Sequence[str]], card: Mapping[str, Any], vote: bool) -> None:
-    """Print the completions of one question by each model, or what most of them answer."""
+    """Print the completions of one question by each model or, with `vote`, the answer that most of them give."""
     style, kind = card.get("prompt_style", "answer"), card.get("kind", "integer")
     labels = ["before: ", "after:  "] if len(answers) > 1 else [""]
     for label, texts in zip(labels, answers, strict=True):
@@ -281,17 +277,17 @@ def show(answers: Sequence[Sequence[str]], card: Mapping[str, Any], vote: bool) 
 
 
 def vote_of(texts: Sequence[str], kind: str) -> str:
-    """Return the answer that most completions give, and how many do."""
+    """Return the answer that most completions give and how many give it, as a text to show."""
     answers = [parse_answer(text, kind) for text in texts]
     place = majority(answers)
     if place is None:
         return f"none of {len(texts)} samples gives an answer"
-    count = answers.count(answers[place])
-    return f"{printable(str(answers[place]))}   [{count} of {len(texts)} samples ({count / len(texts):.0%})]"
+    votes = answers.count(answers[place])
+    return f"{printable(str(answers[place]))}   [{votes} of {len(texts)} samples ({votes / len(texts):.0%})]"
 
 
 def parsed(text: str, style: str, kind: str) -> str:
-    """Return the answer of its kind that is parsed from a completion, in words."""
+    """Return the answer parsed from a completion, as a text to show; it says if the form is not that of the style."""
     answer = parse_answer(text, kind)
     form = "" if has_form(text, style) else f", not in the form of style {style}"
     return "no answer" if answer is None else f"answer {printable(str(answer))}{form}"

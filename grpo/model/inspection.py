@@ -1,6 +1,6 @@
-"""Inspect the files of an unknown model before it is built: a few bytes of them could ask for all memory.
+"""Inspect the files of an unknown model before it is built: a few bytes in them could take all memory.
 
-What config.json, or the header of a GGUF file, describes is compared with the headers of the weights.
+The model that config.json or a GGUF header describes is compared with the headers of the weights.
 """
 
 import copy
@@ -24,23 +24,23 @@ from grpo.model.trial import try_tokenizer
 from grpo.model_card import CARD, STARTER
 from grpo.runtime.console import printable, suppress_warnings
 
-MAX_BYTES = 16 * 2**20  # of a JSON file
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file
-MAX_NUMBER = 10**10  # in a configuration; the largest in use, rope_theta aside, are context lengths of some 10^7
-SPARE_LAYERS = 500  # layers or experts beyond the count of tensors: experts share one, some entries are unused
-NUMBERS_PER_ELEMENT = 8  # weights in an element of a file: formats of 4 bits have up to 8 in 32 bits
-SPARE_NUMBERS = 50_000_000  # tables that a model computes and no file holds
+MAX_JSON_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 100_000_000  # in a safetensors file, as in the safetensors library
+MAX_NUMBER = 10**10  # in a configuration; the largest in use are context lengths of about 10^7
+SPARE_LAYERS = 500  # more layers or experts than the files have tensors: experts can share a tensor
+NUMBERS_PER_ELEMENT = 8  # weights in an element of a file: a 32-bit element can hold 8 weights of 4 bits
+SPARE_NUMBERS = 50_000_000  # in tables that a model computes and no file holds
 NOT_OF_TOKENIZER = {"config.json", "generation_config.json", CARD, "README.md"}
 
 
 def check_folder(folder: Path) -> int:
-    """Check config.json of a model's folder and the headers of its weights; return the count of weights.
+    """Check config.json of a model's folder and the headers of its weights; return the number of elements.
 
-    Raises ValueError, in one line, if they are not what they should be.
+    Raises ValueError, in one line, if a file is missing or damaged, or if config.json does not fit the weights.
     """
     for path in folder.iterdir():
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise ValueError(f"{path.name!a} is no file; a pipe or a device may never end")
+            raise ValueError(f"{path.name!a} is a pipe or a device, which may never end, not a file")
     if (folder / "adapter_config.json").exists():
         raise ValueError("it is an adapter (adapter_config.json), not a model; merge it into its model first")
     shapes = read_headers(folder)
@@ -49,15 +49,15 @@ def check_folder(folder: Path) -> int:
 
 
 def check_config(value: Any, place: str, tensors: int) -> None:
-    """Raise ValueError if a configuration has a number that no model of `tensors` tensors has, or names code."""
+    """Raise ValueError if a configuration has a number too large for `tensors` tensors, or names code to run."""
     if isinstance(value, dict):
         for name, item in value.items():
-            is_int = type(item) is int  # a bool is none
+            is_int = type(item) is int  # in Python, a bool is an int too
             is_count = is_int and re.search("(layers?|experts)$", name)
             if is_count and not -1 <= item <= tensors + SPARE_LAYERS:
                 raise ValueError(f"{place} has {str(item)[:40]} as {name!r}; the weights have {tensors} tensors")
             if name.endswith("attn_implementation") and isinstance(item, str) and not re.fullmatch(r"\w+", item):
-                raise ValueError(f"{place} has {item[:80]!r} as {name!r}: code of the model's own is never run")
+                raise ValueError(f"{place} has {item[:80]!r} as {name!r}: code that a model brings is never run")
             if is_int and abs(item) > MAX_NUMBER:
                 raise ValueError(f"{place} has {str(item)[:40]} as {name!r}, which is too large")
             check_config(item, f"{place}: {name!r}" if isinstance(item, (dict, list)) else place, tensors)
@@ -69,13 +69,13 @@ def check_config(value: Any, place: str, tensors: int) -> None:
 def read_headers(folder: Path) -> list[list[int]]:
     """Return the shape of each tensor in the safetensors files of a folder.
 
-    Raises ValueError if there is none, if a file is damaged, or if an index names another file than one of these.
+    Raises ValueError if there is no such file, if one is damaged, or if an index names any other file.
     """
     for path in folder.glob("*.safetensors.index.json"):
         names = _read_json(path).get("weight_map")
         for name in set(names.values()) if isinstance(names, dict) else {None}:
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{path.name} names {str(name)[:80]!a}, no safetensors file of the folder")
+                raise ValueError(f"{path.name} names {str(name)[:80]!a}, which is no safetensors file of the folder")
     shapes = [shape for path in sorted(folder.glob("*.safetensors")) for shape in _read_header(path)]
     if not shapes:
         raise ValueError("it has no weights in safetensors files")
@@ -87,7 +87,7 @@ def _read_header(path: Path) -> list[list[int]]:
         size = os.fstat(file.fileno()).st_size - 8
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
         if length > min(size, MAX_HEADER_BYTES):
-            raise ValueError(f"{path.name} is cut short, or no safetensors file")
+            raise ValueError(f"{path.name} is cut short, or is no safetensors file")
         header = _parse(file.read(length), path.name)
     header.pop("__metadata__", None)
     for name, entry in header.items():
@@ -97,14 +97,14 @@ def _read_header(path: Path) -> list[list[int]]:
         except (TypeError, KeyError, ValueError):
             fits = False
         if not fits:
-            raise ValueError(f"{path.name} has no such tensor as its header says: {name[:80]!r}")
+            raise ValueError(f"{path.name} does not hold the tensor that its header describes: {name[:80]!r}")
     return [entry["shape"] for entry in header.values()]
 
 
 def read_gguf(path: Path) -> tuple[PreTrainedConfig, int]:
-    """Return the configuration in a GGUF file, and the count of weights that it can have at most.
+    """Return the configuration in a GGUF file, and the file's size in bytes, as the number of its elements.
 
-    Raises ValueError, in one line, if the header has a number that no model has.
+    Raises ValueError, in one line, if the header has a number that is too large for the file.
     """
     with open(path, "rb") as file:
         _, tensors = struct.unpack("<QQ", file.read(16).ljust(16, b"\0"))
@@ -114,10 +114,10 @@ def read_gguf(path: Path) -> tuple[PreTrainedConfig, int]:
 
 
 def check_size(config: PreTrainedConfig, numbers: int) -> None:
-    """Raise ValueError if a configuration describes a model that is much larger than the `numbers` in its files.
+    """Raise ValueError if a configuration describes a model much larger than the `numbers` of elements in its files.
 
-    The model is built on the meta device, where its tensors have shapes and take no memory. The names are left to
-    transformers, which renames and merges weights of older files, and reports those that are missing or misshapen.
+    The model is built on the meta device, where tensors have shapes but take no memory. Names and shapes of single
+    weights are left to transformers, which renames and merges the weights of older files.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
@@ -128,7 +128,7 @@ def check_size(config: PreTrainedConfig, numbers: int) -> None:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Suppress what transformers logs: it quotes a model's files, with escape sequences if they have any."""
+    """Suppress the log of transformers: it quotes a model's files, and any escape sequences in them."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
@@ -139,9 +139,9 @@ def silent() -> Iterator[None]:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise ValueError with the name of the first weight that is not finite, if there is one."""
+    """Raise ValueError with the name of the first weight that has a NaN or an infinite number, if there is one."""
     for name, weight in model.named_parameters():
-        # the sum is one pass without a copy; that of large finite numbers may overflow
+        # The sum takes one pass and no copy. It may overflow for large finite numbers, so all are then looked at.
         if weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all():
             bad = int((~weight.isfinite()).sum())
             raise ValueError(f"{bad:,} of {weight.numel():,} numbers of the weight {name} are NaN or infinite")
@@ -155,8 +155,8 @@ def check_tokenizer(folder: Path) -> None:
     files = _tokenizer_files(folder)
     names = [path.name for path in _tokenizer_files(STARTER)]
     same, _, _ = filecmp.cmpfiles(folder, STARTER, names, shallow=False)
-    others = len(files) > len(same) or (folder / "additional_chat_templates").exists()
-    if same != names or others:
+    has_more = len(files) > len(same) or (folder / "additional_chat_templates").exists()
+    if same != names or has_more:
         try_tokenizer(folder, sum(path.stat().st_size for path in files))
 
 
@@ -168,16 +168,16 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"it has no {path.name}")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path.name} is larger than {MAX_BYTES // 2**20} MB")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} is larger than {MAX_JSON_BYTES // 2**20} MB")
     return _parse(path.read_bytes(), path.name)
 
 
 def _parse(text: bytes, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON ({printable(str(error))[:120]})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{name} is not a JSON object")
-    return found
+    return content

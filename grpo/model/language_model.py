@@ -1,4 +1,4 @@
-"""A causal language model with its tokenizer: from chats to prompts, from token ids to texts."""
+"""A causal language model with its tokenizer: chats become prompts, token ids become texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,28 +6,26 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import TrainConfig
 from grpo.runtime.console import printable
-from grpo.scoring.tokens import left_pad
 from tasks.base import Message, Task
 
-CHARACTERS = 64  # of a token, at most: of a longer text a beginning tells whether it fits
-NAMED = 5  # how many questions an error names
+MAX_CHARACTERS_PER_TOKEN = 64  # a question is cut to this length for each position of the model
+MAX_NAMED_QUESTIONS = 5  # in an error
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model with all that is needed to go from chats to texts."""
+    """A model with its tokenizer and the ids that generation needs."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     end_ids: tuple[int, ...]  # every id that ends a turn
     pad_id: int
-    notes: tuple[str, ...] = ()  # remarks on how the model is asked, for the start of a run
-    dropout: dict[str, float] = field(default_factory=dict)  # rates of its config.json, all switched off here
+    notes: tuple[str, ...] = ()  # remarks on its prompts, shown at the start of a run
+    dropout: dict[str, float] = field(default_factory=dict)  # rates in its config.json; dropout is switched off
 
     @property
     def device(self) -> torch.device:
@@ -36,14 +34,14 @@ class LanguageModel:
 
     @property
     def positions(self) -> int | None:
-        """Return how many tokens prompt and completion may have together, if the configuration says so."""
-        most = getattr(self.model.config, "max_position_embeddings", None)
-        return most if isinstance(most, int) and most > 0 else None
+        """Return how many tokens prompt and completion may have together; None if the configuration has no limit."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
 
     def prompts(self, chats: Sequence[Sequence[Message]]) -> list[list[int]]:
         """Return the prompt of each chat as token ids. Control tokens in a message stay text.
 
-        Raises ValueError if the tokenizer has tokens that the model does not.
+        Raises ValueError if the chat template refuses a chat, or if an id has no row in the model's embedding.
         """
         prompts = [encode_chat(self.tokenizer, chat) for chat in chats]
         rows = self.model.get_input_embeddings().weight.shape[0]
@@ -51,13 +49,16 @@ class LanguageModel:
             raise ValueError(f"the model's tokenizer makes the token id {largest}; its embedding has {rows} rows")
         return prompts
 
-    def encode(self, chats: Sequence[Sequence[Message]]) -> tuple[Tensor, Tensor]:
-        """Return the prompts of chats, left-padded: (N, P) ids and bool mask."""
-        return left_pad(self.prompts(chats), self.pad_id, self.device)
-
     def completion(self, text: str) -> list[int]:
-        """Return a completion as token ids, with the token that ends the turn. Control tokens in it stay text."""
-        return encode_completion(self.tokenizer, text)
+        """Return a completion as token ids, with the token that ends the turn. Control tokens in it stay text.
+
+        Raises ValueError if the tokenizer has no token that ends a turn.
+        """
+        end_id = template_end_id(self.tokenizer)
+        if end_id is None:
+            raise ValueError("the model's tokenizer has no token that ends a turn, so no completion can be taught")
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [*ids, end_id]
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, special tokens included."""
@@ -70,29 +71,20 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message]) -> 
     return render(tokenizer, chat, add_generation_prompt=True, **options)["input_ids"]
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the ids of an assistant's turn, with the token that ends it; control tokens in `text` stay text.
-
-    Raises ValueError if the tokenizer has no token that ends a turn.
-    """
-    end = template_end_id(tokenizer)
-    if end is None:
-        raise ValueError("the model's tokenizer has no token that ends a turn, so no completion can be taught")
-    return [*tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], end]
-
-
 def template_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the special token that the chat template puts after an assistant's turn, or else the tokenizer's EOS."""
-    said = "c0mpl3ti0n"
-    turn = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
-    _, found, after = render(tokenizer, turn).rpartition(said)
-    following = tokenizer(after.strip(), add_special_tokens=False)["input_ids"][:1] if found else []
-    added = tokenizer.added_tokens_decoder
-    return next((i for i in following if i in added and added[i].special), tokenizer.eos_token_id)
+    """Return the id of the special token that the chat template puts after an assistant's turn, else the EOS id."""
+    completion = "c0mpl3ti0n"
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": completion}]
+    _, separator, after = render(tokenizer, chat).rpartition(completion)
+    if separator and (ids := tokenizer(after.strip(), add_special_tokens=False)["input_ids"]):
+        token = tokenizer.added_tokens_decoder.get(ids[0])
+        if token is not None and token.special:
+            return ids[0]
+    return tokenizer.eos_token_id
 
 
 def render(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], **options: Any) -> Any:
-    """Render a chat by the template. Raises ValueError, in one printable line, if the template refuses it."""
+    """Return a chat rendered by the template. Raises ValueError, in one printable line, if the template refuses."""
     try:
         return tokenizer.apply_chat_template(list(chat), **({"tokenize": False} | options))
     except TemplateError as error:
@@ -101,16 +93,17 @@ def render(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], **option
 
 
 def switch_off_dropout(model: PreTrainedModel) -> dict[str, float]:
-    """Set all dropout to 0, so that train mode computes what eval mode does; return the rates of the configuration.
+    """Set all dropout to 0, so that train mode computes what eval mode does; return the rates in the configuration.
 
-    GPT-2 has 0.1 in modules of their own; others keep a number in a module, or read the configuration.
+    GPT-2 has dropout modules. Other models keep the rate as a number in a module, or read it from the configuration.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
             setattr(module, name, 0.0)
-    rates = {name: x for name, x in model.config.to_dict().items() if "drop" in name and isinstance(x, float) and x}
+    entries = model.config.to_dict().items()
+    rates = {name: rate for name, rate in entries if "drop" in name and isinstance(rate, float) and rate}
     for name in rates:
         setattr(model.config, name, 0.0)
     return rates
@@ -118,19 +111,19 @@ def switch_off_dropout(model: PreTrainedModel) -> dict[str, float]:
 
 def check_room(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raise ValueError if the longest prompt and a completion have more tokens than the model has positions."""
-    longest = max(map(len, prompts), default=0)
+    longest = max(map(len, prompts))
     if lm.positions is not None and longest + max_new_tokens > lm.positions:
         raise ValueError(
             f"a question with its prompt has {longest:,} tokens and its answer up to {max_new_tokens:,}: more than "
-            f"the {lm.positions:,} positions of the model; ask something shorter, or give a smaller --max-new-tokens"
+            f"the {lm.positions:,} positions of the model; shorten the question or lower --max-new-tokens"
         )
 
 
 def check_prompts_fit(lm: LanguageModel, task: Task, config: TrainConfig) -> None:
-    """Raise ValueError, with the place in the file, if a question and a completion have more tokens than fit.
+    """Raise ValueError, with the place in the file, if a prompt and a completion have more tokens than positions.
 
-    Of a task that draws its problems, one is looked at. A question of fewer bytes than tokens are left cannot be too
-    long, so that few are encoded.
+    A task that draws its problems is judged by one of them. Since a token has at least one byte, only questions with
+    more bytes than there is room for tokens are encoded.
     """
     if lm.positions is None:
         return
@@ -139,24 +132,26 @@ def check_prompts_fit(lm: LanguageModel, task: Task, config: TrainConfig) -> Non
     if task.parts:
         return
     room = lm.positions - config.max_new_tokens
+    max_characters = MAX_CHARACTERS_PER_TOKEN * lm.positions
     [frame] = lm.prompts([task.messages("?")])
-    listed = list(task.listed())
     too_long = []
-    for problem in listed or [task.training_problem(config.seed, 1, 0)]:
-        if not listed or len(frame) + len(problem.question.encode()) > room:
-            [prompt] = lm.prompts([task.messages(problem.question[: CHARACTERS * lm.positions])])
+    for problem in list(task.listed()) or [task.training_problem(config.seed, 1, 0)]:
+        if len(frame) + len(problem.question.encode()) > room:
+            [prompt] = lm.prompts([task.messages(problem.question[:max_characters])])
             if len(prompt) > room:
                 too_long.append((problem, len(prompt)))
     if not too_long:
         return
     problem, tokens = too_long[0]
-    cut = len(problem.question) > CHARACTERS * lm.positions
-    more = [other.place for other, _ in too_long[1:NAMED]]
-    others = f" (and {len(too_long) - 1} more: {', '.join(more)}{', …' * (len(too_long) > NAMED)})" if more else ""
+    place = f"{problem.place}: " if problem.place else ""
+    at_least = "more than " if len(problem.question) > max_characters else ""
     examples = f" with {len(task.examples) // 2} worked examples" if task.examples else ""
     advice = "lower --shots" if examples and len(frame) > room / 2 else "shorten or remove the question"
+    if len(too_long) > 1:
+        places = [other.place for other, _ in too_long[1:MAX_NAMED_QUESTIONS]]
+        places += ["…"] * (len(too_long) > MAX_NAMED_QUESTIONS)
+        advice += f" (and {len(too_long) - 1} more: {', '.join(places)})"
     raise ValueError(
-        f"{problem.place}{': ' * bool(problem.place)}the prompt{examples} has {'more than ' * cut}{tokens:,} tokens, "
-        f"and --max-new-tokens is {config.max_new_tokens}: more than the {lm.positions:,} positions of "
-        f"{config.model}; {advice}{others}"
+        f"{place}the prompt{examples} has {at_least}{tokens:,} tokens, and --max-new-tokens is "
+        f"{config.max_new_tokens}: more than the {lm.positions:,} positions of {config.model}; {advice}"
     )

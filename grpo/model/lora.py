@@ -1,11 +1,9 @@
-"""Training a few added weights over a frozen base (LoRA, arXiv:2106.09685), which may be held in 4 bits. Needs peft.
+"""Train a few added weights over a frozen base (LoRA, arXiv:2106.09685), which may be held in 4 bits. Needs peft.
 
 The reference is the policy with its adapter off, so no second model is held.
 """
 
 import copy
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +14,13 @@ from grpo.config import TrainConfig
 from grpo.runtime.console import suppress_warnings
 from grpo.runtime.ranks import ONE, Ranks, full_tensor
 
-ADAPTER = "adapter"  # folder beside the merged weights
+ADAPTER = "adapter"  # the folder of the adapter inside saved_model/
 
 
 def four_bits(device: torch.device) -> dict[str, Any]:
     """Return the options of `from_pretrained` that hold the linear layers in 4 bits (NF4: QLoRA, arXiv:2305.14314).
 
-    Raises ValueError with the line that installs bitsandbytes if it is missing.
+    Raises ValueError, with the command that installs it, if bitsandbytes is missing.
     """
     try:
         with suppress_warnings():
@@ -40,7 +38,7 @@ def four_bits(device: torch.device) -> dict[str, Any]:
 
 
 def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
-    """Return the model with an adapter, which alone is trained and at first changes nothing that is computed.
+    """Return the model with an adapter. Only the adapter is trained; before training it changes no output.
 
     Raises ValueError if peft is missing, or if no layer has one of the names in `lora_targets`.
     """
@@ -58,15 +56,15 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
         task_type="CAUSAL_LM",
     )
     for layer in model.modules():
-        # on a CPU, the first pass repacks 4-bit layers for inference, for good: they have no gradient after it
+        # On a CPU, the first pass would repack 4-bit layers for inference for good, and they would have no gradient.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-    torch.manual_seed(config.seed)  # one of the two factors starts at random, the other at 0
+    torch.manual_seed(config.seed)  # one of the two factors starts as random numbers, the other as zeros
     try:
         with suppress_warnings():
             return get_peft_model(model, lora).eval()
     except ValueError as error:
-        raise ValueError(f"--lora-targets {targets!r} cannot be: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"--lora-targets {targets!r} cannot be used: {' '.join(str(error).split())[:200]}") from None
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -80,10 +78,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merged(model: nn.Module, ranks: Ranks = ONE) -> PreTrainedModel:
-    """Return a plain model with float32 weights, the adapter merged in; a sharded one is put together on the CPU.
+    """Return a plain model with float32 weights, the adapter merged in; a sharded model is gathered on the CPU.
 
-    `model` stays as it is, to the bit: adding in place and subtracting again would round the base. Weights without an
-    adapter are shared with it. All ranks must call this; only rank 0's result has weights.
+    `model` keeps its weights to the bit: adding the adapter in place and subtracting it again would round them. The
+    result shares all weights without an adapter with `model`. All ranks must call this; only rank 0 gets weights.
     """
     base = model.get_base_model() if has_adapter(model) else model
     config = copy.deepcopy(base.config)
@@ -98,23 +96,18 @@ def merged(model: nn.Module, ranks: Ranks = ONE) -> PreTrainedModel:
     )
     plain.load_state_dict(weights, strict=False, assign=True)
     plain.tie_weights()
-    for name, buffer in base.named_buffers():  # rotary frequencies and the like, which are in no file
+    for name, buffer in base.named_buffers():  # such as rotary frequencies, which no file holds
         layer, _, leaf = name.rpartition(".")
         plain.get_submodule(layer).register_buffer(leaf, buffer, persistent=False)
     plain.generation_config = copy.deepcopy(base.generation_config)
-    left = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
-    assert not left or not ranks.is_main, left
+    missing = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
+    assert not missing or not ranks.is_main, missing
     return plain.eval()
-
-
-def save_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapter alone, with these weights, into the folder of the merged model, as peft loads it."""
-    model.save_pretrained(folder / ADAPTER, state_dict=dict(weights))
-    (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # a template with nothing filled in
 
 
 @torch.no_grad()
 def _merged_weight(base: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """Return a weight in float32, dequantised and gathered from all ranks, with its adapter added if it has one."""
     weight = parameter.detach()
     if hasattr(parameter, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit

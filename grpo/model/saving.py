@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.model.language_model import LanguageModel
-from grpo.model.lora import has_adapter, merged, save_adapter, trainable
+from grpo.model.lora import ADAPTER, has_adapter, merged, trainable
 from grpo.model_card import CARD, model_folder
 from grpo.runtime.atomic_io import fsync, name_in_errors, restore_interrupted_swap
 from grpo.runtime.ranks import ONE, Ranks
@@ -22,9 +22,9 @@ SENTENCEPIECE = "tokenizer.model"
 
 
 def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str, ranks: Ranks = ONE) -> None:
-    """Write a model folder with its `grpo.json` and README.md, whole or not at all.
+    """Write a model folder with its `grpo.json` and README.md, completely or not at all.
 
-    All ranks must call this; rank 0 writes, and the others wait for it.
+    All ranks must call this; rank 0 writes, and the other ranks wait.
     """
     adapted = has_adapter(lm.model)
     adapter = ranks.collect(trainable(lm.model)) if adapted else {}
@@ -38,18 +38,20 @@ def _replace_folder(
     folder: Path, lm: LanguageModel, plain: PreTrainedModel, adapter: Mapping[str, Tensor], texts: Mapping[str, str]
 ) -> None:
     """Write the new folder beside the old one, then exchange the two."""
-    fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    fresh = folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
     restore_interrupted_swap(folder)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        with name_in_errors(folder, Exception):  # safetensors and tokenizers raise kinds of their own
+        with name_in_errors(folder, Exception):  # safetensors and tokenizers have their own exceptions
             plain.save_pretrained(fresh)
             if adapter:
-                save_adapter(lm.model, adapter, fresh)
+                lm.model.save_pretrained(fresh / ADAPTER, state_dict=dict(adapter))
+                (fresh / ADAPTER / "README.md").unlink(missing_ok=True)  # peft writes a form without content
             lm.tokenizer.save_pretrained(fresh)
         with name_in_errors(folder):
-            _write_for_others(fresh, lm.tokenizer.name_or_path, lm.end_ids, lm.dropout)
+            _complete_files(fresh, lm.tokenizer.name_or_path, lm.end_ids, lm.dropout)
             for name, text in texts.items():
                 (fresh / name).write_text(text, encoding="utf-8")
             for path in (*fresh.rglob("*"), fresh):
@@ -65,11 +67,11 @@ def _replace_folder(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_for_others(folder: Path, source: str, end_ids: Sequence[int], dropout: Mapping[str, float]) -> None:
-    """Add what other programs would otherwise replace by defaults of their own, in silence.
+def _complete_files(folder: Path, source: str, end_ids: Sequence[int], dropout: Mapping[str, float]) -> None:
+    """Write entries into the folder's files that other programs would otherwise silently replace by their defaults.
 
-    `source` is the folder or Hub model of the tokenizer, `end_ids` has every id that ends a turn, and `dropout` the
-    rates that go back into config.json.
+    `source` is the folder or Hub model of the tokenizer, `end_ids` has every id that ends a turn, and `dropout` has
+    the rates that go back into config.json.
     """
     config = _read_json(folder / "config.json")
     for part in (config, config.get("text_config") or {}):
@@ -78,12 +80,12 @@ def _write_for_others(folder: Path, source: str, end_ids: Sequence[int], dropout
 
     if (folder / "generation_config.json").is_file():
         generation = _read_json(folder / "generation_config.json")
-        generation.pop("_from_model_config", None)  # with it, transformers derives the file from config.json
+        generation.pop("_from_model_config", None)  # it lets transformers replace this file by config.json
         generation["eos_token_id"] = list(end_ids) if len(end_ids) > 1 else end_ids[0]
         _write_json(folder / "generation_config.json", generation)
 
     tokenizer = _read_json(folder / "tokenizer_config.json")
-    for name in ("is_local", "local_files_only"):  # they say how it was loaded here
+    for name in ("is_local", "local_files_only"):  # how the tokenizer was loaded here
         tokenizer.pop(name, None)
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -96,7 +98,7 @@ def _write_for_others(folder: Path, source: str, end_ids: Sequence[int], dropout
 
 
 def _sentencepiece(source: str) -> Path | None:
-    """Return the path of the original's tokenizer.model, if it has one; llama.cpp converts Gemma and Phi-3 by it."""
+    """Return the path of a model's tokenizer.model, or None; llama.cpp needs that file for Gemma and Phi-3."""
     if folder := model_folder(source):
         path = folder / SENTENCEPIECE
         return path if path.is_file() else None
@@ -108,15 +110,16 @@ def _sentencepiece(source: str) -> Path | None:
 
 
 def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings in `rope_parameters` of a config.json under the names of transformers 4."""
+    """Return the rotary settings in `rope_parameters` of a config.json, under their names in transformers 4."""
     rope = config.get("rope_parameters") or {}
-    sliding, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)  # Gemma 3 has both
+    sliding = rope.get("sliding_attention")  # Gemma 3 has settings for both kinds of attention
+    rope = rope.get("full_attention", rope)
     older = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     if sliding:
         older["rope_local_base_freq"] = sliding["rope_theta"]
     if rope.get("rope_type", "default") != "default":
         scaling = {name: value for name, value in rope.items() if name not in older}
-        if config.get("model_type") == "phi3":  # accepts exactly three entries
+        if config.get("model_type") == "phi3":  # transformers 4 accepts exactly these three entries
             scaling = {"type": rope["rope_type"]} | {x: rope[x] for x in ("short_factor", "long_factor")}
         older["rope_scaling"] = scaling
     return older

@@ -1,10 +1,9 @@
 """Try the tokenizer and chat template of an unknown model in a child process with limits of time and memory.
 
-A chat template is a program, and a tokenizer's chain of replacements can be as costly as one: a few bytes of either
-can take all time and memory. What passes the trial is used in the training process from then on.
+A chat template is a program, and so, in effect, is a tokenizer's chain of replacements: a few bytes of either can
+take all time and memory. A tokenizer that passes the trial is used in the training process from then on.
 
-This file is also the child: `try_tokenizer` starts it by its path. The child does not import torch, so it starts in a
-second and holds 70 MB.
+The child process runs this file as a script. It does not import torch, so it starts in a second and takes 70 MB.
 """
 
 import os
@@ -15,28 +14,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-SECONDS = 5  # of computing, for the whole trial
-SECONDS_PER_MB = 4  # more, for each MB of the tokenizer's files
+SECONDS = 5  # of computing in the whole trial
+SECONDS_PER_MB = 4  # added for each MB of the tokenizer's files
 MEMORY = 600 * 2**20  # bytes
-MEMORY_PER_BYTE = 12  # bytes more, for each byte of the tokenizer's files
-MAX_BYTES = 512 * 2**20  # of all files of a tokenizer; the files of Gemma 3 have 33 MB
-MAX_CHARACTERS = 2**20  # of a rendered chat
+MEMORY_PER_BYTE = 12  # bytes added for each byte of the tokenizer's files
+MAX_FILE_BYTES = 512 * 2**20  # of a tokenizer; Gemma 3 has 33 MB
+MAX_CHAT_CHARACTERS = 2**20  # a chat rendered by the template
 MAX_TOKENS_PER_CHARACTER = 100
 TEXT = "What is (4 - 9) * 6? a\u0301 \u5317\u4eac \U0001f600\n\t<answer>-30</answer>  " + "word " * 200
 QUESTION = [{"role": "system", "content": "Answer in one line."}, {"role": "user", "content": TEXT}]
 CHATS = [QUESTION, QUESTION[1:], [*QUESTION[1:], {"role": "assistant", "content": TEXT}]]
-# Each further thread would take address space, which is limited.
+# Each thread takes address space, which is limited.
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 ONE_THREAD |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def try_tokenizer(folder: Path, size: int) -> None:
-    """Load and use the tokenizer of a folder in a child process; its files have `size` bytes.
+    """Load and use the tokenizer of a folder in a child process; its files have `size` bytes in all.
 
     Raises ValueError, in one line, if the tokenizer or its chat template fails or reaches a limit.
     """
-    if size > MAX_BYTES:
-        raise ValueError(f"the tokenizer's files have {size / 2**20:,.0f} MB, more than {MAX_BYTES / 2**20:.0f}")
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"the tokenizer's files have {size / 2**20:,.0f} MB, more than {MAX_FILE_BYTES / 2**20:.0f}")
     memory = MEMORY + MEMORY_PER_BYTE * size
     seconds = SECONDS + SECONDS_PER_MB * size / 1e6
     child = subprocess.run(
@@ -47,7 +46,7 @@ def try_tokenizer(folder: Path, size: int) -> None:
         env={**os.environ, **ONE_THREAD},
         encoding="utf-8",
         errors="replace",
-        start_new_session=True,  # so that Ctrl-C reaches the run alone
+        start_new_session=True,  # so that Ctrl-C reaches the training process only
         check=False,
     )
     if child.returncode == -getattr(signal, "SIGPROF", 0):
@@ -70,9 +69,9 @@ def use(tokenizer: Any) -> None:
     tokenizer(TEXT, add_special_tokens=False, split_special_tokens=True)
     tokenizer.batch_decode([ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     for chat in CHATS if tokenizer.chat_template else ():
-        with suppress(TemplateError):  # a template may refuse a system message; `ensure_chat_template` looks after it
+        with suppress(TemplateError):  # a template may refuse a system message, see `ensure_chat_template`
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            if len(text) > MAX_CHARACTERS:
+            if len(text) > MAX_CHAT_CHARACTERS:
                 raise ValueError(f"a chat becomes a text of {len(text):,} characters")
             options = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
             tokenizer.apply_chat_template(chat, add_generation_prompt=True, **options)
@@ -81,21 +80,21 @@ def use(tokenizer: Any) -> None:
 def main(folder: str, memory: int, seconds: float) -> None:
     """Try the tokenizer of a folder; exit with status 1 after printing the reason if it fails."""
     out = os.dup(1)
-    os.dup2(2, 1)  # so that nothing a library prints is taken for the reason
-    sys.modules["torch"] = None  # so that importing torch fails
+    os.dup2(2, 1)  # standard output carries the reason only, not what libraries print
+    sys.modules["torch"] = None  # an import of torch fails, and transformers goes on without it
     from transformers import AutoTokenizer
 
-    with suppress(ImportError, OSError, ValueError):  # Linux alone says how much there is now, and can limit it
+    with suppress(ImportError, OSError, ValueError):  # only Linux tells the address space in use and can limit it
         import resource
 
         with open("/proc/self/statm", encoding="ascii") as file:
-            now = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    if hasattr(signal, "setitimer"):  # Windows has none
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process, also where the run has died
+            in_use = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    if hasattr(signal, "setitimer"):  # Windows has no timers
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the child, even if the training process is gone
     try:
         use(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
-    except BaseException as error:  # tokenizers has one that is not an Exception
+    except BaseException as error:  # the panics of tokenizers are no Exception
         os.write(out, f"{type(error).__name__}: {error}"[:2000].encode(errors="replace"))
         os._exit(1)
 

