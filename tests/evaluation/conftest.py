@@ -8,5 +8,5 @@ from grpo.model.loading import load
 
 @pytest.fixture(scope="module")
 def starter():
-    """The bundled model, on the CPU."""
+    """Return the bundled model, on the CPU."""
     return load("starter", torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Drift: what it measures, how it survives a checkpoint, and that measuring it changes no training."""
+"""Drift: its value, its baseline in a checkpoint, and that measuring it does not change training."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ def test_the_drift_is_0_at_the_start_and_the_mean_difference_after(starter):
     assert all(len(answer) <= 24 for answer in start.answers)
     assert start.drift(starter, 256) == 0.0
     other = moved(starter)
-    # again, row by row and by another path: one plain forward pass over prompt and answer
+    # Compute it again, row by row, with one plain forward pass over prompt and answer.
     differences = []
     for prompt, answer, before in zip(start.prompts, start.answers, start.logprobs, strict=True):
         with torch.no_grad():
@@ -77,12 +77,12 @@ def test_what_cannot_be_a_baseline_is_recognised(change):
     assert not DriftBaseline.is_state({**GOOD, **change})
 
 
-# Runs of a model of a few kilobytes
+# --- runs of a tiny model ---
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The folder of a tiny model."""
+    """Return the folder of a tiny model."""
     return a_tiny_model(tmp_path_factory.mktemp("drift") / "model")
 
 
@@ -118,7 +118,7 @@ def test_measuring_drift_changes_nothing_that_is_trained(tiny, tmp_path, quick_r
 
 def test_a_run_continues_without_drift_from_a_checkpoint_that_has_no_baseline(tiny, tmp_path, quick_runs):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluator, "remember_start", lambda *_: None)  # as earlier versions
+        patch.setattr(Evaluator, "remember_start", lambda *_: None)  # as in earlier versions
         trained(tiny, tmp_path, num_iterations=2)
     record, _ = trained(tiny, tmp_path, num_iterations=4)
     assert record["evals"][-1]["drift"] is None

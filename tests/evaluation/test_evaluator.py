@@ -1,4 +1,4 @@
-"""The evaluator: the same accuracy as a plain evaluation, by category too, and pass@k from samples."""
+"""The evaluator: accuracy as a plain evaluation finds it, accuracy by category, and pass@k from samples."""
 
 import pytest
 

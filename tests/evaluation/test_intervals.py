@@ -30,7 +30,7 @@ def test_the_interval_covers_the_true_accuracy_in_93_to_97_of_100_evaluations(p)
 
 
 def test_the_exact_coverage_stays_near_95_between_these_accuracies():
-    # Counts are whole, so the coverage jumps from one p to the next; the mean is what is promised.
+    # Counts are whole numbers, so the coverage jumps from one p to the next. Only its mean is 95%.
     coverages = [exact_coverage(p) for p in np.linspace(0.3, 0.99, 691)]
     assert np.mean(coverages) == pytest.approx(0.95, abs=0.002)
     assert min(coverages) > 0.92
@@ -38,7 +38,7 @@ def test_the_exact_coverage_stays_near_95_between_these_accuracies():
 
 
 def pairs(both, first, second, neither):
-    """Return two models' answers to the same problems: so many right in both, in the first only, and so on."""
+    """Return the answers of two models to the same problems; the arguments count the problems that each has right."""
     one = [True] * (both + first) + [False] * (second + neither)
     two = [True] * both + [False] * first + [True] * second + [False] * neither
     return one, two
@@ -60,7 +60,7 @@ def test_the_paired_interval_is_mirrored_with_its_models_and_narrower_where_they
     difference, low, high = paired_interval(one, two)
     assert paired_interval(two, one) == pytest.approx((-difference, -high, -low))
     _, low, high = paired_interval(*pairs(22, 10, 0, 18))
-    _, wide_low, wide_high = paired_interval(*pairs(12, 20, 10, 8))  # the same margins, little agreement
+    _, wide_low, wide_high = paired_interval(*pairs(12, 20, 10, 8))  # the same accuracies with little agreement
     assert high - low < wide_high - wide_low
 
 
@@ -89,10 +89,10 @@ def test_the_paired_interval_covers_the_true_difference(chances):
 
 
 def test_pass_at_k_by_hand_and_by_enumeration():
-    # 4 samples, 1 right: of the 6 pairs, 3 hold it; 1 − C(3, 2) / C(4, 2) = 1 − 3/6.
+    # With 4 samples and 1 right, 3 of the 6 pairs hold the right sample: 1 − C(3, 2) / C(4, 2) = 1 − 3/6.
     assert pass_at_k(4, 1, 2) == pytest.approx(0.5)
     assert pass_at_k(4, 1, 1) == pytest.approx(0.25)
-    assert pass_at_k(4, 3, 2) == 1.0  # no two wrong ones
+    assert pass_at_k(4, 3, 2) == 1.0  # no pair is wrong in both
     assert pass_at_k(4, 0, 4) == 0.0
     for n in range(1, 7):
         for correct in range(n + 1):
@@ -102,7 +102,7 @@ def test_pass_at_k_by_hand_and_by_enumeration():
 
 
 def test_pass_at_k_is_unbiased():
-    # With c binomial, its mean is 1 − (1 − p)^k, which 1 − (1 − c/n)^k misses.
+    # For binomial c, its mean is 1 − (1 − p)^k. The mean of 1 − (1 − c/n)^k is not.
     n, k, p = 8, 4, 0.2
     chances = binom.pmf(range(n + 1), n, p)
     assert sum(x * pass_at_k(n, c, k) for c, x in enumerate(chances)) == pytest.approx(1 - (1 - p) ** k)
@@ -133,15 +133,15 @@ def test_the_majority_by_hand(answers, place):
 def test_maj_at_k_by_hand():
     answers, right = [3, 4, 4, None, 5, 3], [False, True, True, False, False, False]
     assert maj_at_k(answers, right, 1) == pytest.approx(2 / 6)  # as pass@1
-    assert maj_at_k(answers, right, 2) == pytest.approx(1 / 3)  # 3 or 4: the earlier; 4; 5 or 3
-    assert maj_at_k(answers, right, 3) == pytest.approx(1 / 2)  # 4 of three; 5 of two
-    assert maj_at_k(answers, right, 4) == 1.0  # 4; the last two are left over
+    assert maj_at_k(answers, right, 2) == pytest.approx(1 / 3)  # (3, 4) and (5, 3) are ties: the earlier
+    assert maj_at_k(answers, right, 3) == pytest.approx(1 / 2)  # groups (3, 4, 4) and (-, 5, 3)
+    assert maj_at_k(answers, right, 4) == 1.0  # group (3, 4, 4, -); the last two samples are left out
     assert maj_at_k([None] * 4, [False] * 4, 2) == 0.0
 
 
 def test_maj_at_k_of_independent_samples_is_the_chance_of_the_majority():
     rng = np.random.default_rng(0)
-    samples = rng.random((4000, 3)) < 0.6  # right with 60%: two of three are with 0.6³ + 3 · 0.6² · 0.4
+    samples = rng.random((4000, 3)) < 0.6  # a sample is right with p = 0.6, two of three with 0.6³ + 3 · 0.6² · 0.4
     found = np.mean([maj_at_k([1 if x else 2 for x in some], list(map(bool, some)), 3) for some in samples])
     assert found == pytest.approx(0.648, abs=0.03)
 

@@ -1,4 +1,4 @@
-"""Wilson's interval, which every accuracy has: against scipy, by hand, and at its limits."""
+"""Wilson's interval of an accuracy: against scipy, by hand, and at its limits."""
 
 import pytest
 from scipy.stats import binomtest

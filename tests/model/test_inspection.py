@@ -1,4 +1,4 @@
-"""What is inspected of a model: numbers of its configuration, headers, the described size, finite weights."""
+"""Checks of a model: numbers in its configuration, headers of its weights, its size, finite weights, long prompts."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_a_model_may_be_as_large_as_its_files_and_not_much_larger(monkeypatch):
     model = LlamaForCausalLM(config)
     numbers = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     monkeypatch.setattr("grpo.model.inspection.SPARE_NUMBERS", 0)
-    check_size(config, -(-numbers // 8))  # up to 8 numbers in an element of the file: 4 bits in an int32
+    check_size(config, -(-numbers // 8))  # an element of 32 bits can hold 8 numbers of 4 bits
     line = refusal(check_size, config, numbers // 9)
     assert f"{numbers:,} numbers" in line
 
@@ -87,7 +87,7 @@ def test_a_question_longer_than_the_model_is_named_with_its_line_and_the_limit(t
     config = TrainConfig(task="jsonl", max_new_tokens=22)
     data = write(tmp_path / "d.jsonl", numbers)
     check_prompts_fit(lm, jsonl.load(data), config)
-    # the starter has 512 positions and a token for each digit
+    # The starter has 512 positions, and each digit is one token.
     for count, fits in ((400, True), (480, False)):
         data = write(tmp_path / "d.jsonl", [*numbers[:4], {"question": "7" * count, "answer": 1}, *numbers[4:]])
         if fits:

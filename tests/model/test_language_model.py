@@ -1,4 +1,4 @@
-"""From chats to texts: what a text leaves out, and that a batch answers as a single chat does."""
+"""From chats to texts: end tokens are left out, and the number of rows in a pass does not matter."""
 
 from tasks.arithmetic import Arithmetic
 from tests.helpers.generation import greedy_texts

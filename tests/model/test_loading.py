@@ -28,7 +28,7 @@ def test_the_starter_is_float32_small_and_without_dropout(starter):
 
 
 def test_the_loaded_tokenizer_is_the_one_it_was_trained_with(starter):
-    # transformers may load another class than was saved, in silence (it does so for Qwen2-shaped folders)
+    # transformers may silently load another class than the saved one, as it does for Qwen2-shaped folders.
     tokens = starter.tokenizer.convert_ids_to_tokens(encode_chat(starter.tokenizer, CHAT))
     assert "assistant" in tokens
     assert "<answer>" in tokens
@@ -53,9 +53,9 @@ def test_a_folder_without_a_model_gets_one_line(tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "falcon"])
 def test_train_mode_computes_what_eval_mode_does(kind):
-    if kind == "gpt2":  # modules for dropout
+    if kind == "gpt2":  # it has dropout modules
         model = zoo.random_model("gpt2", vocab_size=50)
-    else:  # reads its configuration in each forward pass
+    else:  # it reads its configuration in each forward pass
         config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
         model = FalconForCausalLM(FalconConfig(**config, hidden_dropout=0.5, attention_dropout=0.5))
     ids = torch.arange(12)[None]

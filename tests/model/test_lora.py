@@ -1,4 +1,4 @@
-"""LoRA, 4-bit bases and gradient checkpointing: what is trained, what the reference is, what is saved."""
+"""LoRA, 4-bit bases and gradient checkpointing: the trained weights, the reference and the saved model."""
 
 import sys
 
@@ -32,7 +32,7 @@ LORA = ["--lora-rank", "4"]
 
 
 def make_grpo(**settings):
-    """Return the starter with its optimizer, with these settings."""
+    """Return GRPO of the starter with these settings."""
     config = resolve({**SMALL, **settings})
     lm = load("starter", CPU, **(four_bits(CPU) if config.load_in_4bit else {}))
     if config.lora_rank:
@@ -41,14 +41,14 @@ def make_grpo(**settings):
 
 
 def logprobs(model):
-    """Return the log-probabilities of some random tokens."""
+    """Return the log-probabilities of random completion tokens, in one dimension."""
     with torch.no_grad():
         return logprobs_of(model, ragged_tokens(), 1.0)[ragged_tokens().completion_mask]
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3"])
 def test_adapter_off_equals_the_base_to_the_bit_and_merged_equals_adapter_on(kind):
-    base = frozen_copy(tiny_model(kind))  # torch sums in another order where the weights want a gradient
+    base = frozen_copy(tiny_model(kind))  # without gradients, because torch sums in another order with them
     model = add_adapter(tiny_model(kind), TrainConfig(lora_rank=4))
     assert torch.equal(logprobs(model), logprobs(base)), "nothing is added before training"
     with torch.no_grad():
@@ -106,12 +106,12 @@ def test_a_base_in_4_bits_is_trained_by_its_adapter_and_saved_in_full():
     made = make_grpo(lora_rank=4, load_in_4bit=True)
     kinds = {type(module).__name__ for module in made.policy.modules()}
     assert "Linear4bit" in kinds
-    plain = merged(made.policy)  # before training: the base, its 4 bits written out
+    plain = merged(made.policy)  # before training, it is the base, dequantised
     assert all(p.dtype == torch.float32 for p in plain.parameters())
     assert not hasattr(plain.config, "quantization_config")
     same = add_adapter(plain, made.config)
     for model in (made.policy, same):
-        logprobs(model)  # a pass without gradient comes first in a run too, and must not spoil the others
+        logprobs(model)  # a run begins with such a pass, and later passes still need a gradient
         logprobs_of(model, ragged_tokens(), 1.0).sum().backward()
     for four, full in zip(trainable(made.policy).values(), trainable(same).values(), strict=True):
         torch.testing.assert_close(four.grad, full.grad, atol=1e-3, rtol=1e-3)
@@ -173,7 +173,7 @@ def test_a_run_saves_the_merged_model_with_the_adapter_beside_it_and_resumes_to_
     saved = tmp_path / "whole" / "saved_model"
     adapted = PeftModel.from_pretrained(load("starter", CPU).model, saved / ADAPTER)
     loaded = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=False)
-    torch.testing.assert_close(logprobs(loaded), logprobs(adapted), atol=1e-5, rtol=1e-6)  # some are -30
+    torch.testing.assert_close(logprobs(loaded), logprobs(adapted), atol=1e-5, rtol=1e-6)  # some values are -30
     assert (logprobs(loaded) - logprobs(load("starter", CPU).model)).abs().max() > 1e-3, "it was trained"
 
 

@@ -1,7 +1,7 @@
 """Saved models have the same prompts, logits and greedy tokens in transformers 4.57.
 
-The tests need a second Python: GRPO_OLD_PYTHON names one that has transformers 4.57 and torch. Without it they make a
-virtual environment, which downloads transformers (some 60 MB; torch is that of this one).
+The tests need a second Python with transformers 4.57 and torch: GRPO_OLD_PYTHON has its path. Without that variable,
+they make a virtual environment with the torch of this Python, and download transformers (about 60 MB).
 """
 
 import json
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 TOKENS = 24
 NAMES = ("starter", *zoo.KINDS, *["smollm2"] * IS_THERE)
 
-# prints as JSON what transformers 4 or 5 finds: a model's prompt, logits after it, greedy tokens, ends of turn
+# Prints as JSON, for each model folder: prompt, logits after it, greedy tokens, ids that end a turn.
 SCRIPT = """
 import json, sys, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,7 +68,7 @@ def old_python(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> dict[str, tuple[Path, LanguageModel]]:
-    """Save each model; return the folder, and the model."""
+    """Save each model; return its folder and the model, by name."""
     root = tmp_path_factory.mktemp("models")
     models = {name: load(str(zoo.build(root / name, name)) if name in zoo.KINDS else name, CPU) for name in NAMES}
     for name, lm in models.items():
@@ -78,7 +78,7 @@ def saved(tmp_path_factory) -> dict[str, tuple[Path, LanguageModel]]:
 
 @pytest.fixture(scope="module")
 def found(old_python, saved) -> dict[str, dict]:
-    """Return what transformers 4.57 makes of each saved model."""
+    """Return the output of SCRIPT with transformers 4.57 for each saved model, by name."""
     command = [
         old_python,
         "-c",

@@ -1,4 +1,4 @@
-"""Saved folders: they load again with the same output, replace older ones, and say what other programs look for."""
+"""Saved folders: they load again with the same output, replace older folders, and suit other programs."""
 
 import json
 

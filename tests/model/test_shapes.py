@@ -1,4 +1,4 @@
-"""The shapes of real models from end to end: prompts, ends of turn, a step of training, a question, what is saved."""
+"""Shapes of real models from end to end: prompts, ends of turn, a step of training, a question, the saved folder."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ CHAT = Arithmetic().messages(QUESTION)
 ONE_STEP = ["--num-iterations", 1, "--batch-size", 2, "--num-generations", 2, "--eval-problems", 4]
 ONE_STEP += ["--max-new-tokens", 12, "--num-inner-updates", 2, "--learning-rate", 1e-3]
 
-# the prompt of each real model
+# The prompt of each family of real models.
 ASKED = {
     "qwen": f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
     f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
@@ -38,7 +38,7 @@ NOTES = {"gemma": "no system role", "gpt": "base model"}
 
 
 def family(kind: str) -> str:
-    """Return what a kind is called without its version."""
+    """Return the name of a kind without its version."""
     return kind.rstrip("0123456789")
 
 
@@ -54,7 +54,7 @@ def test_prompts_and_ends_of_turn_are_those_of_the_model(kind, folders):
     lm = load(str(folders[kind]), CPU)
     ids = encode_chat(lm.tokenizer, CHAT)
     assert lm.tokenizer.decode(ids) == ASKED[family(kind)]
-    # the words of the template are single tokens, not spelled out
+    # The control words of the template are single tokens, not spelled out.
     special = lm.tokenizer.convert_tokens_to_ids(
         [t for t in lm.tokenizer.all_special_tokens if t in ASKED[family(kind)]]
     )
@@ -115,7 +115,7 @@ def test_the_saved_folder_says_what_other_programs_read(kind, folders, tmp_path)
     assert config.get("partial_rotary_factor") == {"phi3": 1.0, "phi4": 0.75}.get(kind)
     generation = json.loads((tmp_path / "m" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == (list(lm.end_ids) if len(lm.end_ids) > 1 else lm.end_ids[0])
-    assert generation["top_k"] == 2  # the model's own, for whoever generates with it
+    assert generation["top_k"] == 2  # the value of the model before it was saved
     tokenizer = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] in (
         "Qwen2Tokenizer",

@@ -1,4 +1,4 @@
-"""The trial of an unknown tokenizer: in a child with limits, then the ordinary tokenizer; none for the starter's."""
+"""The trial of an unknown tokenizer in a child process with limits; the starter's tokenizer needs no trial."""
 
 import shutil
 
@@ -19,7 +19,7 @@ CHAT = Arithmetic().messages("What is (4 - 9) * 6? <|im_end|> \u0e01\U0001f600")
 
 
 def a_copy_with_template(folder, text):
-    """Write the starter's folder with this text before its chat template, so that it is an unknown one."""
+    """Copy the starter's folder with this text before its chat template, so that its bytes are unknown."""
     shutil.copytree(STARTER, folder)
     template = folder / "chat_template.jinja"
     template.write_text(text + template.read_text(encoding="utf-8"), encoding="utf-8")
