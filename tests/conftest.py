@@ -11,6 +11,7 @@ import torch
 from grpo import trainer
 from grpo.evaluation import evaluator
 from grpo.runtime import precision
+from tests.helpers.runs import a_tiny_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,3 +45,9 @@ def quick_runs(monkeypatch):
     monkeypatch.setattr(evaluator, "TEST_PROBLEMS", 4)
     monkeypatch.setattr(evaluator, "SKILL_PROBLEMS", 1)
     monkeypatch.setattr(trainer, "draw_all", lambda *_: [])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a tiny model, which no test changes."""
+    return a_tiny_model(tmp_path_factory.mktemp("model") / "model")

@@ -6,13 +6,6 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.malformed import train
-from tests.helpers.runs import a_tiny_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The folder of a tiny model."""
-    return a_tiny_model(tmp_path_factory.mktemp("record") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,10 @@ import train_grpo
 from grpo.plots.figures import SFT, draw_all
 from grpo.record.metrics import load_metrics
 from grpo.sft import SupervisedTrainer
-from tests.helpers.runs import a_tiny_model, fingerprint, options, trained
+from tests.helpers.runs import fingerprint, options, trained
 
 FIRST = {"sft_steps": 5, "sft_batch_size": 4, "sft_learning_rate": 1e-2, "num_iterations": 4}
 pytestmark = pytest.mark.usefixtures("quick_runs")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Make a tiny model."""
-    return a_tiny_model(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture

@@ -19,19 +19,13 @@ from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.stopwatch import Stopwatch
 from grpo.scoring.scorer import DENSE
 from tasks.arithmetic import Arithmetic
-from tests.helpers.runs import SETTINGS, a_tiny_model
+from tests.helpers.runs import SETTINGS
 
 EVALUATION = {"step": 2, "split": "validation", "accuracy": 0.5, "n": 8, "ci_low": 0.2, "ci_high": 0.8}
 OUTLOOK = {"groups": 2, "num_generations": 8, "teaching": 0.5, "all_right": 0.0, "pass_at_1": 0.2, "pass_at_g": 1.0}
 OUTLOOK |= {"well_formed": 1.0, "truncated": 0.0}
 FINDING = {"name": "too_easy", "step": 1, "text": "Too easy."}
 CONFIG = TrainConfig(**{name: value for name, value in SETTINGS.items() if name != "max_operand"})
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The folder of a tiny model."""
-    return a_tiny_model(tmp_path_factory.mktemp("state") / "model")
 
 
 def a_grpo(model):

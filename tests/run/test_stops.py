@@ -21,13 +21,7 @@ from grpo.algorithm.update import Updater
 from grpo.evaluation.evaluator import Evaluation, Evaluator
 from grpo.interrupts import Interrupted, InterruptHandler
 from grpo.record.metrics import load_metrics
-from tests.helpers.runs import ENVIRONMENT, ROOT, a_tiny_model, fingerprint, options
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Make the tiny model of all runs here."""
-    return a_tiny_model(tmp_path_factory.mktemp("model") / "model")
+from tests.helpers.runs import ENVIRONMENT, ROOT, fingerprint, options
 
 
 @pytest.fixture(scope="module")
@@ -244,19 +238,20 @@ def test_a_reward_that_is_mended_before_the_first_update_goes_on_and_later_it_is
 # --- folders and disks ---
 
 
-def test_an_output_folder_that_is_deleted_during_a_run_is_said_in_words(model, tmp_path, monkeypatch):
-    true, folder = GRPO.step, tmp_path / "run"
+@pytest.mark.parametrize(("name", "at"), [("run", 3), ("run/saved_model", 6)])
+def test_a_folder_that_is_deleted_during_a_run_is_said_in_words(name, at, model, tmp_path, monkeypatch):
+    true = GRPO.step
 
     def step(self, number):
-        if number == 3:
-            shutil.rmtree(folder)
+        if number == at:
+            shutil.rmtree(tmp_path / name)
         return true(self, number)
 
     monkeypatch.setattr(GRPO, "step", step)
-    result = launch(model, folder)
+    result = launch(model, tmp_path / "run")
     assert result.exit_code == 1
     [line] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert f"{folder} was deleted or moved during the run" in line
+    assert f"{tmp_path / name} was deleted or moved during the run" in line
     assert "Traceback" not in result.output
 
 
@@ -268,20 +263,6 @@ def test_a_signal_while_a_finished_run_is_drawn_again_has_its_exit_status(model,
     result = launch(model, tmp_path / "run")
     assert "SIGTERM: stopping" in result.stderr
     assert result.exit_code == 143
-
-
-def test_a_saved_model_that_is_deleted_during_a_run_is_said_in_words(model, tmp_path, monkeypatch):
-    true, folder = GRPO.step, tmp_path / "run"
-
-    def step(self, number):
-        if number == 6:
-            shutil.rmtree(folder / "saved_model")
-        return true(self, number)
-
-    monkeypatch.setattr(GRPO, "step", step)
-    result = launch(model, folder)
-    assert result.exit_code == 1
-    assert f"{folder}/saved_model was deleted or moved during the run" in result.stderr
 
 
 def test_a_disk_without_room_for_the_run_is_said_before_the_first_step(model, tmp_path, monkeypatch):

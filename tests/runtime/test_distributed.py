@@ -26,7 +26,7 @@ from grpo.record.metrics import load_metrics, without_times
 from grpo.runtime import sharding
 from grpo.runtime.ranks import ONE, Ranks, full_tensor
 from grpo.runtime.sharding import distribute_like, is_sharded, local_tensor
-from tests.helpers.runs import ENVIRONMENT, ROOT, a_tiny_model, forked, options, together, wait_for
+from tests.helpers.runs import ENVIRONMENT, ROOT, forked, options, together, wait_for
 
 SAME = 1e-5  # of a weight that 20 steps moved by up to 0.04
 MORE = {"num_iterations": 20, "eval_every": 10, "save_every": 10, "batch_size": 4, "learning_rate": 1e-3}
@@ -37,11 +37,6 @@ VARIANTS = {
 }
 
 pytestmark = pytest.mark.usefixtures("no_plots")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return a_tiny_model(tmp_path_factory.mktemp("distributed") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,6 @@ from tests.helpers.runs import a_tiny_model, options, together, wait_for
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return a_tiny_model(tmp_path_factory.mktemp("rendezvous") / "model")
-
-
 def ends_of(forks):
     return [fork.wait() for fork in forks]
 

@@ -25,11 +25,6 @@ REWARD = (
 KILLS = 20
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return a_tiny_model(tmp_path_factory.mktemp("agents") / "model")
-
-
 class Agents:
     """Two torchruns that find each other on this machine, each in a folder of its own with arguments of its own."""
 
