@@ -37,8 +37,8 @@ FOLDERS = ("grpo", "tasks")
 
 # What the step enters today. A bound may be lowered; it may not be raised.
 MOST_FILES = 24
-MOST_DEFINITIONS = 103
-MOST_LINES = 1648
+MOST_DEFINITIONS = 99
+MOST_LINES = 1630
 
 Entered = dict[str, dict[str, int]]  # the lines of each definition that was entered, by file and by name
 

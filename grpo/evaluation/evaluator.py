@@ -12,7 +12,7 @@ from grpo.config import TrainConfig
 from grpo.evaluation.drift import DriftBaseline
 from grpo.evaluation.intervals import maj_at_k, pass_at_k, wilson_interval
 from grpo.generation.decoding import Decoder
-from grpo.generation.greedy import ROWS_PER_PASS, greedy_across_ranks
+from grpo.generation.greedy import ROWS_PER_PASS, greedy
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
 from grpo.model.language_model import LanguageModel
 from grpo.runtime.checks import check_entries, is_count
@@ -129,9 +129,7 @@ class Evaluator:
         self._prompts |= zip(new, encoded, strict=True)
         prompts = [self._prompts[key] for key in keys]
         limit = self.config.max_new_tokens
-        completions = self.microbatch.run(
-            lambda rows: greedy_across_ranks(lm, prompts, limit, rows, self.decoder, self.ranks)
-        )
+        completions = self.microbatch.run(lambda rows: greedy(lm, prompts, limit, rows, self.decoder, self.ranks))
         evaluation = graded(lm, task, problems, completions.rows(with_end=False))
         return replace(evaluation, completion_ids=completions.rows())
 

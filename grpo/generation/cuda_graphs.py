@@ -1,8 +1,8 @@
-"""Decoding by a CUDA graph, recorded once a batch of prompts and replayed without Python.
+"""Decoding by a CUDA graph, which is recorded once for each batch of prompts and replayed without Python.
 
-What a graph replays must keep its shapes and places: the cache has room for the longest completion, rows that have
-ended stay, and the mask alone tells which keys exist. CUDA graphs have not been run on a GPU yet, so they are off by
-default, and tried on each model first (`probe.py`).
+A replay uses the same shapes and memory as the recording: the cache has room for the longest completion, rows that
+have ended stay, and the mask alone tells which keys exist. `probe.py` tries CUDA graphs on a model before a run uses
+them. They have not been run on a GPU yet, so they are off by default.
 """
 
 import torch
@@ -10,24 +10,25 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
-WARM_UP_TOKENS = 2  # run on a side stream before one is recorded, as CUDA's libraries need to initialise
+WARM_UP_TOKENS = 2  # run on a side stream before the recording, so that CUDA's libraries are initialised
 
 
 class CudaGraphDecoding:
-    """`CachedDecoding` in tensors of constant shape and place, recorded as a CUDA graph; plain passes elsewhere."""
+    """`CachedDecoding` with tensors of constant shape and memory, as a CUDA graph; plain passes on other devices."""
 
-    can_shrink = False
+    can_shrink = False  # rows cannot be dropped
 
     def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, repeats: int, columns: int) -> None:
         """Start from the cache of N prompts with mask (N, P), each `repeats` times, for at most `columns` tokens."""
         mask = mask.long().repeat_interleave(repeats, 0)
         self.model = model
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.done = 0  # tokens
-        # full layers for sliding windows too: the mask that the model builds has the window
+        self.done = 0  # tokens decoded so far
+        # Layers with a sliding window are full too: the mask that the model builds hides what is outside.
         self.cache = Cache(layers=[StaticLayer(max_cache_len=mask.shape[1] + columns) for _ in cache.layers])
         for i, (layer, static) in enumerate(zip(cache.layers, self.cache.layers, strict=True)):
-            keys, values = (x.repeat_interleave(repeats, 0) for x in (layer.keys, layer.values))
+            keys = layer.keys.repeat_interleave(repeats, 0)
+            values = layer.values.repeat_interleave(repeats, 0)
             static.lazy_initialization(keys, values)
             self.cache.update(keys, values, i)
         self.position = mask.sum(-1, keepdim=True)  # (B, 1), of the next token
@@ -42,7 +43,8 @@ class CudaGraphDecoding:
         if tokens.device.type != "cuda":
             self._forward()
         elif self.done <= WARM_UP_TOKENS:
-            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+            side = torch.cuda.Stream()
+            main = torch.cuda.current_stream()
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 self._forward()
@@ -50,12 +52,13 @@ class CudaGraphDecoding:
         else:
             if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):  # records, does not run
+                with torch.cuda.graph(self.graph):  # this records the pass without running it
                     self._forward()
             self.graph.replay()
         return self.logits
 
     def _forward(self) -> None:
+        """Run the model on `self.tokens`; set `self.logits`."""
         out = self.model(
             input_ids=self.tokens,
             attention_mask=self.mask,

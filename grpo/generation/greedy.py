@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts, as an evaluation needs it."""
+"""Greedy decoding of many prompts, for evaluations."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from grpo.generation.decoding import Decoder
 from grpo.generation.sampling import Completions, Generator, SamplingParams, concatenate
 from grpo.model.language_model import LanguageModel
 from grpo.runtime.precision import in_precision
-from grpo.runtime.ranks import Ranks
+from grpo.runtime.ranks import ONE, Ranks
 from grpo.scoring.tokens import left_pad
 
-ROWS_PER_PASS = 256  # greedy completions
+ROWS_PER_PASS = 256  # completions decoded together
 
 
 def greedy(
@@ -17,31 +17,25 @@ def greedy(
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     rows_per_pass: int = ROWS_PER_PASS,
-    decoder: Decoder = Decoder(),  # noqa: B008, it is frozen
+    decoder: Decoder = Decoder(),  # noqa: B008, a decoder cannot be changed
+    ranks: Ranks = ONE,
 ) -> Completions:
-    """Return the greedy completion of each prompt; prompts of similar length go through the model together."""
-    generator, params = Generator(lm.model, decoder), SamplingParams(max_tokens, lm.end_ids)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    """Return the greedy completion of each prompt. Prompts of similar length run together.
+
+    Each rank decodes its share of the prompts, and all get all completions.
+    """
+    generator = Generator(lm.model, decoder)
+    params = SamplingParams(max_tokens, lm.end_ids)
+    padded = ranks.padded(prompts)
+    local = padded[ranks.own_slice(len(padded))]
+    order = sorted(range(len(local)), key=lambda i: len(local[i]))
     parts = []
     for start in range(0, len(order), rows_per_pass):
-        batch = [prompts[i] for i in order[start : start + rows_per_pass]]
+        batch = [local[i] for i in order[start : start + rows_per_pass]]
         ids, mask = left_pad(batch, lm.pad_id, lm.device)
         with in_precision(lm.model):
             parts.append(generator(ids, mask, params, common_prefix=decoder.common_prefix(batch)))
-    return concatenate(parts).pick(sorted(range(len(order)), key=order.__getitem__))
-
-
-def greedy_across_ranks(
-    lm: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    rows_per_pass: int,
-    decoder: Decoder,
-    ranks: Ranks,
-) -> Completions:
-    """Return what `greedy` returns; the ranks share the prompts out, and all get all completions."""
-    padded = ranks.padded(prompts)
-    local = greedy(lm, padded[ranks.own_slice(len(padded))], max_tokens, rows_per_pass, decoder)
+    completions = concatenate(parts).pick(sorted(range(len(order)), key=order.__getitem__))
     if ranks.size == 1:
-        return local
-    return concatenate(ranks.gather(local.to("cpu"))).pick(range(len(prompts)))
+        return completions
+    return concatenate(ranks.gather(completions.to("cpu"))).pick(range(len(prompts)))

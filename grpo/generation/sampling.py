@@ -1,8 +1,7 @@
 """From prompts to groups of completions.
 
-The prompt is run through the model once and its key/value cache expanded to the G completions of its group. Tokens
-are drawn from the plain softmax at the given temperature: no top-k, top-p, min-p or penalties, whatever the model's
-generation config says, because the policy that is scored must be the one that sampled.
+Tokens are drawn from the plain softmax at the given temperature: no top-k, top-p, min-p or penalties, whatever the
+model's generation config says, because the policy that is scored must be the policy that sampled.
 """
 
 from collections.abc import Sequence
@@ -14,45 +13,42 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from grpo.generation.cuda_graphs import CudaGraphDecoding
-from grpo.generation.decoding import CachedDecoding, Decoder
+from grpo.generation.decoding import Decoder, Decoding
 from grpo.runtime.microbatch import split_microbatches
 from grpo.scoring.scorer import scaled
 from grpo.scoring.tokens import length_mask, prompts_of
 
-CACHE_PROBABILITIES = 2**17  # that fit into a CPU's cache, each in float32 and as two integers
-QUANTA = 2**50  # a distribution is turned into integers that add up to about this
+CACHE_PROBABILITIES = 2**17  # probabilities that fit into a CPU's cache, each in float32 and as two integers
+QUANTA = 2**50  # the sum of the integers that probabilities become, but for rounding
 CHECK_EVERY = 4  # tokens between checks for ended rows, on devices where each check makes the host wait
-SHRINK_TO = 3 / 4  # drop ended rows once at most this share of them is running; then again at 3/4 of that
+SHRINK_TO = 3 / 4  # drop ended rows once at most 3/4 of the batch is running; then again at 3/4 of the rest
 
 
 @dataclass(frozen=True)
 class Completions:
-    """Sampled rows, group-major: B = N · G rows, C columns, C the longest completion."""
+    """Sampled rows, group-major: B = N · G rows, C columns, C the length of the longest completion."""
 
     ids: Tensor  # (B, C) int64, right-padded
-    lengths: Tensor  # (B,) int64, the end token included
+    lengths: Tensor  # (B,) int64, with the end token
     ended: Tensor  # (B,) bool: False if the token limit cut the row off
-    logprobs: Tensor  # (B, C) float32 at the sampling temperature, 0 on padding and after greedy decoding
+    logprobs: Tensor  # (B, C) float32 at the sampling temperature; 0 on padding and after greedy decoding
 
     @property
     def mask(self) -> Tensor:
-        """Return (B, C) bool: through the first end token, inclusive. From lengths, never from token ids."""
+        """Return (B, C) bool: through the first end token, inclusive. It comes from lengths, never from token ids."""
         return length_mask(self.lengths, self.ids.shape[1])
 
     def rows(self, with_end: bool = True) -> list[list[int]]:
-        """Return the ids of each completion, with or without the token that ended it."""
+        """Return the token ids of each completion, with or without its end token."""
         lengths = self.lengths if with_end else self.lengths - self.ended.long()
         return [ids[:n] for ids, n in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
 
     def to(self, device: torch.device | str) -> "Completions":
-        """Return a copy with all tensors on `device`."""
-        return Completions(
-            self.ids.to(device), self.lengths.to(device), self.ended.to(device), self.logprobs.to(device)
-        )
+        """Return the completions on `device`."""
+        return Completions(**{name: values.to(device) for name, values in vars(self).items()})
 
     def pick(self, rows: Sequence[int]) -> "Completions":
-        """Return some rows, in that order, as wide as the longest of them."""
+        """Return these rows, in this order, as wide as the longest of them."""
         lengths = self.lengths[rows]
         width = int(lengths.max())
         return Completions(self.ids[rows, :width], lengths, self.ended[rows], self.logprobs[rows, :width])
@@ -60,11 +56,11 @@ class Completions:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to complete a prompt. `stop_ids` has every id that ends a completion."""
+    """How to complete a prompt."""
 
     max_tokens: int
-    stop_ids: Sequence[int]
-    n: int = 1  # completions a prompt
+    stop_ids: Sequence[int]  # every id that ends a completion
+    n: int = 1  # completions of each prompt
     temperature: float = 1.0  # of sampling; greedy decoding has none
 
 
@@ -74,7 +70,7 @@ class Generator:
 
     model: PreTrainedModel
     decoder: Decoder = field(default_factory=Decoder)
-    check_every: int = 0  # tokens between checks for ended rows, the same result for any; 0: by device
+    check_every: int = 0  # tokens between checks for ended rows; 0: by device. The completions are the same
 
     @torch.no_grad()
     def __call__(
@@ -86,35 +82,32 @@ class Generator:
         rows_per_pass: int | None = None,
         common_prefix: int = 0,
     ) -> Completions:
-        """Return `params.n` completions for each of N left-padded prompts (N, P); greedy without `uniforms`.
+        """Return `params.n` completions of each of N left-padded prompts (N, P).
 
-        `uniforms` (N · n, max_tokens) come from `sampling_uniforms`. At most `rows_per_pass` rows are run at a time,
-        by default all. All prompts begin with the same `common_prefix` tokens, which are run once.
+        `uniforms` (N · n, max_tokens) come from `sampling_uniforms`; without them decoding is greedy. At most
+        `rows_per_pass` rows, by default all, run at a time. The first `common_prefix` tokens, which must be the same
+        in all prompts, run once.
         """
-        group, device = params.n, prompt_ids.device
-        total = len(prompt_ids) * group
+        n, device = params.n, prompt_ids.device
+        total = len(prompt_ids) * n
         if uniforms is not None:
             uniforms = uniforms.to(torch.float32 if device.type == "mps" else uniforms.dtype).to(device)
         parts = []
-        for rows in split_microbatches(total, group, rows_per_pass or total):
-            prompts = prompts_of(rows, group)
+        for rows in split_microbatches(total, n, rows_per_pass or total):
+            prompts = prompts_of(rows, n)
             ids, mask = prompt_ids[prompts], prompt_mask[prompts]
-            repeats = (rows.stop - rows.start) // (prompts.stop - prompts.start)
+            repeats = (rows.stop - rows.start) // len(ids)
             decoding, logits = self.decoder.begin(self.model, ids, mask, repeats, params.max_tokens, common_prefix)
             parts.append(self._decode(decoding, logits, params, None if uniforms is None else uniforms[rows]))
         return concatenate(parts)
 
     def _decode(
-        self,
-        decoding: CachedDecoding | CudaGraphDecoding,
-        logits: Tensor,
-        params: SamplingParams,
-        uniforms: Tensor | None,
+        self, decoding: Decoding, logits: Tensor, params: SamplingParams, uniforms: Tensor | None
     ) -> Completions:
-        """Decode at most `max_tokens` tokens of each row, the first of them from `logits` (B, V).
+        """Decode at most `max_tokens` tokens of each row, the first from `logits` (B, V).
 
-        Between two checks all stays on the device, in tensors of constant shape, and the host waits for nothing. At a
-        check, rows that have ended are dropped if they are enough to make up for copying the cache of the others.
+        Between two checks for ended rows, nothing makes the host wait for the device. At a check, ended rows are
+        dropped if there are enough to make up for copying the cache of the others.
         """
         rows, columns, device = logits.shape[0], params.max_tokens, logits.device
         ends = torch.tensor(list(params.stop_ids), device=device)
@@ -122,17 +115,17 @@ class Generator:
         ids = torch.zeros(rows, columns, dtype=torch.long, device=device)
         logprobs = torch.zeros(rows, columns, device=device)
         lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        ended = torch.ones(rows, dtype=torch.bool, device=device)  # of dropped rows; in the end, of all
-        alive = torch.arange(rows, device=device)  # the rows that are still decoded
-        running = torch.ones_like(ended)  # which of those have not ended
+        ended = torch.ones(rows, dtype=torch.bool, device=device)  # right for dropped rows; the others are set last
+        decoded = torch.arange(rows, device=device)  # the rows that are not dropped
+        running = torch.ones_like(ended)  # which of the decoded rows have not ended
         for column in range(columns):
             if uniforms is None:
                 tokens = logits.argmax(-1)
             else:
-                tokens, chosen = draw(logits, uniforms[alive, column], params.temperature)
-                logprobs[alive, column] = torch.where(running, chosen, 0.0)
-            ids[alive, column] = torch.where(running, tokens, 0)
-            lengths[alive] += running
+                tokens, token_logprobs = draw(logits, uniforms[decoded, column], params.temperature)
+                logprobs[decoded, column] = torch.where(running, token_logprobs, 0.0)
+            ids[decoded, column] = torch.where(running, tokens, 0)
+            lengths[decoded] += running
             running = running & ~torch.isin(tokens, ends)
             if column == columns - 1:
                 break
@@ -140,31 +133,31 @@ class Generator:
                 left = int(running.sum())
                 if not self.decoder.ranks.any(left > 0):
                     break
-                size = shrunk(len(alive), left)
-                if decoding.can_shrink and size < len(alive):
+                size = shrunk(len(decoded), left)
+                if decoding.can_shrink and size < len(decoded):
                     ended_so_far = (~running).long().cumsum(0)
                     stay = (running | (ended_so_far <= size - left)).nonzero().squeeze(-1)
                     decoding.keep(stay)
-                    alive, running, tokens = alive[stay], running[stay], tokens[stay]
+                    decoded, running, tokens = decoded[stay], running[stay], tokens[stay]
             logits = decoding(tokens)
-        ended[alive] = ~running
+        ended[decoded] = ~running
         longest = int(lengths.max())
         return Completions(ids[:, :longest], lengths, ended, logprobs[:, :longest])
 
 
 def sampling_uniforms(seed: int, step: int, rows: int, columns: int, attempt: int = 0) -> Tensor:
-    """Return the uniforms in [0, 1) that decide a step's tokens, (rows, columns) float64, from seed and step.
+    """Return the uniforms in [0, 1) that decide the tokens of a step, (rows, columns) float64.
 
-    `attempt` counts how often problems of the step were drawn again. They are drawn on the CPU, so that every device,
-    and a retry after a resume, sees the same ones.
+    They depend only on the seed, the step and `attempt`, which counts how often tied groups of the step were drawn
+    again. The CPU draws them, so they are the same on every device and after a resume.
     """
     return torch.from_numpy(np.random.default_rng([seed, step, attempt]).random((rows, columns)))
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw one token for each row of logits (B, V) at `uniforms` (B,); return them and their log-probabilities.
+    """Draw one token for each row of logits (B, V) at `uniforms` (B,); return tokens and log-probabilities, (B,).
 
-    On a CPU, a few rows at a time go through all that is done with them, so that they stay in its cache.
+    A CPU processes a few rows at a time, which fit into its cache.
     """
     rows = max(1, CACHE_PROBABILITIES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
     tokens, logprobs = [], []
@@ -176,23 +169,23 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
 
 
 def sample_inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one token for each row of probabilities (B, V): the inverse of their cumulative sum at `uniforms` (B,).
+    """Draw one token for each row of probabilities (B, V): where their cumulative sum exceeds `uniforms` (B,).
 
-    Unlike `torch.multinomial`, a row's token does not depend on the other rows of the batch. The sum is one of
-    integers, so it is exact on every device: float32 is off by 1e-3 over a vocabulary of 150,000, MPS has no
-    float64, and CUDA has no deterministic sum of floats.
+    Unlike with `torch.multinomial`, a row's token does not depend on the other rows of the batch. The sum is of
+    integers, so it is exact on every device: float32 is off by 1e-3 over a vocabulary of 150,000, MPS has no float64,
+    and CUDA has no deterministic cumulative sum of floats.
     """
     cumulative = (probabilities * QUANTA).long().cumsum(-1)  # (B, V)
     total = cumulative[:, -1:]
     target = (uniforms[:, None] * total).long().minimum(total - 1)
-    # the clamp is for logits that are not finite: their token means nothing, but it must exist
+    # Logits that are not finite have no meaningful token, but the clamp makes sure that the token exists.
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
 
 
 def shrunk(rows: int, running: int) -> int:
-    """Return how many of these rows to keep: at least one, for other ranks may still be running.
+    """Return how many rows to keep: at least the running ones, and at least one, since other ranks may still run.
 
-    Only a few numbers of rows can come of it, because a device's library makes new kernels for each.
+    There are few different results, because a device's library makes new kernels for each.
     """
     while rows > 1 and running <= (fewer := int(rows * SHRINK_TO)):
         rows = fewer

@@ -1,10 +1,10 @@
 """Log-probabilities of tokens from the hidden states before the output layer, without logits of all tokens in memory.
 
-A small model has a large vocabulary: 49,152 entries at 576 hidden units make the logits of 1,700 tokens 330 MB in
-float32, and a softmax with its gradient passes over them a dozen times. Here output layer, log-softmax and entropy
-are one function with a backward pass by hand: some rows of logits at a time, in the precision of the product, and of
-those a few in float32 that fit into a CPU's cache. The backward pass computes the logits again: a product is cheap
-where reading its result is not.
+A small model has a large vocabulary: with 49,152 entries, the logits of 1,700 tokens take 330 MB in float32, and a
+softmax with its gradient reads or writes them a dozen times. Here output layer, log-softmax and entropy are one
+function with a backward pass by hand. It computes the logits of one block of rows at a time, in the precision of the
+hidden states, and processes a few rows of the block at a time in float32, so that they fit into a CPU's cache. The
+backward pass computes the logits again, since the product takes less time than reading its stored result.
 """
 
 import math
@@ -16,30 +16,29 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-CHUNK = 2**24  # logits; as many or fewer are held in memory, all at once
-# Logits of one product. The weight's gradient is a sum of parts; a part of 300 rows takes as long as one of 1,400.
+# Logits of one product. Adding a block to the gradient of the weight takes as long with 300 rows as with 1,400.
 MAX_PRODUCT = 2**27
-ROW_MULTIPLE = 64  # rows are padded to it: oneDNN makes and keeps a kernel of 0.7 MiB for each number of rows
-LOG_OF_ZERO = -1e4  # stands for the logarithm of 0, so that it can be multiplied by 0
+ROW_MULTIPLE = 64  # rows are padded to a multiple: oneDNN makes and keeps a kernel of 0.7 MiB for each number of rows
+LOG_OF_ZERO = -1e4  # stands for the logarithm of 0, since -inf times 0 would be NaN
 CACHE_LOGITS = 2**19  # float32 logits that fit into a CPU's cache: 2 MiB
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a model that computes the hidden states before its output layer."""
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps an adapter's model
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps it
     return unwrapped.base_model
 
 
 def is_plain(model: PreTrainedModel) -> bool:
-    """Return whether the output layer is a plain product: an adapter or 4 bits make it another class."""
+    """Return whether the output layer is a plain product; with an adapter or in 4 bits it has another class."""
     return type(model.get_output_embeddings()) is nn.Linear
 
 
 def linear_logprobs(layer: nn.Linear, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return log softmax(layer(hidden) / temperature) of `ids`, and the entropy of each row, nats: (M,) float32.
 
-    `hidden` is (M, D), `ids` (M,). The product is in their own precision, all else in float32. The entropy has a
-    gradient too.
+    `hidden` is (M, D), `ids` is (M,). The product is in the precision of `hidden`, everything else in float32. Both
+    results have a gradient.
     """
     rows, filler = len(ids), -len(ids) % ROW_MULTIPLE
     hidden, ids = pad(hidden, (0, 0, 0, filler)), pad(ids, (0, filler))
@@ -50,21 +49,18 @@ def linear_logprobs(layer: nn.Linear, hidden: Tensor, ids: Tensor, temperature: 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        temperature: float,
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies, (M,)."""
         ctx.save_for_backward(hidden, weight, bias, ids)
         ctx.temperature = temperature
-        logprobs, entropies = (torch.zeros(len(ids), device=hidden.device) for _ in range(2))
+        logprobs = torch.zeros(len(ids), device=hidden.device)
+        entropies = torch.zeros_like(logprobs)
         for rows, logits in _logits(hidden, weight, bias):
-            for few, block in _blocks(rows, logits, temperature):
-                p, (top, at) = block.softmax(-1), block.max(-1, keepdim=True)
-                total = top - p.gather(-1, at).log()  # log of the sum of exp(logits)
+            for few, _, block in _blocks(rows, logits, temperature):
+                p = block.softmax(-1)
+                top, top_ids = block.max(-1, keepdim=True)
+                total = top - p.gather(-1, top_ids).log()  # log of the sum of exp(logits)
                 logprobs[few] = (block.gather(-1, ids[few, None]) - total).squeeze(-1)
                 entropies[few] = total.squeeze(-1) - torch.linalg.vecdot(p, block)
         ctx.set_materialize_grads(False)  # the entropy is often not a part of the loss
@@ -75,18 +71,18 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(
         ctx: FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of hidden states, weight and bias; both arguments are (M,) or None."""
+        """Return the gradients of hidden states, weight and bias; the gradients given are (M,) or None."""
         hidden, weight, bias, ids = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # sums of many parts, so not in 16 bits
-        precise = torch.promote_types(hidden.dtype, torch.float32)
         grad_weight = None
-        grad_bias = torch.zeros_like(bias, dtype=precise) if needs_bias else None
-        no_gradient = torch.zeros(len(ids), device=hidden.device)
-        grad = no_gradient if grad_logprobs is None else grad_logprobs / ctx.temperature
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # sums of many blocks are not taken in 16 bits
+        grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros(len(ids), device=hidden.device)
+        grad = grad_logprobs / ctx.temperature
         for rows, logits in _logits(hidden, weight, bias):
-            for few, block in _blocks(rows, logits, ctx.temperature):
+            for few, few_logits, block in _blocks(rows, logits, ctx.temperature):
                 p = block.softmax(-1)
                 weights = -grad[few, None]
                 if grad_entropy is not None:  # dH/dz = -p (log p + H)
@@ -95,24 +91,23 @@ class _LinearLogprobs(torch.autograd.Function):
                     weights = weights - (grad_entropy[few, None] / ctx.temperature) * (log_p + entropy)
                 p.mul_(weights)
                 p.scatter_add_(-1, ids[few, None], grad[few, None])
-                logits[few.start - rows.start : few.stop - rows.start] = p  # their gradient, in their place
+                few_logits.copy_(p)  # the gradient of the logits takes their place
             if needs_hidden:
                 torch.mm(logits, weight, out=grad_hidden[rows])
             if needs_weight:
                 part = logits.T @ hidden[rows]
-                grad_weight = part if grad_weight is None else grad_weight.to(precise).add_(part)
+                grad_weight = part if grad_weight is None else grad_weight.to(wide).add_(part)
             if needs_bias:
                 grad_bias += logits.sum(0, dtype=grad_bias.dtype)
-        if needs_weight:
-            grad_weight = weight.new_zeros(weight.shape) if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
         grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, logits), one block of rows at a time, all of equal size and in the same memory."""
-    parts = math.ceil(len(x) / max(1, MAX_PRODUCT // len(weight)))
-    size = max(1, math.ceil(len(x) / max(1, parts)))
+    """Yield (rows, logits), one block of rows at a time, in the same memory; blocks have the same size."""
+    blocks = math.ceil(len(x) / max(1, MAX_PRODUCT // len(weight)))
+    size = math.ceil(len(x) / blocks)
     memory = x.new_empty(size, len(weight))
     for start in range(0, len(x), size):
         rows = slice(start, min(start + size, len(x)))
@@ -123,12 +118,11 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[sl
         yield rows, logits
 
 
-def _blocks(rows: slice, logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, logits / temperature in float32), a few rows at a time."""
+def _blocks(rows: slice, logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield (rows, logits, logits / temperature in float32), a few rows at a time."""
     size = max(1, CACHE_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for start in range(0, len(logits), size):
-        block = logits[start : start + size].float()
-        yield (
-            slice(rows.start + start, rows.start + start + len(block)),
-            (block if temperature == 1 else block / temperature),
-        )
+        few_logits = logits[start : start + size]
+        block = few_logits.float() if temperature == 1 else few_logits.float() / temperature
+        first = rows.start + start
+        yield slice(first, first + len(block)), few_logits, block

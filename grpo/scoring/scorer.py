@@ -1,10 +1,9 @@
-"""Per-token log-probabilities of completions. The shift by one is here and nowhere else.
+"""Log-probabilities of the tokens of completions, column j from the logits of the token before token j.
 
-All G completions of a group share their prompt, and prompts begin alike: with a system prompt, with worked examples.
-A scorer that shares prompts runs them through the model as one packed row of real tokens, with gradient: a common
-beginning of S tokens once, the rest of each prompt once. That is about S + N · (P − S) + B · C tokens instead of
-B · (P + C), and exact in float32; `attention/packed.py` decides who attends to whom. The default runs every row in
-full. It is the oracle of the tests, and the fallback for models that cannot share prompts.
+All G completions of a group share their prompt, and prompts share their beginning: a system prompt, worked examples.
+A scorer that shares prompts runs all real tokens as one packed row: a common beginning of S tokens once, the rest of
+each prompt once. These are S + N · (P − S) + B · C tokens at most, instead of B · (P + C). `attention/packed.py`
+decides which tokens attend to which. Gradients flow through all of them, and in float32 only rounding differs.
 """
 
 from dataclasses import dataclass
@@ -18,16 +17,19 @@ from transformers import PreTrainedModel
 from grpo.runtime.sharding import run_as_forward
 from grpo.scoring.attention.layout import Layout
 from grpo.scoring.attention.packed import enable
-from grpo.scoring.output_layer import CHUNK, LOG_OF_ZERO, body_of, linear_logprobs
+from grpo.scoring.output_layer import LOG_OF_ZERO, body_of, linear_logprobs
 from grpo.scoring.tokens import Tokens, last_columns, position_ids, shared_beginning
+
+# Logits. More are processed in chunks of this size, so that 64 MiB of float32 are in memory at a time.
+CHUNK = 2**24
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Computes log-probabilities of completions. Which shortcuts a model allows is probed once, when it is loaded."""
+    """Computes log-probabilities. `probe` tries which shortcuts a model supports."""
 
     shares_prompts: bool = False  # run all rows as one packed row, and each prompt once
-    fuses_output: bool = False  # with shared prompts: never hold the logits of all tokens in memory
+    fuses_output: bool = False  # with shared prompts: do not hold the logits of all tokens in memory
 
     def logprobs(self, model: PreTrainedModel, tokens: Tokens, temperature: float) -> Tensor:
         """Return log-probabilities, (B, C) float32; column j scores completion token j; 0 on padding."""
@@ -39,7 +41,7 @@ class Scorer:
     def logprobs_and_entropies(
         self, model: PreTrainedModel, tokens: Tokens, temperature: float, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities, and the entropy of the distribution of each token, nats: (B, C) float32 each.
+        """Return log-probabilities, and the entropies of the tokens' distributions in nats, (B, C) float32 each.
 
         Both are 0 on padding. The entropies have a gradient only with `entropy_gradient`.
         """
@@ -49,31 +51,29 @@ class Scorer:
         first, rest = self._logits(model, tokens)
         logprobs = _logprobs_of(first, rest, tokens, temperature)
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            entropies = token_entropy(first, temperature), token_entropy(rest, temperature)
-            return logprobs, _columns(*entropies, tokens.completion_mask)
+            first_entropies = token_entropy(first, temperature)
+            entropies = _columns(first_entropies, token_entropy(rest, temperature), tokens.completion_mask)
+        return logprobs, entropies
 
     def _is_fused(self, model: PreTrainedModel, tokens: Tokens) -> bool:
-        """Return whether the logits are too many to be held, all at once."""
+        """Return whether there are too many logits to hold all of them in memory."""
         if not (self.shares_prompts and self.fuses_output):
             return False
         scored = len(tokens.completion_ids) + int(tokens.completion_mask[:, 1:].sum())
         return scored * model.get_output_embeddings().weight.shape[0] > CHUNK
 
     def _logits(self, model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Return logits of the first tokens, (B, V), and of the others: of the M real ones, or (B, C − 1, V)."""
-        if not self.shares_prompts:
-            return dense_logits(model, tokens)
-        first, rest = packed_logits(model, tokens)
-        return first.repeat_interleave(tokens.num_generations, 0), rest
+        """Return logits of the first completion tokens, (B, V), and of the others, (M, V) or (B, C − 1, V)."""
+        return packed_logits(model, tokens) if self.shares_prompts else dense_logits(model, tokens)
 
 
-DENSE = Scorer()  # right for any model
+DENSE = Scorer()  # runs every row in full, which any model can do
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """Return log softmax(logits / temperature) of `ids`, float32, in the shape of `ids`; logits are (…, V).
 
-    Rows are processed in chunks, so that no float32 copy of all logits is held; the backward pass recomputes each.
+    Chunks of rows avoid a float32 copy of all logits. The backward pass computes each chunk again.
     """
     rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
     if rows >= logits.shape[0]:
@@ -88,12 +88,12 @@ def _token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Return logits / temperature in float32; a temperature of 1 costs no pass over them."""
+    """Return logits / temperature in float32, without a copy of float32 logits if the temperature is 1."""
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 def token_entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Return the entropy of softmax(logits / temperature), nats; (…, V) to (…). Rows are processed in chunks."""
+    """Return the entropy of softmax(logits / temperature) in nats, (…, V) to (…), computed in chunks of rows."""
     rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
     parts = [checkpoint(_token_entropy, chunk, temperature, use_reentrant=False) for chunk in logits.split(rows)]
     return torch.cat(parts)
@@ -104,84 +104,77 @@ def _token_entropy(logits: Tensor, temperature: float) -> Tensor:
     p = logits.softmax(-1)
     if not torch.is_grad_enabled():
         return torch.special.entr(p).sum(-1)  # 0 for a token of probability 0, whose logit may be -inf
-    # the gradient of entr at 0 is infinite
+    # The gradient of `entr` at 0 is infinite.
     return -(p * logits.log_softmax(-1).clamp(min=LOG_OF_ZERO)).sum(-1)
 
 
 def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
-    """Return what a model is called with to score completions as one row.
-
-    The row, in the order of `Layout`:
+    """Return the arguments of a model that runs prompts and completions as one row. `Layout` defines its order:
 
         [common beginning S][filler][prompts without their last token][last token of each prompt][completion tokens]
 
-    The model needs no last token of a completion as input, for it predicts nothing.
+    The last token of a completion is left out because it predicts nothing that is scored.
     """
     ids = tokens.completion_ids[:, :-1]  # (B, C - 1)
-    inputs = tokens.completion_mask[:, 1:]  # which of them are followed by a token to score
-    prompts = tokens.prompt_mask
-    common = shared_beginning(model, tokens.prompt_ids, prompts)
-    layout = Layout.of(prompts.sum(-1), inputs.sum(-1), common)
-    positions = position_ids(prompts)  # (N, P)
-    beginning = prompts & (positions < common)  # in all prompts, (N, P); the first one's is taken
-    own = (prompts & ~beginning)[:, :-1]
-    starts = prompts.sum(-1).repeat_interleave(tokens.num_generations)[:, None]
+    is_input = tokens.completion_mask[:, 1:]  # (B, C - 1): the tokens that another one follows
+    is_prompt = tokens.prompt_mask  # (N, P)
+    lengths = is_prompt.sum(-1)
+    common = shared_beginning(model, tokens.prompt_ids, is_prompt)
+    layout = Layout.of(lengths, is_input.sum(-1), common)
+    positions = position_ids(is_prompt)
+    follows = (is_prompt & (positions >= common))[:, :-1]  # the common beginning, and is not the last token
+    starts = lengths.repeat_interleave(tokens.num_generations)[:, None]
     completion_positions = starts + torch.arange(ids.shape[1], device=ids.device)  # (B, C - 1)
 
     def row(of_prompts: Tensor, of_completions: Tensor) -> Tensor:
-        """Return (N, P) and (B, C − 1) values as one row; prompts are left-padded, so their last column is real."""
+        """Return values (N, P) and (B, C − 1) as one row (1, T)."""
         parts = [
-            of_prompts[0][beginning[0]],
+            of_prompts[0, is_prompt[0]][:common],
             of_prompts[0, -1:].expand(layout.filler),
-            of_prompts[:, :-1][own],
-            of_prompts[:, -1],
-            of_completions[inputs],
+            of_prompts[:, :-1][follows],
+            of_prompts[:, -1],  # prompts are padded on the left
+            of_completions[is_input],
         ]
         return torch.cat(parts)[None]
 
     return {
         "input_ids": row(tokens.prompt_ids, ids),
         "position_ids": row(positions, completion_positions),
-        "attention_mask": ids.new_zeros(1, 1, 1, 1),  # ignored; with it the model builds no mask of its own
+        "attention_mask": ids.new_zeros(1, 1, 1, 1),  # ignored, but without it the model would build a mask
         "use_cache": False,
         "layout": layout,
     }
 
 
 def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Return logits of the first completion tokens, one a prompt (N, V), and of the other real tokens (M, V)."""
+    """Return logits of the first completion tokens (B, V) and of the M other real ones (M, V), from a packed row."""
     enable(model)
-    kept = _scored_tokens(tokens)
-    return _first_and_rest(model(**packed_inputs(model, tokens), logits_to_keep=kept).logits, tokens)
+    prompts = len(tokens.prompt_ids)
+    scored = prompts + int(tokens.completion_mask[:, 1:].sum())
+    logits = model(**packed_inputs(model, tokens), logits_to_keep=scored).logits[0]  # (N + M, V)
+    first, rest = logits.tensor_split([prompts])
+    return first.repeat_interleave(tokens.num_generations, 0), rest
 
 
 def fused_scores(model: PreTrainedModel, tokens: Tokens, temperature: float) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and entropies, (B, C) each, from the hidden states before the output layer."""
     enable(model)
     inputs = packed_inputs(model, tokens)
-    ids, real = tokens.completion_ids, tokens.completion_mask[:, 1:]
+    ids = tokens.completion_ids
+    real = tokens.completion_mask[:, 1:]
     targets = torch.cat([ids[:, 0], ids[:, 1:][real]])  # (B + M,)
+    prompts = len(tokens.prompt_ids)
+    scored = prompts + len(targets) - len(ids)  # N + M
 
     def score() -> tuple[Tensor, Tensor]:
-        hidden = body_of(model)(**inputs).last_hidden_state  # (1, T, D)
-        first, rest = _first_and_rest(hidden[:, -_scored_tokens(tokens) :], tokens)
+        hidden = body_of(model)(**inputs).last_hidden_state[0, -scored:]  # (N + M, D)
+        first, rest = hidden.tensor_split([prompts])
         rows = torch.cat([first.repeat_interleave(tokens.num_generations, 0), rest])
         return linear_logprobs(model.get_output_embeddings(), rows, targets, temperature)
 
-    scores = run_as_forward(model, score)
-    logprobs, entropies = (_columns(*x.tensor_split([len(ids)]), tokens.completion_mask) for x in scores)
-    return logprobs, entropies
-
-
-def _scored_tokens(tokens: Tokens) -> int:
-    """Return N + M: how many tokens at the end of a packed row predict a completion token."""
-    return len(tokens.prompt_ids) + int(tokens.completion_mask[:, 1:].sum())
-
-
-def _first_and_rest(read: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Split the end of a packed row, (1, N + M, …), into the last tokens of the prompts and the completion tokens."""
-    first, rest = read[0].tensor_split([len(tokens.prompt_ids)])
-    return first, rest
+    logprobs, entropies = run_as_forward(model, score)
+    mask = tokens.completion_mask
+    return _columns(*logprobs.tensor_split([len(ids)]), mask), _columns(*entropies.tensor_split([len(ids)]), mask)
 
 
 def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -201,7 +194,7 @@ def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor
 
 
 def _logprobs_of(first: Tensor, rest: Tensor, tokens: Tokens, temperature: float) -> Tensor:
-    """Return log-probabilities (B, C) from logits of the first tokens (B, V) and of the others (M or B, C − 1, V)."""
+    """Return log-probabilities (B, C) from logits of first tokens, (B, V), and of others, (M, V) or (B, C − 1, V)."""
     ids, mask = tokens.completion_ids, tokens.completion_mask
     rest_ids = ids[:, 1:][mask[:, 1:]] if rest.dim() == 2 else ids[:, 1:]
     first_logprobs = token_logprobs(first, ids[:, 0], temperature)
@@ -209,7 +202,7 @@ def _logprobs_of(first: Tensor, rest: Tensor, tokens: Tokens, temperature: float
 
 
 def _columns(first: Tensor, rest: Tensor, mask: Tensor) -> Tensor:
-    """Join values of first tokens (B,) and of the others, (B, C − 1) or the M real ones, to (B, C); 0 on padding."""
+    """Join values of first tokens (B,) and of the others, (M,) or (B, C − 1), to (B, C); 0 on padding."""
     if rest.dim() == 1:
         rest = rest.new_zeros(mask[:, 1:].shape).masked_scatter(mask[:, 1:], rest)
     return torch.where(mask, torch.cat([first[:, None], rest], 1), 0.0)

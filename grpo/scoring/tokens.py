@@ -1,4 +1,4 @@
-"""Token ids of prompts and completions: padding, positions, slicing. All of it has its one home here."""
+"""Token ids of prompts and completions: padding, masks, positions, slices, and the beginning that prompts share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from grpo.runtime.precision import precision
 
-# Tokens. A shorter common beginning is not worth its bookkeeping in rollouts and updates.
+# Tokens. Running a shorter common beginning once saves less time than its bookkeeping costs.
 SHARED_FROM = 64
-# In 16 bits products cost less of the time, and copies of keys and values more.
+# In 16 bits a shorter one is worth it: copying keys and values takes more of the time, and products take less.
 SHARED_FROM_16_BITS = 16
 
 
@@ -30,21 +30,16 @@ class Tokens:
         return self.completion_ids.shape[0] // self.prompt_ids.shape[0]
 
     def completion_rows(self) -> list[list[int]]:
-        """Return the ids of each completion, the token that ended it included."""
+        """Return the token ids of each completion, with its end token."""
         lengths = self.completion_mask.sum(-1).tolist()
         return [ids[:length] for ids, length in zip(self.completion_ids.tolist(), lengths, strict=True)]
 
     def to(self, device: torch.device | str) -> "Tokens":
-        """Return a copy on `device`."""
-        return Tokens(
-            self.prompt_ids.to(device),
-            self.prompt_mask.to(device),
-            self.completion_ids.to(device),
-            self.completion_mask.to(device),
-        )
+        """Return the tokens on `device`."""
+        return Tokens(**{name: values.to(device) for name, values in vars(self).items()})
 
     def slice_rows(self, rows: slice) -> "Tokens":
-        """Return some rows, whole groups or a part of one, trimmed to their longest prompt and completion."""
+        """Return these rows, whole groups or a part of one group, as wide as their longest prompt and completion."""
         groups = prompts_of(rows, self.num_generations)
         left = int(self.prompt_mask[groups].any(0).long().argmax())
         width = max(1, int(self.completion_mask[rows].sum(-1).max()))
@@ -59,7 +54,7 @@ class Tokens:
 def tokens_of(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> Tokens:
-    """Return the tokens of prompts with one completion each, from lists of ids."""
+    """Return the padded tokens of prompts with one completion each, given as lists of ids."""
     lengths = torch.tensor([len(ids) for ids in completions], device=device)
     width = int(lengths.max())
     ids = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in completions], device=device)
@@ -67,12 +62,12 @@ def tokens_of(
 
 
 def prompts_of(rows: slice, num_generations: int) -> slice:
-    """Return the prompts that some group-major rows belong to."""
+    """Return the slice of prompts that a slice of group-major rows belongs to."""
     return slice(rows.start // num_generations, -(-rows.stop // num_generations))
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad prompts on the left: (N, P) int64 ids and (N, P) bool mask."""
+    """Pad prompts on the left; return their ids, (N, P) int64, and their mask, (N, P) bool."""
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
@@ -80,38 +75,38 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
-    """Return the mask (B, `width`) bool of right-padded rows of these lengths (B,)."""
+    """Return the mask of right-padded rows of these lengths (B,): (B, `width`) bool."""
     return torch.arange(width, device=lengths.device) < lengths.unsqueeze(-1)
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Return the positions of left-padded tokens: 0 at the first token that is not padding; shape of `mask`."""
+    """Return the positions of left-padded tokens in the shape of `mask`; the first real token and padding have 0."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def last_columns(ids: Tensor, number: int) -> Tensor:
-    """Return the indices (`number`,) of the last columns of (N, L): the `logits_to_keep` of a pass over several rows.
+    """Return the indices of the last `number` columns of (N, L), to be given to a model as `logits_to_keep`.
 
-    Given a number, a model slices its hidden states, and torch multiplies slices of several rows with a copy of the
-    output layer for each, where that needs no gradient: 64 rows of smollm2 took 4.8 s and 3.4 GiB.
+    Given the number itself, a model would slice its hidden states, and without a gradient torch would copy the output
+    layer for each row of the slice: 64 rows of smollm2 took 4.8 s and 3.4 GiB.
     """
     return torch.arange(ids.shape[1] - number, ids.shape[1], device=ids.device)
 
 
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with, but not the last of any: its logits are needed."""
-    first, last = min(prompts), max(prompts)  # in the order of lists, so all others begin as these two do
-    alike = next((i for i, (x, y) in enumerate(zip(first, last, strict=False)) if x != y), len(first))
+    """Return how many tokens all prompts begin with, without the last token of any: its logits are needed."""
+    smallest, largest = min(prompts), max(prompts)  # as lists compare; what both begin with, all prompts do
+    alike = next((i for i, (x, y) in enumerate(zip(smallest, largest, strict=False)) if x != y), len(smallest))
     return min(alike, min(map(len, prompts)) - 1)
 
 
 def shared_from(model: PreTrainedModel) -> int:
-    """Return from how many tokens on a common beginning is shared in the passes of a model."""
+    """Return the least length, in tokens, of a common beginning that this model should run only once."""
     return SHARED_FROM if precision(model) == "float32" else SHARED_FROM_16_BITS
 
 
 def shared_beginning(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> int:
-    """Return how many tokens all left-padded prompts (N, P) begin with; 0 if they are too few to be shared."""
+    """Return how many tokens all left-padded prompts (N, P) begin with; 0 if sharing them would not save time."""
     rows = zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)
     common = common_prefix_length([row[len(row) - length :] for row, length in rows])
     return common if common >= shared_from(model) else 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo.generation.decoding import CachedDecoding, Decoder, prefill, prefill_own
+from grpo.generation.decoding import Decoder, begin_after_prefix, prefill
 from grpo.generation.greedy import greedy
 from grpo.generation.probe import supports_common_prefix, supports_prefix_attention
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
@@ -58,7 +58,7 @@ def test_a_beginning_held_once_gives_the_same_samples(kind, generations, monkeyp
     true_attend = CommonPrefix.attend
     monkeypatch.setattr(CommonPrefix, "attend", lambda *args: held.append(True) or true_attend(*args))
     params, uniforms = SamplingParams(12, range(1, 9), generations), sampling_uniforms(0, 1, 5 * generations, 12)
-    # with rows that end early, so are dropped, and with passes in which no row is without padding
+    # some rows end early and are dropped; in passes of two groups, every row may have padding
     for rows in (None, 2 * generations):
         copied, once = (Generator(model, decoder)(ids, mask, params, uniforms, rows, 5) for decoder in decoders)
         assert torch.equal(copied.ids, once.ids)
@@ -76,10 +76,9 @@ def test_a_beginning_held_once_takes_the_memory_of_one_copy():
     model, prompts = tiny_model("llama"), some_prompts(lengths=(9, 9, 9), prefix=20)
     ids, mask = left_pad(prompts, 0, torch.device("cpu"))
     with torch.no_grad():
-        prefix, cache, mask, _ = prefill_own(model, ids, mask, 20)
-    CachedDecoding(model, cache, mask, 4, 8, prefix)
-    assert prefix.keys[0].shape == (2, 20, 8)
-    assert cache.layers[0].keys.shape == (12, 2, 10, 8)  # the tokens of each row alone
+        decoding, _ = begin_after_prefix(model, ids, mask, 4, 8, 20)
+    assert decoding.prefix.keys[0].shape == (2, 20, 8)
+    assert decoding.cache.layers[0].keys.shape == (12, 2, 10, 8)  # the tokens after the prefix alone
 
 
 def test_the_common_prefix_leaves_each_prompt_a_token():
@@ -91,7 +90,7 @@ def test_the_common_prefix_leaves_each_prompt_a_token():
 
 def test_a_model_without_a_cache_of_keys_and_values_does_not_support_it():
     class Stateful(torch.nn.Module):
-        """Has no cache of keys and values: what it says of the rest depends on the rows before."""
+        """A model without a cache of keys and values."""
 
         device = torch.device("cpu")
 

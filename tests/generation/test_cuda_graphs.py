@@ -1,4 +1,4 @@
-"""Decoding in tensors of constant shape: what CUDA graphs replay, run here without them, against the plain way."""
+"""Decoding in tensors of constant shape, as CUDA graphs replay it, but run without graphs, against the plain way."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ COLUMNS = 24  # past Gemma's window of 6
 
 
 def generate_with(model, tokens, uniforms, check_every=0, **supported):
-    """Return completions of a model with these shortcuts alone."""
+    """Return completions of a model with only these shortcuts."""
     settings = {"limit": COLUMNS, "ends": range(3, 8), "check_every": check_every}
     return generate(model, tokens, uniforms, **settings, decoder=Decoder(**supported))
 
@@ -68,7 +68,7 @@ def prefilled(kind, lengths=(7, 4, 9)):
 
 
 def addresses(decoder):
-    """Return where the tensors are that a graph reads and writes."""
+    """Return the addresses of the tensors that a graph reads and writes."""
     layers = (x for layer in decoder.cache.layers for x in (layer.keys, layer.values))
     return [x.data_ptr() for x in (decoder.tokens, decoder.mask, decoder.position, *layers)]
 
@@ -76,7 +76,7 @@ def addresses(decoder):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", zoo.KINDS)
 def test_every_token_makes_the_same_calls_on_the_same_shapes_and_addresses(kind):
-    # a graph replays the calls of one token; a number that the host reads cannot be recorded at all
+    # a graph replays the calls of one token; it cannot record a number that the host reads
     model, cache, mask, repeats, logits = prefilled(kind)
     decoder, calls = CudaGraphDecoding(model, cache, mask, repeats, COLUMNS), []
     before = addresses(decoder)
@@ -111,7 +111,7 @@ def test_the_probe_finds_a_graph_that_fails_or_differs(error, monkeypatch):
         if error is not None:
             raise error
         true_forward(self)
-        if self.done == GRAPH_TOKENS:  # a replay that goes wrong late
+        if self.done == GRAPH_TOKENS:  # a replay that fails late
             self.logits = self.logits.roll(1, 0)
 
     monkeypatch.setattr(CudaGraphDecoding, "_forward", forward)

@@ -1,4 +1,4 @@
-"""The decode loop: against the library's own, how often it looks for ended rows, and how many passes it makes."""
+"""The decode loop: against that of transformers, how often it checks for ended rows, and how many passes it makes."""
 
 import pytest
 import torch
@@ -33,19 +33,19 @@ def test_greedy_agrees_with_the_librarys_own(kind):
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3", "gpt2"])
 @pytest.mark.parametrize("uniforms", [sampling_uniforms(2, 0, 12, 40), None], ids=["sampled", "greedy"])
-def test_how_often_the_loop_looks_for_ended_rows_decides_nothing(kind, uniforms):
+def test_how_often_the_loop_checks_for_ended_rows_changes_no_completion(kind, uniforms):
     model, tokens = tiny_model(kind), ragged_tokens()
     results = [generate(model, tokens, uniforms, limit=40, ends=range(3, 20), check_every=n) for n in (1, 4, 16, 100)]
     assert uniforms is None or results[0].lengths.unique().numel() > 3, "rows leave one after the other"
     for found in results[1:]:
         assert same_completions(found, results[0])
-        # matrices of other sizes round otherwise: rows leave at other times
+        # rows are dropped at other times, and matrices of other sizes round differently
         torch.testing.assert_close(found.logprobs, results[0].logprobs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", zoo.KINDS)
 def test_past_its_capacity_a_cache_holds_what_a_plain_one_does(kind):
-    # 40 tokens a row: the cache grows once, and Gemma's window of 6 is long past
+    # with 40 tokens a row the cache grows once, and rows are longer than Gemma's window of 6
     model, tokens, limit = tiny_model(kind), ragged_tokens(), CAPACITY_STEP + 8
     sampled = generate(model, tokens, sampling_uniforms(0, 0, 12, limit), limit=limit, ends=(60,))
     rollout = Tokens(tokens.prompt_ids, tokens.prompt_mask, sampled.ids, sampled.mask)
@@ -54,7 +54,7 @@ def test_past_its_capacity_a_cache_holds_what_a_plain_one_does(kind):
 
 
 class Reads(TorchDispatchMode):
-    """Count what makes the host wait for a device: a number read, or a shape that depends on values."""
+    """Count the operations that make the host wait for a device: it reads a number, or a shape depends on values."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a model supports: each shortcut is probed against the plain way, and left out where it fails or differs."""
+"""What a model supports: each shortcut is compared with the plain way, and left out if it fails or differs."""
 
 import pytest
 import torch

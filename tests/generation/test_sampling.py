@@ -1,4 +1,4 @@
-"""Sampling: its frequencies, its uniforms, its ends, and that its probabilities are those of the scored policy."""
+"""Sampling: frequencies, uniforms, ends of rows, and that the scored policy gives the same probabilities."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_sampled_and_rescored_logprobs_agree(kind, temperature):
     rollout = Tokens(tokens.prompt_ids, tokens.prompt_mask, sampled.ids, sampled.mask)
     rescored = logprobs_of(model, rollout, temperature)
     assert sampled.lengths.unique().numel() > 1, "rows of different lengths, or the test shows little"
-    # the temperature divides what a logit is rounded by
+    # the rounding of a logit is divided by the temperature
     mask, tolerance = sampled.mask, 1e-5 / temperature
     torch.testing.assert_close(sampled.logprobs[mask], rescored[mask], atol=tolerance, rtol=0)
 
@@ -123,7 +123,7 @@ def test_prompts_run_once_a_completion_sample_the_same_completions():
 
 
 @pytest.mark.parametrize("kind", ["starter", *zoo.KINDS])
-def test_without_any_capability_a_model_samples_what_it_does_with_those_probed(kind, tmp_path):
+def test_a_model_samples_the_same_with_the_probed_shortcuts_and_without_any(kind, tmp_path):
     lm, task = load(kind if kind == "starter" else str(zoo.build(tmp_path / kind, kind)), CPU), Arithmetic()
     _, probed = probe(lm, task)
     assert probed.expands_cache

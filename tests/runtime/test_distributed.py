@@ -20,7 +20,6 @@ import train_grpo
 from grpo.algorithm import update
 from grpo.algorithm.rollout import RolloutSampler
 from grpo.evaluation import evaluator
-from grpo.generation import greedy
 from grpo.record.checkpoint import newest_checkpoint
 from grpo.record.metrics import load_metrics, without_times
 from grpo.runtime import sharding
@@ -134,7 +133,7 @@ def test_two_machines_of_two_processes_that_shard_within_each_do_so_too(model, a
 @pytest.mark.parametrize("shard", [False, True])
 def test_the_fused_output_layer_does_so_too(shard, model, alone, tmp_path, monkeypatch):
     one = alone()
-    monkeypatch.setattr("grpo.scoring.output_layer.CHUNK", 64)  # fewer logits are held, all at once
+    monkeypatch.setattr("grpo.scoring.scorer.CHUNK", 64)  # fewer logits are held, all at once
     train_in_two(model, tmp_path / "run", shard=shard)
     assert largest_difference(one, tmp_path / "run") < SAME
 
@@ -240,7 +239,7 @@ def out_of_memory_once(owner, name, call):
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(RolloutSampler, "_sample", 4), (update, "grpo_loss", 3), (greedy, "greedy", 2)],
+    [(RolloutSampler, "_sample", 4), (update, "grpo_loss", 3), (evaluator, "greedy", 2)],
     ids=["sampling", "an update", "an evaluation"],
 )
 def test_a_process_that_runs_out_of_memory_repeats_its_own_part(owner, name, call, model, alone, tmp_path):

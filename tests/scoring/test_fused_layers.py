@@ -1,4 +1,4 @@
-"""RMSNorm and gated MLP with a backward pass by hand: by hand, against autograd, and in whole models."""
+"""RMSNorm and gated MLP with their own backward pass: computed by hand, against autograd, and in whole models."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from grpo.model.loading import load
-from grpo.scoring.layers import fuse_layers, gated_product, rms_norm
+from grpo.scoring.layers import GatedProduct, RMSNorm, fuse_layers
 from tests.helpers.models import ragged_tokens, tiny_model
 from tests.helpers.scoring import logprobs_of
 from tests.helpers.zoo import KINDS
@@ -20,7 +20,7 @@ NORMS = {
     "phi3": 7,
     "gemma3": 0,
     "gpt2": 0,
-}  # two a layer, two more in qwen3, one
+}  # two norms a layer, two more in qwen3, and one at the end
 MLPS = {"llama": 3, "qwen2": 3, "qwen3": 3, "phi3": 0, "gemma3": 0, "gpt2": 0}  # phi3 has one projection for both
 
 
@@ -28,7 +28,7 @@ def test_a_norm_by_hand():
     # mean of squares (9 + 16) / 2 = 12.5, and 3.5 of epsilon: 16, so each is divided by 4
     x = torch.tensor([[3.0, 4.0]], requires_grad=True)
     weight = torch.tensor([2.0, 1.0], requires_grad=True)
-    y = rms_norm(x, weight, 3.5)
+    y = RMSNorm.apply(x, weight, 3.5)
     torch.testing.assert_close(y, torch.tensor([[1.5, 1.0]]))
     y.backward(torch.tensor([[1.0, 0.0]]))
     # n = (3/4, 1); v = (2, 0); mean(n v) = 3/4; dx = (2 - 9/16, -3/4) / 4
@@ -41,7 +41,7 @@ def test_a_gated_product_by_hand():
     gate, up, weight = torch.zeros(1, 1), torch.full((1, 1), 3.0), torch.full((1, 1), 5.0)
     for x in (gate, up, weight):
         x.requires_grad_()
-    out = gated_product(gate, up, weight)
+    out = GatedProduct.apply(gate, up, weight)
     assert out.item() == 0
     out.backward(torch.ones(1, 1))
     assert (gate.grad.item(), up.grad.item(), weight.grad.item()) == (3 * 5 / 2, 0, 0)
@@ -50,15 +50,15 @@ def test_a_gated_product_by_hand():
 def test_both_have_the_gradients_of_finite_differences():
     torch.manual_seed(0)
     x, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (5,)))
-    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-2), (x, weight))
+    assert torch.autograd.gradcheck(lambda x, w: RMSNorm.apply(x, w, 1e-2), (x, weight))
     shapes = (2, 3, 5), (2, 3, 5), (4, 5)
     gate, up, down = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    assert torch.autograd.gradcheck(gated_product, (gate, up, down))
+    assert torch.autograd.gradcheck(GatedProduct.apply, (gate, up, down))
 
 
 def test_frozen_weights_get_no_gradient():
     x, weight, down = torch.randn(2, 4, requires_grad=True), torch.ones(4), torch.ones(3, 4)
-    (rms_norm(x, weight, 1e-5).sum() + gated_product(x, x, down).sum()).backward()
+    (RMSNorm.apply(x, weight, 1e-5).sum() + GatedProduct.apply(x, x, down).sum()).backward()
     assert weight.grad is None
     assert down.grad is None
     assert x.grad is not None
@@ -80,7 +80,7 @@ def test_in_bfloat16_the_gradients_are_as_near_to_float32_as_those_of_the_layer_
 
     exact = gradients(written_out, torch.float32)
     plain = gradients(written_out, torch.bfloat16)
-    ours = gradients(lambda x, w: rms_norm(x, w, 1e-5), torch.bfloat16)
+    ours = gradients(lambda x, w: RMSNorm.apply(x, w, 1e-5), torch.bfloat16)
     for true, other, own in zip(exact, plain, ours, strict=True):
         assert (own - true).norm() <= 1.05 * (other - true).norm()
 
@@ -104,7 +104,7 @@ def test_a_whole_model_gives_the_same_log_probabilities_and_gradients(kind):
         assert (results[1][1][name] - grad).norm() <= 1e-5 * grad.norm(), name
 
 
-def test_a_norm_that_scales_by_one_more_and_an_mlp_of_another_kind_stay_as_they_are():
+def test_a_norm_that_scales_by_one_plus_weight_and_an_mlp_of_another_kind_stay_as_they_are():
     class Norm(nn.Module):
         def __init__(self):
             super().__init__()
@@ -128,7 +128,7 @@ def test_a_norm_that_scales_by_one_more_and_an_mlp_of_another_kind_stay_as_they_
     assert fuse_layers(nn.ModuleList([MLP(silu)])) == 1
 
 
-def test_an_adapter_that_comes_later_is_used():
+def test_an_adapter_that_is_added_later_is_used():
     torch.manual_seed(0)
     model = tiny_model("llama")
     fuse_layers(model)
@@ -148,7 +148,7 @@ def test_an_adapter_that_comes_later_is_used():
 
 
 @pytest.mark.parametrize(("precision", "fused"), [("float32", False), ("bfloat16", True)])
-def test_a_loaded_model_has_them_in_bfloat16_only(precision, fused):
+def test_a_loaded_model_has_fused_layers_in_bfloat16_only(precision, fused):
     model = load("starter", torch.device("cpu"), precision).model
     norms = [module for module in model.modules() if hasattr(module, "variance_epsilon")]
     assert {"forward" in vars(module) for module in norms} == {fused}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo.generation.decoding import prefill, prefill_own
+from grpo.generation.decoding import begin_after_prefix, prefill
 from grpo.scoring import scorer as scorer_module
 from grpo.scoring import tokens as tokens_module
 from grpo.scoring.attention import packed as packed_attention
@@ -45,7 +45,7 @@ def test_packed_equals_dense_in_value_and_gradient(kind, columns):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scores", [packed_attention.SCORES, 0], ids=["in memory", "fused"])
 @pytest.mark.parametrize(("lengths", "generations"), [((7, 4, 9), 3), ((3,), 2), ((1, 12), 8)])
-def test_packed_and_dense_differ_by_rounding_alone(kind, scores, lengths, generations, monkeypatch):
+def test_packed_and_dense_differ_only_by_rounding(kind, scores, lengths, generations, monkeypatch):
     # in float64 only the rounding of the log-softmax is left, which is computed in float32
     monkeypatch.setattr(packed_attention, "SCORES", scores)
     model, tokens = tiny_model(kind).double(), ragged_tokens(lengths, generations, columns=9)
@@ -58,7 +58,7 @@ def test_packed_and_dense_differ_by_rounding_alone(kind, scores, lengths, genera
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("lengths", "generations"), [((9, 7, 12), 3), ((7, 7), 1)])
 def test_a_common_beginning_is_run_once_and_changes_no_value_or_gradient(kind, lengths, generations, monkeypatch):
-    # in float64 only the rounding of the log-softmax is left; of 7 tokens 6 are common, and the window is 6
+    # In float64 only the rounding of the log-softmax is left. Of 7 tokens 6 are common, and the window is 6.
     monkeypatch.setattr(tokens_module, "SHARED_FROM", 2)
     model = tiny_model(kind).double()
     tokens = ragged_tokens(lengths, generations, columns=9, extra_padding=2, common_prefix=6)
@@ -80,18 +80,18 @@ def test_a_common_beginning_in_float32(kind, monkeypatch):
     assert ((a - b).norm() / b.norm()).item() < 1e-5
 
 
-def test_linear_layers_see_a_common_beginning_once_from_the_length_on_that_pays(monkeypatch):
+def test_linear_layers_see_a_common_beginning_once_if_it_is_long_enough(monkeypatch):
     model, tokens = tiny_model("llama"), ragged_tokens((9, 7, 12), common_prefix=6)
     seen = []
     model.model.layers[1].mlp.up_proj.register_forward_hook(lambda layer, inputs, out: seen.append(out.shape[1]))
     for shared_from in (7, 6):
         monkeypatch.setattr(tokens_module, "SHARED_FROM", shared_from)
         logprobs_of(model, tokens, 1.0)
-    assert seen[0] - seen[1] == 2 * 6 - 1  # two of three prompts; one token fills up
+    assert seen[0] - seen[1] == 2 * 6 - 1  # two of three prompts do without it, and there is one filler token
 
 
 def test_a_completion_without_tokens_in_the_loss_changes_no_other():
-    # as --mask-truncated-completions leaves it
+    # --mask-truncated-completions makes such completions
     model, tokens = tiny_model("qwen2"), ragged_tokens()
     whole = logprobs_of(model, tokens, 1.0)
     mask = tokens.completion_mask.clone()
@@ -100,7 +100,7 @@ def test_a_completion_without_tokens_in_the_loss_changes_no_other():
     torch.testing.assert_close(values, torch.where(mask, whole, 0.0), atol=1e-5, rtol=0)
 
 
-def test_linear_layers_see_real_tokens_only_and_the_head_only_those_whose_logits_are_read():
+def test_linear_layers_see_only_real_tokens_and_the_output_layer_only_tokens_whose_logits_are_needed():
     model, tokens = tiny_model("llama"), ragged_tokens(extra_padding=5)
     seen = []
     for layer in (model.model.layers[1].mlp.up_proj, model.lm_head):
@@ -112,12 +112,12 @@ def test_linear_layers_see_real_tokens_only_and_the_head_only_those_whose_logits
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_frozen_output_layer_is_never_copied_for_each_row(dtype):
-    # torch does so where the rows are slices of hidden states: see `last_columns`
+    # torch copies it if the rows are slices of hidden states: see `last_columns`
     model, tokens = tiny_model("llama").to(dtype).requires_grad_(False), ragged_tokens()
     with torch.no_grad(), Products(torch.ops.aten.bmm) as seen:
         logprobs_of(model, tokens, 1.0, shared=False)
         prefill(model, tokens.prompt_ids, tokens.prompt_mask)
-        prefill_own(model, tokens.prompt_ids, tokens.prompt_mask, 1)
+        begin_after_prefix(model, tokens.prompt_ids, tokens.prompt_mask, 1, 1, 1)
     assert VOCABULARY not in {second[-1] for _, second in seen.shapes}
 
 
@@ -128,7 +128,7 @@ def test_gradients_have_the_same_bits_each_time():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_equals_each_row_alone_without_padding_or_cache(kind):
-    # the plainest computation there is: one row, no padding, no mask, no positions, no cache
+    # the plainest computation: one row without padding, mask, positions or cache
     model, tokens = tiny_model(kind), ragged_tokens()
     batched = logprobs_of(model, tokens, 1.0)
     for row in range(tokens.completion_ids.shape[0]):
@@ -196,6 +196,6 @@ def test_a_part_of_a_group_runs_its_prompt_again_and_scores_the_same():
     torch.testing.assert_close(values[mask], whole[4:6, : mask.shape[1]][mask], atol=1e-5, rtol=0)
 
 
-def test_the_entropy_of_a_token_that_cannot_be_is_none():
+def test_a_token_of_probability_0_adds_nothing_to_the_entropy():
     logits = torch.tensor([[0.0, 0.0, -torch.inf]])
     assert token_entropy(logits, 1.0).item() == pytest.approx(math.log(2))

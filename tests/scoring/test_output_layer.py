@@ -1,4 +1,4 @@
-"""Output layer, log-softmax and entropy in one, against the plain way in float64; models that it is not for."""
+"""The fused output layer against the plain way in float64, and models that it does not fit."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=[(2**24, 2**19), (40, 20)], ids=["at once", "in chunks of blocks"])
 def sizes(request, monkeypatch):
-    """Set how many logits are in memory; the second is 3 rows of 13 at a time, and one of those in float32."""
+    """Set how many logits are in memory: all, or 3 rows of 13 at a time and one row of them in float32."""
     monkeypatch.setattr(module, "MAX_PRODUCT", request.param[0])
     monkeypatch.setattr(module, "CACHE_LOGITS", request.param[1])
 
@@ -53,7 +53,7 @@ def test_by_hand():
     logprobs, entropy = linear_logprobs(layer, hidden, torch.tensor([0, 1]), 1.0)
     torch.testing.assert_close(logprobs, torch.tensor([0.75, 0.25]).log())
     torch.testing.assert_close(entropy, torch.full((2,), 0.75 * math.log(4 / 3) + 0.25 * math.log(4)))
-    # d log p0 / d logits = (1 - 3/4, -1/4), d log p1 = (-3/4, 1 - 1/4); the sum is what reaches the weights
+    # d log p0 / d logits = (1 - 3/4, -1/4), d log p1 / d logits = (-3/4, 1 - 1/4); the weights get their sum
     logprobs.sum().backward()
     torch.testing.assert_close(layer.weight.grad, torch.tensor([[-0.5], [0.5]]))
     torch.testing.assert_close(hidden.grad, torch.tensor([[0.25], [-0.75]]) * math.log(3))
@@ -75,7 +75,7 @@ def test_values_and_gradients_are_those_of_the_plain_way(bias, temperature, size
         torch.testing.assert_close(a.double(), b.double(), atol=1e-5, rtol=1e-5)
 
 
-def test_a_token_of_hardly_any_probability_has_a_finite_log_probability():
+def test_a_very_unlikely_token_has_a_finite_log_probability():
     layer = nn.Linear(1, 2, bias=False)
     layer.weight.data = torch.tensor([[200.0], [0.0]])
     logprobs, entropy = linear_logprobs(layer, torch.ones(1, 1), torch.tensor([1]), 1.0)
@@ -91,7 +91,7 @@ def test_frozen_weights_get_no_gradient(sizes):
     assert layer.weight.grad is layer.bias.grad is None
 
 
-def test_of_bfloat16_the_product_is_in_it_and_the_rest_in_float32(sizes):
+def test_with_bfloat16_weights_the_product_is_in_bfloat16_and_the_rest_in_float32(sizes):
     layer, hidden, ids = a_layer(True, torch.float32)
     linear_logprobs(layer, hidden, ids, 1.0)[0].sum().backward()
     found = [linear_logprobs(layer, hidden, ids, 1.0)[0].detach(), layer.weight.grad, layer.bias.grad, hidden.grad]
@@ -109,7 +109,7 @@ def test_of_bfloat16_the_product_is_in_it_and_the_rest_in_float32(sizes):
 def test_a_model_scores_the_same_with_it_and_without(kind, temperature, monkeypatch):
     model, tokens, found = tiny_model(kind), ragged_tokens((9, 7, 12)), []
     monkeypatch.setattr(module, "MAX_PRODUCT", 64)
-    for chunk in (2**24, 64):  # few logits are held, all at once
+    for chunk in (2**24, 64):  # with 64, the logits are too many to hold all of them
         monkeypatch.setattr("grpo.scoring.scorer.CHUNK", chunk)
         model.zero_grad()
         logprobs, entropy = scores_of(model, tokens, temperature)
@@ -145,7 +145,7 @@ def test_logits_of_all_tokens_are_never_in_memory(monkeypatch):
     assert seen.most < 64 * 13 / 2
     with Largest() as seen:
         linear_logprobs(layer.bfloat16(), hidden.detach().bfloat16(), torch.zeros(64, dtype=torch.long), 1.0)
-    assert seen.most <= 64 * 6  # such as the scores
+    assert seen.most <= 64 * 6  # the size of the hidden states
 
 
 def test_a_few_rows_more_or_less_are_products_of_the_same_sizes():
@@ -189,7 +189,7 @@ def test_a_model_that_changes_its_logits_takes_the_plain_way_and_the_probe_says_
 
 def test_an_output_layer_of_another_kind_takes_the_plain_way(monkeypatch, capsys):
     class Other(nn.Linear):
-        """Such as one with an adapter, or in 4 bits."""
+        """An output layer with an adapter or in 4 bits has another class, like this one."""
 
     model, tokens = tiny_model("llama"), ragged_tokens()
     assert probe_scorer(model, tokens.prompt_ids, tokens.prompt_mask).fuses_output
@@ -248,6 +248,6 @@ def test_the_entropy_alone_may_be_the_loss(sizes):
     hidden.grad = None
     token_entropy(layer(hidden), 1.0).sum().backward()
     torch.testing.assert_close(fused, hidden.grad, atol=1e-5, rtol=1e-4)
-    x = torch.tensor([[0.0, -torch.inf, 1.0, -200.0]], requires_grad=True)  # a token of probability 0
+    x = torch.tensor([[0.0, -torch.inf, 1.0, -200.0]], requires_grad=True)  # the second token has probability 0
     token_entropy(x, 1.0).sum().backward()
     assert x.grad.isfinite().all()

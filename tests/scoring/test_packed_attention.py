@@ -16,7 +16,7 @@ from grpo.scoring.attention.packed import disable, enable, packed_attention
 from tests.helpers.models import ragged_tokens, tiny_model
 from tests.helpers.scoring import logprobs_of
 
-MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=2)  # what transformers' own attention asks of a module
+MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=2)  # what transformers' own attention needs
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 
 
@@ -26,7 +26,7 @@ def a_layout(prompts=(3, 1), completions=(2, 0, 1, 3), common=0) -> Layout:
 
 
 def vectors(length: int, heads: int, seed: int) -> torch.Tensor:
-    """Return random queries, keys or values of a row, float64, which want a gradient."""
+    """Return random queries, keys or values of a row, float64, which require gradients."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, heads, length, SIZE, generator=generator, dtype=torch.float64, requires_grad=True)
 
@@ -60,7 +60,7 @@ def test_a_layout_by_hand():
     assert layout.num_generations == 2
     prompts, completions = layout.masks(None)
     assert prompts[0, 0].tolist() == [[True, False, False], [True, True, False], [True, True, True]]
-    # a completion of the second prompt sees one token of it, the rest is padding, and itself up to where it is
+    # a completion of the second prompt sees the one real token of the prompt, and its own tokens up to each position
     assert completions[3, 0].int().tolist() == [[1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0], [1, 0, 0, 1, 1, 1]]
 
 
@@ -75,7 +75,7 @@ def test_the_masks_of_a_window_by_hand():
 def test_a_layout_with_a_common_beginning_by_hand():
     # prompts xyab and xyc, completions of 1 and 2 inputs: the row is x y | a | b c | A C C
     layout = a_layout((4, 3), (1, 2), common=2)
-    assert layout.prompt_lengths.tolist() == [2, 1]  # all else is about the row after x y
+    assert layout.prompt_lengths.tolist() == [2, 1]  # lengths and indices leave out x y
     assert layout.prompt_index[0, :2].tolist() == [0, 1]
     assert layout.prompt_index[1, 0] == 2
     assert layout.completion_index[0, 0] == 3
@@ -83,8 +83,8 @@ def test_a_layout_with_a_common_beginning_by_hand():
     # rows of 8 columns: those of the first prompt are vectors 0 to 7
     assert layout.prompt_index.shape == layout.completion_index.shape == (2, 8)
     maps = layout.maps(1)
-    assert maps.from_prompts.tolist() == [0, 1, 8]
-    assert maps.prompt_padding.tolist() == [*range(2, 8), *range(9, 16)]
+    assert maps.prompts.real.tolist() == [0, 1, 8]
+    assert maps.prompts.padding.tolist() == [*range(2, 8), *range(9, 16)]
     assert layout.beginning_bias(None, 1) is None
     # a window of 3 tokens: a sees x and y, b only y; c as a; A is the fifth token, the first C the fourth
     seen = layout.beginning_bias(3, 1)[0] == 0
@@ -138,7 +138,7 @@ def test_packed_attention_refuses_what_it_does_not_have(asked):
     inputs = vectors(10, HEADS, 0), vectors(10, KEY_HEADS, 1), vectors(10, KEY_HEADS, 2)
     with pytest.raises(ValueError, match="no shared prefix with"):
         packed_attention(MODULE, *inputs, None, layout=a_layout(), **asked)
-    none = dict.fromkeys(asked, None)  # as models without such a thing call it
+    none = dict.fromkeys(asked, None)  # models without this feature pass None
     packed_attention(MODULE, *inputs, None, layout=a_layout(), **none)
 
 

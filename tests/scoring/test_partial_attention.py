@@ -1,4 +1,4 @@
-"""Attention to a part of the keys with the sums of its softmax, and the gradients of parts that are joined."""
+"""Attention to a part of the keys, the sums of its softmax, and the gradients of joined parts."""
 
 import math
 
@@ -11,17 +11,20 @@ from grpo.scoring.attention.partial import PartialAttention, joined
 
 
 def some_vectors(seed=0, rows=3, length=4, keys=5, size=6, more=1):
+    """Return random queries, keys and values, float64 with gradients; values have `more` columns than the others."""
     generator = torch.Generator().manual_seed(seed)
     shapes = (rows, length, size), (rows, keys, size), (rows, keys, size + more)
     return [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
 def plain(query, key, value, bias, scaling):
+    """Compute attention to all keys, and the logarithms of its softmax sums."""
     scores = query @ key.transpose(1, 2) * scaling + (0 if bias is None else bias)
     return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
 
 def a_bias(rows):
+    """Return a bias that hides random keys, but never the first."""
     hidden = torch.rand(rows, 4, 5, generator=torch.Generator().manual_seed(1)) < 0.4
     hidden[..., 0] = False
     return as_bias(~hidden, torch.float64)
@@ -72,9 +75,13 @@ def test_parts_joined_are_attention_to_all_keys_in_value_and_gradient(dtype, typ
     torch.testing.assert_close(out, whole.detach())
     torch.testing.assert_close(joint, sums.detach())
     weights = torch.linspace(-1, 2, whole.numel(), dtype=whole.dtype).view_as(whole)
-    (of_query, *first), (of_other, *second) = (part.gradients(weights, out, joint) for part in parts)
-    found = [of_query + of_other, *(torch.cat(pair, 1) for pair in zip(first, second, strict=True))]
-    for a, b in zip(found, torch.autograd.grad((whole * weights).sum(), vectors), strict=True):
+    first = parts[0].gradients(weights, out, joint)
+    second = parts[1].gradients(weights, out, joint)
+    grad_query = first[0] + second[0]
+    grad_key = torch.cat([first[1], second[1]], 1)
+    grad_value = torch.cat([first[2], second[2]], 1)
+    expected = torch.autograd.grad((whole * weights).sum(), vectors)
+    for a, b in zip((grad_query, grad_key, grad_value), expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -88,10 +95,11 @@ def test_a_row_that_sees_none_of_the_keys_has_no_part_in_a_join_and_no_gradient(
     other = torch.ones_like(out)
     whole, joint = joined(out, sums, other, torch.zeros_like(sums))
     assert whole[0, 1].tolist() == other[0, 1].tolist()
-    of_query, *more = part.gradients(other, whole, joint)
-    assert of_query[0, 0].any()
-    assert not of_query[0, 1].any()
-    assert all(x.isfinite().all() for x in more)
+    grad_query, grad_key, grad_value = part.gradients(other, whole, joint)
+    assert grad_query[0, 0].any()
+    assert not grad_query[0, 1].any()
+    assert grad_key.isfinite().all()
+    assert grad_value.isfinite().all()
 
 
 def test_a_row_that_sees_none_of_the_keys_has_no_part_in_a_join_of_torchs_own_attention_either():
@@ -110,7 +118,7 @@ def test_a_row_without_a_result_has_no_gradient_however_large_its_scores():
         assert not gradient.any()
 
 
-def test_of_bfloat16_products_are_in_it_and_sums_in_float32():
+def test_products_of_bfloat16_vectors_are_in_bfloat16_and_sums_in_float32():
     vectors = [x.detach().bfloat16() for x in some_vectors()]
     exact, exact_sums = PartialAttention(*(x.float() for x in vectors), None, 0.4).run()
     out, sums = PartialAttention(*vectors, None, 0.4).run()
@@ -131,7 +139,7 @@ def test_torchs_own_attention_gives_the_same_as_scores_in_memory(rows, dtype, mo
         monkeypatch.setattr(module, "FUSED_TYPES", types)
         out, sums = part.run()
         assert (out.dtype, sums.dtype, out.is_contiguous()) == (dtype, torch.float32, True)
-        # sums of more keys than these
+        # the joint sums are larger than those of this part
         found.append([out, sums, *part.gradients(torch.full_like(out, 0.7), 0.5 * out, sums + 0.2)])
     assert module.FUSED_TYPES == ()
     off = 1e-5 if dtype == torch.float32 else 0.03

@@ -1,11 +1,12 @@
-"""Attention in decoding to what all prompts begin with, held once for all rows.
+"""Attention, while decoding, to the tokens that all prompts begin with; their keys and values are held once.
 
-With worked examples, most of each prompt is the same. Copied for each row, its keys and values are as much to read a
-token as the weights of a small model; held once, all rows read the same ones, as one product of matrices. Prefix and
-own part are joined by the sums of their softmaxes, so this is exact (the idea is Hydragen's, arXiv:2402.05099).
+With worked examples, most tokens of each prompt are the same. Were their keys and values copied for each row, reading
+them would take as long as reading the weights of a small model. Held once, all rows read them in one product of
+matrices. Attention to the prefix and to the rest of a row is joined exactly, as in Hydragen (arXiv:2402.05099).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -15,34 +16,34 @@ from grpo.scoring.attention.partial import PartialAttention, joined
 
 @dataclass(frozen=True)
 class CommonPrefix:
-    """Keys and values of the S tokens that all rows begin with, by layer, (K, S, d) each, at positions 0 to S - 1."""
+    """Keys and values of the S tokens that all rows begin with, at positions 0 to S - 1: (K, S, d) for each layer."""
 
     keys: list[Tensor]
     values: list[Tensor]
 
     @property
     def length(self) -> int:
-        """S."""
+        """Return S."""
         return self.keys[0].shape[1]
 
-    def bias(self, seen: Tensor) -> Tensor:
-        """Return `own_bias` of `attend`, from which own tokens each sees, (B, L, T): a model leaves it as it is."""
-        return as_bias(seen, self.keys[0].dtype)[:, None]
+    def arguments(self, seen: Tensor) -> dict[str, Any]:
+        """Return a model's arguments for rows that see these tokens after the prefix, (B, L, T) bool.
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, own_bias: Tensor, scaling: float
-    ) -> Tensor:
-        """Attend to the prefix and to each row's own tokens: query (B, H, L, d), key and value (B, K, T, d).
+        The model takes the mask for a finished one and passes it on to `attend` as `bias`.
+        """
+        return {"attention_mask": as_bias(seen, self.keys[0].dtype)[:, None], "common_prefix": self}
 
-        `own_bias` (B, 1, L, T) is added to the scores of the own tokens, see `as_bias`. Returns (B, L, H, d).
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
+        """Attend to the prefix and to the rest of each row: query (B, H, L, d), key and value (B, K, T, d).
+
+        `bias` (B, 1, L, T) is added to the scores of the rest. The result is (B, L, H, d).
         """
         (b, heads, length, size), key_heads = query.shape, key.shape[1]
         q = query.reshape(b, key_heads, -1, size)  # the R heads of a key as rows of one matrix
-        # all rows against the one prefix, a product for each key head
-        together = q.transpose(0, 1).reshape(key_heads, -1, size)  # (K, B · R · L, d)
-        to_prefix = PartialAttention(together, self.keys[layer], self.values[layer], None, scaling)
-        bias = own_bias.expand(-1, heads, -1, -1).reshape(b * key_heads, -1, key.shape[2])
-        to_own = PartialAttention(*(x.flatten(0, 1) for x in (q, key, value)), bias, scaling)
-        of_prefix = (x.unflatten(1, (b, -1)).transpose(0, 1).flatten(0, 1) for x in to_prefix.run())
-        out, _ = joined(*to_own.run(), *of_prefix)
+        all_rows = q.transpose(0, 1).reshape(key_heads, -1, size)  # (K, B · R · L, d)
+        to_prefix = PartialAttention(all_rows, self.keys[layer], self.values[layer], None, scaling)
+        bias = bias.expand(-1, heads, -1, -1).reshape(b * key_heads, -1, key.shape[2])
+        to_rest = PartialAttention(q.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), bias, scaling)
+        by_row = [x.unflatten(1, (b, -1)).transpose(0, 1).flatten(0, 1) for x in to_prefix.run()]
+        out, _ = joined(*to_rest.run(), *by_row)
         return out.reshape(b, heads, length, -1).transpose(1, 2)

@@ -6,74 +6,90 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo.scoring.tokens import length_mask
+
+COLUMN_MULTIPLE = 8  # the split form of a row with a common beginning has a multiple of 8 columns
+
+
+@dataclass(frozen=True)
+class VectorIndex:
+    """Where the vectors of M sequences are in a row; each sequence is padded to L tokens and has H heads.
+
+    A row of T tokens has T · H vectors, the heads of a token side by side. All tensors are int64.
+    """
+
+    index: Tensor  # (M · H · L,) index in the row of each vector; any index for padding
+    real: Tensor  # which entries of `index` are not padding, in the order of the row
+    padding: Tensor  # which entries of `index` are padding
+
+    @classmethod
+    def of(cls, token_index: Tensor, lengths: Tensor, heads: int) -> "VectorIndex":
+        """Make the index of sequences of these lengths (M,), from the index in the row of each token (M, L)."""
+        head = torch.arange(heads, device=lengths.device)[:, None]
+        index = (token_index[:, None] * heads + head).flatten()
+        is_real = length_mask(lengths, token_index.shape[1])[:, None].expand(-1, heads, -1).flatten()
+        real = is_real.nonzero().squeeze(-1)
+        return cls(index, real[index[real].argsort()], (~is_real).nonzero().squeeze(-1))
+
+    def gather(self, row: Tensor, padding: float | None = None) -> Tensor:
+        """Return the vectors (M · H · L, …) of a row (T · H, …), with this number or any vector as padding."""
+        vectors = row.index_select(0, self.index)
+        return vectors if padding is None else vectors.index_fill_(0, self.padding, padding)
+
 
 @dataclass(frozen=True)
 class IndexMaps:
-    """Indices between a row of T · H vectors, those of a token side by side, and its split form. All (…,) int64."""
+    """Indices that take a row of T · H vectors apart into prompts and completions, and join them again."""
 
-    prompts: Tensor  # (N · H · P,) index in the row of each vector of the prompts; any index for padding
-    completions: Tensor  # (B · H · C,) index in the row of each vector of the completions
-    from_prompts: Tensor  # indices in `prompts` of the real vectors, in the order of the row, each once
-    from_completions: Tensor  # indices in `completions` of the real vectors, in the order of the row
-    prompt_padding: Tensor  # indices of padding in `prompts`
-    completion_padding: Tensor  # indices of padding in `completions`
-    filler: int = 0  # vectors that the row begins with and its split form lacks
+    prompts: VectorIndex
+    completions: VectorIndex
+    filler: int  # vectors at the start of the row that belong to neither
 
     def split(self, row: Tensor, padding: float | None = None) -> tuple[Tensor, Tensor]:
-        """Split a row (T · H, …) into prompts (N · H · P, …) and completions (B · H · C, …).
-
-        Padding is that number, or by default what some token has.
-        """
-        prompts, completions = row.index_select(0, self.prompts), row.index_select(0, self.completions)
-        if padding is not None:
-            prompts.index_fill_(0, self.prompt_padding, padding)
-            completions.index_fill_(0, self.completion_padding, padding)
-        return prompts, completions
+        """Split a row (T · H, …) into prompts (N · H · P, …) and completions (B · H · C, …)."""
+        return self.prompts.gather(row, padding), self.completions.gather(row, padding)
 
     def join(self, prompts: Tensor, completions: Tensor, filler: float = 0) -> Tensor:
-        """Join prompts (N · H · P, …) and completions (B · H · C, …) to a row (T · H, …) after its filler."""
-        split = self.filler + len(self.from_prompts)
-        row = prompts.new_empty(split + len(self.from_completions), *prompts.shape[1:])
+        """Join prompts (N · H · P, …) and completions (B · H · C, …) to a row (T · H, …)."""
+        first_completion = self.filler + len(self.prompts.real)
+        row = prompts.new_empty(first_completion + len(self.completions.real), *prompts.shape[1:])
         row[: self.filler] = filler
-        torch.index_select(prompts, 0, self.from_prompts, out=row[self.filler : split])
-        torch.index_select(completions, 0, self.from_completions, out=row[split:])
+        torch.index_select(prompts, 0, self.prompts.real, out=row[self.filler : first_completion])
+        torch.index_select(completions, 0, self.completions.real, out=row[first_completion:])
         return row
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The order of a packed row: the S tokens that all prompts begin with, then the own tokens of the prompts but the
-    last of each, those, then the completion tokens.
+    """The order of a packed row:
 
-    In the split form, the own tokens of prompts (N, P) and completions (B, C) are padded on the right. The last token
-    of a prompt comes with the completions because its logits are needed too: so the tokens whose logits are read are
-    at the end. Indices and lengths are those of the row without the common beginning.
+        [common beginning S][filler][prompts without their last token][last token of each prompt][completion tokens]
 
-    A row with a common beginning comes in few lengths and widths, so that a device's allocator finds what it had, and
-    few kernels are made: the own tokens begin with `filler`, at most 1/16 of the row. Such a token attends to the
-    common beginning alone, and none to it.
+    So the tokens whose logits are needed are at the end. Lengths and indices are those of the row without the common
+    beginning. In the split form, the rest of the prompts (N, P) and the completions (B, C) are padded on the right.
+
+    Only a row with a common beginning has filler, at most 1/16 of its tokens. With filler, rows have few different
+    lengths, so a device's allocator can use memory again and fewer kernels are made. A filler token attends to the
+    common beginning alone, and no token attends to it.
     """
 
     prompt_lengths: Tensor  # (N,) int64, from 1
     completion_lengths: Tensor  # (B,) int64, from 0
     prompt_index: Tensor  # (N, P) int64, index in the row; any index for padding
     completion_index: Tensor  # (B, C) int64, index in the row; any index for padding
-    common_prefix: int = 0  # S, at most all but the last token of each prompt
+    common_prefix: int = 0  # S; every prompt has at least one more token
     filler: int = 0
-    # computed by one layer, reused by the others
-    _of_layers: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what all layers of a model need
 
     @classmethod
     def of(cls, prompt_lengths: Tensor, completion_lengths: Tensor, common_prefix: int = 0) -> "Layout":
-        """Make the layout of prompts (N,) and completions (B,), group-major, of these lengths."""
+        """Make the layout of whole prompts (N,) and completions (B,), group-major, of these lengths."""
         prompt_lengths = prompt_lengths - common_prefix
         p, c = prompt_lengths[:, None], completion_lengths[:, None]
-        total = common_prefix + int(p.sum() + c.sum())
-        unit, columns = (max(1, 2 ** (total.bit_length() - 5)), 8) if common_prefix else (1, 1)
-        i = torch.arange(_round_up(int(p.max()), columns), device=p.device)
-        j = torch.arange(_round_up(max(1, int(c.max())), columns), device=p.device)  # one at least, if of padding
-        filler = _round_up(total, unit) - total
-        body = p - 1
+        filler = _filler(common_prefix + int(p.sum() + c.sum())) if common_prefix else 0
+        i = _columns(p, common_prefix)
+        j = _columns(c, common_prefix)
+        body = p - 1  # all tokens but the last
         last = filler + body.sum() + torch.arange(len(p), device=p.device)[:, None]
         prompts = torch.where(i < body, filler + body.cumsum(0) - body + i, last)
         completions = torch.where(j < c, last[-1] + 1 + c.cumsum(0) - c + j, 0)
@@ -81,90 +97,87 @@ class Layout:
 
     def maps(self, heads: int) -> IndexMaps:
         """Return the indices of the vectors of `heads` heads."""
-        if ("maps", heads) not in self._of_layers:
-            prompts = _index_maps(self.prompt_index, self.prompt_lengths, heads)
-            completions = _index_maps(self.completion_index, self.completion_lengths, heads)
-            pairs = zip(prompts, completions, strict=True)
-            self._of_layers["maps", heads] = IndexMaps(*(x for pair in pairs for x in pair), heads * self.filler)
-        return self._of_layers["maps", heads]
+        if ("maps", heads) not in self._cache:
+            prompts = VectorIndex.of(self.prompt_index, self.prompt_lengths, heads)
+            completions = VectorIndex.of(self.completion_index, self.completion_lengths, heads)
+            self._cache["maps", heads] = IndexMaps(prompts, completions, heads * self.filler)
+        return self._cache["maps", heads]
 
     def beginning_bias(self, window: int | None, repeats: int) -> Tensor | None:
-        """Return what to add to the scores of the own tokens for the common beginning, (1, R · T, S), R = `repeats`.
+        """Return what to add to the attention scores of the common beginning, (1, R · T, S), R = `repeats`.
 
-        None without a sliding window: all of them follow it.
+        Without a sliding window it is None: all T tokens after the beginning see all of it.
         """
         if window is None:
             return None
-        if ("beginning", window, repeats) not in self._of_layers:
-            own, i = self.prompt_lengths, torch.arange(self.common_prefix, device=self.prompt_index.device)
-            positions = i.new_zeros(int(self.filler + own.sum() + self.completion_lengths.sum()))
-            starts = own.repeat_interleave(self.num_generations)
-            for index, lengths, first in (
-                (self.prompt_index, own, torch.zeros_like(own)),
-                (self.completion_index, self.completion_lengths, starts),
-            ):
-                columns = torch.arange(index.shape[1], device=i.device)
-                real = columns < lengths[:, None]
-                positions[index[real]] = (self.common_prefix + first[:, None] + columns)[real]
-            seen = positions[:, None] - i < window  # (T, S)
-            self._of_layers["beginning", window, repeats] = as_bias(seen, torch.float32).repeat(repeats, 1)[None]
-        return self._of_layers["beginning", window, repeats]
+        if ("beginning", window, repeats) not in self._cache:
+            lengths = self.prompt_lengths.repeat_interleave(self.num_generations)[:, None]
+            i = torch.arange(self.prompt_index.shape[1], device=lengths.device)
+            j = torch.arange(self.completion_index.shape[1], device=lengths.device)
+            after = self.maps(1).join(i.repeat(len(self.prompt_lengths)), (lengths + j).flatten())  # (T,)
+            distance = self.common_prefix + after[:, None] - torch.arange(self.common_prefix, device=after.device)
+            bias = as_bias(distance < window, torch.float32).repeat(repeats, 1)[None]
+            self._cache["beginning", window, repeats] = bias
+        return self._cache["beginning", window, repeats]
 
     def masks(self, window: int | None) -> tuple[Tensor, Tensor]:
         """Return the attention masks of prompts (1, 1, P, P) and of completions (B, 1, C, P + C), bool.
 
-        Padding follows all real tokens, so only that of the prompts has to be hidden, from the completions.
+        Padding follows all real tokens, so the masks need to hide it only between a prompt and its completions.
         """
-        if ("masks", window) not in self._of_layers:
+        if ("masks", window) not in self._cache:
             lengths = self.prompt_lengths.repeat_interleave(self.num_generations)[:, None, None]  # (B, 1, 1)
             i = torch.arange(self.prompt_index.shape[1], device=lengths.device)
             j = torch.arange(self.completion_index.shape[1], device=lengths.device)
             reach = torch.inf if window is None else window
             to_prompt = (i < lengths) & (lengths + j[:, None] - i < reach)  # (B, C, P)
-            to_itself = causal(j, reach).expand(len(lengths), -1, -1)
-            masks = causal(i, reach)[None, None], torch.cat([to_prompt, to_itself], -1)[:, None]
-            self._of_layers["masks", window] = masks
-        return self._of_layers["masks", window]
+            to_completion = causal(j, reach).expand(len(lengths), -1, -1)
+            masks = causal(i, reach)[None, None], torch.cat([to_prompt, to_completion], -1)[:, None]
+            self._cache["masks", window] = masks
+        return self._cache["masks", window]
 
     def biases(self, window: int | None, heads: int, key_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the masks as `as_bias` does: (1, R · P, P) and (B · K, R · C, P + C), R = H / K."""
+        """Return both masks as numbers to add to scores, (1, R · P, P) and (B · K, R · C, P + C), R = H / K."""
         name = ("biases", window, heads, key_heads, dtype)
-        if name not in self._of_layers:
-            prompts, completions = (as_bias(mask, dtype) for mask in self.masks(window))
-            repeats, (rows, _, _, width) = heads // key_heads, completions.shape
-            completions = completions.repeat(1, key_heads, repeats, 1).view(rows * key_heads, -1, width)
-            self._of_layers[name] = prompts[0].repeat(1, repeats, 1), completions
-        return self._of_layers[name]
+        if name not in self._cache:
+            prompt_mask, completion_mask = self.masks(window)
+            repeats = heads // key_heads
+            prompts = as_bias(prompt_mask[0], dtype).repeat(1, repeats, 1)
+            completions = as_bias(completion_mask, dtype).repeat(1, key_heads, repeats, 1).flatten(0, 1)
+            self._cache[name] = prompts, completions
+        return self._cache[name]
+
+    def after_prompts(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """Join keys or values of prompts (N · K, P, d) and completions (B · K, C, d) to (B · K, P + C, d)."""
+        n, g = len(self.prompt_lengths), self.num_generations
+        repeated = prompts.unflatten(0, (n, 1, -1)).expand(-1, g, -1, -1, -1)  # (N, G, K, P, d)
+        return torch.cat([repeated, completions.unflatten(0, (n, g, -1))], 3).flatten(0, 2)
 
     @property
     def num_generations(self) -> int:
-        """G."""
+        """Return G."""
         return len(self.completion_lengths) // len(self.prompt_lengths)
 
 
 def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what to add to scores, of the same shape: 0 where a key is seen, else a number lower than any of theirs.
+    """Return what to add to attention scores, in the shape of `seen`: 0 for a seen key, else the least finite number.
 
-    It is finite, so that a query that sees no key, such as padding, does not become NaN.
+    It is finite so that the attention of a query that sees no key, such as padding, is not NaN.
     """
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _round_up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
-
-
 def causal(i: Tensor, reach: float) -> Tensor:
-    """Return which of the positions `i` (L,) each of them sees, itself and the `reach` - 1 before it: (L, L) bool."""
+    """Return which of the positions `i` (L,) each sees, (L, L) bool: itself and the `reach` - 1 before it."""
     return (i[:, None] >= i) & (i[:, None] - i < reach)
 
 
-def _index_maps(index: Tensor, lengths: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for tokens (M, L) the row index of each of the (M, H, L) vectors, the indices of the real vectors in the
-    order of the row, and those of padding."""
-    head = torch.arange(heads, device=index.device)[:, None]
-    maps = (index[:, None] * heads + head).flatten()
-    real = torch.arange(index.shape[1], device=index.device) < lengths[:, None]
-    real = real[:, None].expand(-1, heads, -1).flatten()
-    own = real.nonzero().squeeze(-1)
-    return maps, own[maps[own].argsort()], (~real).nonzero().squeeze(-1)
+def _columns(lengths: Tensor, common_prefix: int) -> Tensor:
+    """Return the column numbers of the split form of sequences of these lengths, at least one column."""
+    multiple = COLUMN_MULTIPLE if common_prefix else 1
+    return torch.arange(-(-max(1, int(lengths.max())) // multiple) * multiple, device=lengths.device)
+
+
+def _filler(total: int) -> int:
+    """Return how many tokens fill up a row of `total`, to a multiple of a power of two, 1/32 to 1/16 of the row."""
+    return -total % max(1, 2 ** (total.bit_length() - 5))

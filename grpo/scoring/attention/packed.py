@@ -1,15 +1,9 @@
 """Attention over a packed row: the real tokens of N prompts and of their B = N · G completions, without padding.
 
-The model is run once on one row of T tokens, so its linear layers see every prompt token once and no padding; what
-all prompts begin with, such as worked examples, they see once for all. Only attention has to know which tokens belong
-together: `packed_attention`, registered with transformers as "shared_prefix", splits queries, keys and values by a
-`Layout`, lets prompts attend to themselves and completions to their prompt and themselves, and joins the results
-again. All own tokens attend to a common beginning in one product of matrices. Without a layout it is transformers'
-own attention ("sdpa"), so a model can keep it while it samples.
-
-What did not pay, on one thread at the default sizes: a single autograd function for the whole attention, with a
-backward pass by hand, takes 4% off an update; torch's fused attention adds 13% there, and is as fast as scores in
-memory at 16 completions of 64 on prompts of 150.
+The linear layers of a model see each token of the row once. Only attention has to know which tokens belong together:
+`packed_attention`, registered with transformers as "shared_prefix", takes the row apart by its `Layout`, lets prompts
+attend to themselves and completions to their prompt and themselves, and joins the results. With a common beginning,
+`tree.py` does so. Without a layout it is transformers' own attention ("sdpa"), so a model keeps it while it samples.
 """
 
 from typing import Any
@@ -23,36 +17,33 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from grpo.scoring.attention.common_prefix import CommonPrefix
 from grpo.scoring.attention.layout import IndexMaps, Layout, causal
-from grpo.scoring.attention.tree import Tree
+from grpo.scoring.attention.tree import Tree, TreeAttention
 
 NAME = "shared_prefix"
-SCORES = 2**21  # attention scores of a layer that may be held in memory, 8 MiB
-# arguments of attention that change nothing in it
-WITHOUT_EFFECT = {"position_ids", "cache_position", "use_cache"}
+SCORES = 2**21  # attention scores of a layer that may be in memory, 8 MiB in float32
+IGNORED_ARGUMENTS = {"position_ids", "cache_position", "use_cache"}  # attention does not depend on them
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 Vectors = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
-LAYERS = {"full_attention", "sliding_attention"}
 
 
 class _Unpack(torch.autograd.Function):
-    """Split the vectors of a row (1, H, T, d) into those of prompts (N · H · P, d) and completions (B · H · C, d).
+    """Split the vectors of a row (1, H, T, d) into prompts (N · H · P, d) and completions (B · H · C, d).
 
-    Padding gets the vectors of some token; nothing attends to it. The gradient is gathered too: that of indexing
-    would be a slow sum in no fixed order.
+    Padding gets arbitrary vectors, since nothing attends to it. The gradient is gathered too: indexing would sum it
+    slowly and in no fixed order.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, row: Tensor, maps: IndexMaps) -> tuple[Tensor, Tensor]:
-        """Return prompts and completions."""
-        ctx.shape, ctx.maps = row.shape, maps
-        vectors = row[0].transpose(0, 1).reshape(-1, row.shape[-1])
-        return maps.split(vectors)
+        ctx.shape = row.shape
+        ctx.maps = maps
+        return maps.split(row[0].transpose(0, 1).reshape(-1, row.shape[-1]))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, prompts: Tensor, completions: Tensor) -> tuple[Tensor, None]:
-        """Join their gradients to that of the row."""
+    def backward(ctx: FunctionCtx, grad_prompts: Tensor, grad_completions: Tensor) -> tuple[Tensor, None]:
         _, heads, length, size = ctx.shape
-        row = ctx.maps.join(prompts, completions)
+        row = ctx.maps.join(grad_prompts, grad_completions)
         return row.view(1, length, heads, size).transpose(1, 2), None
 
 
@@ -61,15 +52,13 @@ class _Pack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, prompts: Tensor, completions: Tensor, maps: IndexMaps) -> Tensor:
-        """Return the row."""
         ctx.maps = maps
         return maps.join(prompts, completions)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, row: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Split the gradient of the row; it is 0 on padding, whose results are not used."""
-        return *ctx.maps.split(row, padding=0), None
+    def backward(ctx: FunctionCtx, grad_row: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *ctx.maps.split(grad_row, padding=0), None  # the results of padding are not used
 
 
 def packed_attention(
@@ -87,77 +76,70 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend over a packed row: query (1, H, T, d), key and value (1, K, T, d) to (1, T, H, d).
 
-    The arguments are those of transformers' attention functions, and `layout`; or `common_prefix`, in decoding, where
-    `attention_mask` is added to the scores of each row's own keys. Raises ValueError if the model asks for something
-    this attention does not have, such as a softcap.
+    Models pass on `layout` to score a packed row, or `common_prefix` to decode; `attention_mask` is then added to the
+    scores of each row's tokens after the prefix. Raises ValueError if the model wants something that this attention
+    does not have, such as a softcap.
     """
     if layout is None and common_prefix is None:
         more |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-    unknown = {name for name, asked in more.items() if asked is not None and asked is not False} - WITHOUT_EFFECT
+    given = {name for name, argument in more.items() if argument is not None and argument is not False}
+    unknown = given - IGNORED_ARGUMENTS
     if unknown or dropout or not getattr(module, "is_causal", True):
         raise ValueError(f"no shared prefix with {', '.join(sorted(unknown)) or 'such attention'}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if common_prefix is not None:
         return common_prefix.attend(module.layer_idx, query, key, value, attention_mask, scaling), None
-    row = query, key, value
-    if layout.common_prefix:
-        return _attend_tree(module, row, layout, scaling, sliding_window), None
-    return _attend_own(module, row, layout, scaling, sliding_window), None
+    attend = _attend_tree if layout.common_prefix else _attend_branches
+    return attend(module, (query, key, value), layout, scaling, sliding_window), None
 
 
 def _attend_tree(module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None) -> Tensor:
-    """Attend over a row that has a common beginning: that to itself, all others to it and to their own tokens."""
+    """Attend over a row with a common beginning: (1, T, H, d)."""
     common = layout.common_prefix
-    first, own = zip(*(x.split([common, x.shape[2] - common], 2) for x in row), strict=True)
+    beginning = [x[:, :, :common] for x in row]
     mask = None if window is None else causal(torch.arange(common, device=row[0].device), window)
-    beginning = _torch_attend(module, *first, mask, scaling)  # (1, H, S, d)
-    out = Tree(layout, scaling, window).attend(*(x[0] for x in (*own, *first[1:])))
-    return torch.cat([beginning.transpose(1, 2), out[None]], 1)
+    beginning_out = _torch_attend(module, *beginning, mask, scaling)  # (1, H, S, d)
+    rest = [x[0, :, common:] for x in row]
+    rest_out = TreeAttention.apply(Tree(layout, scaling, window), *rest, beginning[1][0], beginning[2][0])
+    return torch.cat([beginning_out.transpose(1, 2), rest_out[None]], 1)
 
 
-def _attend_own(module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None) -> Tensor:
-    """Attend to the tokens of one's own prompt and completion: (1, T, H, d)."""
-    (_, heads, length, _), key_heads = row[0].shape, row[1].shape[1]
-    maps, key_maps = layout.maps(heads), layout.maps(key_heads)
+def _attend_branches(module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None) -> Tensor:
+    """Attend over a row without a common beginning: (1, T, H, d)."""
+    query, key, value = row
+    heads, key_heads = query.shape[1], key.shape[1]
     (n, p), (b, c) = layout.prompt_index.shape, layout.completion_index.shape
-    split = [_Unpack.apply(x, of) for x, of in zip(row, (maps, key_maps, key_maps), strict=True)]
-    q, k, v = (x.view(n, -1, p, x.shape[-1]) for x, _ in split)
-    own_q, own_k, own_v = (x.view(b, -1, c, x.shape[-1]) for _, x in split)
-    all_k, all_v = _after_prompts(k, own_k), _after_prompts(v, own_v)
-    if q.device.type == "cpu" and (n * p * p + b * c * (p + c)) * heads <= SCORES:
-        bias, own_bias = layout.biases(window, heads, key_heads, q.dtype)
-        prompts = _attend(q, k, v, bias, scaling)
-        completions = _attend(own_q, all_k, all_v, own_bias, scaling)
+    maps = layout.maps(heads)
+    key_maps = layout.maps(key_heads)
+    split = [_Unpack.apply(query, maps), _Unpack.apply(key, key_maps), _Unpack.apply(value, key_maps)]
+    prompts = [vectors.view(-1, p, vectors.shape[-1]) for vectors, _ in split]
+    q, k, v = (vectors.view(-1, c, vectors.shape[-1]) for _, vectors in split)
+    completions = q, layout.after_prompts(prompts[1], k), layout.after_prompts(prompts[2], v)
+    if query.device.type == "cpu" and (n * p * p + b * c * (p + c)) * heads <= SCORES:
+        prompt_bias, completion_bias = layout.biases(window, heads, key_heads, query.dtype)
+        prompt_out = _attend(*prompts, prompt_bias, scaling)
+        completion_out = _attend(*completions, completion_bias, scaling)
     else:
-        mask, own_mask = layout.masks(window)
-        mask = None if window is None else mask  # causal attention has faster kernels
-        prompts = _torch_attend(module, q, k, v, mask, scaling)
-        completions = _torch_attend(module, own_q, all_k, all_v, own_mask, scaling)
-    out = _Pack.apply(prompts.reshape(-1, v.shape[-1]), completions.reshape(-1, v.shape[-1]), maps)
-    return out.view(1, length, heads, -1)
-
-
-def _after_prompts(of_prompts: Tensor, own: Tensor) -> Tensor:
-    """Join keys or values of prompts (N, K, P, d) and completions (B, K, C, d) to (B, K, P + C, d)."""
-    n, b = len(of_prompts), len(own)
-    of_prompts = of_prompts[:, None].expand(-1, b // n, -1, -1, -1)
-    return torch.cat([of_prompts, own.unflatten(0, (n, -1))], 3).flatten(0, 1)
+        prompt_mask, completion_mask = layout.masks(window)
+        prompt_mask = None if window is None else prompt_mask  # causal attention has faster kernels
+        prompt_out = _torch_attend(module, *(x.unflatten(0, (n, -1)) for x in prompts), prompt_mask, scaling)
+        completion_out = _torch_attend(
+            module, *(x.unflatten(0, (b, -1)) for x in completions), completion_mask, scaling
+        )
+    size = value.shape[-1]
+    out = _Pack.apply(prompt_out.reshape(-1, size), completion_out.reshape(-1, size), maps)
+    return out.view(1, -1, heads, size)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """Attend with scores in memory: q (M, H, L, d), k and v (M, K, S, d), bias (M · K or 1, R · L, S).
+    """Attend with scores in memory: q (M · H, L, d), k and v (M · K, S, d), bias (M · K or 1, R · L, S).
 
     On a CPU this is faster than torch's fused attention for small tensors.
     """
-    q, k, v = _by_key(q, k, v, bias)
+    q = q.reshape(-1, bias.shape[1], q.shape[-1])  # (M · K, R · L, d): the R heads of a key are rows of one matrix
     weights = torch.baddbmm(bias, q * scaling, k.transpose(1, 2)).softmax(-1)
     return weights @ v
-
-
-def _by_key(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Vectors:
-    """Return queries (M · K, R · L, d), the R heads of a key as rows of one matrix, keys and values (M · K, S, d)."""
-    return q.reshape(-1, bias.shape[1], q.shape[-1]), k.flatten(0, 1), v.flatten(0, 1)
 
 
 def _torch_attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -171,13 +153,13 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def enable(model: PreTrainedModel) -> None:
-    """Make a model use `packed_attention`. Raises ValueError if its own attention is not "sdpa"."""
+    """Make a model use `packed_attention`. Raises ValueError if its attention or a layer is of another kind."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise ValueError(f"no shared prefix with {model.config._attn_implementation} attention")
-    # other layers (chunks, convolutions, state spaces) mix tokens by rules that a packed row does not follow
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYERS
+    # Other layers (chunks, convolutions, state spaces) mix tokens by rules that a packed row does not follow.
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - SUPPORTED_LAYERS
     if kinds:
         raise ValueError(f"no shared prefix with layers of {', '.join(sorted(kinds))}")
 
