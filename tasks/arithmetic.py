@@ -2,8 +2,8 @@
 
     What is (4 - 9) * 6?      <answer>-30</answer>
 
-Operands are integers from `min_operand` to `max_operand`; a negative one stands in brackets, as in (4 - (-9)) * 6.
-Operators are +, - and *. A problem's category is its two operators: `-*` for the one above.
+Operands are integers from `min_operand` to `max_operand`; a negative operand stands in brackets, as (4 - (-9)) * 6.
+Operators are +, - and *. The category of a problem is its two operators: `-*` for the example above.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from tasks.base import Option, Problem, seeded_rng, split_of
 from tasks.common.qa_task import QATask
 
 OPERATORS = ("+", "-", "*")
-LARGEST_OPERAND = 100_000  # its cube still fits in the 18 digits that the parser reads
+LARGEST_OPERAND = 100_000  # a product of three has at most 16 digits; the parser reads 18
 HINTS = {
     "too_easy": "Raise --max-operand.",
     "too_hard": "Lower --max-operand.",
@@ -51,34 +51,35 @@ class Expression:
 
     @property
     def working(self) -> str:
-        """Return the first step as one would write it down."""
+        """Return the first step, such as `4 - 9 = -5`."""
         return f"{operand(self.a)} {self.op} {operand(self.b)} = {self.inner}"
 
     @property
     def steps(self) -> str:
-        """Return both steps as one would write them down, a line each."""
+        """Return both steps, each on a line."""
         return f"{self.working}\n{operand(self.inner)} {self.op2} {operand(self.c)} = {self.value}"
 
     @property
     def key(self) -> str:
-        """Return one text for all spellings that commuting and re-associating turn into each other.
+        """Return a text that expressions share if they differ only in the order or grouping of terms or factors.
 
-        A sum is its signed terms in any order, a product its factors: (a - b) + c, (a + c) - b and (c - b) + a are
-        one problem, and so are (a * b) * c and (c * a) * b, and (a + b) * c and (b + a) * c.
+        (a - b) + c, (a + c) - b and (c - b) + a are one problem; so are (a * b) * c and (c * a) * b, and so are
+        (a + b) * c and (b + a) * c.
         """
         inner = [self.a, -self.b if self.op == "-" else self.b]
         last = -self.c if self.op2 == "-" else self.c
-        one, other = ("product" if operator == "*" else "sum" for operator in (self.op, self.op2))
-        if one == other:
-            return f"{one} of {sorted([*inner, last])}"
-        return f"{other} of {last} and the {one} of {sorted(inner)}"
+        inner_kind = "product" if self.op == "*" else "sum"
+        outer_kind = "product" if self.op2 == "*" else "sum"
+        if inner_kind == outer_kind:
+            return f"{inner_kind} of {sorted([*inner, last])}"
+        return f"{outer_kind} of {last} and the {inner_kind} of {sorted(inner)}"
 
     def __str__(self) -> str:
         return f"({operand(self.a)} {self.op} {operand(self.b)}) {self.op2} {operand(self.c)}"
 
 
 def operand(value: int) -> str:
-    """Write a number as it stands in an expression: -9 as (-9), so that no two signs meet."""
+    """Return a number as it stands in an expression: a negative one in brackets, so that no two signs meet."""
     return f"({value})" if value < 0 else str(value)
 
 
@@ -110,17 +111,17 @@ class Arithmetic(QATask):
 
     @property
     def size(self) -> int:
-        """Return the number of expressions; both spellings of a sum or product count."""
+        """Return the number of expressions; spellings of one problem count separately."""
         return len(self.operands) ** 3 * len(OPERATORS) ** 2
 
     def expression(self, index: int) -> Expression:
         """Return the expression of an index from 0 to size - 1."""
-        numbers, k = self.operands, len(OPERATORS)
+        numbers = self.operands
         n = len(numbers)
         index, c = divmod(index, n)
         index, b = divmod(index, n)
         index, a = divmod(index, n)
-        op, op2 = divmod(index, k)
+        op, op2 = divmod(index, len(OPERATORS))
         return Expression(numbers[a], OPERATORS[op], numbers[b], OPERATORS[op2], numbers[c])
 
     def training_expression(self, *place: object) -> Expression:
@@ -136,7 +137,10 @@ class Arithmetic(QATask):
         return _problem(self.training_expression(seed, step, row))
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
-        """Return up to `limit` problems of a held-out split, no two of them spellings of one problem."""
+        """Return up to `limit` problems of a held-out split. Raises ValueError if the split has none.
+
+        No two of the problems are spellings of one problem.
+        """
         order = seeded_rng("arithmetic", split).sample(range(self.size), min(self.size, 40 * limit + 1000))
         chosen: dict[str, Problem] = {}
         for expression in map(self.expression, order):

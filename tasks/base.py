@@ -1,15 +1,16 @@
 """The interface of a task: problems split by a hash, prompts for them, and a judgement of each completion.
 
-Nothing here or in the other task files imports torch: a task is strings and numbers only, so that a
-reward can be read, changed and tested without a model.
+No file of tasks/ imports torch: a task is strings and numbers only, so that a reward can be read, changed and tested
+without a model.
 """
 
 import hashlib
 import random
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 SPLITS = ("train", "validation", "test")
 KINDS = ("integer", "number", "text")  # the kinds of answers, as tasks/common/parsing.py defines them
@@ -35,9 +36,9 @@ class Problem:
     question: str
     answer: str
     columns: Mapping[str, Any] = field(default_factory=dict)
-    category: str = ""  # accuracy is reported by category too; in a mixture of tasks, the name of its task
-    working: str = ""  # how to get to the answer, if that is known: for worked examples
-    place: str = field(default="", compare=False)  # the line of the file that it was read from
+    category: str = ""  # accuracy is also reported by category; in a mixture it is the name of the problem's task
+    working: str = ""  # how to get to the answer, for worked examples; "" if the task does not know it
+    place: str = field(default="", compare=False)  # FILE:LINE that the problem was read from; "" if none
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,12 @@ class Attempt:
 
     problem: Problem
     completion: str
-    style: str  # the prompt style
     kind: str  # the kind of the answer, one of KINDS
     prompt: Sequence[Message]
     answer: Answer | None  # the parsed answer; None if the completion gives none of the right kind
     gold: Answer | None  # the problem's own answer, parsed in the same way
-    correct: bool  # the task's judgement of the answer, which accuracy counts, whatever the form
-    close: bool  # whether the answer is nearly right, by the task's judgement
+    correct: bool  # whether the task calls the answer right; accuracy counts this, whatever the form
+    close: bool  # whether the task calls the answer nearly right
     well_formed: bool  # whether the completion gives an answer in the form that the prompt asked for
 
 
@@ -60,59 +60,64 @@ class Attempt:
 class Reward:
     """The score of one completion.
 
-    `total`, which training maximises, is the sum of `parts`, each already weighted and None if that function does
-    not apply. It is None if none applies: then the completion has no part in its group. `correct` and `well_formed`
-    are those of the attempt.
+    Training maximises `total`. A completion whose total is None is left out of the comparison within its group.
     """
 
-    total: float | None
-    parts: Mapping[str, float | None]
-    correct: bool
-    well_formed: bool
+    total: float | None  # the sum of the parts that apply; None if no reward function applies
+    parts: Mapping[str, float | None]  # by reward function, times its weight; None if the function does not apply
+    correct: bool  # as in the attempt
+    well_formed: bool  # as in the attempt
 
 
-class Task(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Task:
     """The interface of a task to training and evaluation."""
 
     name: str
-    parts: Mapping[str, "Task"]  # the tasks of a mixture, by name; none for any other task
-    style: str
-    kind: str  # the kind of its answers, one of KINDS
-    system_prompt: str
-    examples: Sequence[Message]  # worked examples in each chat, if any
-    default_rewards: Mapping[str, float]  # names and weights
-    files: Mapping[str, str]  # SHA-256 of each file that its problems come from
-    example: str  # a question to try on the trained model
-    notes: Sequence[str]  # remarks on the problems, for the start of a run
-    hints: Mapping[str, str]  # advice to add to a finding, by the name of the finding
-    knows_right: bool  # whether `correct` is right by its word, not only equality with one answer of many
+    parts: ClassVar[Mapping[str, "Task"]] = {}  # the tasks of a mixture, by name; empty for any other task
+    style: str = "answer"  # the prompt style
+    kind: str = "integer"  # the kind of the answers, one of KINDS
+    system_prompt: str = ""
+    examples: Sequence[Message] = ()  # worked examples, as turns between the system prompt and the question
+    example: str = "..."  # a question to try on the trained model
+    files: Mapping[str, str] = field(default_factory=dict)  # the SHA-256 of each file that it is made from
+    notes: Sequence[str] = ()  # remarks on the problems, printed at the start of a run
+    hints: Mapping[str, str] = field(default_factory=dict)  # advice to add to a finding, by the name of the finding
+    knows_right: bool = True  # False if `correct` only compares with one reference answer of possibly many
 
+    @property
+    @abstractmethod
+    def default_rewards(self) -> Mapping[str, float]:
+        """Return the weights, by name, of the rewards that apply unless --reward is given."""
+
+    @abstractmethod
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem of a row of a step, a pure function of the three numbers."""
+        """Return the training problem of a row of a step, as a pure function of the three numbers."""
 
+    @abstractmethod
     def held_out(self, split: str, limit: int) -> list[Problem]:
         """Return up to `limit` different problems of 'validation' or 'test', always the same ones."""
 
-    def listed(self) -> Iterable[Problem]:
-        """Return all problems, if they are not drawn but listed, in a file for instance."""
-
-    def messages(self, question: str) -> list[Message]:
-        """Return the chat that asks `question`."""
-
+    @abstractmethod
     def grade(self, problem: Problem, completion: str) -> Attempt:
         """Parse and grade `completion`. Accepts any string, never raises, runs in linear time."""
 
+    def listed(self) -> Iterable[Problem]:
+        """Return all problems of a task that lists them, as in a file; none for a task that makes them up."""
+        return ()
+
+    def messages(self, question: str) -> list[Message]:
+        """Return the chat that asks `question`."""
+        return chat(question, self.system_prompt, self.examples)
+
 
 def chat(question: str, system_prompt: str, examples: Sequence[Message] = ()) -> list[Message]:
-    """Return the messages that ask a question, after worked examples as turns if there are any.
-
-    The model's chat template turns them into a prompt.
-    """
+    """Return the messages that ask a question; the model's chat template turns them into a prompt."""
     return [{"role": "system", "content": system_prompt}, *examples, {"role": "user", "content": question}]
 
 
 def task_of(task: Task, problem: Problem) -> Task:
-    """Return the task that a problem is of: one of a mixture, or else the task itself."""
+    """Return the task that a problem belongs to: the one of a mixture that made it, or else `task` itself."""
     return task.parts[problem.category] if task.parts else task
 
 
@@ -122,27 +127,32 @@ def prompt_of(task: Task, problem: Problem) -> list[Message]:
 
 
 def asked(task: Task) -> dict[str, Any]:
-    """Return how a task asks, as a model's card has it; for a mixture also how each of its tasks does."""
+    """Return how a task asks, as a model's card stores it; for a mixture, also how each of its tasks asks."""
     how = {
         "kind": task.kind,
         "prompt_style": task.style,
         "system_prompt": task.system_prompt,
         "examples": list(task.examples),
     }
-    return how | ({"tasks": {name: asked(part) for name, part in task.parts.items()}} if task.parts else {})
+    if task.parts:
+        how["tasks"] = {name: asked(part) for name, part in task.parts.items()}
+    return how
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an exception on one line without control characters: it may quote a model or a file."""
+    """Return type and message of an exception on one line.
+
+    Control characters are replaced, because the message may quote a model or a file.
+    """
     try:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-    except Exception:  # a class of the user's may not even have a text
+    except Exception:  # `__str__` of a user's exception may raise
         text = type(error).__name__
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:300]
 
 
 def shown(value: Any) -> str:
-    """Return the beginning of the repr of a value of the user's, or its type if it has none."""
+    """Return the first 80 characters of the repr of a value, or its type if its `__repr__` raises."""
     try:
         return repr(value)[:80]
     except Exception:
@@ -152,15 +162,15 @@ def shown(value: Any) -> str:
 def split_of(key: str) -> str:
     """Return the split of the problem with this key: 80% train, 10% validation, 10% test.
 
-    SHA-256 of the text decides, so the split is the same on every machine and in every process
-    (Python's own `hash` is salted). Give two spellings of one problem the same key.
+    SHA-256 of the key decides, so the split is the same on every machine and in every process; Python's `hash` is
+    salted. Two spellings of one problem must have the same key.
     """
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 10
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 
 def seeded_rng(*names: object) -> random.Random:
-    """Return a random generator that is a function of its names only, on every machine.
+    """Return a random generator whose numbers depend on `names` only, on every machine.
 
     Python seeds from a string with SHA-512, not with the salted `hash`.
     """

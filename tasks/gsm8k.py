@@ -2,14 +2,13 @@
 
     {"question": "Natalia sold clips to 48 ...", "answer": "She sold 48 / 2 = 24 ...\\n#### 72"}
 
-`--data FILE` is a file in that format, split by a hash of the question; without it, the problems come from the
-Hugging Face Hub by the optional package datasets: the official test problems are the test split, and a hash takes
-validation out of the official training problems. The full answer is the column `solution`.
+`--data FILE` is a file in that format, split by a hash of the question. Without it, the optional package datasets
+loads the problems from the Hugging Face Hub: the official test problems are the test split, and a hash puts a tenth
+of the official training problems into validation. The full answer is the column `solution`.
 """
 
 import hashlib
 import re
-from collections.abc import Iterable
 from itertools import chain
 from typing import Annotated
 
@@ -19,7 +18,7 @@ from tasks.common.rows import Row, Rows, kind_of_all, normal, notes_on, read_row
 
 HUB = "openai/gsm8k"
 MARK = "####"
-_CALCULATION = re.compile(r"<<[^<>]*>>")  # for a calculator, as in 9 * 2 = <<9*2=18>>18
+_CALCULATION = re.compile(r"<<[^<>]*>>")  # a mark for a calculator, as in 9 * 2 = <<9*2=18>>18
 
 
 def load(
@@ -27,27 +26,27 @@ def load(
     style: str = "answer",
     system_prompt: str = "",
 ) -> Rows:
-    """Load the task from a file, or without one from the Hub. Raises ValueError, in one line, if that fails."""
+    """Load the task from the file `data`, or from the Hub if that is empty. Raises ValueError, in one line."""
     if data:
         problems, sha256 = read_rows(data, problem_of)
-        of_split = split_rows(problems, data)
+        by_split = split_rows(problems, data)
         notes = notes_on(problems)
     else:
-        of_split, sha256 = from_hub()
+        by_split, sha256 = from_hub()
         notes = []
     return Rows(
         name="gsm8k",
-        problems=of_split,
+        problems=by_split,
         files={data or HUB: sha256},
         style=style,
-        kind=kind_of_all(chain.from_iterable(of_split.values())),
+        kind=kind_of_all(chain.from_iterable(by_split.values())),
         notes=notes,
         system_prompt=system_prompt,
     )
 
 
 def problem_of(row: Row) -> Problem:
-    """Return the problem in a row. Raises ValueError with the reason if there is none."""
+    """Return the problem in a row. Raises ValueError with the reason if the row has none."""
     solution = text_of(row, "answer")
     columns = {name: value for name, value in row.items() if name not in ("question", "answer")}
     working = _CALCULATION.sub("", solution.rpartition(MARK)[0]).strip()
@@ -69,7 +68,7 @@ def gold_answer(solution: str) -> str:
     text = text.strip()
     number = parse_number(text)
     if number is None:
-        raise ValueError(f"what follows the last {MARK} is not a number: {text[:40]!a}")
+        raise ValueError(f"the text after the last {MARK} is not a number: {text[:40]!a}")
     return format(number, "f")
 
 
@@ -83,22 +82,19 @@ def from_hub() -> tuple[dict[str, list[Problem]], str]:
         ) from None
     try:
         data = load_dataset(HUB, "main")
-        test, train = ([problem_of(row) for row in data[name]] for name in ("test", "train"))
+        test = [problem_of(row) for row in data["test"]]
+        train = [problem_of(row) for row in data["train"]]
     except Exception as error:  # the library raises a dozen kinds of errors, which all mean the same to the user
         raise ValueError(
             f"cannot load {HUB} from the Hub ({one_line(error)}); --data FILE needs no network"
         ) from error
     test_questions = {normal(problem.question) for problem in test}
     rest = [problem for problem in train if normal(problem.question) not in test_questions]
-    of_split = {"train": [], "validation": [], "test": test}
+    by_split = {"train": [], "validation": [], "test": test}
     for problem in rest:
         held_out = split_of(normal(problem.question)) == "validation"
-        of_split["validation" if held_out else "train"].append(problem)
-    return of_split, _digest([*test, *rest])
-
-
-def _digest(problems: Iterable[Problem]) -> str:
+        by_split["validation" if held_out else "train"].append(problem)
     digest = hashlib.sha256()
-    for problem in problems:
+    for problem in (*test, *rest):
         digest.update(f"{problem.question}\0{problem.answer}\0".encode())
-    return digest.hexdigest()
+    return by_split, digest.hexdigest()

@@ -2,10 +2,11 @@
 
     {"question": "What is the capital of France?", "answer": "Paris", "level": "easy"}
 
-An answer that is a number is compared as one (1,234 and 1234.0 are the same), any other as text. A column `solution`
-is the working that stands before the answer in worked examples. All other columns go to the user's rewards. A hash of
-the question holds out a tenth for validation and another for test. Where many answers are right, `--correct
-FILE.py:FUNCTION` decides (`tasks/common/user_file.py`); the answer in the file is then one of them.
+An answer that is a number is compared as a number (1,234 and 1234.0 are the same), any other as text. A column
+`solution` is the working that stands before the answer in worked examples. All columns but question and answer go to
+the user's rewards. A hash of the question holds out a tenth for validation and another tenth for test. If a question
+has many right answers, `--correct FILE.py:FUNCTION` judges them (`tasks/common/user_file.py`); the answer in the file
+must be one of them.
 """
 
 from functools import partial
@@ -38,7 +39,7 @@ def load(
         problems=split_rows(problems, data),
         files={data: sha256, **({judge.file.path: judge.file.sha256} if judge else {})},
         judge=judge,
-        knows_right=judge is not None,  # the answer in the file may be one of many
+        knows_right=judge is not None,
         style=style,
         kind=kind_of_all(problems),
         notes=notes_on(problems, compare_answers=judge is None),
@@ -47,7 +48,7 @@ def load(
 
 
 def problem_of(row: Row, style: str, judge: Judge | None = None) -> Problem:
-    """Return the problem in a row. Raises ValueError with the reason if there is none."""
+    """Return the problem in a row. Raises ValueError with the reason if the row has none."""
     question, answer = next((pair for pair in FIELDS if pair[0] in row), FIELDS[0])
     columns = {name: value for name, value in row.items() if name not in (question, answer)}
     working = row["solution"].strip() if isinstance(row.get("solution"), str) else ""

@@ -1,4 +1,4 @@
-"""The tasks of --task, one line each, their options as settings of a run; tasks in a file, and mixtures."""
+"""The tasks of --task, one line each, their options, and how the task of a run is made."""
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from tasks import gsm8k, jsonl
 from tasks.arithmetic import Arithmetic
-from tasks.base import Task
+from tasks.base import Option, Task
 from tasks.common.own_task import load_task
 from tasks.common.shots import with_shots
 from tasks.common.user_file import names_a_file
@@ -15,7 +15,7 @@ from tasks.countdown import Countdown
 from tasks.reverse import Reverse
 from tasks.selection.mixture import Share, mixture_of, parse_shares
 
-# what makes each task, by name; its parameters that are annotated with a `tasks.base.Option` become options
+# The class or function that makes each task. Its parameters with a `tasks.base.Option` become command-line options.
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": Arithmetic,
     "countdown": Countdown,
@@ -36,33 +36,28 @@ class TaskSettings(Protocol):
     shots: int
 
 
-@dataclass(frozen=True)
-class TaskOption:
-    """An option of one or more tasks."""
+@dataclass(frozen=True, kw_only=True)
+class TaskOption(Option):
+    """An option of one or more tasks; its meaning begins with their names."""
 
     tasks: tuple[str, ...]
     type: type
     default: Any
-    meaning: str
-    least: float | None
-    inheritable: bool
-    common: bool = False
 
 
 def task_options() -> dict[str, TaskOption]:
-    """Return the options of all tasks by name. Tasks may share one, which the first of them describes."""
+    """Return the options of all tasks by name. The first of the tasks that share an option describes it."""
     declared = {task: _declared_options(make) for task, make in TASKS.items()}
-    found = {}
-    for name in dict.fromkeys(name for options in declared.values() for name in options):
-        tasks = tuple(task for task, options in declared.items() if name in options)
+    options = {}
+    for name in dict.fromkeys(name for parameters in declared.values() for name in parameters):
+        tasks = tuple(task for task, parameters in declared.items() if name in parameters)
         parameter = declared[tasks[0]][name]
-        option = parameter.annotation.__metadata__[0]
-        meaning = f"{', '.join(tasks)}: {option.meaning}"
-        kind = parameter.annotation.__origin__
-        found[name] = TaskOption(
-            tasks, kind, parameter.default, meaning, option.least, option.inheritable, option.common
+        [option] = parameter.annotation.__metadata__
+        known = vars(option) | {"meaning": f"{', '.join(tasks)}: {option.meaning}"}
+        options[name] = TaskOption(
+            **known, tasks=tasks, type=parameter.annotation.__origin__, default=parameter.default
         )
-    return found
+    return options
 
 
 def task_shares(specs: str | Sequence[str]) -> list[Share]:
@@ -73,24 +68,24 @@ def task_shares(specs: str | Sequence[str]) -> list[Share]:
             raise ValueError(f"--task is {share.spec!r}; it must be one of {', '.join(TASKS)}, or FILE.py:NAME")
     for name, option in task_options().items():
         sharing = [share.spec for share in shares if share.spec in option.tasks]
-        if len(sharing) > 1 and not option.inheritable:  # one file
+        if len(sharing) > 1 and not option.inheritable:  # it names a file, and both tasks would read the same one
             raise ValueError(f"tasks {' and '.join(sharing)} share {_flag(name)}, so a mixture can have one of them")
     return shares
 
 
 def unused_options(specs: Sequence[str], given: Collection[str]) -> list[str]:
-    """Return the options in `given`, as they are typed, that are of other tasks than these."""
-    specs = {share.spec for share in parse_shares(specs)}
-    return [_flag(name) for name, option in task_options().items() if name in given and not specs & set(option.tasks)]
+    """Return the options in `given`, as they are typed, that none of these tasks has."""
+    names = {share.spec for share in parse_shares(specs)}
+    return [_flag(name) for name, option in task_options().items() if name in given and not names & set(option.tasks)]
 
 
 def make_task(settings: TaskSettings) -> Task:
     """Make the task of the settings. Raises ValueError, in one line, if its data are missing or malformed."""
-    options, shares = task_options(), task_shares(settings.task)
+    shares = task_shares(settings.task)
     specs = {share.spec for share in shares}
-    for name, option in options.items():
+    for name, option in task_options().items():
         given = getattr(settings, name) != option.default
-        # a model's card may have inheritable options of another task; any other option was typed for this task
+        # An inheritable option may come from the card of a model that was trained on another task.
         if given and not specs & set(option.tasks) and not option.inheritable:
             raise ValueError(
                 f"--task {' --task '.join(map(str, shares))} has no use for {_flag(name)}, which is for --task "
@@ -106,8 +101,8 @@ def _make(spec: str, settings: TaskSettings) -> Task:
     if names_a_file(spec):
         task = load_task(spec, settings.task_arg, settings.prompt_style, settings.system_prompt)
     else:
-        own = {name: getattr(settings, name) for name, option in task_options().items() if spec in option.tasks}
-        task = TASKS[spec](**own, style=settings.prompt_style, system_prompt=settings.system_prompt)
+        options = {name: getattr(settings, name) for name, option in task_options().items() if spec in option.tasks}
+        task = TASKS[spec](**options, style=settings.prompt_style, system_prompt=settings.system_prompt)
     return with_shots(task, settings.shots) if settings.shots else task
 
 

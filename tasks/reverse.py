@@ -1,4 +1,4 @@
-"""Spell a word backwards: the published example of a task that is too hard because of tokenization.
+"""Spell a word backwards: a published example of a task that is too hard because of tokenization.
 
     Spell batori backwards.      <answer>irotab</answer>
 
@@ -13,16 +13,18 @@ from random import Random
 from tasks.base import Problem
 from tasks.common.drawn_task import DrawnTask
 
-CONSONANTS, VOWELS = "bcdfghklmnprstvz", "aeiou"
-SHORTEST, LONGEST = 4, 8
+CONSONANTS = "bcdfghklmnprstvz"
+VOWELS = "aeiou"
+MIN_LETTERS = 4
+MAX_LETTERS = 8
 HINTS = {
-    "too_hard": "Where a token is a piece of a word, as in most models, tokens hide the letters that are asked for."
+    "too_hard": "In most models a token is a piece of a word: such tokens hide the letters that this task asks for."
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reverse(DrawnTask):
-    """The task of words backwards (`tasks.base.Task`)."""
+    """The task of spelling words backwards (`tasks.base.Task`)."""
 
     name: str = "reverse"
     kind: str = "text"
@@ -34,7 +36,7 @@ class Reverse(DrawnTask):
         return Problem(f"Spell {word} backwards.", word[::-1])
 
     def key(self, problem: Problem) -> str:
-        """Return a text that a word shares with the word spelled backwards."""
+        """Return a text that is the same for a word and the word spelled backwards."""
         return min(problem.answer, problem.answer[::-1])
 
 
@@ -42,6 +44,6 @@ def made_up_word(rng: Random) -> str:
     """Sample a word of 4 to 8 letters, consonants and vowels in turn, that is not the same backwards."""
     while True:
         letters = (CONSONANTS, VOWELS) if rng.random() < 0.5 else (VOWELS, CONSONANTS)
-        word = "".join(rng.choice(letters[i % 2]) for i in range(rng.randint(SHORTEST, LONGEST)))
+        word = "".join(rng.choice(letters[i % 2]) for i in range(rng.randint(MIN_LETTERS, MAX_LETTERS)))
         if word != word[::-1]:
             return word

@@ -1,7 +1,7 @@
-"""The starter's neighbouring skills, as small tasks.
+"""Skills that the starter has besides `arithmetic`, as small tasks.
 
-GRPO does not train them; training on `arithmetic` may spoil them. Each has training problems
-(for `grpo/starter/build.py`) and held-out problems of its own, disjoint by the same hash.
+GRPO does not train them, but training on `arithmetic` may spoil them, so a run measures them. Each has training
+problems, for `grpo/starter/build.py`, and held-out problems; a hash keeps them apart.
 
     single     What is -5 * 6?                         <answer>-30</answer>
     larger     Which is larger, 47 or 83?               <answer>83</answer>
@@ -10,7 +10,7 @@ GRPO does not train them; training on `arithmetic` may spoil them. Each has trai
 """
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from random import Random
 
@@ -22,26 +22,21 @@ from tasks.common.prompts import ideal_completion, system_prompt
 
 @dataclass(frozen=True)
 class Skill(DrawnTask):
-    """A neighbouring skill (`tasks.base.Task`); `make` makes a problem of any split."""
+    """A skill beside the trained task (`tasks.base.Task`)."""
 
     name: str
-    make: Callable[[Random], Problem]
-    tagged: bool  # whether it is asked with the system prompt of the `answer` style and answered in its tags
+    make: Callable[[Random], Problem]  # makes a problem of any split
+    tagged: bool  # whether the system prompt of the `answer` style is used, and the answer stands in its tags
     _: KW_ONLY
     kind: str = "text"
     system_prompt: str = system_prompt("answer")
-
-    @property
-    def default_rewards(self) -> Mapping[str, float]:
-        """Return names and weights of the rewards: a skill is right or wrong."""
-        return {"exact": 1.0}
 
     def draw(self, rng: Random) -> Problem:
         """Return a random problem."""
         return self.make(rng)
 
     def key(self, problem: Problem) -> str:
-        """Return a text that questions of the same letters share, as `47 or 83` and `83 or 47`."""
+        """Return a text that is the same for questions with the same letters, such as `47 or 83` and `83 or 47`."""
         return "".join(sorted(problem.question))
 
     def messages(self, question: str) -> list[Message]:
@@ -55,15 +50,17 @@ class Skill(DrawnTask):
         return ideal_completion(problem.answer, "answer") if self.tagged else problem.answer
 
     def grade(self, problem: Problem, completion: str) -> Attempt:
-        """Grade the text in the answer tags, which working may precede; without tags, grade the whole completion."""
+        """Grade the text in the answer tags; in a skill without tags, grade the whole completion."""
         if self.tagged:
             return super().grade(problem, completion)
         return replace(super().grade(problem, ideal_completion(completion, self.style)), completion=completion)
 
 
 def _single(rng: Random) -> Problem:
-    """Sample one operation on the numbers that the second step of `(a op b) op c` is made of."""
-    operator, a, b = rng.choice(OPERATORS), rng.randint(-10, 100), rng.randint(0, 10)
+    """Sample an operation on numbers as in the second step of `(a op b) op c`."""
+    operator = rng.choice(OPERATORS)
+    a = rng.randint(-10, 100)
+    b = rng.randint(0, 10)
     return Problem(f"What is {a} {operator} {b}?", str(apply(operator, a, b)))
 
 

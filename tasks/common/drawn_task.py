@@ -1,4 +1,4 @@
-"""The base of a task that makes up its problems: `draw` makes one of any split, a hash of it decides which."""
+"""The base of a task that makes up its problems: `draw` makes a problem, and a hash of it decides the split."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -8,28 +8,28 @@ from tasks.base import Problem, seeded_rng, split_of
 from tasks.common.qa_task import QATask
 from tasks.common.rows import normal
 
-MOST_DRAWS = 10_000  # for one training problem: four of five problems are of that split
-DRAWS_EACH = 100  # for each held-out problem, of which a tenth of all are
+# Draws after which a task is taken to have no training problem: usually 8 of 10 problems are one.
+MAX_DRAWS_FOR_TRAINING = 10_000
+# Draws for each held-out problem that is wanted: about 1 in 10 problems belongs to the split.
+DRAWS_PER_HELD_OUT = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnTask(QATask):
-    """A task (`tasks.base.Task`) with problems as `draw` makes them."""
-
-    name: str
+    """A task (`tasks.base.Task`) whose problems are random ones from `draw`."""
 
     @abstractmethod
     def draw(self, rng: Random) -> Problem:
-        """Return a random problem, by numbers of `rng` only."""
+        """Return a random problem; all its randomness comes from `rng`."""
 
     def key(self, problem: Problem) -> str:
-        """Return a text that spellings of the same problem share, so that they are in the same split."""
+        """Return a text that is the same for all spellings of a problem, so that they are in one split."""
         return normal(problem.question)
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem of a row of a step. Raises ValueError if there seems to be none."""
+        """Return the training problem of a row of a step. Raises ValueError if none is found."""
         rng = seeded_rng(self.name, seed, step, row)
-        for _ in range(MOST_DRAWS):
+        for _ in range(MAX_DRAWS_FOR_TRAINING):
             problem = self.draw(rng)
             if split_of(self.key(problem)) == "train":
                 return problem
@@ -37,8 +37,9 @@ class DrawnTask(QATask):
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
         """Return up to `limit` different problems of a held-out split, always the same ones."""
-        rng, chosen = seeded_rng(self.name, split), {}
-        for _ in range(DRAWS_EACH * limit):
+        rng = seeded_rng(self.name, split)
+        chosen = {}
+        for _ in range(DRAWS_PER_HELD_OUT * limit):
             problem = self.draw(rng)
             if split_of(self.key(problem)) == split:
                 chosen.setdefault(problem.question, problem)

@@ -14,16 +14,18 @@ from tasks.common.prompts import ideal_completion
 from tasks.common.qa_task import QATask
 from tasks.common.user_file import as_bool, contained, load_file, place_of
 
-TRIED = 8  # problems of each split
-RESERVED = {f.name for f in fields(QATask)} | {"name"}  # parameters with settings of their own, or of no use
+PROBLEMS_TRIED = 8  # of each split, before a model is loaded
+# Parameters that --task-arg does not set: most of them have an option, such as --prompt-style.
+RESERVED = {f.name for f in fields(QATask)}
+# Kinds of parameters that cannot be given as KEY=VALUE.
 NOT_NAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def load_task(spec: str, given: Sequence[str], style: str, system_prompt: str) -> QATask:
-    """Return the task that FILE.py:NAME makes of the `key=value` in `given`.
+    """Return the task that FILE.py:NAME makes; `given` are the arguments of --task-arg, each `key=value`.
 
-    Raises ValueError, in one line with the place in the file, if it cannot be made or does not work.
+    Raises ValueError, in one line with the place in the file, if the task cannot be made or does not work.
     """
     path, _, name = spec.rpartition(":")
     if not path or not name:
@@ -32,14 +34,15 @@ def load_task(spec: str, given: Sequence[str], style: str, system_prompt: str) -
     make = file.maker(name)
     try:
         parameters = inspect.signature(make, eval_str=True).parameters
-        known = {"style": style, "system_prompt": system_prompt}
-        known = {key: value for key, value in known.items() if value and _takes(parameters, key)}
-    except Exception as error:  # an annotation of the user's is evaluated
+    except Exception as error:  # annotations of the user's are evaluated
         raise ValueError(f"--task {name!r}: {one_line(error)} ({place_of(error, path)})") from error
-    known |= arguments(name, parameters, given)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    settings = {"style": style, "system_prompt": system_prompt}
+    taken = {key: text for key, text in settings.items() if text and (key in parameters or takes_any)}
+    taken |= arguments(name, parameters, given)
     try:
         with contained():
-            task = make(**known)
+            task = make(**taken)
             if not isinstance(task, QATask):
                 raise TypeError(f"it makes {type(task).__name__}, not a QATask")
             task = replace(task, files={**task.files, path: file.sha256})
@@ -52,24 +55,24 @@ def load_task(spec: str, given: Sequence[str], style: str, system_prompt: str) -
 
 
 def arguments(name: str, parameters: Mapping[str, inspect.Parameter], given: Sequence[str]) -> dict[str, Any]:
-    """Return the `key=value` in `given` as arguments of a task. Raises ValueError for one that it does not take."""
-    found: dict[str, Any] = {}
+    """Return the texts `key=value` as arguments of a task. Raises ValueError for one that the task does not take."""
+    values: dict[str, Any] = {}
     settable = {key: p for key, p in parameters.items() if key not in RESERVED and p.kind not in NOT_NAMED}
     for spec in given:
         key, equals, text = spec.partition("=")
-        if not equals or key not in settable or key in found:
+        if not equals or key not in settable or key in values:
             takes = ", ".join(settable) or "none"
-            twice = " twice" if key in found else ""
+            twice = " twice" if key in values else ""
             raise ValueError(f"--task-arg {spec!r}{twice}: write key=value; the arguments of {name!r} are: {takes}")
-        found[key] = _converted(spec, text, settable[key])
-    missing = [key for key, p in settable.items() if p.default is p.empty and key not in found]
+        values[key] = _converted(spec, text, settable[key])
+    missing = [key for key, p in settable.items() if p.default is p.empty and key not in values]
     if missing:
         raise ValueError(f"--task {name!r} needs " + " ".join(f"--task-arg {key}=..." for key in missing))
-    return found
+    return values
 
 
 def _converted(spec: str, text: str, parameter: inspect.Parameter) -> Any:
-    """Return a value in the type of its parameter: that of its annotation, else of its default."""
+    """Return the value of a parameter, in the type of its annotation, or of its default if it has no annotation."""
     kind = getattr(parameter.annotation, "__origin__", parameter.annotation)
     if kind is parameter.empty:
         kind = str if parameter.default in (parameter.empty, None) else type(parameter.default)
@@ -82,18 +85,22 @@ def _converted(spec: str, text: str, parameter: inspect.Parameter) -> Any:
         raise ValueError(f"--task-arg {spec!r}: {text!r} is not {kind.__name__}") from None
 
 
-def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
 def try_out(task: Task) -> None:
-    """Ask a task for a few problems and grade their answers. Raises what it raises, or TypeError or ValueError."""
-    training = [task.training_problem(0, 1, row) for row in range(TRIED)]
-    if training != [task.training_problem(0, 1, row) for row in range(TRIED)]:
+    """Make a few problems and grade their answers.
+
+    Raises what the task raises, and TypeError or ValueError if a problem or a grade is not as it must be.
+    """
+    training = [task.training_problem(0, 1, row) for row in range(PROBLEMS_TRIED)]
+    if training != [task.training_problem(0, 1, row) for row in range(PROBLEMS_TRIED)]:
         raise ValueError(
             "training_problem gives another problem when it is called again; a resumed run needs the same"
         )
-    held_out = [problem for split in ("validation", "test") for problem in _some(task, split)]
+    held_out = []
+    for split in ("validation", "test"):
+        problems = task.held_out(split, PROBLEMS_TRIED)
+        if not isinstance(problems, list) or not problems:
+            raise ValueError(f"held_out({split!r}, {PROBLEMS_TRIED}) gives {shown(problems)}, not a list of problems")
+        held_out += problems
     for problem in (*training, *held_out):
         _check(task, problem)
     asked = {problem.question for problem in training}
@@ -101,19 +108,12 @@ def try_out(task: Task) -> None:
         raise ValueError(f"{both[0][:80]!a} is a training problem and held out")
 
 
-def _some(task: Task, split: str) -> list[Problem]:
-    problems = task.held_out(split, TRIED)
-    if not isinstance(problems, list) or not problems:
-        raise ValueError(f"held_out({split!r}, {TRIED}) gives {shown(problems)}, not a list of problems")
-    return problems
-
-
 def _check(task: Task, problem: Any) -> None:
-    """Raise TypeError or ValueError if this is no problem, or if the task does not call its own answer right."""
+    """Raise TypeError if this is no problem, or ValueError if the task does not call its own answer right."""
     if not isinstance(problem, Problem):
         raise TypeError(f"a problem is {shown(problem)}, not a tasks.base.Problem")
     if not (isinstance(problem.question, str) and problem.question.strip() and isinstance(problem.answer, str)):
-        raise TypeError(f"question and answer must be texts, of {repr(problem)[:160]}")
+        raise TypeError(f"question and answer must be texts in {repr(problem)[:160]}")
     for completion in (ideal_completion(problem.answer, task.style), ""):
         attempt = task.grade(problem, completion)
         right = as_bool(attempt.correct if isinstance(attempt, Attempt) else attempt)

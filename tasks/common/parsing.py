@@ -1,16 +1,17 @@
 """Parse the answer in the text of a completion.
 
-A model learns to write whatever is paid for, so what a person would read as the answer is one, and nothing else is.
-A completion gives an answer if it holds exactly one answer block, with an answer of the right kind in it and nothing
-but white space after it. Accuracy is about that answer alone. A completion is well-formed if, besides, what stands
-before the block has the form of the style: any text in the `answer` style, one think block in the `think` style, one
-reasoning block in the `reasoning` style.
+A model learns to write whatever is rewarded, so a completion counts as an answer only if a person would read it as
+one. It must hold exactly one answer block, with an answer of the right kind in it and nothing but white space after
+it. Accuracy is about that answer alone. The completion is well-formed if, in addition, the text before the block has
+the form of the style: any text in the `answer` style, one think block in the `think` style, one reasoning block in
+the `reasoning` style.
 
-An answer has one of three kinds: `number`, with sign, dollar sign, thousands separators and decimals if need be,
-compared exactly; `integer`, a number that is whole; `text`, which must not be empty.
+An answer has one of three kinds: `number`, which may have a sign, a dollar sign, thousands separators and decimals,
+and is compared exactly; `integer`, a whole number; `text`, which must not be empty.
 
-Every function accepts any string without an exception and takes time linear in its length. That is why they use
-`str.count` and `str.find`: `<answer>(.*?)</answer>` takes 14 s on 20,000 unclosed tags. Text is never evaluated.
+Every function accepts any string without an exception and takes time linear in its length. For that reason they use
+`str.count` and `str.find`: the pattern `<answer>(.*?)</answer>` takes 14 s on 20,000 unclosed tags. Text is never
+evaluated.
 """
 
 import re
@@ -19,14 +20,14 @@ from decimal import Decimal
 from tasks.base import Answer
 
 OPEN, CLOSE = "<answer>", "</answer>"
-# the tags of the block that a style requires before the answer
+# The tags of the block that a style requires before the answer.
 BLOCKS = {"think": ("<think>", "</think>"), "reasoning": ("<reasoning>", "</reasoning>")}
-PLACEHOLDER = "..."  # what the prompts show between the tags: <answer>...</answer>
+PLACEHOLDER = "..."  # the text between the tags in the prompts: <answer>...</answer>
 
 MINUS = "\N{MINUS SIGN}"
 SPACES = " \N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}"
-# ASCII digits only: `\d` and `int` also take "٤٢", and `int` takes "1_000". 18 digits and 9 decimals: `Decimal`
-# subtracts exactly what has up to 28.
+# Only ASCII digits, because `\d` and `int` also take "٤٢", and `int` takes "1_000". At most 18 digits and 9 decimals,
+# because `Decimal` computes with 28 digits, and differences of answers must be exact.
 _WHOLE = rf"(?:[0-9]{{1,18}}|[0-9]{{1,3}}(?:,[0-9]{{3}}){{1,5}}|[0-9]{{1,3}}(?:[{SPACES}][0-9]{{3}}){{1,5}})"
 _SIGN = rf"(?:\$?(?P<sign>[-+{MINUS}]?)|(?P<outer_sign>[-+{MINUS}])\$)"  # $5, -5, $-5, -$5
 _NUMBER = re.compile(rf"{_SIGN}(?P<digits>{_WHOLE}(?:\.[0-9]{{0,9}})?|\.[0-9]{{1,9}})")
@@ -51,8 +52,13 @@ def answer_text(completion: str) -> str | None:
 
 
 def has_form(completion: str, style: str) -> bool:
-    """Return whether what stands before the answer block has the form of a style."""
-    return style not in BLOCKS or _is_one_block(completion.partition(OPEN)[0], *BLOCKS[style])
+    """Return whether the text before the answer block has the form of a style, apart from white space around it."""
+    if style not in BLOCKS:
+        return True
+    text = completion.partition(OPEN)[0].strip()
+    opening, closing = BLOCKS[style]
+    one_of_each = text.count(opening) == text.count(closing) == 1
+    return one_of_each and text.startswith(opening) and text.endswith(closing)
 
 
 def parse_number(text: str) -> Decimal | None:
@@ -71,13 +77,13 @@ def parse_number(text: str) -> Decimal | None:
 
 
 def parse_integer(text: str) -> int | None:
-    """Return the integer that a text is, or None: a number without a fraction, as -5, +5, 5.0 and 1,000 are."""
+    """Return the integer that a text is, such as -5, +5, 5.0 or 1,000; None if it is no whole number."""
     number = parse_number(text)
     return None if number is None or number % 1 else int(number)
 
 
 def parse_text(text: str) -> str | None:
-    """Return a text without the white space around it; None if nothing, or the prompt's placeholder, is left."""
+    """Return a text without white space around it; None if that is empty or the placeholder of the prompt."""
     text = text.strip()
     return None if text in ("", PLACEHOLDER) else text
 
@@ -86,14 +92,6 @@ PARSERS = {"integer": parse_integer, "number": parse_number, "text": parse_text}
 
 
 def parse_answer(completion: str, kind: str = "integer") -> Answer | None:
-    """Return the answer of a kind that a completion gives, whatever stands before it; None if it gives none."""
+    """Return the answer of this kind that a completion gives, whatever stands before it; None if it gives none."""
     text = answer_text(completion)
     return None if text is None else PARSERS[kind](text)
-
-
-def _is_one_block(text: str, opening: str, closing: str) -> bool:
-    """Return whether a text is exactly one block with these tags, apart from white space around it."""
-    text = text.strip()
-    return (
-        text.startswith(opening) and text.endswith(closing) and text.count(opening) == 1 and text.count(closing) == 1
-    )

@@ -1,35 +1,23 @@
-"""The base of a task: how it asks a question, and how it parses and grades the completion."""
+"""The base of every task: how it parses and grades a completion."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from tasks.base import Answer, Attempt, Message, Problem, Task, chat
+from tasks.base import Answer, Attempt, Problem, Task
 from tasks.common.parsing import PARSERS, has_form, parse_answer
 from tasks.common.prompts import STYLES, system_prompt
-from tasks.rewards.functions import default_rewards
+from tasks.rewards.functions import DEMO, SHAPED
 
 CLOSE_ENOUGH = 1  # a number that is off by at most this is close
 
 
 @dataclass(frozen=True, kw_only=True)
-class QATask:
-    """The base of a task: a prompt style, the kind of its answers, a system prompt, and perhaps worked examples.
+class QATask(Task):
+    """A task that grades the answer of each completion. Its default system prompt is the one of style and kind.
 
-    The default system prompt is that of style and kind. A subclass adds `name`, `training_problem` and `held_out`,
-    and overrides `is_correct` if many answers are right, and `is_close`.
+    A subclass adds `training_problem` and `held_out`. It overrides `is_correct` and `is_close` if answers other than
+    the problem's own can be right.
     """
-
-    parts: ClassVar[Mapping[str, Task]] = {}  # it is no mixture
-    style: str = "answer"
-    kind: str = "integer"
-    system_prompt: str = ""
-    examples: Sequence[Message] = ()  # worked examples, as turns between the system prompt and the question
-    example: str = "..."
-    hints: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
-    knows_right: bool = True
-    notes: Sequence[str] = ()  # remarks on the problems, for the start of a run
 
     def __post_init__(self) -> None:
         if self.style not in STYLES or self.kind not in PARSERS:
@@ -39,16 +27,10 @@ class QATask:
 
     @property
     def default_rewards(self) -> Mapping[str, float]:
-        """Return names and weights of the rewards that apply unless --reward is given."""
-        return default_rewards(self.style, self.kind)
-
-    def listed(self) -> Iterable[Problem]:
-        """Return all problems, if they are not drawn but listed, in a file for instance."""
-        return ()
-
-    def messages(self, question: str) -> list[Message]:
-        """Return the chat that asks `question`."""
-        return chat(question, self.system_prompt, self.examples)
+        """Return the weights of the rewards that apply unless --reward is given, by name."""
+        if self.style != "reasoning":
+            return SHAPED
+        return {name: weight for name, weight in DEMO.items() if name != "integer" or self.kind != "text"}
 
     def grade(self, problem: Problem, completion: str) -> Attempt:
         """Parse and grade `completion`. Accepts any string, never raises, runs in linear time."""
@@ -57,7 +39,6 @@ class QATask:
         return Attempt(
             problem=problem,
             completion=completion,
-            style=self.style,
             kind=kind,
             prompt=self.messages(problem.question),
             answer=answer,
@@ -72,9 +53,10 @@ class QATask:
         return answer == self.gold(problem)
 
     def is_close(self, problem: Problem, answer: Answer) -> bool:
-        """Return whether a parsed answer is nearly right, by default like the problem's own.
+        """Return whether a parsed answer is nearly right.
 
-        That is a number within ±1 of it, or a text that differs from it in case at most.
+        By default, a number must be within ±1 of the problem's own answer, and a text may differ from it only in
+        upper and lower case.
         """
         gold = self.gold(problem)
         if gold is None:
@@ -84,7 +66,7 @@ class QATask:
         return abs(answer - gold) <= CLOSE_ENOUGH
 
     def gold(self, problem: Problem) -> Answer | None:
-        """Return the problem's own answer, parsed like a completion's."""
+        """Return the problem's own answer, parsed as an answer of a completion is."""
         return PARSERS[self.kind_of(problem)](problem.answer)
 
     def kind_of(self, problem: Problem) -> str:

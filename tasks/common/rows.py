@@ -2,7 +2,7 @@
 
     {"question": "What is the capital of France?", "answer": "Paris"}
 
-A file is read once, before training starts, line by line; a hash of the question decides the split of a row.
+A file is read once, line by line, before training starts. A hash of the question decides the split of a row.
 """
 
 import hashlib
@@ -20,19 +20,18 @@ from tasks.common.parsing import PARSERS, parse_number
 from tasks.common.qa_task import QATask
 from tasks.common.user_file import Judge
 
-NAMED = 5  # how many lines an error or a remark names
-MOST_BYTES = 32 * 2**20  # of a line
+LINES_NAMED = 5  # at most, in an error or a remark
+MAX_LINE_BYTES = 32 * 2**20  # a longer line would fill the memory
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(QATask):
-    """A task whose problems are rows, given by split (`tasks.base.Task`)."""
+    """A task whose problems are rows (`tasks.base.Task`)."""
 
-    name: str
-    problems: Mapping[str, Sequence[Problem]]
-    files: Mapping[str, str]  # the SHA-256 of each source of the problems, by its name, and of the judge
-    judge: Judge | None = None  # decides what is right, instead of equality with the problem's own answer
+    problems: Mapping[str, Sequence[Problem]]  # by split
+    files: Mapping[str, str]  # the SHA-256 of the source of the problems and of the judge's file, by path
+    judge: Judge | None = None  # decides which answers are right; None: those that equal the problem's own answer
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
         """Sample the training problem of a row of a step uniformly."""
@@ -40,7 +39,7 @@ class Rows(QATask):
         return train[seeded_rng(self.name, seed, step, row).randrange(len(train))]
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
-        """Return up to `limit` problems of a held-out split, no question twice."""
+        """Return up to `limit` problems of a held-out split; no question occurs twice."""
         different = list({normal(problem.question): problem for problem in reversed(self.problems[split])}.values())
         return seeded_rng(self.name, split).sample(different, min(limit, len(different)))
 
@@ -49,11 +48,11 @@ class Rows(QATask):
         return chain.from_iterable(self.problems.values())
 
     def is_correct(self, problem: Problem, answer: Answer) -> bool:
-        """Return whether a parsed answer is right. Raises ValueError if a judge fails."""
+        """Return whether a parsed answer is right. Raises ValueError if the judge fails."""
         return super().is_correct(problem, answer) if self.judge is None else self.judge(problem, answer)
 
     def kind_of(self, problem: Problem) -> str:
-        """Return the kind of a problem's answer: a file may hold numbers and texts."""
+        """Return the kind of a problem's answer; a file may hold numbers and texts."""
         return "integer" if self.kind == "integer" else kind_of(problem.answer)
 
 
@@ -63,36 +62,38 @@ def kind_of(answer: str) -> str:
 
 
 def kind_of_all(problems: Iterable[Problem]) -> str:
-    """Return the most special kind that all answers have: integer, number, or else text."""
+    """Return the kind of a task with these problems: integer or number if all answers are, else text."""
     answers = [problem.answer for problem in problems]
-    special = ("integer", "number")
-    return next((kind for kind in special if all(PARSERS[kind](answer) is not None for answer in answers)), "text")
+    for kind in ("integer", "number"):
+        if all(PARSERS[kind](answer) is not None for answer in answers):
+            return kind
+    return "text"
 
 
 def notes_on(problems: Sequence[Problem], compare_answers: bool = True) -> list[str]:
-    """Return remarks on problems that a file may not be meant to have, with the lines.
+    """Return remarks on lines of a file that may be mistakes.
 
-    That is few answers that decide the kind of all, and, if `compare_answers`, one question with several answers.
+    One remark is about a minority of answers that decides the kind of all answers. The other, if `compare_answers`,
+    is about questions that occur again with another answer.
     """
     notes = []
-    for kind, found in (("integer", "number"), ("integer", "text"), ("number", "text")):
+    task_kind = kind_of_all(problems)
+    for kind in ("integer", "number"):
         others = [problem for problem in problems if PARSERS[kind](problem.answer) is None]
-        if kind_of_all(problems) == found and 0 < len(others) < len(problems) / 2:
-            shown = ", ".join(f"{problem.place} {problem.answer[:20]!a}" for problem in others[:NAMED])
-            more = ", …" * (len(others) > NAMED)
-            few = f"{len(others)} of {len(problems)}"
-            notes.append(f"The kind of the answers is {found}, not {kind}, because of {few}: {shown}{more}.")
+        if 0 < len(others) < len(problems) / 2:
+            lines = _listed(f"{problem.place} {problem.answer[:20]!a}" for problem in others)
+            count = f"{len(others)} of {len(problems)}"
+            notes.append(f"The kind of the answers is {task_kind}, not {kind}, because of {count}: {lines}.")
             break
-    first: dict[str, Problem] = {}
     if compare_answers:
+        first: dict[str, Problem] = {}  # by question
         pairs = [(first.setdefault(normal(problem.question), problem), problem) for problem in problems]
-        if differing := [pair for pair in pairs if _gold(pair[0]) != _gold(pair[1])]:
-            shown = ", ".join(
+        if differing := [(before, again) for before, again in pairs if _gold(before) != _gold(again)]:
+            lines = _listed(
                 f"{again.place} {again.answer[:20]!a} (before: {before.place} {before.answer[:20]!a})"
-                for before, again in differing[:NAMED]
+                for before, again in differing
             )
-            more = ", …" * (len(differing) > NAMED)
-            notes.append(f"Asked again with another answer, in {len(differing)} lines: {shown}{more}.")
+            notes.append(f"Asked again with another answer, in {len(differing)} lines: {lines}.")
     return notes
 
 
@@ -100,49 +101,57 @@ def _gold(problem: Problem) -> Answer | None:
     return PARSERS[kind_of(problem.answer)](problem.answer)
 
 
+def _listed(lines: Iterable[str]) -> str:
+    """Return the first LINES_NAMED of the lines, separated by commas, and … if there are more."""
+    lines = list(lines)
+    return ", ".join(lines[:LINES_NAMED]) + ", …" * (len(lines) > LINES_NAMED)
+
+
 def normal(question: str) -> str:
-    """Return one text for all spellings of a question that differ in case and white space only."""
+    """Return one text for all spellings of a question that differ only in case and white space."""
     return " ".join(question.casefold().split())
 
 
 def split_rows(problems: Iterable[Problem], source: str) -> dict[str, list[Problem]]:
-    """Return the problems by split. Raises ValueError if a split is left without any."""
-    of_split: dict[str, list[Problem]] = {split: [] for split in SPLITS}
+    """Return the problems by split. Raises ValueError if a split is left without problems."""
+    by_split: dict[str, list[Problem]] = {split: [] for split in SPLITS}
+    questions: Counter[str] = Counter()
     for problem in problems:
-        of_split[split_of(normal(problem.question))].append(problem)
-    if missing := [split for split, rows in of_split.items() if not rows]:
-        asked = Counter(normal(problem.question) for rows in of_split.values() for problem in rows)
-        n = asked.total()
-        if len(asked) < n:
-            question, times = asked.most_common(1)[0]
-            raise ValueError(
-                f"{source} has too few different questions: {len(asked)} in {n} rows; {question[:60]!a} comes "
-                f"{times} times. A hash of the question puts a tenth each aside for validation and test, and leaves "
-                f"none for {' and '.join(missing)}; provide a few hundred different ones"
-            )
+        question = normal(problem.question)
+        questions[question] += 1
+        by_split[split_of(question)].append(problem)
+    if missing := [split for split, rows in by_split.items() if not rows]:
+        total = questions.total()
+        few = f"too few problems ({total})"
+        if len(questions) < total:
+            question, times = questions.most_common(1)[0]
+            repeated = f"{question[:60]!a} comes {times} times"
+            few = f"too few different questions: {len(questions)} in {total} rows; {repeated}"
         raise ValueError(
-            f"{source} has too few problems ({n}): a hash of the question puts a tenth each aside for validation and "
-            f"test, and leaves none for {' and '.join(missing)}; provide a few hundred"
+            f"{source} has {few}. A hash of the question puts a tenth each aside for validation and test, and leaves "
+            f"none for {' and '.join(missing)}; provide a few hundred different ones"
         )
-    return of_split
+    return by_split
 
 
 def read_rows(path: str, problem_of: Callable[[Row], Problem]) -> tuple[list[Problem], str]:
     """Read the problems in a JSON Lines file; also return the SHA-256 of what was read.
 
-    `problem_of` makes a problem of a row, or raises ValueError with the reason why it cannot. Raises ValueError in
-    one line, `file:line: reason` for the first malformed line, with the numbers of some more. Blank lines are
-    skipped; a byte order mark and CRLF are fine.
+    `problem_of` makes a problem of a row, or raises ValueError with the reason why it cannot. Raises ValueError, in
+    one line: `file:line: reason` for the first malformed line, then the numbers of a few more malformed lines. Blank
+    lines are skipped; a byte order mark and CRLF are allowed.
     """
-    problems, malformed, digest = [], [], hashlib.sha256()
+    problems: list[Problem] = []
+    malformed: list[tuple[int, str]] = []  # line number and reason
+    digest = hashlib.sha256()
     try:
         if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
-            raise ValueError("it is no file; a pipe or a device may never end")
+            raise ValueError("it is not a file; a pipe or a device may never end")
         with open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES + 1), b""), 1):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
                 digest.update(line)
-                if len(line) > MOST_BYTES:
-                    malformed.append((number, f"the line has more than {MOST_BYTES // 2**20} MB"))
+                if len(line) > MAX_LINE_BYTES:
+                    malformed.append((number, f"the line has more than {MAX_LINE_BYTES // 2**20} MB"))
                     break
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if not line.strip():
@@ -157,10 +166,11 @@ def read_rows(path: str, problem_of: Callable[[Row], Problem]) -> tuple[list[Pro
         raise ValueError(f"cannot read --data {path!r}: {getattr(error, 'strerror', None) or error}") from None
     if malformed:
         number, reason = malformed[0]
-        others = ", ".join(str(n) for n, _ in malformed[1:NAMED])
+        more = ""
         if len(malformed) > 1:
-            others = f" (and {len(malformed) - 1} more: {others}{', …' * (len(malformed) > NAMED)})"
-        raise ValueError(f"{path}:{number}: {reason}{others}")
+            numbers = ", ".join(str(n) for n, _ in malformed[1:LINES_NAMED])
+            more = f" (and {len(malformed) - 1} more: {numbers}{', …' * (len(malformed) > LINES_NAMED)})"
+        raise ValueError(f"{path}:{number}: {reason}{more}")
     return problems, digest.hexdigest()
 
 
@@ -193,9 +203,9 @@ def _no_constant(name: str) -> Any:
 
 
 def text_of(row: Row, field: str, or_number: bool = False) -> str:
-    """Return the text of a field without white space around it, and a number as text if `or_number`.
+    """Return the text of a field without white space around it; with `or_number`, also a number as text.
 
-    Raises ValueError with the reason if the field has no such text.
+    Raises ValueError with the reason if the field has no text.
     """
     if field not in row:
         raise ValueError(f"no {field!r}")

@@ -1,5 +1,5 @@
-"""What is in a user's file: rewards (`--reward FILE.py:FUNCTION=WEIGHT`), a judge (`--correct FILE.py:FUNCTION`), and
-tasks (`--task FILE.py:NAME`, see `own_task.py`).
+"""Run a user's file: rewards (`--reward FILE.py:FUNCTION=WEIGHT`), a judge (`--correct FILE.py:FUNCTION`) or tasks
+(`--task FILE.py:NAME`, see `own_task.py`).
 
 The signature of a reward is TRL's, so that functions written for TRL work unchanged:
 
@@ -7,11 +7,11 @@ The signature of a reward is TRL's, so that functions written for TRL work uncha
         return [float("step" in completion[0]["content"]) for completion in completions]
 
 `prompts` are lists of messages, `completions` lists of one assistant message; `columns` are question, answer, the
-other columns of the data, and completion_ids. A function returns a number, or None if it does not apply,
-for each completion. A judge of what is right is called for each answer; see `Judge`.
+other columns of the data, and completion_ids. A function returns a number for each completion, or None where it does
+not apply. A judge is called for each answer; see `Judge`.
 
-This is the only place where the project runs code that is not its own, and only a file that the command line names:
-a model's folder can name none (grpo/config.py).
+This is the only place where the project runs code that is not its own, and it runs only files that the command line
+names. A model's folder can name none (grpo/config.py).
 """
 
 import hashlib
@@ -35,37 +35,38 @@ PREFIX = "user_file_"  # of the names of the modules
 
 @dataclass(frozen=True)
 class UserFile:
-    """A file that was run, and the SHA-256 of what was run."""
+    """A file that was run, and the SHA-256 of its text at that moment."""
 
     path: str
     module: ModuleType
     sha256: str
 
     def function(self, name: str) -> Callable[..., Any]:
-        """Return a function of the file that takes arguments and returns at once. Raises ValueError if it is none."""
-        found = self.maker(name)
-        if inspect.isclass(found):
+        """Return a function of the file. Raises ValueError if the name is that of a class or an async function."""
+        function = self.maker(name)
+        if inspect.isclass(function):
             raise ValueError(f"{self.path}:{name} is a class, not a function; name a function, or an object of it")
-        if any(map(_is_asynchronous, (found, getattr(found, "__call__", None)))):  # noqa: B004, an object may have one
+        calls = (function, getattr(function, "__call__", None))  # noqa: B004, the method of an object may be async
+        if any(inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call) for call in calls):
             raise ValueError(f"{self.path}:{name} is asynchronous and would never run; write def, not async def")
-        return found
+        return function
 
     def maker(self, name: str) -> Callable[..., Any]:
-        """Return a function or a class of the file. Raises ValueError if there is none of that name."""
-        found = getattr(self.module, name, None)
-        if not callable(found):
-            there = [n for n, value in vars(self.module).items() if callable(value) and not n.startswith("_")]
-            raise ValueError(f"{self.path} has no function {name!r}; it has {', '.join(there) or 'none'}")
-        return found
+        """Return a function or a class of the file. Raises ValueError if the file has none of that name."""
+        maker = getattr(self.module, name, None)
+        if not callable(maker):
+            names = [n for n, value in vars(self.module).items() if callable(value) and not n.startswith("_")]
+            raise ValueError(f"{self.path} has no function {name!r}; it has {', '.join(names) or 'none'}")
+        return maker
 
 
 def names_a_file(spec: str) -> bool:
-    """Return whether a task or a reward is one in a file."""
+    """Return whether a specification names something in a file, as FILE.py:NAME does."""
     return ":" in spec
 
 
 class _Source(SourceFileLoader):
-    """A loader that runs the text that was hashed: it neither reads bytecode, which may be stale, nor writes any."""
+    """Loads a module from the text that was hashed. It reads no bytecode, which may be stale, and writes none."""
 
     def __init__(self, name: str, path: str, text: bytes) -> None:
         super().__init__(name, path)
@@ -76,48 +77,24 @@ class _Source(SourceFileLoader):
         return self.source_to_code(self.text, self.path)
 
 
-def _is_asynchronous(function: Any) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-
-
-class _Exited(SystemExit):
-    """What `os._exit` raises in a user's code."""
-
-
 @contextmanager
 def contained() -> Iterator[None]:
-    """Turn what a user's code does to the whole process into an exception: `os._exit`, and `os.chdir` for good.
-
-    A process that the code forks may end as it likes.
-    """
-    folder, process, leave = _current_folder(), os.getpid(), os._exit
-
-    def exited(status: int) -> None:
-        if os.getpid() != process:
-            leave(status)
-        raise _Exited(f"it called os._exit({status}), which would end the run without a word")
-
-    os._exit = exited
+    """Raise RuntimeError if a user's code leaves the process in another folder; go back to the folder it was in."""
+    folder = os.getcwd()
     try:
         yield
     finally:
-        os._exit = leave
-        now = _current_folder()
-        if folder and now != folder:
+        folder_after = os.getcwd()
+        if folder_after != folder:
             os.chdir(folder)
-    if folder and now != folder:
-        raise RuntimeError(f"it changed the current folder to {now!a}, where the run would go on; change it back")
-
-
-def _current_folder() -> str | None:
-    try:
-        return os.getcwd()
-    except OSError:  # it was deleted
-        return None
+    if folder_after != folder:
+        raise RuntimeError(
+            f"it changed the current folder to {folder_after!a}, where the run would go on; change it back"
+        )
 
 
 def dangling(path: str) -> str:
-    """Return where a symbolic link leads, in words, if nothing is there; "" for anything else."""
+    """Return a sentence about a symbolic link whose target is missing; "" for any other path."""
     if os.path.islink(path) and not os.path.exists(path):
         return f"it is a symbolic link to {os.readlink(path)!a}, and nothing is there"
     return ""
@@ -145,23 +122,24 @@ def load_file(path: str) -> UserFile:
 
 
 def place_of(error: BaseException, path: str) -> str:
-    """Return `file:line` of an exception in the user's code, that of the last of its lines; else of the innermost."""
+    """Return `file:line` of an exception in the user's file; else the path; without a path, the innermost line."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename == path]
-    return own[-1] if own else path or f"{frames[-1].filename}:{frames[-1].lineno}"
+    in_file = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename == path]
+    return in_file[-1] if in_file else path or f"{frames[-1].filename}:{frames[-1].lineno}"
 
 
 @contextmanager
 def naming_own_code() -> Iterator[None]:
-    """Turn an exception that comes through a user's code into a ValueError, in one line with its place."""
+    """Turn an exception that comes through a user's code into a ValueError, in one line with file and line."""
     try:
         yield
     except Exception as error:
-        loaded = {module.__file__ for name, module in list(sys.modules.items()) if name.startswith(PREFIX)}
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in loaded]
-        if not own:
+        files = {module.__file__ for name, module in list(sys.modules.items()) if name.startswith(PREFIX)}
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+        if not frames:
             raise
-        raise ValueError(f"your code raised {one_line(error)} ({own[-1].filename}:{own[-1].lineno})") from error
+        place = f"{frames[-1].filename}:{frames[-1].lineno}"
+        raise ValueError(f"your code raised {one_line(error)} ({place})") from error
 
 
 @dataclass(frozen=True)
@@ -171,8 +149,8 @@ class Judge:
         def correct(given, question, answer, **columns):
             return set(given.split()) == set(answer.split())
 
-    `given` is the parsed answer of a completion: an int, a Decimal or a text, as the kind of the problem is. `answer`
-    is the problem's own, a text; `columns` are the other columns of the data.
+    `given` is the parsed answer of a completion: an int, a Decimal or a text, by the kind of the problem. `answer` is
+    the problem's own answer, a text. `columns` are the other columns of the data.
     """
 
     name: str
@@ -189,22 +167,22 @@ class Judge:
         return cls(name, file, file.function(name))
 
     def __call__(self, problem: Problem, given: Answer) -> bool:
-        """Return whether an answer is right. Raises ValueError, in one line, if the function does not say so."""
-        known = {"given": given, "question": problem.question, "answer": problem.answer}
+        """Return whether an answer is right. Raises ValueError, in one line, if the function fails."""
+        asked = {"given": given, "question": problem.question, "answer": problem.answer}
         try:
             with contained():
-                verdict = self.function(**{**problem.columns, **known})
+                verdict = self.function(**{**problem.columns, **asked})
             return as_bool(verdict)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            what = f"on {str(given)[:80]!a} for {problem.question[:80]!a}"
+            case = f"on {str(given)[:80]!a} for {problem.question[:80]!a}"
             place = place_of(error, self.file.path)
-            raise ValueError(f"--correct {self.name!r} raised {one_line(error)} {what} ({place})") from error
+            raise ValueError(f"--correct {self.name!r} raised {one_line(error)} {case} ({place})") from error
 
 
 def as_bool(verdict: Any) -> bool:
-    """Return True or False, of numpy too. Raises TypeError for anything else: a number or None may mean anything."""
+    """Return a verdict as a bool; it may be one of numpy. Raises TypeError for anything else, such as 1.0 or None."""
     if type(verdict).__name__ not in ("bool", "bool_"):
         raise TypeError(f"it returned {shown(verdict)}, not True or False")
     return bool(verdict)

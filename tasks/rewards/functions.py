@@ -1,50 +1,28 @@
 """The named reward functions and their weights.
 
-Each takes an `Attempt` and returns a number from 0 to 1. It accepts any completion and takes time linear in its
-length. To try another reward, write it here and name it in REWARDS, or keep it in a file of your own
-(`--reward FILE.py:FUNCTION=WEIGHT`, see `tasks/common/user_file.py`): its mean appears in the metrics as
-`reward/<name>`.
+Each function takes an `Attempt` and returns a number from 0 to 1. It accepts any completion and takes time linear in
+its length. To add a reward, write it here and name it in REWARDS, or keep it in a file of your own (`--reward
+FILE.py:FUNCTION=WEIGHT`, see `tasks/common/user_file.py`). Its mean is `reward/<name>` in the metrics.
 """
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 
 from tasks.base import Answer, Attempt
-from tasks.common.parsing import CLOSE, OPEN, PARSERS
+from tasks.common.parsing import BLOCKS, CLOSE, OPEN, PARSERS
 
-ALPHABETS = 100  # different letters; a text with more is of a language with thousands
-LONG = 1000  # characters at which "length" pays nothing
-REASONING_OPEN, REASONING_CLOSE = "<reasoning>", "</reasoning>"
-TAGS = (OPEN, CLOSE, "<think>", "</think>", REASONING_OPEN, REASONING_CLOSE)
+LENGTH_WITHOUT_REWARD = 1000  # characters of a completion for which the reward `length` is 0
+REASONING_OPEN, REASONING_CLOSE = BLOCKS["reasoning"]
+TAGS = (OPEN, CLOSE, *BLOCKS["think"], *BLOCKS["reasoning"])
 END_MARKERS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
 ENDINGS = (*(tag for tag in TAGS if tag.startswith("</")), *END_MARKERS)
+# The default weights in all styles but `reasoning`.
 SHAPED = {"format": 0.2, "close": 0.2, "exact": 0.6}
-# the weights of the well-known GSM8K demo for TRL (https://gist.github.com/willccbb, grpo_demo.py)
+# The default weights in the `reasoning` style: those of the well-known GSM8K demo for TRL
+# (https://gist.github.com/willccbb, grpo_demo.py).
 DEMO = {"correctness": 2.0, "integer": 0.5, "strict_format": 0.5, "soft_format": 0.5, "xml_count": 0.5}
-
-
-def default_rewards(style: str, kind: str) -> Mapping[str, float]:
-    """Return names and weights of the rewards of a task that asks in this style for answers of this kind."""
-    if style != "reasoning":
-        return SHAPED
-    return {name: weight for name, weight in DEMO.items() if name != "integer" or kind != "text"}
-
-
-def format_reward(attempt: Attempt) -> float:
-    """Return 1 for a well-formed completion, whatever it answers."""
-    return float(attempt.well_formed)
-
-
-def close_reward(attempt: Attempt) -> float:
-    """Return 1 for a nearly right answer: of most tasks, a number within ±1 of the problem's own."""
-    return float(attempt.close)
-
-
-def exact_reward(attempt: Attempt) -> float:
-    """Return 1 for the right answer, whatever stands before it."""
-    return float(attempt.correct)
 
 
 def _last_answer(attempt: Attempt) -> Answer | None:
@@ -62,7 +40,8 @@ def correctness(attempt: Attempt) -> float:
 
 def integer(attempt: Attempt) -> float:
     """Return 1 if the last answer block holds a whole number (any number, if the right answer is not whole)."""
-    answer, gold = _last_answer(attempt), attempt.gold
+    answer = _last_answer(attempt)
+    gold = attempt.gold
     if answer is None or isinstance(answer, str):
         return 0.0
     return float(answer % 1 == 0 or (gold is not None and gold % 1 != 0))
@@ -87,9 +66,9 @@ def soft_format(attempt: Attempt) -> float:
 
 
 def xml_count(attempt: Attempt) -> float:
-    """Return 0.25 for each of the four tags that is on a line of its own once, less 0.001 a character after the end.
+    """Return 0.25 for each of the four tags that occurs exactly once and on a line of its own.
 
-    The end is the last closing answer tag with its line feed.
+    Each character after the last `</answer>` and its line feed costs 0.001; the sum is at least 0.
     """
     text = attempt.completion
     marks = (f"{REASONING_OPEN}\n", f"\n{REASONING_CLOSE}\n", f"\n{OPEN}\n", f"\n{CLOSE}")
@@ -112,33 +91,32 @@ def language(attempt: Attempt) -> float:
     text = attempt.completion
     for tag in TAGS:
         text = text.replace(tag, " ")
-    letters = {c for c in set(text) if _script(c)}
-    counts = Counter(text) if len(letters) > ALPHABETS else {c: text.count(c) for c in letters}  # the faster one
-    inside = sum(counts[c] for c in letters if _script(c) in scripts)
-    return inside / sum(counts[c] for c in letters) if letters and scripts else 1.0
+    counts = {letter: count for letter, count in Counter(text).items() if _script(letter)}
+    inside = sum(count for letter, count in counts.items() if _script(letter) in scripts)
+    return inside / sum(counts.values()) if counts and scripts else 1.0
 
 
 def one_ending(attempt: Attempt) -> float:
-    """Return 1 if the one answer block ends the completion: white space after it at most, no tag twice, no marker."""
+    """Return 1 if the completion ends in `</answer>`, holds no tag twice, and no end marker such as <|im_end|>."""
     text = attempt.completion.rstrip()
     repeated = any(text.count(tag) > 1 for tag in TAGS) or any(marker in text for marker in END_MARKERS)
     return float(text.endswith(CLOSE) and not repeated)
 
 
 def repeats_an_ending(completion: str) -> bool:
-    """Return whether a closing tag or an end marker occurs twice, as if the model does not know where to stop."""
+    """Return whether a closing tag or an end marker occurs twice: the model does not know where to stop."""
     return any(completion.count(ending) > 1 for ending in ENDINGS)
 
 
 def length(attempt: Attempt) -> float:
     """Return 1 − characters / 1000, at least 0; 0 if the completion is not well-formed."""
-    return max(0.0, 1 - len(attempt.completion) / LONG) if attempt.well_formed else 0.0
+    return max(0.0, 1 - len(attempt.completion) / LENGTH_WITHOUT_REWARD) if attempt.well_formed else 0.0
 
 
 REWARDS: dict[str, Callable[[Attempt], float]] = {
-    "format": format_reward,
-    "close": close_reward,
-    "exact": exact_reward,
+    "format": lambda attempt: float(attempt.well_formed),
+    "close": lambda attempt: float(attempt.close),
+    "exact": lambda attempt: float(attempt.correct),
     "correctness": correctness,
     "integer": integer,
     "strict_format": strict_format,

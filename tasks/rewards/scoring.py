@@ -1,7 +1,7 @@
-"""The rewards of a run, from what --reward says, and the score of a batch."""
+"""Make the rewards of a run from --reward or the task's defaults, and score a batch with them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,9 +13,9 @@ from tasks.common.user_file import UserFile, contained, load_file, place_of
 from tasks.rewards.functions import REWARDS
 
 OVERLONG = "overlong"  # the name of the part that --overlong-buffer adds
-TRIED = 4  # problems, with three completions each
-MADE_UP = "It is 1, I think."  # what a model may say that was never told the form
-LARGEST = 1e12  # the largest weighted reward: float32 and the variance of a group overflow far above it
+PROBLEMS_TRIED = 4  # before a model is loaded, with three completions each
+WRONG_COMPLETION = "It is 1, I think."  # a completion of the trial, in no required form
+LARGEST_REWARD = 1e12  # with its weight; float32 and the variance of a group overflow far above it
 
 Columns = Mapping[str, Sequence[Any]]  # one value for each completion, by name
 Values = Sequence[float | None]
@@ -31,35 +31,35 @@ class RewardSettings(Protocol):
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A reward with its weight; `function` scores a batch, `path` and `sha256` are those of a user's file."""
+    """A named reward with its weight."""
 
     name: str
     weight: float
-    function: Callable[[Sequence[Attempt], Columns], Values]
-    path: str = ""
-    sha256: str = ""
+    function: Callable[[Sequence[Attempt], Columns], Values]  # scores a batch
+    path: str = ""  # the user's file that the function is from; "" if it is the project's
+    sha256: str = ""  # of that file
 
 
 def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[RewardFunction]:
-    """Return the rewards of `NAME=WEIGHT` and `FILE.py:FUNCTION=WEIGHT`; the defaults if there are none.
+    """Return the rewards of `NAME=WEIGHT` and `FILE.py:FUNCTION=WEIGHT`; without `specs`, those of the defaults.
 
-    Raises ValueError, in one line, if one is malformed, unknown, missing or given twice.
+    Raises ValueError, in one line, if a reward is malformed, unknown, missing in its file, or given twice.
     """
     rewards: dict[str, RewardFunction] = {}
-    files: dict[str, UserFile] = {}  # by path, so that each is run once
+    files: dict[str, UserFile] = {}  # by path, so that each file is run once
     for spec in specs or [f"{name}={weight}" for name, weight in defaults.items()]:
         what, _, weight_text = spec.rpartition("=")
         try:
             weight = float(weight_text)
         except ValueError:
             weight = math.nan
-        if not what or not abs(weight) <= LARGEST:
+        if not what or not abs(weight) <= LARGEST_REWARD:
             raise ValueError(
                 f"--reward {spec!r}: write NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT, with a number as weight"
             )
         path, colon, name = what.rpartition(":")
         if name in rewards:
-            raise ValueError(f"--reward {name!r} is given twice; both means would have this name in the metrics")
+            raise ValueError(f"--reward {name!r} is given twice; the metrics would have two means of this name")
         if colon:
             files[path] = files.get(path) or load_file(path)
             function = partial(_of_user, files[path].function(name))
@@ -68,7 +68,7 @@ def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[R
             rewards[name] = RewardFunction(name, weight, partial(_of_each, REWARDS[name]))
         else:
             known = ", ".join(REWARDS)
-            raise ValueError(f"there is no --reward {name!r}; there are {known}, and FILE.py:FUNCTION for your own")
+            raise ValueError(f"there is no --reward {name!r}; choose from {known}, or FILE.py:FUNCTION for your own")
     return list(rewards.values())
 
 
@@ -84,7 +84,7 @@ def overlong(limit: int, buffer: int, attempts: Sequence[Attempt], columns: Colu
 def rewards_of(settings: RewardSettings, task: Task) -> list[RewardFunction]:
     """Return the rewards of a run. Raises ValueError, in one line, if a specification is wrong."""
     if task.parts and not settings.reward:
-        rewards = of_mixture({name: parse_rewards((), part.default_rewards) for name, part in task.parts.items()})
+        rewards = join_rewards({name: parse_rewards((), part.default_rewards) for name, part in task.parts.items()})
     else:
         rewards = parse_rewards(settings.reward, task.default_rewards)
     if settings.overlong_buffer:
@@ -96,45 +96,46 @@ def rewards_of(settings: RewardSettings, task: Task) -> list[RewardFunction]:
     return rewards
 
 
-def of_mixture(by_task: Mapping[str, Sequence[RewardFunction]]) -> list[RewardFunction]:
-    """Return the rewards of a mixture, from those of each task; one does not apply to problems of other tasks.
+def join_rewards(by_task: Mapping[str, Sequence[RewardFunction]]) -> list[RewardFunction]:
+    """Return the rewards of a mixture, made of the rewards of each task by the task's name.
 
-    A reward that several tasks have is one, unless they differ in its weight or its function: then it is one for
-    each, NAME/TASK.
+    A reward applies only to problems of the tasks that have it. Tasks share a reward of one name, weight and file; if
+    they differ in weight or file, the mixture has a reward NAME/TASK for each of them.
     """
-    meant: dict[str, dict[tuple[float, str], list[str]]] = {}  # by name: the tasks of each weight and file
+    versions: dict[str, set[tuple[float, str]]] = {}  # weight and file of the rewards of a name
+    for rewards in by_task.values():
+        for reward in rewards:
+            versions.setdefault(reward.name, set()).add((reward.weight, reward.path))
+    tasks_of: dict[str, set[str]] = {}  # the tasks that a reward of the mixture applies to
+    joined: dict[str, RewardFunction] = {}
     for task, rewards in by_task.items():
         for reward in rewards:
-            meant.setdefault(reward.name, {}).setdefault((reward.weight, reward.path), []).append(task)
-    found: dict[str, RewardFunction] = {}
-    for task, rewards in by_task.items():
-        for reward in rewards:
-            tasks = meant[reward.name][reward.weight, reward.path]
-            name = reward.name if len(meant[reward.name]) == 1 else f"{reward.name}/{task}"
-            one = tasks if name == reward.name else [task]
-            found.setdefault(name, replace(reward, name=name, function=partial(_of_tasks, reward, frozenset(one))))
-    return list(found.values())
+            name = reward.name if len(versions[reward.name]) == 1 else f"{reward.name}/{task}"
+            tasks = tasks_of.setdefault(name, set())
+            tasks.add(task)
+            joined.setdefault(name, replace(reward, name=name, function=partial(_in_tasks, reward, tasks)))
+    return list(joined.values())
 
 
-def _of_tasks(reward: RewardFunction, tasks: frozenset[str], attempts: Sequence[Attempt], columns: Columns) -> Values:
-    """Call a reward for the problems of some tasks only."""
+def _in_tasks(reward: RewardFunction, tasks: Set[str], attempts: Sequence[Attempt], columns: Columns) -> Values:
+    """Call a reward for the problems of some tasks of a mixture; it does not apply to other problems."""
     rows = [row for row, attempt in enumerate(attempts) if attempt.problem.category in tasks]
     values: list[float | None] = [None] * len(attempts)
     if rows:
-        own = {name: [of_row[row] for row in rows] for name, of_row in columns.items()}
-        found = list(reward.function([attempts[row] for row in rows], own))
-        if len(found) != len(rows):
-            raise ValueError(f"it gave {len(found)} numbers for {len(rows)} completions")
-        for row, value in zip(rows, found, strict=True):
-            values[row] = value
+        columns = {name: [column[row] for row in rows] for name, column in columns.items()}
+        numbers = list(reward.function([attempts[row] for row in rows], columns))
+        if len(numbers) != len(rows):
+            raise ValueError(f"it gave {len(numbers)} numbers for {len(rows)} completions")
+        for row, number in zip(rows, numbers, strict=True):
+            values[row] = number
     return values
 
 
 def decides_by_reward(rewards: Sequence[RewardFunction], task: Task) -> bool:
-    """Return whether the mean reward chooses the best policy, and not accuracy.
+    """Return whether the mean reward, instead of accuracy, chooses the best policy.
 
-    That is so where all rewards are a user's own functions, and nothing says what is right but equality with an
-    answer in the user's data, which may be one of many.
+    It does if all rewards are a user's functions and the task only compares answers with the reference answers in the
+    user's data, of which there may be others.
     """
     return all(reward.path for reward in rewards if reward.name != OVERLONG) and not task.knows_right
 
@@ -144,16 +145,16 @@ def _of_each(function: Callable[[Attempt], float], attempts: Sequence[Attempt], 
 
 
 def _of_user(function: Callable[..., Any], attempts: Sequence[Attempt], columns: Columns) -> Any:
-    """Call a function written for TRL, with keywords and in TRL's conversational form."""
+    """Call a user's function as TRL does: with keywords, and with prompts and completions as messages."""
     names = {name for attempt in attempts for name in attempt.problem.columns}
-    of_row = {name: [attempt.problem.columns.get(name) for attempt in attempts] for name in sorted(names)}
-    of_row |= {name: list(values) for name, values in columns.items()}
-    of_row["question"] = [attempt.problem.question for attempt in attempts]
-    of_row["answer"] = [attempt.problem.answer for attempt in attempts]
-    of_row["prompts"] = [[dict(message) for message in attempt.prompt] for attempt in attempts]
-    of_row["completions"] = [[{"role": "assistant", "content": attempt.completion}] for attempt in attempts]
+    keywords = {name: [attempt.problem.columns.get(name) for attempt in attempts] for name in sorted(names)}
+    keywords |= {name: list(values) for name, values in columns.items()}
+    keywords["question"] = [attempt.problem.question for attempt in attempts]
+    keywords["answer"] = [attempt.problem.answer for attempt in attempts]
+    keywords["prompts"] = [[dict(message) for message in attempt.prompt] for attempt in attempts]
+    keywords["completions"] = [[{"role": "assistant", "content": attempt.completion}] for attempt in attempts]
     with contained():
-        return list(function(**of_row))  # a generator of the user's runs here
+        return list(function(**keywords))  # `list`, so that a generator of the user's runs here
 
 
 def score(
@@ -162,10 +163,10 @@ def score(
     columns: Columns,
     clock: Callable[[str], AbstractContextManager[None]] = nullcontext,
 ) -> list[Reward]:
-    """Return the reward of each attempt; each function runs over the whole batch, timed as `reward/<name>`.
+    """Return the reward of each attempt. Each function runs over the whole batch, timed as `reward/<name>`.
 
     `columns` are passed on to users' functions. Raises ValueError, in one line that names the function, if a function
-    raises or does not return a finite number, or None if it does not apply, for each attempt.
+    raises an exception, or returns something else than one finite number or None for each attempt.
     """
     parts: list[dict[str, float | None]] = [{} for _ in attempts]
     for reward in rewards:
@@ -192,7 +193,8 @@ def _values(reward: RewardFunction, attempts: Sequence[Attempt], columns: Column
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise ValueError(_what_happened(reward, error)) from error
+        place = place_of(error, reward.path)
+        raise ValueError(f"reward function {reward.name!r} raised {one_line(error)} ({place})") from error
     if len(values) != len(attempts):
         raise ValueError(f"{_named(reward)} gave {len(values)} numbers for {len(attempts)} completions")
     return [_number(reward, value, attempt) for value, attempt in zip(values, attempts, strict=True)]
@@ -201,11 +203,11 @@ def _values(reward: RewardFunction, attempts: Sequence[Attempt], columns: Column
 def _number(reward: RewardFunction, value: Any, attempt: Attempt) -> float | None:
     if value is None:
         return None
-    try:  # numbers of numpy and torch are allowed
+    try:  # `float`, because numbers of numpy and torch are allowed
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except Exception:  # whatever its __float__ raises
+    except Exception:  # `__float__` of a user's object may raise anything
         number = math.nan
-    if not abs(number) <= LARGEST or not abs(reward.weight * number) <= LARGEST:
+    if not abs(number) <= LARGEST_REWARD or not abs(reward.weight * number) <= LARGEST_REWARD:
         raise ValueError(
             f"{_named(reward)} gave {shown(value)} for the completion {attempt.completion[:80]!a} "
             f"of {attempt.problem.question[:80]!a}; it must return a finite number, or None if it does not apply"
@@ -214,26 +216,21 @@ def _number(reward: RewardFunction, value: Any, attempt: Attempt) -> float | Non
 
 
 def try_out(rewards: Sequence[RewardFunction], task: Task) -> None:
-    """Score a few made-up completions of training problems, and ask for held-out ones.
+    """Score a few made-up completions of training problems, and make a few held-out problems.
 
-    So a mistake in a user's function is found in a second, and not after the model is loaded. Raises ValueError, in
-    one line. The problems are those of step 0, which no step takes.
+    This finds a mistake in a user's function in a second, before the model is loaded. Raises ValueError, in one line.
+    The problems are those of step 0; the steps of a run begin at 1.
     """
     for split in ("validation", "test"):
-        if not task.held_out(split, TRIED):
+        if not task.held_out(split, PROBLEMS_TRIED):
             raise ValueError(f"the task has no {split} problems; it needs more different ones")
-    problems = [task.training_problem(0, 0, row) for row in range(TRIED)]
-    texts = (ideal_completion(problem.answer, task.style) for problem in problems)
-    pairs = [(problem, text) for problem, ideal in zip(problems, texts, strict=True) for text in (ideal, MADE_UP, "")]
-    attempts = [task.grade(problem, text) for problem, text in pairs]
-    columns = {"completion_ids": [list(range(len(text))) for _, text in pairs]}
-    score(rewards, attempts, columns)
+    attempts = []
+    for row in range(PROBLEMS_TRIED):
+        problem = task.training_problem(0, 0, row)
+        for text in (ideal_completion(problem.answer, task.style), WRONG_COMPLETION, ""):
+            attempts.append(task.grade(problem, text))
+    score(rewards, attempts, {"completion_ids": [list(range(len(attempt.completion))) for attempt in attempts]})
 
 
 def _named(reward: RewardFunction) -> str:
     return f"reward function {reward.name!r}" + (f" of {reward.path}" if reward.path else "")
-
-
-def _what_happened(reward: RewardFunction, error: BaseException) -> str:
-    """Describe the exception of a reward function in one line, with the line of the user's file it came from."""
-    return f"reward function {reward.name!r} raised {one_line(error)} ({place_of(error, reward.path)})"

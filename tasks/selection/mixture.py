@@ -1,8 +1,8 @@
 """Several tasks as one: `--task arithmetic=0.7 --task countdown=0.3`.
 
-Each problem is of one task, which asks, grades and rewards it; its category is the name of the task. Which task a row
-of a step takes is drawn by weight, as a function of seed, step and row. Held out are the problems that each task
-holds out, in these shares.
+Each problem belongs to one task, which asks, grades and rewards it; the problem's category is the name of that task.
+The task of each row of a step is drawn by weight, as a function of seed, step and row. Held-out problems come from
+all tasks in the same shares.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ LARGEST_WEIGHT = 1e6
 
 @dataclass(frozen=True)
 class Share:
-    """A task as `--task` names it, and its weight; None for a task alone."""
+    """A task and its weight, as one `--task` gives them."""
 
     spec: str  # arithmetic, or FILE.py:NAME
-    weight: float | None = None
+    weight: float | None = None  # None for a single task
 
     @property
     def name(self) -> str:
-        """Return what metrics call the task: for one in a file, the NAME."""
+        """Return the name of the task in the metrics; of a task in a file, its NAME."""
         return self.spec.rpartition(":")[2]
 
     def __str__(self) -> str:
@@ -32,19 +32,21 @@ class Share:
 
 
 def parse_shares(specs: str | Sequence[str]) -> list[Share]:
-    """Return the tasks that --task names: one, or several of NAME=WEIGHT.
+    """Return the tasks of --task: a single one, or several, each NAME=WEIGHT.
 
-    Raises ValueError, in one line, if a weight is missing or no positive number, or if a task is named twice.
+    Raises ValueError, in one line, if a weight is missing or not a positive number, or if a task is named twice.
     """
     shares = [_parse(spec) for spec in ([specs] if isinstance(specs, str) else specs)]
     if not shares:
-        raise ValueError("--task is empty; give one")
+        raise ValueError("--task is empty; name a task")
     if len(shares) == 1 and shares[0].weight is not None:
-        raise ValueError(f"--task is {specs[0]!r}, alone; a weight is for each of several, --task A=0.7 --task B=0.3")
+        raise ValueError(
+            f"--task is {specs[0]!r}, alone; weights are for several tasks, as in --task A=0.7 --task B=0.3"
+        )
     if len(shares) > 1:
         for share in shares:
             if share.weight is None:
-                raise ValueError(f"--task {share.spec!r} has no weight; with several, each has one: {share.spec}=0.5")
+                raise ValueError(f"--task {share.spec!r} has no weight; each task needs one: {share.spec}=0.5")
             if not 0 < share.weight <= LARGEST_WEIGHT:
                 raise ValueError(
                     f"--task {share.spec!r} has weight {share.weight:g}; it must be above 0 and at most a million"
@@ -52,7 +54,7 @@ def parse_shares(specs: str | Sequence[str]) -> list[Share]:
     names = [share.name for share in shares]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(
-            f"--task {twice!r} is given twice; its options (such as --data) and metrics go by its name; give it once"
+            f"--task {twice!r} is given twice; options (such as --data) and metrics go by its name, so give it once"
         )
     return shares
 
@@ -69,47 +71,44 @@ def _parse(spec: str) -> Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(QATask):
-    """Several tasks as one; what a single task has, such as the style, is here that of the first."""
+    """Several tasks as one. Fields of which there is only one, such as the style, are those of the first task."""
 
-    name: str
     parts: Mapping[str, Task] = field()  # by name; field() leaves out the empty default of the base
     weights: Mapping[str, float]  # by name
 
-    @property
-    def default_rewards(self) -> Mapping[str, float]:
-        """Return names and weights of the rewards of all tasks; `rewards_of` applies each where it belongs."""
-        return {name: weight for part in self.parts.values() for name, weight in part.default_rewards.items()}
-
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem of a row of a step, of a task that is drawn by weight."""
+        """Return the training problem of a row of a step, from a task that is drawn by weight."""
         [name] = seeded_rng("mixture", seed, step, row).choices(list(self.weights), self.weights.values())
         return replace(self.parts[name].training_problem(seed, step, row), category=name)
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
-        """Return about `limit` problems in the shares of the tasks; fewer of a task that holds out fewer, but one."""
+        """Return about `limit` problems in the shares of the tasks: at least one of each task.
+
+        A task that holds out fewer problems than its share gives all that it has.
+        """
         total = fsum(self.weights.values())
-        found = []
+        problems = []
         for name, weight in self.weights.items():
-            own = self.parts[name].held_out(split, max(1, round(limit * weight / total)))
-            found += [replace(problem, category=name) for problem in own]
-        return found
+            of_task = self.parts[name].held_out(split, max(1, round(limit * weight / total)))
+            problems += [replace(problem, category=name) for problem in of_task]
+        return problems
 
     def listed(self) -> list[Problem]:
-        """Return all problems of the tasks that list theirs."""
+        """Return all problems of the tasks that list them."""
         return [replace(problem, category=name) for name, part in self.parts.items() for problem in part.listed()]
 
     def messages(self, question: str) -> list[Message]:
-        """Return the chat that asks `question` as one of the first task."""
+        """Return the chat that asks `question` as the first task does."""
         return next(iter(self.parts.values())).messages(question)
 
     def grade(self, problem: Problem, completion: str) -> Attempt:
-        """Parse and grade `completion` as the problem's own task does. Rewards in a file get the column `task`."""
+        """Parse and grade `completion` as the problem's task does, and add a column `task` for rewards in a file."""
         attempt = self.parts[problem.category].grade(problem, completion)
         return replace(attempt, problem=replace(problem, columns={"task": problem.category, **problem.columns}))
 
 
 def mixture_of(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Mixture:
-    """Return the mixture of tasks, by name, with these weights."""
+    """Return the mixture of some tasks; parts and weights are by the name of the task."""
     first = next(iter(parts.values()))
     hints: dict[str, str] = {}
     for name, part in parts.items():

@@ -3,8 +3,6 @@
 REWARDS = {
     "os.chdir": ("import os\ndef f(**c):\n    os.chdir('/')\n    return [1.0] * len(c['prompts'])", "current folder"),
     "os.chdir at import": ("import os\nos.chdir('/')\ndef f(**c):\n    return [1.0]", "current folder"),
-    "os._exit": ("import os\ndef f(**c):\n    os._exit(3)", "os._exit(3)"),
-    "os._exit at import": ("from os import _exit\n_exit(0)", "os._exit(0)"),
     "sys.exit": ("import sys\ndef f(**c):\n    sys.exit('bye')", "SystemExit: bye"),
     "a class": ("class f:\n    pass", "is a class"),
     "a coroutine function": ("async def f(**c):\n    return [1.0]", "async"),

@@ -19,21 +19,20 @@ def _nothing_is_loaded(monkeypatch):
 @pytest.mark.parametrize(("body", "words"), REWARDS.values(), ids=REWARDS)
 def test_a_hostile_reward_is_refused_in_one_line_before_a_model_is_loaded(body, words, tmp_path):
     (tmp_path / "mine.py").write_text(body, encoding="utf-8")
-    before, leave = os.getcwd(), os._exit
+    before = os.getcwd()
     result = invoke(train_grpo.main, *TINY, "--reward", "mine.py:f=1", "--output-dir", "out", folder=tmp_path)
     line = refusal(result)
     assert words in line
     assert "mine.py" in line
     assert line.isprintable()
     assert names_in(tmp_path / "out") == set()
-    assert (os.getcwd(), os._exit) == (before, leave)
+    assert os.getcwd() == before
 
 
 @pytest.mark.parametrize(
     ("body", "words"),
     [
         ("import os\ndef f(**c):\n    os.chdir('/')\n    return True", "current folder"),
-        ("import os\ndef f(**c):\n    os._exit(3)", "os._exit(3)"),
         REWARDS["a class"],
         REWARDS["a coroutine function"],
         REWARDS["raises"],

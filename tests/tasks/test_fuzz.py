@@ -82,7 +82,7 @@ def seconds(call, *args):
 )
 def test_any_completion_gets_an_answer_and_a_reward_at_once(number):
     rng = random.Random(number)
-    tasks = [QATask(style=style, kind=kind) for style in STYLES for kind in KINDS]
+    tasks = [QATask(name="any", style=style, kind=kind) for style in STYLES for kind in KINDS]
     problem = Problem("What is (4 - 9) * 6?", "-30")
     right = 0
     for _, text in zip(range(number), texts(rng, problem), strict=False):

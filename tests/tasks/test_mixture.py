@@ -119,7 +119,7 @@ def test_a_reward_that_tasks_share_is_one_and_others_apply_to_their_own_task(min
 
 def test_advice_names_its_task():
     hints = mixture(*BOTH).hints
-    assert hints["too_hard"].startswith("arithmetic: Lower --max-operand. reverse: Where")
+    assert hints["too_hard"].startswith("arithmetic: Lower --max-operand. reverse: In most models")
 
 
 def test_a_task_of_a_file_goes_by_its_name_there_with_its_arguments(mine, tmp_path):

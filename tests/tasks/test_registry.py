@@ -85,11 +85,21 @@ def test_rewards_that_compare_with_the_problems_own_answer_stay_as_they_are():
 
 
 def test_without_a_judgement_of_its_own_a_task_accepts_the_problems_answer_only():
-    task = QATask()
+    task = QATask(name="divisors")
     assert [task.grade(DIVISOR, f"<answer>{n}</answer>").correct for n in (3, 6, 12)] == [False, True, False]
 
 
 # --- the options that tasks declare ---
+
+
+def number(*tasks, **known):
+    """Return an option of these tasks whose value is a whole number."""
+    return TaskOption(tasks=tasks, type=int, **known)
+
+
+def text(*tasks, **known):
+    """Return an option of these tasks whose value is a text, by default empty."""
+    return TaskOption(tasks=tasks, type=str, default="", **known)
 
 
 def test_a_file_with_annotations_from_the_future_declares_its_options_too(monkeypatch):
@@ -104,27 +114,29 @@ def test_the_options_are_those_that_the_tasks_declare():
     data = "gsm8k, jsonl: JSON Lines file with the problems"
     correct = "jsonl: FILE.py:FUNCTION that judges answers, instead of equality with the reference"
     smallest = "arithmetic: smallest operand; a negative one is written in brackets"
+    largest, numbers = "arithmetic: largest operand", "countdown: how many numbers a problem gives"
     assert task_options() == {
-        "max_operand": TaskOption(("arithmetic",), int, 10, "arithmetic: largest operand", 1, True),
-        "min_operand": TaskOption(("arithmetic",), int, 0, smallest, None, True),
-        "numbers": TaskOption(("countdown",), int, 3, "countdown: how many numbers a problem gives", 2, True),
-        "largest_number": TaskOption(("countdown",), int, 20, "countdown: largest of the given numbers", 2, True),
-        "data": TaskOption(("gsm8k", "jsonl"), str, "", data, None, False, True),
-        "correct": TaskOption(("jsonl",), str, "", correct, None, False),
+        "max_operand": number("arithmetic", default=10, meaning=largest, least=1),
+        "min_operand": number("arithmetic", default=0, meaning=smallest),
+        "numbers": number("countdown", default=3, meaning=numbers, least=2),
+        "largest_number": number("countdown", default=20, meaning="countdown: largest of the given numbers", least=2),
+        "data": text("gsm8k", "jsonl", meaning=data, inheritable=False, common=True),
+        "correct": text("jsonl", meaning=correct, inheritable=False),
     }
 
 
 def test_a_registered_task_brings_its_annotated_parameters_as_options(divisors):
     options = task_options()
-    assert options["smallest"] == TaskOption(("divisors",), int, 2, "divisors: smallest divisor that counts", 1, True)
-    assert options["word_list"] == TaskOption(("divisors",), str, "", "divisors: file of words", None, False)
+    meaning = "divisors: smallest divisor that counts"
+    assert options["smallest"] == number("divisors", default=2, meaning=meaning, least=1)
+    assert options["word_list"] == text("divisors", meaning="divisors: file of words", inheritable=False)
     assert not {"name", "kind", "style", "system_prompt", "example"} & set(options)  # parameters without an Option
 
 
 def test_two_tasks_may_share_an_option_which_the_first_describes(divisors, monkeypatch):
     monkeypatch.setitem(registry.TASKS, "multiples", load_multiples)
     meaning = "divisors, multiples: smallest divisor that counts"
-    assert task_options()["smallest"] == TaskOption(("divisors", "multiples"), int, 2, meaning, 1, True)
+    assert task_options()["smallest"] == number("divisors", "multiples", default=2, meaning=meaning, least=1)
     for task in ("divisors", "multiples"):
         made = make_task(settings(task, smallest=4))
         assert (made.name, made.smallest) == (task, 4)

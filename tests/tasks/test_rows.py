@@ -267,5 +267,5 @@ def test_what_may_never_end_is_not_read(make, tmp_path):
 
 
 def test_a_line_without_end_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MOST_BYTES", 100)
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 100)
     assert ":2: the line has more than" in refusal(read, tmp_path, GOOD + b" " * 200 + GOOD)

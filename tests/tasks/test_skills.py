@@ -15,14 +15,14 @@ def test_the_right_completion_of_a_skill_scores_1_and_a_wrong_one_0(name):
     problems = [skill.training_problem(0, step, 0) for step in range(100)] + skill.held_out("test", 100)
     for problem, other in pairwise(problems):
         right = skill.completion(problem)
-        reward = reward_of(skill, problem, right)
+        reward = reward_of(skill, problem, right, ["exact=1"])
         assert (reward.total, reward.correct, reward.well_formed) == (1.0, True, True)
         assert reward_of(skill, problem, f"{right}\n").correct
         wrong = [right + "!", right + " .", right[:-1], problem.question, "", "0" + right + "0"]
         if other.answer != problem.answer:
             wrong.append(skill.completion(other))
         for completion in wrong:
-            reward = reward_of(skill, problem, completion)
+            reward = reward_of(skill, problem, completion, ["exact=1"])
             assert (reward.total, reward.correct) == (0.0, False), completion
 
 
@@ -67,7 +67,7 @@ def test_several_answers_are_no_answer_in_a_tagged_skill_either(name):
     skill = SKILLS[name]
     problem = skill.held_out("test", 1)[0]
     for before in ("<answer>123</answer>", "<answer>", "</answer>", f"<answer>{problem.answer}</answer>"):
-        assert reward_of(skill, problem, before + skill.completion(problem)).total == 0.0, before
+        assert not reward_of(skill, problem, before + skill.completion(problem)).correct, before
 
 
 @pytest.mark.parametrize("name", SKILLS)
