@@ -1,15 +1,15 @@
-"""Draw the plots of a run again, from its metrics file, or those of several runs in one picture.
+"""Draw the plots of a run from its metrics file, or compare several runs in one picture.
 
     python plot_metrics.py                                             ./grpo_metrics.json
-    python plot_metrics.py runs/a                                      the run in a folder
-    python plot_metrics.py runs/a --out pics                           draw into another folder
-    python plot_metrics.py runs/a --html                               and a page with everything: grpo_report.html
+    python plot_metrics.py runs/a                                      the run in this folder
+    python plot_metrics.py runs/a --out pics                           draw into the folder pics
+    python plot_metrics.py runs/a --html                               also write a page about it: grpo_report.html
     python plot_metrics.py runs/a runs/b --label first --label second  compare: grpo_comparison.png
 
 A run gets grpo_training_curve.png, grpo_overview.png, grpo_kl_divergence.png if it has a reference, and
-grpo_sft_curve.png if it fine-tuned first. Works during a run, and on one that was cut short. Runs of the same label
-become one curve with a band from the smallest to the largest; without labels, so do runs that differ in their seed
-only.
+grpo_sft_curve.png if it has supervised steps. The run may still be going, or have been stopped. Runs with the same
+label become one curve with a band from the smallest to the largest value. Without labels, so do runs whose curves can
+differ by their seed alone.
 """
 
 from pathlib import Path
@@ -21,13 +21,13 @@ from grpo.launch.command import Script, run_script
 
 @click.command(cls=Script, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, metavar="[RUN]...")
-@click.option("--label", "labels", multiple=True, help="name of a run, where several are compared; once for each")
+@click.option("--label", "labels", multiple=True, help="label of a run in a comparison; once for each run")
 @click.option("--out", type=click.Path(path_type=Path), help="folder to draw into  [default: beside the metrics]")
-@click.option("--html", is_flag=True, help="also write grpo_report.html, one page with everything on the run")
+@click.option("--html", is_flag=True, help="also write grpo_report.html, one page with everything about the run")
 def main(runs: tuple[Path, ...], labels: tuple[str, ...], out: Path | None, html: bool) -> None:
     """Draw the plots of RUN: a metrics file, or the folder of a run (default: this folder).
 
-    Several are compared in one picture, written to this folder if --out names no other.
+    Several runs are compared in one picture, which is written to this folder or to --out.
     """
     from grpo.record.metrics import load_metrics
 
@@ -37,17 +37,15 @@ def main(runs: tuple[Path, ...], labels: tuple[str, ...], out: Path | None, html
         records = [load_metrics(run) for run in runs]
         beside = runs[0] if runs[0].is_dir() else runs[0].parent
         folder = out or (beside if len(runs) == 1 else Path())
+        folder.mkdir(parents=True, exist_ok=True)
         if len(runs) > 1:
             from grpo.plots.comparison import draw_comparison
             from grpo.plots.series import group_runs
 
-            groups = group_runs(runs, records, labels)
-            folder.mkdir(parents=True, exist_ok=True)
-            written = draw_comparison(groups, folder)
+            written = draw_comparison(group_runs(runs, records, labels), folder)
         else:
             from grpo.plots.figures import draw_all
 
-            folder.mkdir(parents=True, exist_ok=True)
             written = draw_all(records[0], folder)
         if html:
             from grpo.plots.html_report import write_page
@@ -62,15 +60,14 @@ def main(runs: tuple[Path, ...], labels: tuple[str, ...], out: Path | None, html
 def _refuse(runs: tuple[Path, ...], labels: tuple[str, ...], html: bool) -> None:
     """Raise ValueError if the combination of arguments makes no sense."""
     if len(runs) == 1 and labels:
-        raise ValueError("--label names runs that are compared; give several runs, or leave it out")
+        raise ValueError("--label names the runs of a comparison; give several runs, or leave --label out")
     if len(runs) > 1 and html:
         raise ValueError("--html writes the page of one run; give it one run at a time")
     if labels and len(labels) != len(runs):
         raise ValueError(f"there are {len(runs)} runs and {len(labels)} labels; give one --label for each run")
-    places = [run.resolve() for run in runs]
-    for run, place in zip(runs, places, strict=True):
-        if places.count(place) > 1:
-            raise ValueError(f"{run} is given twice; it would count as two seeds")
+    for run in runs:
+        if [other.resolve() for other in runs].count(run.resolve()) > 1:
+            raise ValueError(f"{run} is given twice; a comparison would count it as two seeds")
 
 
 if __name__ == "__main__":

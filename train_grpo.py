@@ -5,16 +5,16 @@
     python train_grpo.py --check                                a prompt, rewards, expected time: trains nothing
     python train_grpo.py --config runs/a/grpo_metrics.json      the settings of another run
 
-Writes saved_model/ (the policy that is best on validation problems), grpo_metrics.json, grpo_overview.png,
-grpo_training_curve.png, grpo_kl_divergence.png and checkpoints/ into --output-dir. The same command continues a
-run that was cut short. It departs from the published recipe in the direction of the KL, in exact zeros for tied
-groups, and in keeping the best policy instead of the last; README.md says why.
+Writes saved_model/ (the policy that is best on validation problems), grpo_metrics.json, grpo_samples.jsonl,
+grpo_overview.png, grpo_training_curve.png, grpo_kl_divergence.png and checkpoints/ into --output-dir. The same
+command continues a run that was stopped. It departs from the published recipe in the direction of the KL, in exact
+zeros for tied groups, and in keeping the best policy instead of the last; README.md says why.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent during the imports, until a run listens itself
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # During the imports, Ctrl-C ends the program silently.
 
 import sys
 import time
@@ -50,19 +50,23 @@ if TYPE_CHECKING:
 def main(ctx: click.Context, file: Path | None, check: bool, seeds: str | None, fresh: bool, **settings: Any) -> None:
     """Train a small instruct model with GRPO, on arithmetic or another task.
 
-    The default model, the starter, has settings of its own where "starter" stands beside a default. So may other
-    models; a run prints the settings that it uses.
+    The default model, the starter, changes some defaults: see "starter" below. So may other models; a run prints the
+    settings that it uses.
     """
     launched = time.monotonic()
     given = given_settings(ctx, settings)
     if seeds is not None:
+        from grpo.launch.seeds import parse_seeds, run_seeds
+
         with mistakes_are_wrong_usage():
             if check:
-                raise ValueError("--check looks at one run; give it a --seed, not --seeds")
+                raise ValueError("--check cannot be combined with --seeds: it checks one run; give --seed")
+            if "seed" in given:
+                raise ValueError("--seed cannot be combined with --seeds; give one of them")
             in_file = read_settings(file) if file else {}
             in_file.pop("seed", None)
             resolve_with_file(file, in_file, given)
-            ctx.exit(train_seeds(seeds, {**in_file, **given}, fresh))
+            ctx.exit(run_seeds(__file__, parse_seeds(seeds), {**in_file, **given}, fresh))
     try:
         ctx.exit(start(partial(settings_of, file, given), partial(train, launched, check), fresh, check))
     except (ValueError, OSError) as error:
@@ -71,17 +75,8 @@ def main(ctx: click.Context, file: Path | None, check: bool, seeds: str | None, 
         ctx.exit(130)
 
 
-def train_seeds(text: str, given: dict[str, Any], fresh: bool) -> int:
-    """Train with each of some seeds and return the exit status. Raises ValueError if that cannot be."""
-    from grpo.launch.seeds import parse_seeds, run_seeds
-
-    if "seed" in given:
-        raise ValueError("--seed and --seeds say the same; give one of them")
-    return run_seeds(__file__, parse_seeds(text), given, fresh)
-
-
 def settings_of(file: Path | None, given: dict[str, Any]) -> TrainConfig:
-    """Return the settings of a run: those `given`, over those of a file. Raises ValueError if they cannot be."""
+    """Return the settings of a run: `given` overrides the file. Raises ValueError for an impossible value."""
     return resolve_with_file(file, read_settings(file), given) if file else resolve(given)
 
 
@@ -95,19 +90,19 @@ def train(
 ) -> int:
     """Run the training, or only check it, and return the exit status.
 
-    `launched` is the `time.monotonic()` of this launch, `earlier` are the seconds before it that a time limit counts
-    too. `ranks` are the processes of the run, by default this one alone. The heavy imports come after the folder is
-    locked.
+    `launched` is the `time.monotonic()` of this launch. `earlier` are the seconds before this launch that count
+    towards a time limit. `ranks` are the processes of the run, by default this process alone. The heavy imports come
+    after the output folder is locked.
     """
     from tasks.rewards.scoring import rewards_of, try_out
 
-    if "torch" not in sys.modules:  # importing it takes seconds
+    if "torch" not in sys.modules:  # importing torch takes seconds
         click.echo(f"Loading {printable(config.model)}", err=True)
     task = make_task(config) if task is None else task  # first, so that an error in its data is reported at once
     with naming_own_code():
         try_out(rewards_of(config, task), task)
 
-    from grpo.launch.check import check as look
+    from grpo.launch.check import check as check_run
     from grpo.runtime.failures import failures_in_words
     from grpo.runtime.ranks import ONE
     from grpo.trainer import Trainer
@@ -116,7 +111,7 @@ def train(
     with failures_in_words(config.model), naming_own_code():
         trainer = Trainer(config, task, SKILLS, launched - earlier, ranks or ONE)
         if check:
-            look(trainer.grpo, trainer.evaluator, trainer.metrics.record["environment"], launched)
+            check_run(trainer.grpo, trainer.evaluator, trainer.metrics.record["environment"], launched)
             return 0
         return trainer.run()
 

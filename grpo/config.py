@@ -1,9 +1,9 @@
-"""Every setting of a run: once, with its default, its unit and its meaning.
+"""Declare every setting of a run, with its default, its unit and its meaning.
 
 A field of `TrainConfig` is the option of the same name (`learning_rate` is `--learning-rate`) and an entry of
 `config` in the metrics file. The options of the tasks are fields too, and each task declares its own
 (`tasks/registry.py`). The defaults are the published settings of the arithmetic experiment that this project
-rebuilds. A model's folder may carry better ones for it (`grpo/model_card.py`); the command line overrides both.
+rebuilds. A model's card may change defaults (`grpo/model_card.py`); the command line overrides both.
 """
 
 from collections.abc import Mapping
@@ -36,8 +36,7 @@ DECAYS = ("none", "linear", "cosine")
 TRACKERS = ("none", "trackio", "wandb")
 
 MAX_COMPLETIONS_PER_STEP = 10**6
-# No model has so many positions, and memory for the longest completion is allocated at once.
-MAX_NEW_TOKENS = 10**6
+MAX_NEW_TOKENS = 10**6  # No model has more positions; memory for the longest completion is allocated at once.
 
 MACHINE = ("device", "deterministic", "cuda_graphs", "shard")
 COMPUTING = (*MACHINE, "precision", "gradient_checkpointing", "micro_batch_size")
@@ -45,17 +44,14 @@ STOPPING = ("num_iterations", "time_limit", "patience", "target_accuracy")
 REPORTING = ("output_dir", "save_every", "show_every", "track")
 # These settings decide nothing about what is learned from a step.
 CHANGEABLE_ON_RESUME = (*COMPUTING, *STOPPING, *REPORTING)
-# A saved model does not hand these settings to the runs that start from it. It may come from anywhere, so it names no
-# file; its weights have been through the supervised steps already.
+# A run that starts from a saved model does not take these settings from the model's card. The card may come from
+# anybody, so it must not name a file; and the weights have already been through the supervised steps.
 NOT_INHERITED = (
     *(*MACHINE, "model", "task_arg", "seed", "sft_steps", "output_dir", "time_limit", "track"),
     *(name for name, option in task_options().items() if not option.inheritable),
 )
-OLD_NAMES = {
-    "refresh_reference_every": "ref_model_sync_steps",
-    "mask_truncated": "mask_truncated_completions",
-}
-REMOVED = "curriculum"  # a setting of older versions; False, its default, is what every run does today
+OLD_NAMES = {"refresh_reference_every": "ref_model_sync_steps", "mask_truncated": "mask_truncated_completions"}
+REMOVED = "curriculum"  # a setting of older versions; today every run behaves as with its default, False
 
 
 TaskOptions = make_dataclass(
@@ -70,7 +66,7 @@ TaskOptions = make_dataclass(
 
 @dataclass(frozen=True)
 class TrainConfig(TaskOptions):
-    """The settings of a run. Raises ValueError for an impossible value."""
+    """Hold the settings of a run. Raises ValueError for an impossible value."""
 
     model: str = setting("starter", MODEL, "starter, smollm2, a Hub id, a folder, or a GGUF file", common=True)
     device: str = setting(
@@ -222,18 +218,14 @@ class TrainConfig(TaskOptions):
             if getattr(self, name) and not self.beta:
                 raise ValueError(f"{as_typed(name)} needs --beta above 0: with --beta 0 there is no reference")
         if self.ref_model_sync_steps and self.lora_rank:
-            raise ValueError(
-                "--ref-model-sync-steps cannot be combined with --lora-rank: the reference is the frozen base"
-            )
+            raise ValueError("--ref-model-sync-steps cannot be combined with --lora-rank: its reference is frozen")
         if self.sft_steps and self.lora_rank and self.beta:
             raise ValueError(
                 "--sft-steps cannot be combined with --lora-rank unless --beta is 0: the reference is the frozen "
                 "base, without the fine-tuned adapter"
             )
         if self.load_in_4bit and not self.lora_rank:
-            raise ValueError(
-                "--load-in-4bit needs --lora-rank: 4-bit weights cannot be trained, an adapter on them can"
-            )
+            raise ValueError("--load-in-4bit needs --lora-rank: only an adapter on 4-bit weights can be trained")
         if self.shard and self.load_in_4bit:
             raise ValueError("--shard cannot be combined with --load-in-4bit: 4-bit weights cannot be split")
         if self.batch_size * self.num_generations > MAX_COMPLETIONS_PER_STEP:
@@ -248,15 +240,12 @@ class TrainConfig(TaskOptions):
         if self.warmup_steps >= self.num_iterations:
             raise ValueError(f"--warmup-steps is {self.warmup_steps}; it must be below --num-iterations")
 
-    @property
-    def depends_on_length(self) -> bool:
-        """Return whether what a step does depends on the number of steps."""
-        return bool(self.group_schedule) or self.learning_rate_decay != "none"
-
     def conflicting_settings(self, earlier: Mapping[str, Any]) -> list[str]:
-        """List the settings that differ from an earlier launch of the run, but must not."""
-        earlier = {**TrainConfig().to_dict(), **with_new_names(earlier)}  # it may lack newer settings
-        may_change = set(CHANGEABLE_ON_RESUME) - ({"num_iterations"} if self.depends_on_length else set())
+        """Return the changes of settings since an earlier launch of the run that do not allow to continue it."""
+        earlier = {**TrainConfig().to_dict(), **with_new_names(earlier)}  # an older version lacks newer settings
+        may_change = set(CHANGEABLE_ON_RESUME)
+        if self.group_schedule or self.learning_rate_decay != "none":  # a step depends on the number of steps
+            may_change.remove("num_iterations")
         return [
             f"{as_typed(name)} {_shown(earlier[name])} (now {_shown(value)})"
             for name, value in self.to_dict().items()
@@ -269,23 +258,24 @@ class TrainConfig(TaskOptions):
         return {**asdict(self), "task": task, "reward": list(self.reward), "task_arg": list(self.task_arg)}
 
     def inheritable_settings(self) -> dict[str, Any]:
-        """Return the settings that a saved model hands to a run that starts from it."""
-        passed = {name: value for name, value in self.to_dict().items() if name not in NOT_INHERITED}
-        return passed | {"reward": []} if any(map(names_a_file, self.reward)) else passed
+        """Return the settings that a run takes from the card of the saved model that it starts from."""
+        settings = {name: value for name, value in self.to_dict().items() if name not in NOT_INHERITED}
+        return settings | {"reward": []} if any(map(names_a_file, self.reward)) else settings
 
 
 def _shown(value: Any) -> str:
+    """Return a value as an error message shows it."""
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text or "none"
 
 
 def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of an older version under today's names, without the removed setting where it was False."""
+    """Return settings of an older version under today's names, without the removed setting if it was False."""
     kept = {name: value for name, value in settings.items() if name != REMOVED or value is not False}
     return {OLD_NAMES.get(name, name): value for name, value in kept.items()}
 
 
 def ordered_fields() -> list[Field]:
-    """Return the fields of `TrainConfig` in the order of `GROUPS`; the options of tasks end theirs."""
-    own = task_options()
-    return sorted(fields(TrainConfig), key=lambda f: (GROUPS.index(f.metadata["group"]), f.name in own))
+    """Return the fields of `TrainConfig` in the order of `GROUPS`; the options of tasks come last in their group."""
+    options = task_options()
+    return sorted(fields(TrainConfig), key=lambda f: (GROUPS.index(f.metadata["group"]), f.name in options))

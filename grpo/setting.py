@@ -1,12 +1,12 @@
-"""How a setting is declared, checked and read. The settings themselves are in `config.py`."""
+"""Declare, check and read a setting. The settings themselves are in `config.py`."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
 LARGEST_FLOAT32 = 3.4e38
-# A larger count (of steps, prompts, tokens) was mistyped, and would fill the memory.
-MAX_COUNT = 10**9
+MAX_COUNT = 10**9  # A larger number of steps, prompts or tokens is a typing error and would fill the memory.
 _DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")
 
 
@@ -25,24 +25,17 @@ def setting(
     """
     if most is None:
         most = LARGEST_FLOAT32 if isinstance(default, float) else MAX_COUNT
-    metadata = {
-        "group": group,
-        "meaning": meaning,
-        "choices": choices,
-        "least": least,
-        "most": most,
-        "common": common,
-    }
-    return field(default=default, metadata=metadata)
+    bounds = {"choices": choices, "least": least, "most": most}
+    return field(default=default, metadata={"group": group, "meaning": meaning, "common": common, **bounds})
 
 
 def as_typed(name: str) -> str:
-    """Return the option of a setting: --learning-rate of learning_rate."""
+    """Return the option of a setting: --learning-rate for learning_rate."""
     return f"--{name.replace('_', '-')}"
 
 
-def check_setting(name: str, value: Any, kind: type, metadata: Any) -> None:
-    """Raise ValueError, which names the option, if a value has the wrong type or is out of bounds."""
+def check_setting(name: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the option if a value has the wrong type or is out of bounds."""
     option = as_typed(name)
     if kind == tuple[str, ...]:
         if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
@@ -56,17 +49,13 @@ def check_setting(name: str, value: Any, kind: type, metadata: Any) -> None:
     if least is not None and value < least:
         raise ValueError(f"{option} is {value}; it must be at least {least:g}")
     if kind in (int, float) and value > most:
-        raise ValueError(f"{option} is {value}; it must be at most {_plain(most)}")
+        raise ValueError(f"{option} is {value}; it must be at most {most if kind is int else format(most, 'g')}")
     if choices and value not in choices:
         raise ValueError(f"{option} is {value!r}; it must be one of {', '.join(choices)}")
 
 
-def _plain(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:g}"
-
-
 def parse_duration(text: str) -> int:
-    """Return the seconds in 3h, 90m, 1h30m or 45s. Raises ValueError for anything else, and for zero."""
+    """Return the seconds in 3h, 90m, 1h30m or 45s. Raises ValueError for any other form, and for zero."""
     match = _DURATION.fullmatch(text.strip().lower())
     parts = [int(part or 0) for part in match.groups()] if match else [0]
     if not any(parts):
@@ -76,10 +65,10 @@ def parse_duration(text: str) -> int:
 
 
 def parse_group_schedule(text: str) -> tuple[int, int]:
-    """Return the first and last group size of "8:4". Raises ValueError for anything else."""
+    """Return the first and the last group size of "8:4". Raises ValueError for any other form."""
     first, _, last = text.partition(":")
     if not all(part.isascii() and part.isdigit() and 2 <= int(part[:6]) <= 10_000 for part in (first, last)):
         raise ValueError(
-            f"--group-schedule is {text!r}; write it as 8:4: from 8 completions a prompt to 4, never below 2"
+            f"--group-schedule is {text!r}; write it as 8:4, for 8 completions per prompt falling to 4; at least 2"
         )
     return int(first), int(last)

@@ -1,14 +1,14 @@
-"""What the processes of one run must have in common: settings, files, this program, and the output folder.
+"""Check that the processes of one run have the same settings, files, program and output folder.
 
-They are compared before anything is computed or written: processes that differ would train together in silence, or
-wait for each other.
+This happens before anything is computed or written: processes that differ would train together in silence, or wait
+for each other.
 """
 
 import hashlib
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,30 @@ from grpo.launch.run_folder import claim_folder
 from grpo.runtime.console import printable
 from grpo.runtime.device import choose_device
 from grpo.runtime.ranks import Ranks
+from grpo.setting import as_typed
 from tasks.base import Task
 from tasks.registry import make_task
 
 ROOT = Path(__file__).parents[2]
-SHARED = ".grpo.shared"  # there for a moment, while the others look for it
-LOCK_PATIENCE = 10.0  # seconds: a predecessor that was killed may take a moment to end
+TOKEN_FILE = ".grpo.shared"  # rank 0 writes it, and the other processes look for it
+LOCK_PATIENCE = 10.0  # seconds: the earlier process of a restart may take a moment to end
 SIGHT_PATIENCE = 5.0  # seconds: a network disk may show a new file late
-SHOWN = 5  # differences
+MAX_DIFFERENCES_SHOWN = 5
 
 
 def agree(settle: Callable[[], TrainConfig], ranks: Ranks) -> tuple[TrainConfig, Task, Meeting]:
-    """Settle the settings of this process, make the task, meet the others, and return all three if they agree.
+    """Return the settings, the task, and the meeting with the other processes, once all processes agree.
 
-    Raises ValueError, the same on all processes, if they differ, or if one has a mistake or does not come.
+    Raises the same ValueError on all processes if they differ, if one has a mistake, or if one does not join in time.
     """
-    config, task, statement = None, None, {"host": socket.gethostname()}
+    config = None
+    task = None
+    statement = {"host": socket.gethostname()}
     try:
         config = settle()
         device = ranks.own_device(choose_device(config.device))
         task = make_task(config)
-        statement |= {"device": device.type, **_content(config, task)}
+        statement["content"] = _content(config, task, device.type)
     except (ValueError, OSError) as error:
         statement["error"] = str(error)
     meeting = meet(statement, ranks)
@@ -51,63 +54,64 @@ def agree(settle: Callable[[], TrainConfig], ranks: Ranks) -> tuple[TrainConfig,
 
 @contextmanager
 def claim_shared_folder(config: TrainConfig, meeting: Meeting, ranks: Ranks, fresh: bool) -> Iterator[None]:
-    """Lock the output folder on rank 0, as `claim_folder` does, and check that all processes see it.
+    """Lock the output folder on rank 0, as `claim_folder` does, and check that all processes see the same folder.
 
-    Raises ValueError on all processes otherwise.
+    Raises ValueError on all processes if the folder cannot be locked or is not shared.
     """
-    folder, error, token = Path(config.output_dir), "", uuid4().hex
-    with ExitStack() as held:
+    folder = Path(config.output_dir)
+    error = ""
+    token = uuid4().hex
+    with ExitStack() as stack:
         if ranks.is_main:
             try:
-                held.enter_context(claim_folder(config, fresh, LOCK_PATIENCE))
-                (folder / SHARED).write_text(token, encoding="utf-8")
+                stack.enter_context(claim_folder(config, fresh, LOCK_PATIENCE))
+                (folder / TOKEN_FILE).write_text(token, encoding="utf-8")
             except (ValueError, OSError) as problem:
                 error = str(problem)
         error, token, place = ranks.from_main((error, token, str(folder.resolve())))
         if error:
             raise ValueError(error)
-        sees = ranks.gather(ranks.is_main or _has_token(folder / SHARED, token))
+        shared = ranks.gather(ranks.is_main or _has_token(folder / TOKEN_FILE, token))
         if ranks.is_main:
-            (folder / SHARED).unlink(missing_ok=True)
-        if blind := [rank for rank, seen in enumerate(sees) if not seen]:
+            (folder / TOKEN_FILE).unlink(missing_ok=True)
+        if apart := [rank for rank, is_shared in enumerate(shared) if not is_shared]:
             raise ValueError(
-                f"--output-dir {printable(place)} of {_named([0], meeting.statements)} is not what "
-                f"{_named(blind, meeting.statements)} has there; give a folder that all machines share"
+                f"--output-dir {printable(place)} of {_processes([0], meeting.statements)} is not the folder that "
+                f"{_processes(apart, meeting.statements)} sees; give a folder that all machines share"
             )
         yield
 
 
 def _has_token(path: Path, token: str) -> bool:
+    """Return whether the file holds the token within `SIGHT_PATIENCE`."""
     end = time.monotonic() + SIGHT_PATIENCE
-    while True:
-        try:
+    while time.monotonic() < end:
+        with suppress(OSError):
             if path.read_text(encoding="utf-8") == token:
                 return True
-        except OSError:
-            pass
-        if time.monotonic() > end:
-            return False
         time.sleep(0.1)
+    return False
 
 
-def _content(config: TrainConfig, task: Task) -> dict[str, Any]:
-    """Return what decides the result of a run: value by name, in three groups."""
-    # reward files are only read here: to run one may load a model
-    paths = [spec.rpartition("=")[0].rpartition(":")[0] for spec in config.reward]
-    files = {**task.files, **{path: _sha256(path) for path in paths if path}}
+def _content(config: TrainConfig, task: Task, device: str) -> dict[str, str]:
+    """Return everything that decides the result of a run, as text by the label that an error message shows."""
     settings = config.to_dict()
-    del settings["output_dir"]  # another machine may have the folder in another place
-    program = {f"the version of {name}": version(name) for name in ("torch", "transformers")}
-    for path in (
-        ROOT / "train_grpo.py",
-        *sorted((ROOT / "grpo").rglob("*.py")),
-        *sorted((ROOT / "tasks").rglob("*.py")),
-    ):
-        program[str(path.relative_to(ROOT))] = _sha256(path)
-    return {"settings": settings, "files": files, "program": program}
+    del settings["output_dir"]  # the path of the shared folder may differ between machines
+    # A reward file is read but not run here, as running it may load a model.
+    paths = [spec.rpartition("=")[0].rpartition(":")[0] for spec in config.reward]
+    hashes = {**task.files, **{path: _sha256(path) for path in paths if path}}
+    hashes |= {f"the version of {name}": version(name) for name in ("torch", "transformers")}
+    for path in (ROOT / "train_grpo.py", *sorted(ROOT.glob("grpo/**/*.py")), *sorted(ROOT.glob("tasks/**/*.py"))):
+        hashes[str(path.relative_to(ROOT))] = _sha256(path)
+    return {
+        **{as_typed(name): " ".join(v) if isinstance(v, list) else str(v) for name, v in settings.items()},
+        "the device": device,
+        **{name: f"SHA-256 {value[:12]}" if len(value) == 64 else value for name, value in hashes.items()},
+    }
 
 
 def _sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal. Raises ValueError if the file cannot be read."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
@@ -115,44 +119,35 @@ def _sha256(path: str | Path) -> str:
 
 
 def _refuse_errors(statements: Sequence[Mapping[str, Any]]) -> None:
-    errors = [statement.get("error") for statement in statements]
-    wrong = [rank for rank, error in enumerate(errors) if error is not None]
-    if len(wrong) == len(errors) and len(set(errors)) == 1:
-        raise ValueError(errors[0])
-    if wrong:
-        same = [rank for rank in wrong if errors[rank] == errors[wrong[0]]]
-        raise ValueError(f"{_named(same, statements)}: {errors[wrong[0]]}")
+    """Raise the first error that a process states; the message names the processes unless all state this error."""
+    errors = {rank: statement["error"] for rank, statement in enumerate(statements) if "error" in statement}
+    if errors:
+        first = next(iter(errors.values()))
+        ranks = [rank for rank, error in errors.items() if error == first]
+        raise ValueError(first if len(ranks) == len(statements) else f"{_processes(ranks, statements)}: {first}")
 
 
 def _refuse_differences(statements: Sequence[Mapping[str, Any]]) -> None:
-    seen = [_by_label(statement) for statement in statements]
-    found = []
-    for label in dict.fromkeys(label for one in seen for label in one):
-        values = [one.get(label, "missing") for one in seen]
-        if len(set(values)) > 1:
-            ranks = {value: [r for r, other in enumerate(values) if other == value] for value in values}
-            shown = (f"{printable(value)} on {_named(some, statements)}" for value, some in ranks.items())
-            found.append(f"{printable(label)} is {' and '.join(shown)}")
-    if found:
-        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    """Raise ValueError if the statements differ; the message shows the first differences."""
+    contents = [statement["content"] for statement in statements]
+    differences = []
+    for label in dict.fromkeys(label for content in contents for label in content):
+        ranks_by_value: dict[str, list[int]] = {}
+        for rank, content in enumerate(contents):
+            ranks_by_value.setdefault(content.get(label, "missing"), []).append(rank)
+        if len(ranks_by_value) > 1:
+            values = (f"{printable(value)} on {_processes(r, statements)}" for value, r in ranks_by_value.items())
+            differences.append(f"{printable(label)} is {' and '.join(values)}")
+    if differences:
+        left_out = len(differences) - MAX_DIFFERENCES_SHOWN
         raise ValueError(
-            f"the processes differ: {'; '.join(found[:SHOWN])}{more}. Start all with the same command, files and "
-            "version of this program"
+            f"the processes differ: {'; '.join(differences[:MAX_DIFFERENCES_SHOWN])}"
+            f"{f'; and {left_out} more' if left_out > 0 else ''}. Start all processes with the same command, files "
+            "and version of this program"
         )
 
 
-def _by_label(statement: Mapping[str, Any]) -> dict[str, str]:
-    """Return the values of a statement as they are compared and shown."""
-    settings = {f"--{name.replace('_', '-')}": value for name, value in statement["settings"].items()}
-    hashes = {**statement["files"], **statement["program"]}
-    return {
-        **{name: " ".join(map(str, v)) if isinstance(v, list) else str(v) for name, v in settings.items()},
-        "the device": statement["device"],
-        **{name: f"SHA-256 {value[:12]}" if len(value) == 64 else value for name, value in hashes.items()},
-    }
-
-
-def _named(ranks: Sequence[int], statements: Sequence[Mapping[str, Any]]) -> str:
-    """Return processes in words, with their machines."""
+def _processes(ranks: Sequence[int], statements: Sequence[Mapping[str, Any]]) -> str:
+    """Return processes in words, with their machines: "process 1, 2 (host)"."""
     hosts = dict.fromkeys(printable(statements[rank]["host"]) for rank in ranks)
     return f"process {', '.join(map(str, ranks))} ({', '.join(hosts)})"

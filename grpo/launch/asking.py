@@ -1,4 +1,4 @@
-"""What a model is asked with: the task and the worked examples of the run that it came of."""
+"""Ask a model as its training did: with the task and the worked examples on its card."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,34 +12,38 @@ from tasks.base import Task
 
 
 def with_examples(task: Task, card: Mapping[str, Any]) -> Task:
-    """Return the task with the worked examples of a card, if it has some; each task of a mixture with its own."""
+    """Return the task with the worked examples of a card, if any; in a mixture, each task with its own."""
     if task.parts:
         cards = card.get("tasks", {})
-        return replace(task, parts={name: with_examples(p, cards.get(name, {})) for name, p in task.parts.items()})
+        parts = {name: with_examples(part, cards.get(name, {})) for name, part in task.parts.items()}
+        return replace(task, parts=parts)
     return replace(task, examples=card["examples"]) if card.get("examples") else task
 
 
 def as_task(card: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
-    """Return a card that asks as one task of a mixture does: the one in `names`, or the first.
+    """Return a card with the prompt and examples of the task in `names`; without names, the card as it is.
 
-    Raises UsageError if there is none of that name.
+    On standard error, say which task of a mixture a card without names asks as. Raises UsageError if `names` is not
+    one task of the model's mixture.
     """
-    known = card.get("tasks", {})
-    if len(names) > 1 or any(name not in known for name in names):
-        of = f"has {printable(', '.join(known))}" if known else "was trained on no mixture"
-        raise click.UsageError(f"--task is for --evaluate, or names one task of a mixture to ask as; this model {of}")
-    if known and not names:
-        first, *others = map(printable, known)
-        click.echo(f"Asked as a problem of {first}; --task {' or '.join(others)} asks as one of those", err=True)
-    return {**card, **known[names[0]]} if names else card
+    tasks = card.get("tasks", {})
+    if len(names) > 1 or any(name not in tasks for name in names):
+        trained_on = f"was trained on {printable(', '.join(tasks))}" if tasks else "was not trained on a mixture"
+        raise click.UsageError(
+            f"--task without --evaluate must name one task of the model's mixture; this model {trained_on}"
+        )
+    if tasks and not names:
+        first, *others = map(printable, tasks)
+        click.echo(f"The question gets the prompt of {first}; choose another: --task {' or '.join(others)}", err=True)
+    return {**card, **tasks[names[0]]} if names else card
 
 
 def before_training(name: str) -> str:
-    """Return the model that a saved model was trained from. Raises ValueError if that is not known."""
+    """Return the model that a saved model was trained from. Raises ValueError if its card does not name one."""
     base = read_card(name).get("base_model")
     if not isinstance(base, str):
         raise ValueError(
-            f"{printable(name)} does not say what it was trained from. Train first: python train_grpo.py writes the "
-            "saved_model/ that --compare asks before and after"
+            f"{printable(name)} does not say which model it was trained from. Train first: --compare needs a "
+            "saved_model/ that python train_grpo.py wrote"
         )
     return base

@@ -1,4 +1,4 @@
-"""The command of a script: help and errors that break between words on any terminal. Imports nothing heavy."""
+"""Run the command of a script, with help and errors that break between words. Imports nothing heavy."""
 
 import atexit
 import os
@@ -12,20 +12,20 @@ import click
 
 from grpo.runtime.console import folded, for_terminal
 
-EXAMPLE = "What is (4 - 9) * 6?"  # of a question
-LEFT = 30  # columns of the options, where there is room
+EXAMPLE = "What is (4 - 9) * 6?"  # a question to inference.py
+OPTION_COLUMNS = 30  # a longer option gets a line for itself
 
 
 class Help(click.HelpFormatter):
-    """Help that breaks at spaces only; click itself breaks at hyphens, and its options do not break at all."""
+    """Format help that breaks at spaces only; click breaks at hyphens, and does not break options at all."""
 
     def write_text(self, text: str) -> None:
-        """Write paragraphs."""
-        paragraphs = (" ".join(one.split()) for one in text.split("\n\n"))
-        self.write("\n\n".join(self._indented(one, self.width) for one in paragraphs) + "\n")
+        """Write the paragraphs of a text."""
+        paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+        self.write("\n\n".join(self._indented(paragraph, self.width) for paragraph in paragraphs) + "\n")
 
-    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = LEFT, col_spacing: int = 2) -> None:
-        """Write options and their meaning side by side; an option that is too long has lines of its own."""
+    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = OPTION_COLUMNS, col_spacing: int = 2) -> None:
+        """Write options and their meanings side by side; an option that is too long gets a line for itself."""
         left = min(col_max, self.width // 3, max(len(term) for term, _ in rows)) + col_spacing + self.current_indent
         for term, meaning in rows:
             first = self._indented(term, self.width)
@@ -44,12 +44,12 @@ class _Context(click.Context):
 
 
 class Script(click.Command):
-    """A command whose help and errors fit the terminal."""
+    """Run a command whose help and errors fit the terminal."""
 
     context_class = _Context
 
     def make_context(self, *args: Any, **more: Any) -> click.Context:
-        """Read the arguments."""
+        """Return the context with the parsed arguments."""
         with errors_that_fit():
             return super().make_context(*args, **more)
 
@@ -60,16 +60,16 @@ class Script(click.Command):
 
 
 def run_script(command: click.Command) -> None:
-    """Run a script and end the process with its status.
+    """Run a script and end the process with its exit status.
 
-    Python takes torch down in one to three seconds, in which nothing is left to do: a stopped run ends without them.
+    The process ends without taking torch down, which would keep a stopped run for one to three seconds.
     """
     try:
         command()
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             atexit._run_exitfuncs()
-            with suppress(OSError):  # what cannot be written is for Python to report
+            with suppress(OSError):  # Python itself reports a stream that cannot be written
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(end.code or 0)
@@ -78,7 +78,7 @@ def run_script(command: click.Command) -> None:
 
 @contextmanager
 def errors_that_fit() -> Iterator[None]:
-    """Break the message of an error between words."""
+    """Break the message of a click error between words."""
     try:
         yield
     except click.ClickException as error:
@@ -89,10 +89,10 @@ def errors_that_fit() -> Iterator[None]:
 
 
 class Asking(Script):
-    """A command that knows a question without quotes when it sees one."""
+    """Run a command that recognizes a question typed without quotes."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the arguments; -5 in a question is no option."""
+        """Parse the arguments. Raises UsageError with a hint if -5 in a question was read as an option."""
         words = [arg for arg in args if not arg.startswith("--")]
         try:
             return super().parse_args(ctx, args)
@@ -103,6 +103,6 @@ class Asking(Script):
 
 
 def without_quotes(words: Sequence[str]) -> str:
-    """Return what to say where the shell has split a question, or put the names of files in the place of a *."""
+    """Return the error for a question that the shell has split, or in which it replaced a * by names of files."""
     question = EXAMPLE if any(os.path.exists(word) for word in words) else " ".join(words)
     return f"this looks like a question without quotes; write: python inference.py {shlex.quote(question)}"

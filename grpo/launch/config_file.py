@@ -1,4 +1,4 @@
-"""Settings from a JSON file: `train_grpo.py --config FILE.json`. Imports nothing heavy."""
+"""Read settings from a JSON file: `train_grpo.py --config FILE.json`. Imports nothing heavy."""
 
 import json
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from grpo.setting import check_setting
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings in a JSON object, or those of the run that wrote a `grpo_metrics.json`.
+    """Return the settings in a JSON file, which is an object of settings or the `grpo_metrics.json` of a run.
 
-    Raises ValueError, in one line that names the file and the entry, if one of them cannot be a setting.
+    Raises ValueError, in one line that names the file and the entry, if an entry is no valid setting.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -27,23 +27,24 @@ def read_settings(path: Path) -> dict[str, Any]:
         value = value.get("config")
     if not isinstance(value, dict):
         raise ValueError(f"--config {path} is not a JSON object of settings, nor the grpo_metrics.json of a run")
-    settings, known = with_new_names(value), {f.name: f for f in fields(TrainConfig)}
-    for name, one in settings.items():
+    settings = with_new_names(value)
+    known = {f.name: f for f in fields(TrainConfig)}
+    for name, value in settings.items():
         if name not in known:
-            raise ValueError(f"--config {path} has {printable(name)!r}, which is no setting; --help-all lists them")
-        if name == "task" and isinstance(one, str):  # one alone
-            one = [one]
-        if isinstance(one, list):
-            settings[name] = one = tuple(one)
+            raise ValueError(f"--config {path} has {printable(name)!r}, which is not a setting; see --help-all")
+        if name == "task" and isinstance(value, str):  # a file may give a single task as a text
+            value = [value]
+        if isinstance(value, list):
+            settings[name] = value = tuple(value)
         try:
-            check_setting(name, one, known[name].type, known[name].metadata)
+            check_setting(name, value, known[name].type, known[name].metadata)
         except ValueError as error:
             raise ValueError(f"--config {path}: {error}") from None
     return settings
 
 
 def resolve_with_file(path: Path, in_file: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
-    """Return the settings of a run, those given before those in a file; an error says if the file alone has it."""
+    """Return the settings of a run: `given` overrides the file. A ValueError names the file if the fault is in it."""
     try:
         return resolve({**in_file, **given})
     except ValueError:

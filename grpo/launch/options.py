@@ -1,4 +1,4 @@
-"""The options of `train_grpo.py`, made from the settings, and its --help. Imports nothing heavy."""
+"""Make the options of `train_grpo.py` from the settings, and its --help. Imports nothing heavy."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -14,15 +14,15 @@ from grpo.model_card import resolve
 from grpo.runtime.console import say
 from grpo.setting import as_typed
 
-OTHER = "Other"  # the heading of the options that are no settings
-SHOWS_ALL = "grpo.launch.options.help_all"  # the key in a context's `meta`
+OTHER = "Other"  # the heading of the options that are not settings
+SHOWS_ALL = "grpo.launch.options.help_all"  # the key in `meta` of a context that shows all settings
 
 
 class TrainCommand(Script):
-    """A command whose --help lists the common settings under their headings, and --help-all all of them."""
+    """Run a command whose --help lists the common settings under their headings, and --help-all all settings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section per group, then how many settings were left out."""
+        """Write one section per group, then the number of settings that were left out."""
         settings = {f.name: f for f in fields(TrainConfig)}
         starter = resolve({})
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in (*GROUPS, OTHER)}
@@ -50,7 +50,7 @@ class TrainCommand(Script):
 
 
 def default_text(default: Any, starter: Any) -> str:
-    """Return the end of a setting's help: its default, and the value for the starter where that differs."""
+    """Return the end of a setting's help: its default, and its value for the starter if that value differs."""
     texts = [_value_text(default)]
     if starter != default:
         texts.append(f"starter {_value_text(starter)}")
@@ -58,6 +58,7 @@ def default_text(default: Any, starter: Any) -> str:
 
 
 def _value_text(value: Any) -> str:
+    """Return a value as --help shows it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
@@ -66,7 +67,7 @@ def _value_text(value: Any) -> str:
 
 
 def setting_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add an option for every field of `TrainConfig`, and a hidden one for every old name."""
+    """Add an option for every field of `TrainConfig`, and a hidden option for every old name."""
     old_names = {new: old for old, new in OLD_NAMES.items()}
     for f in reversed(ordered_fields()):
         command = _option(f, f.name, default=f.default, help=f.metadata["meaning"])(command)
@@ -99,12 +100,12 @@ def help_all_option(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def given_settings(ctx: click.Context, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that were typed, under today's names; say on standard error which names are old."""
+    """Return the settings that were typed, under today's names; warn on standard error about old names."""
     default = ParameterSource.DEFAULT
     given = {name: value for name, value in settings.items() if ctx.get_parameter_source(name) is not default}
     for old, new in OLD_NAMES.items():
         if old in given:
             value = given.pop(old)
             given.setdefault(new, value)
-            say(f"{as_typed(old)} is deprecated; it is {as_typed(new)} now", sys.stderr)
+            say(f"{as_typed(old)} is deprecated; write {as_typed(new)}", sys.stderr)
     return given

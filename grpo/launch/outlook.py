@@ -1,4 +1,4 @@
-"""A look before the first step: what GRPO will have to work with, from one rollout of the starting model."""
+"""Estimate, from one rollout of the starting model, what GRPO has to work with and how long a step takes."""
 
 import time
 from dataclasses import replace
@@ -9,23 +9,24 @@ from grpo.algorithm.reference import logprobs_in_passes
 from grpo.algorithm.rollout import Rollout
 from grpo.config import TrainConfig
 
-GROUPS = 8  # that are looked at, or as many as a step has: it costs no more than the sampling of a step
-BACKWARD = 2  # passes forward that a pass backward takes as long as
+GROUPS = 8  # The rollout has this many groups, but never more groups than a step.
+FORWARDS_PER_BACKWARD = 2  # A backward pass takes about as long as two forward passes.
 
 
 def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
-    """Return shares of a rollout on training problems of step 0, which no step takes, and expected seconds a step.
+    """Return shares of a rollout by name, and the expected seconds of a step.
 
-    `teaching` is the share of groups that are not tied. The seconds of a step are those of its sampling, and
-    those of a pass forward for each pass of reference and updates. Nothing that follows depends on it.
+    The problems belong to step 0, which no run trains on, and the training does not depend on the outlook. `teaching`
+    is the share of groups with mixed rewards. The seconds are measured sampling, plus measured forward passes in the
+    number that the reference and the updates of a step take.
     """
     num_generations = grpo.schedule.at(1).num_generations
     groups = config.batch_size if config.shard else min(GROUPS, config.batch_size)
     sampler = replace(grpo.sampler, config=replace(config, batch_size=groups, resample_tied=0))
     grpo.clock.reset()
     rollout, _ = sampler.sample(0, num_generations)
-    passes = (config.beta > 0) + config.num_inner_updates * (1 + BACKWARD)
-    seconds = grpo.clock.seconds["sample"] + passes * _seconds_of_a_pass(grpo, config, rollout)
+    passes = (config.beta > 0) + config.num_inner_updates * (1 + FORWARDS_PER_BACKWARD)
+    seconds = grpo.clock.seconds["sample"] + passes * _forward_seconds(grpo, config, rollout)
     correct = rollout.correct
     shares = {
         "groups": groups,
@@ -40,8 +41,8 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
     return shares, seconds * config.batch_size / groups
 
 
-def _seconds_of_a_pass(grpo: GRPO, config: TrainConfig, rollout: Rollout) -> float:
-    """Return the seconds of a pass forward over a rollout; the first group goes before it, to warm up."""
+def _forward_seconds(grpo: GRPO, config: TrainConfig, rollout: Rollout) -> float:
+    """Return the seconds of a forward pass over a rollout; a pass over the first group warms up before."""
     first_group = rollout.tokens.slice_rows(slice(0, rollout.num_generations))
     seconds = 0.0
     for tokens in (first_group, rollout.tokens):

@@ -12,10 +12,10 @@ from grpo.runtime.console import printable
 
 
 def start(settle: Callable[[], TrainConfig], train: Callable[..., int], fresh: bool, check: bool) -> int:
-    """Settle the settings, lock the output folder, train, and return the exit status.
+    """Get the settings, lock the output folder, train, and return the exit status.
 
     `settle` returns the settings, and `train(config)` runs the training. With `fresh`, an earlier run in the folder
-    is moved aside; with `check`, nothing is written. One of several processes ends here when all are done.
+    is moved aside; with `check`, nothing is written. A process of torchrun ends here, and does not return.
     """
     if is_one_of_several():
         from grpo.launch.torchrun import train_together
@@ -34,7 +34,7 @@ def is_one_of_several() -> bool:
 
 @contextmanager
 def mistakes_are_wrong_usage() -> Iterator[None]:
-    """Turn a ValueError about settings into click's error of wrong usage, exit status 2."""
+    """Turn a ValueError about settings into a UsageError of click, whose exit status is 2."""
     try:
         yield
     except ValueError as error:

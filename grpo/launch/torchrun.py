@@ -1,7 +1,7 @@
 """Start a run as one of several processes: `torchrun --nproc-per-node N train_grpo.py`.
 
-torchrun tells each process its place in the environment. The processes meet, compare their settings, open their
-connections, lock the folder that they share, and train; what all would print alike is printed by rank 0.
+The environment tells each process its rank. The processes meet, compare their settings, connect to each other, lock
+the folder that they share, and train. Only rank 0 prints.
 """
 
 import os
@@ -21,7 +21,8 @@ from grpo.runtime.device import choose_device
 from grpo.runtime.failures import RESUME_HINT, failures_in_words
 from grpo.runtime.ranks import Ranks
 
-# The others wait while rank 0 writes or scores. For one that was stopped they wait less: see `Heartbeat`.
+# The other ranks wait this long while rank 0 writes or scores. A process that was stopped ends the run sooner: see
+# `Heartbeat`.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -31,21 +32,24 @@ def train_together(
     """Train as one of the processes that torchrun started, and end this process when all are done.
 
     `settle` returns the settings of this process. `train(config, task, ranks, earlier)` runs the training and returns
-    the exit status; `earlier` are the seconds since the launch began, if torchrun has restarted it.
+    the exit status; `earlier` are the seconds since the launch began to train if torchrun has restarted it, else 0.
     """
-    ranks = ranks_of_environment()
+    ranks = Ranks(
+        rank=int(os.environ.get("RANK", "0")),
+        size=int(os.environ.get("WORLD_SIZE", "1")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )
     try:
         with nullcontext() if ranks.is_main else _silenced():
             config, task, meeting = agree(settle, ranks)
             with failures_in_words(config.model), Heartbeat(meeting, RESUME_HINT):
                 connect(meeting, ranks, ranks.own_device(choose_device(config.device)))
-                earlier = meeting.seconds_before()  # None if this is no restart
-                with (
-                    nullcontext() if check else claim_shared_folder(config, meeting, ranks, fresh and earlier is None)
-                ):
+                earlier = meeting.seconds_before()
+                fresh = fresh and earlier is None  # a restart continues the run
+                with nullcontext() if check else claim_shared_folder(config, meeting, ranks, fresh):
                     meeting.begin()
                     status = train(config, task, ranks, earlier or 0.0)
-                ranks.barrier()  # torchrun could not restart one that dies now without one that has ended
+                ranks.barrier()  # If one process failed after another has ended, torchrun could not restart both.
     except (ValueError, OSError) as error:
         if ranks.is_main:
             raise
@@ -54,28 +58,18 @@ def train_together(
     os._exit(status)
 
 
-def ranks_of_environment() -> Ranks:
-    """Return this process's place, as torchrun wrote it into the environment."""
-    return Ranks(
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("WORLD_SIZE", "1")),
-        int(os.environ.get("LOCAL_RANK", "0")),
-    )
-
-
 def connect(meeting: Meeting, ranks: Ranks, device: torch.device) -> None:
-    """Open the connections between the processes that have met; `device` is this one's own."""
+    """Connect the processes that have met; `device` is the device of this process."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, timeout=TIMEOUT, store=meeting.round_store, rank=ranks.rank, world_size=ranks.size
-    )
-    ranks.barrier()  # one that refuses a setting and ends while another still joins would cut it off
+    store = dist.PrefixStore(meeting.round_name, meeting.store)
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=ranks.rank, world_size=ranks.size)
+    ranks.barrier()  # A process that ended with an error now would break the connection of one that still joins.
 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Suppress what all ranks would print alike: rank 0 prints it."""
+    """Suppress everything that this process prints."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield

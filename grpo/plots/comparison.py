@@ -1,4 +1,4 @@
-"""Several runs in one picture: a curve for each, or one with a band for runs that differ in their seed only."""
+"""Draw several runs in one picture: a curve for each group of runs, with a band if the group has several runs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,33 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from grpo.plots import style
 from grpo.plots.series import SMOOTHED_FROM, Group, column, evaluations, over_runs, smooth, window_for
-from grpo.plots.style import (
-    COLOURS,
-    GREY,
-    LINE,
-    RAW,
-    THIN,
-    drawable,
-    fitting_shares,
-    from_zero,
-    note,
-    plain,
-    save_figure,
-    smooth_as_drawn,
-    tidy,
-    whole_steps,
-)
+from grpo.plots.style import COLOURS, GREY, LARGE, LINE, RAW, SMALL, TEXT, THIN, WIDTH
 from grpo.record.step_metrics import STEP_METRICS, metric_title
 
 COMPARISON = "grpo_comparison.png"
-WIDTH, ROW, FOOT, TEXT_LINE = 8.8, 1.55, 0.45, 0.19  # inches
-SMALL, TEXT, LARGE = 7.5, 8.5, 11  # points
-LONGEST_LABEL = 80
+# heights in inches
+ROW = 1.55
+FOOT = 0.45
+TEXT_LINE = 0.19
+LONGEST_LABEL = 80  # characters
 STYLES = ("-", "--", ":")
 Metric = str | tuple[str, str]  # a metric of a step, or (split, metric) of an evaluation
 STEPS = [(metric_title(m.name), m.name, m.scale) for m in STEP_METRICS if m.title and not m.name.endswith("/*")]
-PANELS: tuple[tuple[str, Metric, str], ...] = (  # title, metric, scale
+PANELS: tuple[tuple[str, Metric, str], ...] = (  # title, metric and scale of each panel
     STEPS[0],
     ("Validation accuracy (% of problems)", ("validation", "accuracy"), "share"),
     *STEPS[1:],
@@ -46,12 +34,12 @@ PANELS: tuple[tuple[str, Metric, str], ...] = (  # title, metric, scale
 
 
 def draw_comparison(groups: Sequence[Group], folder: Path) -> list[Path]:
-    """Draw the comparison into a folder; return its path."""
-    return [save_figure(comparison(groups), folder / COMPARISON)]
+    """Write the comparison into a folder; return its path, as the only item of a list."""
+    return [style.save_figure(comparison(groups), folder / COMPARISON)]
 
 
 def comparison(groups: Sequence[Group]) -> Figure:
-    """Draw each metric that any run has over the steps, in a colour for each group."""
+    """Draw each metric that any run has over the steps, with a colour for each group."""
     panels = [panel for panel in PANELS if _is_measured(groups, panel[1])] or list(PANELS[:1])
     rows = -(-len(panels) // 2)
     head = 0.8 + TEXT_LINE * len(groups)
@@ -63,13 +51,13 @@ def comparison(groups: Sequence[Group]) -> Figure:
     for number, (title, metric, scale) in enumerate(panels):
         axes = figure.add_subplot(grid[number // 2, number % 2], sharex=first)
         first = first or axes
-        tidy(axes)
-        lowest = number >= len(panels) - 2  # of its column
+        style.tidy(axes)
+        lowest = number >= len(panels) - 2  # the lowest panel of its column
         axes.tick_params(labelsize=SMALL, labelbottom=lowest)
-        said = _panel(axes, groups, metric, scale)
-        axes.set_title(title + said, loc="left", fontsize=TEXT, weight="bold", pad=4)
+        remark = _panel(axes, groups, metric, scale)
+        axes.set_title(title + remark, loc="left", fontsize=TEXT, weight="bold", pad=4)
         axes.set_xlim(0, max(1, *(group.steps for group in groups)) * 1.01)
-        whole_steps(axes)
+        style.whole_steps(axes)
         if lowest:
             axes.set_xlabel("step", fontsize=TEXT, labelpad=1)
     _explain(figure, groups, height)
@@ -81,52 +69,46 @@ def _is_measured(groups: Sequence[Group], metric: Metric) -> bool:
 
 
 def _panel(axes: Axes, groups: Sequence[Group], metric: Metric, scale: str) -> str:
-    """Draw one metric of all groups; return a remark for the title."""
+    """Draw one metric of all groups; return a remark on the scale for the title."""
     series = [[_series(record, metric) for record in group.records] for group in groups]
-    of_steps = isinstance(metric, str)
-    shown = [_smoothed(v) if of_steps else v for group in series for _, v in group]
-    values = np.concatenate([np.empty(0), *shown])
-    known = values[np.isfinite(values)]
-    said = ""
+    is_step_metric = isinstance(metric, str)
+    raw = [values for group in series for _, values in group]
+    drawn = np.concatenate([np.empty(0), *(map(_smoothed, raw) if is_step_metric else raw)])
+    remark = ""
     if scale == "share":
-        fitting_shares(axes, values)
+        style.fitting_shares(axes, drawn)
     elif scale == "number":
-        said = from_zero(axes, np.concatenate([values, *(v for group in series for _, v in group)]), values)
+        remark = style.from_zero(axes, np.concatenate([drawn, *raw]), drawn)
     else:
-        axes.set_ylim(min([0, *(1.05 * known)]), max([1.05, *(1.05 * known)]))
-    if not len(known):
-        note(axes, "not measured")
-        return said
-    for number, one in enumerate(series):
-        colour, style = _look(number)
-        if of_steps:
-            one = [(steps, _smoothed(values, axes)) for steps, values in one]
+        style.rewards(axes, drawn)
+    if not np.isfinite(drawn).any():
+        style.note(axes, "not measured")
+        return remark
+    for number, runs in enumerate(series):
+        colour, dashes = _look(number)
+        if is_step_metric:
+            runs = [(steps, _smoothed(values, axes)) for steps, values in runs]
         else:
-            one = _at_the_same_steps(one)
-        few = not of_steps or max(len(values) for _, values in one) < SMOOTHED_FROM
-        _curve(axes, one, colour, style, "o" if few else None)
-        if metric == ("validation", "accuracy") and len(one) == 1:
-            _intervals(axes, evaluations(groups[number].records[0], "validation"), colour)
-    return said
+            runs = _at_the_same_steps(runs)
+        few = not is_step_metric or max(len(values) for _, values in runs) < SMOOTHED_FROM
+        _curve(axes, runs, colour, dashes, "o" if few else None)
+        if metric == ("validation", "accuracy") and len(runs) == 1:
+            rows = {"steps": evaluations(groups[number].records[0], "validation")}
+            ends = (column(rows, "ci_low"), column(rows, "ci_high"))
+            axes.vlines(column(rows, "step"), *ends, color=colour, linewidth=THIN)
+    return remark
 
 
 def _smoothed(values: np.ndarray, axes: Axes | None = None) -> np.ndarray:
     if len(values) < SMOOTHED_FROM:
         return values
-    window = window_for(len(values))
-    return smooth_as_drawn(axes, values, window) if axes else smooth(values, window)
-
-
-def _intervals(axes: Axes, points: Sequence[Mapping[str, Any]], colour: str) -> None:
-    """Draw the 95% intervals of a run's evaluations."""
-    steps, low, high = ([point[name] for point in points] for name in ("step", "ci_low", "ci_high"))
-    axes.vlines(steps, low, high, color=colour, linewidth=THIN)
+    return style.smooth_as_drawn(axes, values) if axes else smooth(values, window_for(len(values)))
 
 
 def _curve(
-    axes: Axes, series: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, style: str, marker: str | None
+    axes: Axes, series: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, dashes: str, marker: str | None
 ) -> None:
-    """Draw mean and range of some runs, thin where not all of them have a value."""
+    """Draw mean and range of several runs; the line is thin at steps where not all runs have a value."""
     series = [(steps, values) for steps, values in series if np.isfinite(values).any()]
     if not series:
         return
@@ -134,64 +116,62 @@ def _curve(
     if len(series) > 1:
         several = spread.runs > 1
         axes.fill_between(spread.steps, spread.low, spread.high, several, color=colour, alpha=0.22, linewidth=0)
-    look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4}
-    for runs in np.unique(
-        spread.runs[spread.runs > 0]
-    ):  # no line where a run begins or ends, as the mean jumps there
+    look = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4}
+    # One line for each number of runs, because the mean jumps where a run begins or ends.
+    for runs in np.unique(spread.runs[spread.runs > 0]):
         mean = np.where(spread.runs == runs, spread.mean, np.nan)
         axes.plot(spread.steps, mean, linewidth=LINE if runs == len(series) else RAW, **look)
 
 
-def _at_the_same_steps(
-    series: Sequence[tuple[np.ndarray, np.ndarray]],
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Interpolate the evaluations of runs to all steps at which any was evaluated."""
+def _at_the_same_steps(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Interpolate the evaluations of runs to all steps at which any run was evaluated."""
     known = [(steps[np.isfinite(values)], values[np.isfinite(values)]) for steps, values in series]
-    known = [one for one in known if len(one[0])]
+    known = [(steps, values) for steps, values in known if len(steps)]
     every = np.unique(np.concatenate([np.empty(0), *(steps for steps, _ in known)]))
     return [(every, np.interp(every, steps, values, left=np.nan, right=np.nan)) for steps, values in known]
 
 
 def _series(record: Mapping[str, Any], metric: Metric) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(metric, str):
-        return column(record, "step"), drawable(column(record, metric))
-    split, name = metric
-    rows = {"steps": evaluations(record, split)}
-    return column(rows, "step"), drawable(column(rows, name))
+    """Return the steps and the values of a metric of a run."""
+    if not isinstance(metric, str):
+        split, metric = metric
+        record = {"steps": evaluations(record, split)}
+    return column(record, "step"), style.drawable(column(record, metric))
 
 
 def _look(number: int) -> tuple[str, str]:
+    """Return colour and line style of a group."""
     return COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
 
 
 def _explain(figure: Figure, groups: Sequence[Group], height: float) -> None:
-    """Write the title, and the legend: what each colour is, how many runs, how far, and what the band shows."""
+    """Write the title, a legend that describes the runs of each colour, and what bars and bands show."""
     runs = sum(len(group.records) for group in groups)
     figure.text(0.02, 1 - 0.10 / height, f"GRPO: {runs} runs compared", fontsize=LARGE, weight="bold", va="top")
     handles, labels = [], []
     for number, group in enumerate(groups):
-        colour, style = _look(number)
-        handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=2.2))
-        labels.append(f" {plain(group.label, LONGEST_LABEL)}: {_what(group)}")
+        colour, dashes = _look(number)
+        handles.append(Line2D([], [], color=colour, linestyle=dashes, linewidth=2.2))
+        labels.append(f" {style.plain(group.label, LONGEST_LABEL)}: {_description(group)}")
     place = {"loc": "upper left", "bbox_to_anchor": (0.0155, 1 - 0.3 / height), "borderaxespad": 0, "frameon": False}
     figure.legend(handles, labels, fontsize=SMALL, labelspacing=0.35, handlelength=1.6, borderpad=0.1, **place)
-    said = ["Smoothed (a line fitted around each step). Bars: 95% intervals."]
+    notes = ["Smoothed (a line fitted around each step). Bars: 95% intervals."]
     if any(len(group.records) > 1 for group in groups):
-        said.append("Bands: smallest to largest of the runs; line: their mean, thin where not all have a value.")
+        notes.append("Bands: smallest to largest of the runs; line: their mean, thin where not all have a value.")
     place = 1 - (0.34 + TEXT_LINE * len(groups)) / height
-    figure.text(0.02, place, " ".join(said), fontsize=SMALL, color=GREY, va="top")
+    figure.text(0.02, place, " ".join(notes), fontsize=SMALL, color=GREY, va="top")
 
 
-def _what(group: Group) -> str:
-    """Return a text: how many runs, their seeds and steps, and what they reached on test problems."""
-    seeds = ", ".join(dict.fromkeys(plain(str(seed), 12) for seed in group.seeds))
+def _description(group: Group) -> str:
+    """Return in words the number of runs, their seeds and steps, and their test accuracy after training."""
+    seeds = ", ".join(dict.fromkeys(style.plain(str(seed), 12) for seed in group.seeds))
     steps = sorted({record["steps"][-1]["step"] if record["steps"] else 0 for record in group.records})
-    far = f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"
+    length = f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"
     many = len(group.records)
-    text = f"{many} runs, mean and min to max, seeds {seeds}, {far}" if many > 1 else f"seed {seeds}, {far}"
+    text = f"{many} runs, mean and min to max, seeds {seeds}, {length}" if many > 1 else f"seed {seeds}, {length}"
     tests = [evaluations(record, "test") for record in group.records]
-    after = sorted(100 * found[-1]["accuracy"] for found in tests if len(found) > 1)
+    after = sorted(100 * entries[-1]["accuracy"] for entries in tests if len(entries) > 1)
     if after:
         reached = f"{after[0]:.1f}%" if len(after) == 1 else f"{after[0]:.1f} to {after[-1]:.1f}%"
-        text += f", test {reached}" + (f" ({len(after)} of them)" if len(after) < many else "")
+        text += f", test {reached}" + (f" ({len(after)} of the runs)" if len(after) < many else "")
     return text

@@ -1,7 +1,7 @@
-"""A self-contained page about a run: pictures, findings, evaluations, completions, settings.
+"""Write a self-contained page about a run: pictures, findings, evaluations, completions, settings.
 
-It shows text that a model wrote, so none of it is trusted: jinja2 escapes it, the page has no script, and a content
-security policy forbids whatever would be loaded from elsewhere.
+The page shows text that a model wrote, which is not trusted: jinja2 escapes the text, the page has no script, and a
+content security policy forbids to load anything.
 """
 
 import base64
@@ -19,8 +19,11 @@ from grpo.record.schema import few_categories
 from grpo.runtime.atomic_io import write_atomic
 from grpo.runtime.console import printable
 
-PAGE, TEMPLATE = "grpo_report.html", Path(__file__).with_name("report.html.jinja")
-SHOWN_STEPS, SHOWN_COMPLETIONS, SHOWN_LETTERS = 60, 16, 2000  # of all; of a step; of a text
+PAGE = "grpo_report.html"
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+SHOWN_STEPS = 60
+SHOWN_COMPLETIONS = 16  # of a step
+SHOWN_LETTERS = 2000  # of a text
 KEYS = ("step", "prompt", "completion", "rewards", "reward", "advantage", "correct")
 CAPTIONS = {
     "grpo_overview.png": "Every metric of the run; numbered lines are the findings below",
@@ -32,7 +35,7 @@ Cell = str | int | Markup
 
 
 def write_page(record: Record, pictures: Sequence[Path], run: Path, folder: Path) -> Path:
-    """Write the page of a run into a folder and return its path; `run` is the run's folder, with its completions."""
+    """Write the page of a run into `folder` and return its path; `run` is the folder that has the completions."""
     images = {picture.name: picture.read_bytes() for picture in pictures}
     text = page(record, images, *read_samples(run / SAMPLES))
     write_atomic(folder / PAGE, text.encode())
@@ -40,7 +43,7 @@ def write_page(record: Record, pictures: Sequence[Path], run: Path, folder: Path
 
 
 def read_samples(path: Path) -> tuple[dict[int, list[Mapping[str, Any]]], int]:
-    """Return completions by step, and the number of lines that could not be read; ({}, 0) without the file."""
+    """Return the completions by step and the number of damaged lines; ({}, 0) if the file does not exist."""
     steps: dict[int, list[Mapping[str, Any]]] = {}
     damaged = 0
     if not path.is_file():
@@ -65,10 +68,9 @@ def page(
     samples: Mapping[int, Sequence[Mapping[str, Any]]],
     damaged: int = 0,
 ) -> str:
-    """Return the page. `pictures` are PNGs by name, `samples` completions by step, `damaged` counts lost lines."""
+    """Return the page as HTML, from PNGs by name, completions by step, and the number of damaged lines of them."""
     config = record["config"]
-    order = [*CAPTIONS, *(name for name in pictures if name not in CAPTIONS)]
-    shown = sorted(pictures, key=order.index)
+    shown = [*(name for name in CAPTIONS if name in pictures), *(name for name in pictures if name not in CAPTIONS)]
     template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
@@ -76,54 +78,47 @@ def page(
         name=f"GRPO on {_text(config.get('model', '?'))}, seed {_text(config.get('seed', '?'))}",
         state=_state(record),
         pictures=[(CAPTIONS.get(p, _text(p)), base64.b64encode(pictures[p]).decode()) for p in shown],
-        findings=[_finding(one) for one in findings(record)],
+        findings=[f"Step {finding['step']}: {_text(finding['text'])}" for finding in findings(record)],
         samples_file=SAMPLES,
         recorded_steps=len(samples),
         damaged=damaged,
         steps=[_step(step, samples[step]) for step in _spread(list(samples), SHOWN_STEPS)],
-        settings=[
-            ("Settings", _name_and_value(config)),
-            ("Environment", _name_and_value(record.get("environment"))),
-        ],
+        settings=[("Settings", _name_and_value(config)), ("Environment", _name_and_value(record.get("environment")))],
         **_evaluations(record),
     )
 
 
 def _text(value: Any, longest: int = SHOWN_LETTERS) -> str:
-    """Return anything as text: invisible characters as escape sequences, and of limited length."""
+    """Return a value as text of limited length, with invisible characters as escape sequences."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     cut = f" … ({len(text) - longest} more characters)" if len(text) > longest else ""
     return "\n".join(printable(line) for line in text[:longest].split("\n")) + cut
 
 
 def _number(value: Any, digits: int = 2) -> str:
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
-    return f"{value:.{digits}f}".replace("-", "−") if known else "–"
+    """Return a number with this many decimal digits; – for any other value."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
+    return f"{value:.{digits}f}".replace("-", "−") if is_number else "–"
 
 
 def _state(record: Record) -> str:
-    ending, steps = record.get("finished"), record["steps"]
-    if ending:
+    """Return in words whether the run has finished."""
+    if ending := record.get("finished"):
         return f"Finished after step {ending['step']}: {_text(ending['reason'])}."
-    done = steps[-1]["step"] if steps else 0
+    done = record["steps"][-1]["step"] if record["steps"] else 0
     planned = _text(record["config"].get("num_iterations", "?"))
     return f"Not finished: step {done} of {planned}, running or interrupted."
 
 
-def _finding(finding: Mapping[str, Any]) -> str:
-    step = f"Step {finding['step']}: " if isinstance(finding.get("step"), int) else ""
-    return step + _text(finding["text"])
-
-
 def _evaluations(record: Record) -> dict[str, Any]:
-    """Return the tables of evaluations and of the neighbouring skills."""
+    """Return the tables of evaluations and of neighbouring skills, by their names in the template."""
     drifts = any(entry.get("drift") is not None for entry in record["evals"])
     head = ["step", "problems", "right", "95% interval", "n", "well-formed"] + ["drift, nats a token"] * drifts
     rows = [
-        [entry["step"], _text(f"{entry.get('split', '?')}{of}"), *_measured(one)]
-        + ([_number(one.get("drift"), 4)] if drifts else [])
+        [entry["step"], _text(f"{entry.get('split', '?')}{suffix}"), *_measured(part)]
+        + ([_number(part.get("drift"), 4)] if drifts else [])
         for entry in record["evals"]
-        for of, one in (("", entry), *((f", {name}", one) for name, one in few_categories(entry).items()))
+        for suffix, part in (("", entry), *((f", {name}", part) for name, part in few_categories(entry).items()))
     ]
     skills = [
         [entry["step"], _text(name), *_measured(skill)]
@@ -140,26 +135,30 @@ def _evaluations(record: Record) -> dict[str, Any]:
 
 
 def _measured(entry: Mapping[str, Any]) -> list[str]:
-    """Format accuracy, interval, n and well-formed share, in %."""
-    names = ("accuracy", "ci_low", "ci_high", "well_formed")
-    known = [entry[n] * 100 if isinstance(entry.get(n), (int, float)) else None for n in names]
-    right, low, high, formed = (_number(value, 1) for value in known)
-    return [f"{right}%", f"{low} to {high}%", _number(entry.get("n"), 0), f"{formed}%".replace("–%", "–")]
+    """Return cells: accuracy, its interval, the number of problems, and the well-formed share; shares in %."""
+
+    def percent(name: str) -> str:
+        return _number(100 * entry[name] if isinstance(entry.get(name), (int, float)) else None, 1)
+
+    interval = f"{percent('ci_low')} to {percent('ci_high')}%"
+    well_formed = f"{percent('well_formed')}%".replace("–%", "–")
+    return [f"{percent('accuracy')}%", interval, _number(entry.get("n"), 0), well_formed]
 
 
 def _step(step: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the title and the table of a step's completions."""
     parts = list(dict.fromkeys(name for row in rows for name in _parts(row)))
     right = sum(row.get("correct") is True for row in rows)
-    some = f", {SHOWN_COMPLETIONS} shown" if len(rows) > SHOWN_COMPLETIONS else ""
+    limit = f", {SHOWN_COMPLETIONS} shown" if len(rows) > SHOWN_COMPLETIONS else ""
     return {
-        "title": f"Step {step}: {right} of {len(rows)} right{some}",
+        "title": f"Step {step}: {right} of {len(rows)} right{limit}",
         "head": ["prompt", "completion", "", *map(_text, parts), "reward", "advantage"],
         "rows": [_cells(row, parts) for row in rows[:SHOWN_COMPLETIONS]],
     }
 
 
 def _parts(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parts of the reward by name; {} if they are damaged."""
     return row["rewards"] if isinstance(row.get("rewards"), dict) else {}
 
 
@@ -171,12 +170,12 @@ def _cells(row: Mapping[str, Any], parts: Iterable[str]) -> list[Cell]:
         right = Markup('<span class="right">✓ right</span>')
         mark = right if correct is True else Markup('<span class="wrong">✗ wrong</span>')
     texts = [Markup("<pre>{}</pre>").format(_text(row.get(key) or "")) for key in ("prompt", "completion")]
-    paid = [_number(_parts(row).get(name)) for name in parts]
-    return [*texts, mark, *paid, _number(row["reward"]), _number(row["advantage"])]
+    rewards = [_number(_parts(row).get(name)) for name in parts]
+    return [*texts, mark, *rewards, _number(row["reward"]), _number(row["advantage"])]
 
 
 def _spread(items: Sequence[int], most: int) -> list[int]:
-    """Return at most `most` items, evenly spread, the first and the last among them."""
+    """Return at most `most` items, evenly spread, with the first and the last item."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -1,4 +1,4 @@
-"""Series for the figures: a metric over the steps, smoothed, and several runs as one."""
+"""Prepare series for the figures: a metric over the steps, smoothed, and several runs as one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,29 +9,29 @@ import numpy as np
 
 from grpo.config import CHANGEABLE_ON_RESUME, TrainConfig, with_new_names
 
-SMOOTHED_FROM = 10  # steps; below that, every step is a marker
-# Settings that a run may change when it continues, but that make its curve another one: its numbers or its length.
-DECIDES_A_CURVE = ("precision", "num_iterations", "patience", "target_accuracy")
+SMOOTHED_FROM = 10  # A run with fewer steps is drawn as markers.
+# A run may change these settings when it continues, but they change its curve: the numbers or the length.
+CHANGES_A_CURVE = ("precision", "num_iterations", "patience", "target_accuracy")
 Record = Mapping[str, Any]
 
 
 def column(record: Record, name: str) -> np.ndarray:
-    """Return one metric of every step; NaN where it is null or missing."""
+    """Return one metric at every step, (steps,); NaN where it is null or missing."""
     values = [step.get(name) for step in record["steps"]]
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
 def window_for(steps: int) -> int:
-    """Return the steps that smoothing looks at: a fifteenth of the run, at least 11, an odd number."""
+    """Return the width of the smoothing in steps: a fifteenth of the run, at least 11, an odd number."""
     return max(11, steps // 15) | 1
 
 
 def smooth(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
-    """Fit a line around every step (tricube weights) and read it at the step; NaN where the value itself is.
+    """Return the values smoothed by a line that is fitted to the steps around each step; NaN where a value is NaN.
 
-    At the ends of a rising curve a moving average is cut short and drawn inwards; a fitted line is not (Cleveland,
-    1979, "Robust locally weighted regression", without the robust part). The result stays in the range of the values,
-    so a share never leaves 0 to 1.
+    The weights are tricube (Cleveland, 1979, "Robust locally weighted regression", without the robust part). A fitted
+    line follows a rising curve to its ends, where a moving average would bend. The result stays in the range of the
+    values, so a share stays between 0 and 1.
     """
     array = np.asarray(values, dtype=float)
     known = np.isfinite(array)
@@ -40,7 +40,8 @@ def smooth(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
         return np.where(known, array, np.nan)
     away = np.arange(-half, half + 1) / (half + 1)
     weight = (1 - np.abs(away) ** 3) ** 3
-    y, n = (np.pad(a, half) for a in (np.where(known, array, 0.0), known.astype(float)))
+    y = np.pad(np.where(known, array, 0.0), half)
+    n = np.pad(known.astype(float), half)
     s0, s1, s2 = (np.correlate(n, weight * away**k, "valid") for k in range(3))
     t0, t1 = (np.correlate(y, weight * away**k, "valid") for k in range(2))
     spread = s0 * s2 - s1**2
@@ -56,59 +57,56 @@ def reward_parts(record: Record) -> list[str]:
 
 
 def phases(record: Record) -> list[str]:
-    """Return the phases of a step's time; what is inside another phase (`time/reward/exact`) is not one."""
+    """Return the phases of a step's time, such as "sample"; a part of a phase (`time/reward/exact`) is left out."""
     names = dict.fromkeys(name for step in record["steps"] for name in step if name.startswith("time/"))
-    return [name for name in (n.removeprefix("time/") for n in names) if "/" not in name and name != "total"]
+    return [name.removeprefix("time/") for name in names if name.count("/") == 1 and name != "time/total"]
 
 
 def evaluations(record: Record, split: str) -> list[Mapping[str, Any]]:
-    """Return the evaluations on one split."""
+    """Return the evaluations on one split, "validation" or "test"."""
     return [entry for entry in record["evals"] if entry.get("split") == split]
 
 
 def findings(record: Record) -> list[Mapping[str, Any]]:
-    """Return the findings of a run by step, without damaged ones."""
-    found = record.get("findings")
-    found = found if isinstance(found, list) else []
-    sound = [f for f in found if isinstance(f, dict) and isinstance(f.get("text"), str)]
-    return sorted(sound, key=lambda f: f["step"] if isinstance(f.get("step"), int) else float("inf"))
+    """Return the findings of a run in the order of their steps."""
+    return sorted(record.get("findings", []), key=lambda finding: finding["step"])
 
 
 @dataclass
 class Group:
-    """Runs that are drawn as one curve: the same label, or the same settings and each another seed."""
+    """Hold runs that are drawn as one curve: they have the same label, or the same settings and different seeds."""
 
     label: str
     records: list[Record] = field(default_factory=list)
 
     @property
     def seeds(self) -> list[Any]:
-        """Return the seeds of its runs, in order."""
+        """Return the seeds of the runs, in the order of the runs."""
         return [record["config"].get("seed", "?") for record in self.records]
 
     @property
     def steps(self) -> int:
-        """Return the last step that any of its runs has reached."""
+        """Return the last step that any of the runs has reached."""
         return max((record["steps"][-1]["step"] for record in self.records if record["steps"]), default=0)
 
 
 @dataclass
 class Spread:
-    """Several runs at each of some steps: mean, smallest and largest, and how many runs there were."""
+    """Hold mean and range of several runs at each step, (steps,) each; NaN at a step without a value."""
 
     steps: np.ndarray
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    runs: np.ndarray
+    runs: np.ndarray  # how many runs have a value
 
 
 def over_runs(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> Spread:
-    """Join runs of (steps, values) of different lengths; a run without a value at a step is left out there."""
+    """Return mean and range of runs of (steps, values); at each step, of those runs that have a value there."""
     steps = np.unique(np.concatenate([s for s, _ in series])) if series else np.array([])
     table = np.full((max(1, len(series)), len(steps)), np.nan)
-    for row, (own, values) in zip(table, series, strict=False):
-        row[np.searchsorted(steps, own)] = values
+    for row, (run_steps, values) in zip(table, series, strict=False):
+        row[np.searchsorted(steps, run_steps)] = values
     runs = np.isfinite(table).sum(axis=0)
     total = np.where(np.isfinite(table), table, 0.0).sum(axis=0)
     mean = np.divide(total, runs, out=np.full(len(steps), np.nan), where=runs > 0)
@@ -118,10 +116,10 @@ def over_runs(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> Spread:
 
 
 def group_runs(paths: Sequence[Path], records: Sequence[Record], labels: Sequence[str]) -> list[Group]:
-    """Group runs by label; without labels, those that differ in their seed only.
+    """Group runs by label; without labels, group the runs whose curves can differ by their seed alone.
 
-    Settings that change nothing in a curve, such as the output folder, are not compared. A run alone is labelled by
-    its path and the settings that differ between the groups. `labels` is empty, or as long as `paths`.
+    Settings that do not change a curve, such as the output folder, are not compared. A single run is labelled by its
+    path and the settings that differ between the groups. `labels` is empty, or as long as `paths`.
     """
     if labels:
         groups = {label: Group(label) for label in labels}
@@ -144,17 +142,17 @@ def group_runs(paths: Sequence[Path], records: Sequence[Record], labels: Sequenc
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    """Return the settings that make the curves of two runs differ, but for the seed; precision as "auto" chose it."""
-    config = {**TrainConfig().to_dict(), **with_new_names(record["config"])}  # an older run lacks what came later
+    """Return the settings, other than the seed, that change a curve; the precision is the one that "auto" chose."""
+    config = {**TrainConfig().to_dict(), **with_new_names(record["config"])}  # an older record lacks newer settings
     environment = record.get("environment")
     if isinstance(environment, Mapping):  # a damaged or older record may have none
         config["precision"] = environment.get("precision", config["precision"])
-    left_out = {"seed", *CHANGEABLE_ON_RESUME} - set(DECIDES_A_CURVE)
+    left_out = {"seed", *CHANGEABLE_ON_RESUME} - set(CHANGES_A_CURVE)
     return {name: value for name, value in config.items() if name not in left_out}
 
 
 def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name each of several settings by where it differs from the others; empty if they are all the same."""
-    names = dict.fromkeys(name for one in settings for name in one)
-    differing = [name for name in names if len({repr(one.get(name)) for one in settings}) > 1]
-    return [", ".join(f"{name} {one.get(name, '?')}" for name in differing) for one in settings]
+    """Return a label for the settings of each group: the settings that differ between groups; "" if none differ."""
+    names = dict.fromkeys(name for group in settings for name in group)
+    differing = [name for name in names if len({repr(group.get(name)) for group in settings}) > 1]
+    return [", ".join(f"{name} {group.get(name, '?')}" for name in differing) for group in settings]

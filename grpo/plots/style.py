@@ -1,10 +1,10 @@
-"""Shared by all figures: colours, lines, scales, and text from elsewhere made safe to draw."""
+"""Define what all figures share: colours, sizes, lines, scales, and how foreign text is made safe to draw."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -21,18 +21,32 @@ from grpo.config import TrainConfig
 from grpo.plots.series import SMOOTHED_FROM, Record, column, evaluations, smooth, window_for
 from grpo.runtime.console import printable
 
-# Okabe and Ito's palette, told apart with any colour vision
-BLUE, ORANGE, GREEN, PINK, AMBER, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+# The palette of Okabe and Ito can be told apart with any colour vision.
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+PINK = "#CC79A7"
+AMBER = "#E69F00"
+SKY = "#56B4E9"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY)
-BLACK, GREY = "#222222", "#666666"
-LINE, RAW, THIN = 2.4, 1.2, 1.4  # points: a curve, its single steps, a level to compare with
-LARGEST_DRAWN = 1e100  # matplotlib's own arithmetic overflows above
-LONGEST_NAME = 60
-SPIKE = 50  # times the median: then a scale is logarithmic
+BLACK = "#222222"
+GREY = "#666666"
+# widths of lines, in points
+LINE = 2.4  # a curve
+RAW = 1.2  # single steps
+THIN = 1.4  # a level to compare with
+# heights of letters, in points
+SMALL = 7.5
+TEXT = 8.5
+LARGE = 11
+WIDTH = 8.8  # inches: a README shows this width as 880 pixels
+LARGEST_DRAWN = 1e100  # The arithmetic of matplotlib overflows above this value.
+LONGEST_NAME = 60  # characters
+SPIKE = 50  # A scale is logarithmic if the largest value is above this many medians.
 
 
 def plain(text: str, longest: int = LONGEST_NAME) -> str:
-    """Return a text that matplotlib shows literally: no mathematics, no control character, of limited length.
+    """Return a text that matplotlib shows literally: without mathematics or control characters, of limited length.
 
     >>> plain("a$b\\n")
     'a\\\\$b\\\\n'
@@ -41,18 +55,12 @@ def plain(text: str, longest: int = LONGEST_NAME) -> str:
     return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
 
 
-@contextmanager
-def any_glyph() -> Iterator[None]:
-    """Suppress warnings about characters that the font lacks; they are drawn as boxes."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
-
-
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, whole or not at all, and close it."""
     image = BytesIO()
-    with any_glyph():
+    with warnings.catch_warnings():
+        # A character that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(image, dpi=150, format="png")
     plt.close(figure)
     write_atomic(path, image.getvalue())
@@ -66,35 +74,42 @@ def tidy(axes: Axes) -> None:
 
 
 def note(axes: Axes, text: str) -> None:
-    """Write why nothing is drawn."""
+    """Write into empty axes why nothing is drawn."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=9)
 
 
 def whole_steps(axes: Axes) -> None:
-    """Label an axis with whole numbers of steps."""
+    """Label the x axis with whole numbers of steps."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def shares(axes: Axes, top: float = 1.05) -> None:
-    """Scale an axis for shares, in %, up to `top`, by default 100%: a shorter axis makes a small gain look large."""
+    """Scale the y axis for shares, in %, up to `top`: by default to 100%, so that a small gain looks small."""
     axes.set_ylim(0, top)
     axes.set_yticks(np.linspace(0, top / 1.05, 5 if top > 1 else 3))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1 if top < 0.1 else 0))
 
 
 def fitting_shares(axes: Axes, values: np.ndarray) -> None:
-    """Scale an axis for shares, to 1, 10 or 100%, whichever holds all of them."""
+    """Scale the y axis for shares to the first of 1, 10 and 100% that holds all values."""
     most = np.nan_to_num(values).max(initial=0.0)
     shares(axes, next((top for top in (0.0105, 0.105) if 1.05 * most <= top), 1.05))
 
 
+def rewards(axes: Axes, values: np.ndarray) -> None:
+    """Scale the y axis for rewards: from 0 to 1, or further if the weights of the rewards lead beyond."""
+    known = drawable(values)[np.isfinite(drawable(values))]
+    axes.set_ylim(min([0, *(1.05 * known)]), max([1.05, *(1.05 * known)]))
+
+
 def drawable(values: np.ndarray) -> np.ndarray:
-    """Replace values beyond any scale by NaN."""
+    """Return the values, with NaN instead of a value that is too large to draw."""
     return np.where(np.abs(np.nan_to_num(values)) < LARGEST_DRAWN, values, np.nan)
 
 
-def smooth_as_drawn(axes: Axes, values: np.ndarray, window: int) -> np.ndarray:
-    """Smooth values on the scale they are drawn on: on a logarithmic one a spike must not become a hill."""
+def smooth_as_drawn(axes: Axes, values: np.ndarray) -> np.ndarray:
+    """Smooth values on the scale of the axes, because on a logarithmic scale a spike must not become a hill."""
+    window = window_for(len(values))
     transform = axes.yaxis.get_transform()
     if axes.get_yscale() == "linear":
         return smooth(values, window)
@@ -104,50 +119,49 @@ def smooth_as_drawn(axes: Axes, values: np.ndarray, window: int) -> np.ndarray:
 
 
 def line(axes: Axes, record: Record, name: str, colour: str, label: str | None = None, style: str = "-") -> bool:
-    """Draw a metric over the steps, smoothed over faint raw values, or as markers; return whether there was any."""
+    """Draw a metric over the steps; return whether it has any value.
+
+    Many steps give a smoothed line over faint raw values, few steps give markers.
+    """
     steps, values = column(record, "step"), drawable(column(record, name))
     if not np.isfinite(values).any():
         return False
     if len(values) < SMOOTHED_FROM:
-        axes.plot(
-            steps, values, color=colour, linewidth=LINE, linestyle=style, marker="o", markersize=4.5, label=label
-        )
+        axes.plot(steps, values, style, color=colour, linewidth=LINE, marker="o", markersize=4.5, label=label)
         return True
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=RAW)
-    smoothed = smooth_as_drawn(axes, values, window_for(len(values)))
-    axes.plot(steps, smoothed, color=colour, linewidth=LINE, linestyle=style, label=label)
+    axes.plot(steps, smooth_as_drawn(axes, values), color=colour, linewidth=LINE, linestyle=style, label=label)
     gap = np.pad(~np.isfinite(values), 1, constant_values=True)
-    alone = ~gap[1:-1] & gap[:-2] & gap[2:]  # between two gaps no line is drawn
+    alone = ~gap[1:-1] & gap[:-2] & gap[2:]  # a single step between two gaps has no line
     if alone.any():
         axes.plot(steps[alone], values[alone], color=colour, linestyle="none", marker="o", markersize=3)
     return True
 
 
 def held_out(axes: Axes, record: Record, label: str, size: float = 5) -> None:
-    """Draw validation accuracy over the steps with its intervals."""
+    """Draw the validation accuracy over the steps with its 95% intervals."""
     points = evaluations(record, "validation")
     if not points:
         return
-    low = [max(0.0, entry["accuracy"] - entry["ci_low"]) for entry in points]  # rounding can give -1e-17
-    high = [max(0.0, entry["ci_high"] - entry["accuracy"]) for entry in points]
-    axes.errorbar(
-        [entry["step"] for entry in points],
-        [entry["accuracy"] for entry in points],
-        yerr=[low, high],
-        color=ORANGE,
-        marker="o",
-        markersize=size,
-        capsize=3,
-        linewidth=2.0,
-        label=f"{label} (n = {points[0]['n']})",
-        zorder=3,
-    )
+    look = {"color": ORANGE, "marker": "o", "markersize": size, "capsize": 3, "linewidth": 2.0, "zorder": 3}
+    steps = [entry["step"] for entry in points]
+    accuracies, errors = with_intervals(points)
+    axes.errorbar(steps, accuracies, yerr=errors, label=f"{label} (n = {points[0]['n']})", **look)
+
+
+def with_intervals(entries: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return accuracies, (entries,), and the distances of their 95% intervals below and above, (2, entries)."""
+    rows = {"steps": entries}
+    accuracies = column(rows, "accuracy")
+    errors = np.stack([accuracies - column(rows, "ci_low"), column(rows, "ci_high") - accuracies])
+    return accuracies, np.maximum(0.0, errors)  # rounding can give -1e-17
 
 
 def from_zero(axes: Axes, values: np.ndarray, shown: np.ndarray | None = None) -> str:
-    """Start an axis at 0, or at the least value below it; logarithmic if single values would flatten the others.
+    """Scale the y axis from 0, or from the least negative value; return a remark on the scale for the title.
 
-    Returns a remark on the scale for the title. `shown` are the values that will be drawn, if they are others.
+    The scale is logarithmic if single values would flatten all others. `shown` are the values that will be drawn, if
+    they are not `values`.
     """
     positive = _positive(values)
     drawn = values if shown is None else shown
@@ -167,21 +181,23 @@ def from_zero(axes: Axes, values: np.ndarray, shown: np.ndarray | None = None) -
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
+    """Return the values above 0 that can be drawn."""
     known = np.nan_to_num(drawable(np.asarray(values, dtype=float)))
     return known[known > 0]
 
 
 def title_of(record: Record) -> str:
-    """Return a title: what was trained, and how far it is."""
+    """Return a title: the model, the seed, and how many of the steps are done."""
     config, steps = record["config"], record["steps"]
-    done, planned = steps[-1]["step"] if steps else 0, config.get("num_iterations", "?")
+    done = steps[-1]["step"] if steps else 0
+    planned = config.get("num_iterations", "?")
     state = "" if record.get("finished") else ", not finished"
     model = plain(str(config.get("model", "?")))
     return f"GRPO on {model}, seed {plain(str(config.get('seed', '?')))}: step {done} of {plain(str(planned))}{state}"
 
 
 def setting(record: Record, name: str) -> float:
-    """Return a number among the settings, or its default if the run does not have it."""
+    """Return the number that a setting has in a run, or the default if the record has no valid number."""
     value = record["config"].get(name)
     sound = isinstance(value, (int, float)) and 0 <= value < LARGEST_DRAWN
     return float(value if sound else getattr(TrainConfig(), name))

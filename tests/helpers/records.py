@@ -31,9 +31,8 @@ TESTS = [an_evaluation(0, 0.31, "test", 829), an_evaluation(300, 1.0, "test", 82
 FINDINGS = [
     {"name": "spike", "step": 40, "text": "The gradient norm was 80: $x^2$ <b>, lower it. " * 9},
     {"name": "near", "step": 41, "text": "Updates were skipped."},
-    {"name": "normal", "step": None, "text": "A loss near 0 is normal."},
+    {"name": "normal", "step": 290, "text": "A loss near 0 is normal."},
 ]
-DAMAGED = [None, 5, {"name": "x"}, {"step": 3, "text": 4}, {"step": "3", "text": "three"}]
 FULL = {
     "reward/exact": 0.4,
     "reward/of $mine$": -0.5,

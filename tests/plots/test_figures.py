@@ -11,7 +11,7 @@ import pytest
 from grpo.plots.figures import CURVE, KL, OVERVIEW, draw_all, kl_divergence, overview, training_curve
 from grpo.plots.series import SMOOTHED_FROM, smooth, window_for
 from grpo.record.metrics import Metrics, load_metrics
-from tests.helpers.records import DAMAGED, EVALS, FINDINGS, TESTS, a_full_record, a_record, an_evaluation
+from tests.helpers.records import EVALS, FINDINGS, TESTS, a_full_record, a_record, an_evaluation
 
 # 8 × 6.4 and 8 × 3.8 inches at 150 dots an inch; the overview is 8.8 inches wide and as high as its findings need
 PIXELS = {CURVE: (1200, 960), KL: (1200, 570), OVERVIEW: (1320, ...)}
@@ -20,8 +20,6 @@ RECORDS = {
     "every metric": a_full_record(300, FINDINGS),
     "every metric of 5 steps": a_full_record(5, FINDINGS),
     "many findings": a_full_record(60, FINDINGS * 9),
-    "damaged findings": a_record(20) | {"findings": DAMAGED},
-    "findings that are no list": a_record(20) | {"findings": 5},
     "a spike": {**a_record(30), "steps": [{"step": i, "kl": 2072.0 if i == 9 else 0.01} for i in range(1, 31)]},
     "numbers beyond any scale": {
         **a_record(0),

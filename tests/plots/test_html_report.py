@@ -11,7 +11,7 @@ import pytest
 from grpo.plots.figures import draw_all
 from grpo.plots.html_report import PAGE, SHOWN_COMPLETIONS, SHOWN_STEPS, page, read_samples, write_page
 from grpo.record.samples import FILE_NAME as SAMPLES
-from tests.helpers.records import DAMAGED, EVALS, FINDINGS, a_full_record, a_record
+from tests.helpers.records import EVALS, FINDINGS, a_full_record, a_record
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -79,7 +79,7 @@ def a_sample(step, completion="<answer>1</answer>", **more):
 def an_evil_page():
     """Return a page in which every text tries to break out of its element."""
     evil = list(EVIL.values())
-    record = a_full_record(20, [{"name": t, "step": 3, "text": t} for t in evil] + DAMAGED)
+    record = a_full_record(20, [{"name": t, "step": 3, "text": t} for t in evil])
     record["config"] |= {"model": evil[0], "reward": evil, evil[1]: evil[2]}
     record["environment"] = {"device": evil[4], evil[1]: 1}
     record["finished"] = {"step": 20, "reason": evil[0]}

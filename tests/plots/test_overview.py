@@ -43,7 +43,7 @@ def test_an_empty_panel_is_left_out_and_one_that_is_0_throughout_is_named():
         "Truncated (% of completions)",
     ]
     [said] = [text.get_text() for text in figure.texts if "Not drawn" in text.get_text()]
-    assert said == "Not drawn, as there is nothing but 0: truncated."
+    assert said == "Not drawn, because always 0: truncated."
     assert titles(overview(a_record(0))) == ["Reward by part (mean of the step)"]  # with "no steps yet"
 
 
@@ -103,11 +103,11 @@ def test_findings_are_numbered_lines_and_words():
     for axes in figure.axes[:-1]:
         dashed = [line for line in axes.lines if set(line.get_xdata()) in ({40}, {41})]
         assert len(dashed) == 2
-        assert [text.get_text() for text in axes.texts] == ["1–2"]  # too close for a marker each
+        assert [text.get_text() for text in axes.texts] == ["1–2", "3"]  # 1 and 2 are too close for a label each
     words = " ".join(text.get_text() for text in figure.texts)
     assert "1  step 40: The gradient norm" in words
     assert r"\$x^2\$" in words  # shown as it is, not as mathematics
-    assert "3  A loss near 0" in words
+    assert "3  step 290: A loss near 0" in words
     many = overview(a_full_record(60, FINDINGS * 9))
     assert f"{27 - MOST_FINDINGS} more" in many.texts[-1].get_text()
 
