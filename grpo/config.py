@@ -207,9 +207,7 @@ class TrainConfig(TaskOptions):
         shares = task_shares(self.task)
         object.__setattr__(self, "task", tuple(map(str, shares)))  # 0.50 becomes 0.5
         if self.task_arg and sum(names_a_file(share.spec) for share in shares) != 1:
-            raise ValueError(
-                f"--task-arg needs one --task FILE.py:NAME to give the argument to; --task is {' '.join(self.task)}"
-            )
+            raise ValueError(f"--task-arg needs one --task FILE.py:NAME; --task is {' '.join(self.task)}")
         if self.time_limit:
             parse_duration(self.time_limit)
         if self.group_schedule:

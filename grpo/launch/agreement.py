@@ -36,8 +36,6 @@ def agree(settle: Callable[[], TrainConfig], ranks: Ranks) -> tuple[TrainConfig,
 
     Raises the same ValueError on all processes if they differ, if one has a mistake, or if one does not join in time.
     """
-    config = None
-    task = None
     statement = {"host": socket.gethostname()}
     try:
         config = settle()

@@ -117,6 +117,7 @@ def expected_seconds(grpo: GRPO, evaluator: Evaluator) -> dict[str, float]:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

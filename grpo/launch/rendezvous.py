@@ -64,10 +64,7 @@ def meet(statement: Mapping[str, Any], ranks: Ranks) -> Meeting:
         statements = [json.loads(store.get(f"statement/{member}")) for member in members]
         _wait_for_all(dist.PrefixStore(name, store), rank, size)
     except dist.DistError as error:
-        raise ValueError(
-            f"no connection to {_address()}, where the processes of this run find each other "
-            f"({str(error).splitlines()[0]})"
-        ) from None
+        raise ValueError(f"no connection to torchrun at {_address()} ({str(error).splitlines()[0]})") from None
     return Meeting(name, rank, statements, store)
 
 

@@ -43,7 +43,8 @@ def run_seeds(script: str, seeds: Sequence[int], given: Mapping[str, Any], fresh
         if status:
             say(f"Seed {seed} was stopped or failed. Run the same command again to continue it.")
             return status if status > 0 else 128 - status
-    return conclude(folder, folders)
+    conclude(folder, folders)
+    return 0
 
 
 def _run(command: Sequence[str]) -> int:
@@ -71,8 +72,8 @@ def as_arguments(given: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def conclude(folder: Path, folders: Sequence[Path]) -> int:
-    """Print the table of the runs in these folders, and draw them in one picture; return the exit status."""
+def conclude(folder: Path, folders: Sequence[Path]) -> None:
+    """Print the table of the runs in `folders`, and draw them in one picture in `folder`."""
     from grpo.plots.comparison import draw_comparison
     from grpo.plots.series import group_runs
     from grpo.record.metrics import load_metrics
@@ -80,11 +81,10 @@ def conclude(folder: Path, folders: Sequence[Path]) -> int:
     records = [load_metrics(run) for run in folders]
     if not all(record.get("finished") for record in records):
         say("Some runs have not finished. Run the same command again to continue them.")
-        return 0
+        return
     say("\n" + "\n".join(table(records)))
     [picture] = draw_comparison(group_runs(folders, records, []), folder)
     say(f"Drawn in {picture}")
-    return 0
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:

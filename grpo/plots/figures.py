@@ -162,6 +162,7 @@ def _panels(figure: Figure, record: Record) -> tuple[list[tuple[Axes, str, bool]
     if not panels:
         axes = figure.add_axes((0, 0, 1, 1))
         style.tidy(axes)
+        axes.tick_params(labelsize=SMALL)
         style.note(axes, NO_STEPS)
         panels.append((axes, PANELS[0][0], True))
     return panels, flat
