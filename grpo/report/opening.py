@@ -84,7 +84,8 @@ def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory:
 def show_shares(outlook: Mapping[str, Any]) -> None:
     """Print what a look before the first step found of the completions."""
     o, g = outlook, outlook["num_generations"]
-    say(f"Outlook: {o['teaching']:.0%} of {o['groups']} groups of {g} completions teach something.")
+    mixed = round(o["teaching"] * o["groups"])
+    say(f"Outlook: {mixed} of {o['groups']} groups have mixed rewards, so a non-zero advantage.")
     say(
         f"  pass@1 {o['pass_at_1']:.0%}, pass@{g} {o['pass_at_g']:.0%}, "
         f"{o['well_formed']:.0%} well-formed, {o['truncated']:.0%} cut off by the token limit"

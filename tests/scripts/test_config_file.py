@@ -14,7 +14,7 @@ from tests.helpers.scripts import invoke, names_in, refusal
 def resolved(monkeypatch, tmp_path):
     """Return a function that calls train_grpo.py with a file, without training: the settings of the run."""
     seen = []
-    monkeypatch.setattr(train_grpo, "train", lambda config, launched, check: seen.append(config) or 0)
+    monkeypatch.setattr(train_grpo, "train", lambda launched, check, config: seen.append(config) or 0)
 
     def call(content, *args):
         (tmp_path / "c.json").write_text(json.dumps(content), encoding="utf-8")
@@ -61,7 +61,7 @@ def test_the_settings_of_a_run_and_its_metrics_file_are_a_file_of_settings(resol
         ('{"prompt_style": "essay"}', "--prompt-style"),
         ('{"load_in_4bit": true}', "--load-in-4bit"),
         ('{"warmup_steps": 60}', "--warmup-steps"),
-        ('{"\\u001b[2J": 1}', "no setting"),
+        ('{"\\u001b[2J": 1}', "not a setting"),
         (b"\xff\xfe", "not JSON"),
         (None, "cannot be read"),
         (..., "cannot be read"),
