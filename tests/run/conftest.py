@@ -1,4 +1,4 @@
-"""Folders and runs that the tests of faults share."""
+"""Provide the folders and runs that the tests of faults share."""
 
 import shutil
 import tempfile
@@ -30,19 +30,19 @@ def public():
 
 @pytest.fixture(scope="package")
 def whole_run(public):
-    """Run without any fault, to the end of its six steps."""
+    """Run all six steps without a fault."""
     return undisturbed(public, "whole")
 
 
 @pytest.fixture(scope="package")
 def half_run(public):
-    """Run the same until two of its six steps are done."""
+    """Run two of the six steps, as an interrupted run would."""
     return undisturbed(public, "half", num_iterations=2)
 
 
 @pytest.fixture
 def run_folder(public):
-    """Give a place for a run; make it writable and remove it afterwards, whatever became of it."""
+    """Yield a folder for a run; make it writable and remove it afterwards, even if the test failed."""
     folder = public / "run"
     yield folder
     make_writable(folder)

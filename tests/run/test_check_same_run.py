@@ -21,7 +21,7 @@ from tests.fixtures.make import HERE, NAME
 from tests.helpers.runs import SETTINGS, a_tiny_model, forked, options
 from tests.helpers.scripts import snapshot
 
-# may change the order in which numbers are summed, not what they mean
+# These settings change the order in which numbers are summed, so only the last digits of a result.
 BITS = {"device", "micro_batch_size", "deterministic", "gradient_checkpointing"}
 
 
@@ -45,7 +45,7 @@ def half(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(half, tmp_path_factory):
-    """Continue a copy of that run with a third step."""
+    """Continue a copy of the run of two steps with a third step."""
     folder = Path(shutil.copytree(half, tmp_path_factory.mktemp("whole") / "copy"))
     assert train(folder, model=half / "model", num_iterations=3).exit_code == 0
     return folder / "run"
@@ -59,7 +59,7 @@ def train(folder, **settings):
 
 
 def another(field, folder):
-    """Return a value of a setting that is valid and not that of the run."""
+    """Return a valid value of a setting that differs from the value in the run."""
     now = SETTINGS.get(field.name, field.default)
     special = {"time_limit": "1h", "device": "auto", "model": folder / "other", "output_dir": folder / "elsewhere"}
     special |= {"group_schedule": "8:4", "num_iterations": 4, "target_accuracy": 1.0, "patience": 9}
@@ -93,15 +93,15 @@ def test_a_run_continues_with_a_changed_setting_or_names_and_refuses_it(field, h
         return
     result = train(folder, **{"model": half / "model", "num_iterations": 3, field.name: value})
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    if field.name == "task_arg":  # of a task in a file alone
+    if field.name == "task_arg":  # only a task in a file takes it
         assert result.exit_code == 2
         assert "--task-arg needs one --task" in result.stderr
         return
-    if field.name == "load_in_4bit":  # needs an adapter, so it never comes alone
+    if field.name == "load_in_4bit":  # needs an adapter, so it cannot be changed alone
         assert result.exit_code == 2
         assert "--lora-rank" in result.stderr
         return
-    if field.name == "shard":  # takes several processes: tests/runtime
+    if field.name == "shard":  # needs several processes: tested in tests/runtime
         assert result.exit_code == 1
         assert "torchrun" in result.stderr
         return

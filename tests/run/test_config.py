@@ -28,7 +28,7 @@ def test_every_setting_has_a_group_a_meaning_and_a_default_that_passes_its_own_c
 
 
 def test_the_defaults_are_the_published_ones():
-    # those of the arithmetic experiment that this project rebuilds
+    # the settings of the arithmetic experiment that this project rebuilds
     config = TrainConfig()
     published = {"learning_rate": 1e-7, "batch_size": 4, "num_generations": 8, "max_new_tokens": 16}
     published |= {"num_iterations": 2000, "beta": 0.04, "epsilon": 0.2, "num_inner_updates": 5}
@@ -62,14 +62,14 @@ def test_a_setting_that_an_earlier_version_did_not_have_counts_as_its_default():
 # --- values that are refused ---
 
 OF_OTHER_TYPES = {
-    # JSON can say 10**400; a float cannot hold it
+    # JSON can hold 10**400, a float cannot.
     float: (math.nan, math.inf, -math.inf, 10**400, "1", "", None, [1.0], True),
     int: ("1", 1.5, 2.0, None, [2], True),
     bool: ("yes", None, [True], 0, 1),
     str: (1, None, ["x"], True, b"x"),
     tuple[str, ...]: (None, 5, (1,), [None], {"exact": 1}),
 }
-# the bounds are said again here, so that none changes unnoticed
+# The bounds are repeated here, so that a test fails when one changes.
 OUT_OF_BOUNDS = {
     "batch_size": (0, -1),
     "beta": (-0.01,),

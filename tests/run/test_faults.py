@@ -39,7 +39,7 @@ PAGE = 4096
 # --- each place, each cause ---
 
 SLOW = pytest.mark.slow
-# place, the n-th write of it, the step of the newest checkpoint then
+# the file, which of its writes fails, and the step of the newest checkpoint at that time
 MOMENTS = [
     pytest.param("checkpoint", 1, None, marks=SLOW),
     ("checkpoint", 3, 2),
@@ -127,7 +127,7 @@ def test_a_disk_becomes_read_only_during_a_run(public, whole_run, small_disk, pl
     the_error(forked(train_grpo.main, arguments(public, folder)), "read-only", folder)
     assert_sound(folder, step)
     subprocess.run(["umount", "-l", str(folder)], check=True)
-    shutil.copytree(folder, small_disk / "open")  # of the user that continues
+    shutil.copytree(folder, small_disk / "open")  # belongs to the user that continues the run
     give_away(small_disk / "open")
     assert_continues(public, small_disk / "open", whole_run)
 
@@ -136,7 +136,7 @@ def test_a_disk_becomes_read_only_during_a_run(public, whole_run, small_disk, pl
 
 
 def fill(disk, pages):
-    """Fill all of a disk but so many pages."""
+    """Fill a disk until only this many pages are free."""
     with (disk / "filler").open("wb", buffering=0) as file:
         try:
             while True:
@@ -175,7 +175,7 @@ def test_a_run_as_a_user_starts_it_finds_no_room(public, whole_run, half_run, ru
 def test_a_fault_begins_at_any_moment_of_a_run(public, run_folder, cause):
     # from outside, at a moment that the run cannot know of
     many = arguments(public, run_folder, num_iterations=400, eval_every=50)
-    user = unprivileged if cause == "forbidden" else lambda: None  # only one's own processes can be limited
+    user = unprivileged if cause == "forbidden" else lambda: None  # a user can only limit processes of the same user
     for trial in range(10):
         if cause == "full" and not hasattr(resource, "prlimit"):
             pytest.skip("only Linux can limit another process")

@@ -33,7 +33,7 @@ from tests.helpers.faults import (
 from tests.helpers.runs import forked, options
 
 pytest.importorskip("resource", reason="only POSIX has limits of a process")
-# left by an earlier launch of another user, say
+# for example, left by an earlier launch of another user
 IN_THE_WAY = {
     "metrics": f".{FILE_NAME}.new",
     "plots": f".{CURVE}.new",

@@ -63,7 +63,7 @@ def test_accuracy_is_that_of_all_and_of_each_task(whole):
         assert sum(one["n"] for one in by_task.values()) == entry["n"]
         right = sum(one["accuracy"] * one["n"] for one in by_task.values())
         assert right / entry["n"] == pytest.approx(entry["accuracy"])
-    assert ", Digits " in out  # on the way
+    assert ", Digits " in out  # during training
     assert "by category, after " in out  # at the end
     readme = (folder / "saved_model/README.md").read_text(encoding="utf-8")
     [row] = [line for line in readme.splitlines() if line.startswith("| of `Digits` |")]
@@ -106,9 +106,9 @@ def test_the_saved_model_is_measured_on_all_its_tasks_and_asks_as_one(place, tas
         assert f"{100 * figures['accuracy']:.1f}%" in rows[name]
         assert f"n = {figures['n']}" in rows[name]
     alone = CliRunner().invoke(inference.main, [*model, "What is (1 + 0) - 1?"])
-    assert "Asked as a problem of arithmetic; --task Digits" in alone.stderr
+    assert "prompt of arithmetic; choose another: --task Digits" in alone.stderr
     as_digits = CliRunner().invoke(inference.main, [*model, "--task", "Digits", "What is the last digit of 12?"])
-    assert (as_digits.exit_code, "Asked as" in as_digits.stderr) == (0, False)
+    assert (as_digits.exit_code, "choose another" in as_digits.stderr) == (0, False)
     wrong = CliRunner().invoke(inference.main, [*model, "--task", "chess", "Why?"])
     assert (wrong.exit_code, wrong.stderr.count("Traceback")) == (2, 0)
     assert "arithmetic, Digits" in wrong.stderr

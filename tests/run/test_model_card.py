@@ -23,9 +23,9 @@ def folder_with_card(folder, card):
 def test_the_command_line_comes_before_the_models_card_and_that_before_the_default(tmp_path):
     model = folder_with_card(tmp_path / "m", {"settings": {"batch_size": 3, "beta": 0.5}})
     config = resolve({"model": model, "batch_size": 7})
-    assert config.batch_size == 7  # given, though the card has it
-    assert config.beta == 0.5  # of the card
-    assert config.epsilon == FIELDS["epsilon"].default  # of neither
+    assert config.batch_size == 7  # the given value overrides the card
+    assert config.beta == 0.5  # the value on the card
+    assert config.epsilon == FIELDS["epsilon"].default  # neither given nor on the card
     assert config.model == model
 
 
@@ -65,7 +65,7 @@ def test_a_recipe_is_for_the_models_it_names_and_the_command_line_overrides_it(p
     recipe = json.loads(path.read_text(encoding="utf-8"))
     assert set(recipe) == {"models", "settings", "tried"}
     assert path.stem in recipe["models"]
-    assert recipe["tried"]  # what else was, with figures
+    assert recipe["tried"]  # the other settings that were measured, with figures
     assert not set(recipe["settings"]) & set(NOT_INHERITED)
     for model in recipe["models"]:
         assert recipe_of(model) == path
@@ -98,7 +98,7 @@ def test_a_models_card_does_not_say_which_model_it_is_or_where_to_write(tmp_path
         try:
             config = resolve({"model": model})
         except ValueError:
-            continue  # a refusal is as good
+            continue  # a refusal is also right
         assert config.model == model
         assert config.output_dir == FIELDS["output_dir"].default
 
@@ -110,8 +110,8 @@ def test_a_models_card_does_not_say_which_model_it_is_or_where_to_write(tmp_path
         (None, None, {"prompt_style": "think"}, 128),
         (None, None, {"prompt_style": "reasoning"}, 256),
         (None, None, {"prompt_style": "reasoning", "max_new_tokens": 9}, 9),  # given
-        (None, 22, {}, 22),  # a card that names no style is of the first
-        (None, 22, {"prompt_style": "think"}, 128),  # that limit was for another style
+        (None, 22, {}, 22),  # a card without a style has the default style
+        (None, 22, {"prompt_style": "think"}, 128),  # the limit on the card belongs to another style
         ("think", 99, {}, 99),
         ("think", 99, {"prompt_style": "think"}, 99),
         ("think", 99, {"prompt_style": "answer"}, 16),

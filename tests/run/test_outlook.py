@@ -1,4 +1,4 @@
-"""The look before the first step: its shares by hand, its cost, and that nothing depends on it."""
+"""Test the outlook: its shares by hand, its cost, and that the training does not depend on it."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ TINY += ["--eval-every", "4", "--eval-problems", "4", "--save-every", "2", "--sh
 
 @pytest.fixture(scope="module", autouse=True)
 def _starter_without_skills(tmp_path_factory):
-    """Train the starter without its skills, whose evaluation would take most of the time of so small a run."""
+    """Train the starter without its skills, whose evaluation would take most of the time of such a small run."""
     model = tmp_path_factory.mktemp("model") / "starter"
     shutil.copytree(STARTER, model)
     card = json.loads((model / CARD).read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ def launch(folder, *more, **kwargs):
 
 
 def finish(folder, *more):
-    """Run it to its end; return its standard output."""
+    """Run the tiny run to its end; return its standard output."""
     process = launch(folder, *more)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -51,7 +51,7 @@ def finish(folder, *more):
 
 
 def in_process(folder, *more, **options):
-    """Run it in this process, which has torch loaded already; return click's result."""
+    """Run the tiny run in this process, which has already loaded torch; return click's result."""
     return CliRunner().invoke(train_grpo.main, [*TINY, "--output-dir", str(folder), *more], **options)
 
 
@@ -114,7 +114,7 @@ def test_a_second_signal_quits_at_once(tmp_path, number, status):
     process.send_signal(number)
     start = time.monotonic()
     process.communicate(timeout=30)
-    assert process.returncode in (status, -number)  # by the run itself, or by the system
+    assert process.returncode in (status, -number)  # the run ends itself, or the system ends it
     assert time.monotonic() - start < 1
 
 
@@ -221,7 +221,7 @@ def test_a_run_with_no_sound_checkpoint_is_refused_every_time_and_nothing_is_ove
 
 
 class Killed(BaseException):
-    """Stand-in for SIGKILL: nothing catches it."""
+    """Stand in for SIGKILL: nothing catches this exception."""
 
 
 def test_the_saved_model_is_never_ahead_of_the_checkpoint_and_is_written_after_a_kill_between_the_two(

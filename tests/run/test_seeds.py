@@ -1,4 +1,4 @@
-"""Several seeds by one command: what is run, what a stop leaves, and the table of what was reached."""
+"""Test --seeds: which runs are started, what a stop leaves, and the table of results."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def test_settings_survive_the_command_line():
 
 
 def test_the_interval_of_a_mean_by_hand():
-    # of 1 and 3: mean 2, std sqrt(2), error 1, t with one degree of freedom 12.7062
+    # For the values 1 and 3: mean 2, std sqrt(2), error 1, t with one degree of freedom 12.7062
     assert mean_interval([1.0, 3.0]) == pytest.approx((2.0, -10.7062, 14.7062))
     for degrees, value in (
         (1, 12.7062),

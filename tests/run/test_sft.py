@@ -73,10 +73,10 @@ def test_a_completion_is_its_text_and_the_token_that_ends_the_turn(kind, tmp_pat
     assert ids[-1] in lm.end_ids
     assert lm.decode([ids[:-1]]) == [text]
     ends = {"llama": "<|eot_id|>", "gemma3": "<end_of_turn>", "phi3": "<|end|>", "qwen2": "<|im_end|>"}
-    if kind in ends:  # of the template, not of the text
+    if kind in ends:  # the template adds these tokens
         assert lm.decode([ids[-1:]]) == [ends[kind]]
     said = lm.completion(f"a{lm.decode([ids[-1:]])[0]}b")
-    assert said.count(ids[-1]) == 1  # what a task writes cannot end the turn
+    assert said.count(ids[-1]) == 1  # the text of a task cannot end the turn
 
 
 def test_tokens_are_those_of_the_prompt_and_of_the_completion_and_padding_is_masked():

@@ -1,4 +1,4 @@
-"""A run that fine-tunes first: its metrics, its reference, and that it continues wherever it was cut short."""
+"""Test a run with supervised steps: its metrics, its reference, and that it continues from every interruption."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 
 @pytest.fixture
 def whole(model, tmp_path):
-    """Train without any fault; return record, output and folder."""
+    """Train without an interruption; return record, output and folder."""
     return *trained(model, tmp_path / "whole", **FIRST), tmp_path / "whole"
 
 
@@ -28,7 +28,7 @@ def test_the_model_after_the_supervised_steps_is_the_start_of_grpo(whole):
     assert record["sft"][-1]["loss"] < record["sft"][0]["loss"]
     assert record["before_sft"]["split"] == "test"
     assert [entry["step"] for entry in record["steps"]] == [1, 2, 3, 4]
-    assert record["steps"][0]["kl"] == pytest.approx(0, abs=1e-9)  # the reference is the model after them
+    assert record["steps"][0]["kl"] == pytest.approx(0, abs=1e-9)  # the reference has the supervised steps
     assert max(entry["kl"] for entry in record["steps"]) > 0
     assert "before fine-tuning: test" in out
     assert "after fine-tuning: test" in out

@@ -36,7 +36,7 @@ def a_grpo(model):
 
 @pytest.fixture(scope="module")
 def grpo_state(model):
-    """The state of GRPO after a step."""
+    """Return the state of GRPO after a step."""
     grpo = a_grpo(model)
     grpo.step(1)
     return copy.deepcopy(grpo.state_dict())
@@ -44,7 +44,7 @@ def grpo_state(model):
 
 @pytest.fixture(scope="module")
 def evaluator_state(model):
-    """The state of an evaluator that has recorded the start."""
+    """Return the state of an evaluator that has recorded the start."""
     evaluator = an_evaluator()
     evaluator.remember_start(load(str(model), torch.device("cpu")))
     return evaluator.state_dict()
@@ -95,7 +95,7 @@ START = {"step": 0, "before": {}, "best": None}
 @pytest.mark.parametrize(
     ("state", "step", "sft_step"),
     [
-        (PROGRESS, 2, 0),  # of before there were supervised steps
+        (PROGRESS, 2, 0),  # written before there were supervised steps
         (START, 0, 0),
         (START | {"step": 3, "sft_step": 3}, 0, 3),
         (PROGRESS | {"step": 9, "sft_step": 4}, 5, 4),
@@ -170,7 +170,7 @@ METRICS = {"steps": [{"step": 1, "kl": None}, {"step": 2, "kl": 0.5}], "evals": 
 def test_metrics_are_restored():
     metrics = Metrics(None, {}, {})
     metrics.load_state_dict(through_json(METRICS), 2)
-    # a run of before there was an outlook, or supervised steps
+    # a run from before there was an outlook or supervised steps
     assert metrics.state_dict() == {"before_sft": None, "sft": [], "outlook": None, **METRICS}
 
 

@@ -34,7 +34,7 @@ def whole(model, tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick(no_plots):
-    """Draw nothing."""
+    """Switch the plots off."""
 
 
 def launch(model, folder, **settings):
@@ -59,16 +59,16 @@ def kill_at(monkeypatch, owner, name, number, after=False):
     monkeypatch.setattr(owner, name, counted)
 
 
-# what is called, for the n-th time, and how many steps are done then
+# the method, the number of its call, and how many steps are done at that call
 SLOW = pytest.mark.slow
 MOMENTS = [
     pytest.param(Updater, "__call__", 1, 0, marks=SLOW),
     (Updater, "__call__", 6, 2),  # in the second of two updates of step 3; the checkpoint is of step 2
-    (Updater, "__call__", 8, 3),  # of step 4; there is no checkpoint of step 3
+    (Updater, "__call__", 8, 3),  # in step 4; there is no checkpoint of step 3
     pytest.param(GRPO, "step", 4, 3, marks=SLOW),
     pytest.param(Evaluator, "validate", 1, 0, marks=SLOW),
     pytest.param(Evaluator, "validate", 2, 2, marks=SLOW),
-    (Evaluator, "validate", 3, 4),  # the best so far, by the whole run
+    (Evaluator, "validate", 3, 4),  # the whole run knows this to be the best so far
     (Evaluator, "validate", 4, 6),
     pytest.param(Evaluator, "test", 1, 0, marks=SLOW),
     (Evaluator, "test", 2, 6),
@@ -114,7 +114,7 @@ def test_a_long_run_saves_for_the_time_that_has_passed(model, tmp_path, monkeypa
 
 
 def sleep_through(interruptions):
-    """Sleep, and swallow so many interruptions."""
+    """Sleep, and ignore this many interruptions."""
     for _ in range(interruptions):
         with suppress(BaseException):
             time.sleep(5)
@@ -200,7 +200,11 @@ def test_a_run_that_ends_by_its_time_measures_what_it_has_trained_since_its_last
     assert launch(model, tmp_path / "run", eval_every=1000).exit_code == 0
     record = load_metrics(tmp_path / "run")
     assert [e["step"] for e in record["evals"] if e["split"] == "validation"] == [0, 3]
-    assert record["evals"][-1] == {**record["evals"][-1], "split": "test", "step": 3}  # the saved one is that of 3
+    assert record["evals"][-1] == {
+        **record["evals"][-1],
+        "split": "test",
+        "step": 3,
+    }  # of the saved policy
     card = json.loads((tmp_path / "run/saved_model/grpo.json").read_text(encoding="utf-8"))
     assert card["step"] == 3
 
@@ -219,7 +223,7 @@ def test_a_reward_that_is_mended_before_the_first_update_goes_on_and_later_it_is
     broken = "calls = 0\ndef f(prompts, **c):\n    global calls\n    calls += 1\n    assert calls < 2\n"
     body = "def f(prompts, **c):\n    return [float(len(x[0]['content']) % 2) for x in c['completions']]\n"
     mine.write_text(broken + "    return [1.0] * len(prompts)\n", encoding="utf-8")
-    # the first call after the trial is in the look ahead, the second in the first step
+    # the first call after the trial is in the outlook, the second in the first step
     refused = launch(model, folder, reward=f"{mine}:f=1")
     assert refused.exit_code == 1
     assert "AssertionError" in refused.stderr
@@ -258,7 +262,7 @@ def test_a_folder_that_is_deleted_during_a_run_is_said_in_words(name, at, model,
 def test_a_signal_while_a_finished_run_is_drawn_again_has_its_exit_status(model, whole, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "run")
     kill_at(monkeypatch, trainer.Trainer, "_draw", 1)
-    # the thread that says so may come to it after the run has ended
+    # The thread that prints this line may only run after the run has ended.
     monkeypatch.setattr(interrupts, "for_terminal", lambda text: time.sleep(0.5) or text)
     result = launch(model, tmp_path / "run")
     assert "SIGTERM: stopping" in result.stderr

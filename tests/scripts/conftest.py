@@ -1,4 +1,4 @@
-"""Small runs of the scripts, offline, and a finished run to look at."""
+"""Provide small offline runs of the scripts, and a finished run."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ def _small_and_offline():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Train; return the folder of the run, which no test changes, and what the run said."""
+    """Train; return the folder of the run, which no test changes, and what the run printed."""
     folder = tmp_path_factory.mktemp("run")
     return folder, train(folder=folder)
 

@@ -1,4 +1,4 @@
-"""`train_grpo.py --config FILE.json`: settings of a file below those of the command line, and mistakes in it."""
+"""Test `train_grpo.py --config FILE.json`: the command line overrides the file, and mistakes in it are named."""
 
 import json
 
@@ -12,7 +12,7 @@ from tests.helpers.scripts import invoke, names_in, refusal
 
 @pytest.fixture
 def resolved(monkeypatch, tmp_path):
-    """Return a function that calls train_grpo.py with a file, without training: the settings of the run."""
+    """Return a function that calls train_grpo.py with a file, without training, and returns the settings."""
     seen = []
     monkeypatch.setattr(train_grpo, "train", lambda launched, check, config: seen.append(config) or 0)
 
@@ -28,7 +28,7 @@ def resolved(monkeypatch, tmp_path):
 def test_the_command_line_overrides_the_file_and_the_file_the_recipe(resolved):
     config = resolved({"batch_size": 3, "learning_rate": 1, "reward": ["exact=1"]}, "--batch-size", 5)
     assert config == resolve({"batch_size": 5, "learning_rate": 1, "reward": ("exact=1",)})
-    assert config.num_iterations == resolve({}).num_iterations  # the starter's own
+    assert config.num_iterations == resolve({}).num_iterations  # the setting of the starter
 
 
 def test_the_settings_of_a_run_and_its_metrics_file_are_a_file_of_settings(resolved):

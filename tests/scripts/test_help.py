@@ -1,4 +1,4 @@
-"""--help of the three scripts: at once, and where there are many options, the common ones by group."""
+"""Test --help of the three scripts: it is quick, and train_grpo.py lists the common options by group."""
 
 import re
 import subprocess
@@ -53,7 +53,7 @@ def test_help_shows_the_default_that_the_command_would_use(tmp_path):
     assert "[default: 2000; starter 60]" in words
     assert "[default: 1e-07; starter 3e-06]" in words
     assert "[default: auto; starter float32]" in words
-    used = resolve({})  # by `python train_grpo.py`
+    used = resolve({})  # the settings of `python train_grpo.py`
     differing = [name for name, field in FIELDS.items() if getattr(used, name) != field.default]
     assert words.count("; starter ") == len(differing)
 
@@ -111,7 +111,7 @@ def test_help_all_lists_the_options_of_the_tasks_under_task(tmp_path):
     assert {"--data", "--correct", "--min-operand", "--max-operand"} <= options_by_group(text)["Task"]
     words = " ".join(text.split())
     for tasks, name in (("arithmetic", "max-operand"), ("arithmetic", "min-operand"), ("gsm8k, jsonl", "data")):
-        assert re.search(rf"--{name} [A-Z]+ {tasks}: \w", words), name  # says which tasks take it
+        assert re.search(rf"--{name} [A-Z]+ {tasks}: \w", words), name  # the tasks that take the option
 
 
 def test_help_leaves_out_the_old_names(tmp_path):

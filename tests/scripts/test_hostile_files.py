@@ -1,4 +1,4 @@
-"""Folders and files of strangers, given to the real scripts: one printable line each, soon, with little memory.
+"""Give hostile folders and files to the real scripts: each is refused in one printable line, soon, in little memory.
 
 The quick ones run in a fork of this process with short limits; `-m slow -k hostile` starts each script as a user
 does, and prints a table with `-s`.
@@ -22,7 +22,7 @@ from tests.helpers.runs import ENVIRONMENT, ROOT, forked, options
 from tests.helpers.smollm2 import is_installed
 
 needs_gguf = pytest.mark.skipif(not is_installed("gguf"), reason="pip install gguf accelerate")
-# one of each kind; the last two need a process with limits
+# one folder of each kind; the last two need a process with limits
 QUICK_MODELS = ["config: 10**6 layers", "config: a size of 10**9", "config: of an unknown kind", "an adapter"]
 QUICK_MODELS += ["weights: not a number", "weights: a header of 2**60 bytes", "weights: of another shape"]
 QUICK_MODELS += ["weights: names with escape sequences", "weights: from a pipe", "config: attention from elsewhere"]

@@ -1,4 +1,4 @@
-"""inference.py as a user meets it, in this process and as one of its own."""
+"""Test inference.py as a user runs it, in this process and in a new process."""
 
 import os
 import re
@@ -168,7 +168,7 @@ def test_an_empty_standard_input_is_answered_in_one_line(text, tmp_path):
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Training of a model that is not to be had, and a question through a pipe: status, output, error of each."""
+    """Train a model that cannot be had, and ask a question through a pipe; return status, output and error of each."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     calls = (["train_grpo.py", "--model", "no-such-owner/no-such-model"], ["inference.py"])
     running = [
@@ -224,4 +224,4 @@ def test_worked_examples_of_a_run_are_kept_and_asked_with(tmp_path, monkeypatch)
     folder = tmp_path / "saved_model"
     ask("--evaluate", "--prompt-style", "think", "--max-new-tokens", 8, "--model", folder, folder=tmp_path)
     [answers] = {tuple(turn["content"] for turn in chat[2:-1:2]) for chat in chats if len(chat) > 2}
-    assert all(answer.startswith("<think>") for answer in answers)  # in the form that is asked for
+    assert all(answer.startswith("<think>") for answer in answers)  # in the form that the prompt asks for

@@ -1,4 +1,4 @@
-"""plot_metrics.py as a user meets it."""
+"""Test plot_metrics.py as a user runs it."""
 
 from pathlib import Path
 

@@ -93,7 +93,7 @@ def test_questions_are_asked_for_and_answered_until_an_empty_line(end, tmp_path,
     monkeypatch.setattr(inference, "load_model", lambda *args: loaded.append(args[0]) or load(*args))
     result = invoke(inference.main, folder=tmp_path, input=f"{QUESTION}\nWhat is (1 + 2) + 3?\n{end}")
     assert result.exit_code == 0
-    assert loaded == ["starter"]  # once
+    assert loaded == ["starter"]  # the model is loaded only once
     answers = [line.removeprefix("> ") for line in result.stdout.splitlines()[:2]]
     assert answers == ask(QUESTION, "What is (1 + 2) + 3?", folder=tmp_path)[1::2]
     assert "An empty line or Ctrl-D ends" in result.stderr

@@ -1,4 +1,4 @@
-"""Rewards, judges and places that are wrong in odd ways: one line in words, before a model is loaded."""
+"""Test unusual mistakes in rewards, judges and folders: one line names them before a model is loaded."""
 
 import os
 

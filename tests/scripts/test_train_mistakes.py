@@ -11,7 +11,7 @@ from tests.helpers.scripts import QUESTION, TINY, a_model, invoke, names_in, ref
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
-# one call of each kind; which values a setting refuses is tested in tests/run/test_config.py
+# One call of each kind. Which values a setting refuses is tested in tests/run/test_config.py
 BAD_CALLS = [
     (["--device", "tpu"], "--device"),
     (["--num-generations", "1"], "--num-generations"),
@@ -126,7 +126,7 @@ def test_a_damaged_model_folder_is_refused_by_name(damage, tmp_path):
     damage(a_model(tmp_path / "m"))
     line = refusal(invoke(inference.main, "--model", "m", QUESTION, folder=tmp_path))
     assert "folder m" in line
-    assert not line.endswith((":", ": "))  # the reason is there
+    assert not line.endswith((":", ": "))  # the reason follows the colon
 
 
 @pytest.mark.parametrize("card", ["{", '{"max_new_tokens": "x"}', '{"prompt_style": 5}'])

@@ -88,7 +88,7 @@ def test_fresh_that_cannot_move_anything_aside_leaves_all_in_place(copy_of_run):
 def test_a_run_killed_while_it_replaced_its_model_loses_neither(copy_of_run, monkeypatch):
     # `save` moves the old folder out of the way and the new one in: two renames, and a kill may fall between them.
     class Killed(BaseException):
-        """Stands for SIGKILL: nothing catches it."""
+        """Stand in for SIGKILL: nothing catches this exception."""
 
     true_rename = Path.rename
 
@@ -151,7 +151,7 @@ def test_a_run_that_only_makes_nan_ends_with_an_explanation_and_a_good_model(tmp
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_reward_that_is_not_a_finite_number_ends_the_run_and_names_the_function(bad, tmp_path, monkeypatch):
-    good = iter([0.0] * 12)  # while it is tried
+    good = iter([0.0] * 12)  # the rewards while the function is tried out
     monkeypatch.setitem(REWARDS, "close", lambda attempt: next(good, bad))
     result = invoke(train_grpo.main, *TINY, folder=tmp_path)
     assert result.exit_code == 1

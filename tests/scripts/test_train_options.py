@@ -93,7 +93,7 @@ SYNCED_AND_MASKED = {"refresh_reference_every": 1, "mask_truncated": True}
 
 @pytest.fixture
 def resolved(monkeypatch, tmp_path):
-    """Return a function that calls train_grpo.py without training: the settings of the run, and standard error."""
+    """Return a function that calls train_grpo.py without training, and returns settings and standard error."""
     seen = []
     monkeypatch.setattr(train_grpo, "train", lambda config, launched, check: seen.append(config) or 0)
 

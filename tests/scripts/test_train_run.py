@@ -1,4 +1,4 @@
-"""A run from training to asking: files, output, determinism, and what a saved model starts."""
+"""Test a run from training to inference: files, output, determinism, and a run that starts from its model."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def test_a_run_says_what_it_did_on_standard_output_and_progress_on_standard_erro
     expected = {name: value for name, value in resolve(mine).to_dict().items() if value not in ("", [])}
     of_interest = {name for name in expected if FIELDS[name].metadata["group"] in ("Task", "Algorithm")}
     of_interest |= {name for name in expected if expected[name] != FIELDS[name].default} - {"model", "output_dir"}
-    of_interest -= {"numbers", "largest_number"}  # of another task
+    of_interest -= {"numbers", "largest_number"}  # options of another task
     expected = {name: expected[name] for name in of_interest}
     assert set(settings) == {f"{name}={value}" for name, value in expected.items()}
     for word in (
@@ -144,7 +144,7 @@ def test_training_changes_the_policy_and_another_seed_gives_another_run(run, tmp
             return {**self.result.to_dict(), "accuracy": next(rising) / 100}
 
     monkeypatch.setattr(Evaluator, "evaluate", lambda *args: Rising(true_evaluate(*args)))
-    monkeypatch.setattr(trainer, "draw_all", lambda *_: [])  # for speed
+    monkeypatch.setattr(trainer, "draw_all", lambda *_: [])  # drawing would take time
     settings = ["--seed", 5, "--temperature", 1.5, "--num-generations", 8]
     train(*settings, folder=tmp_path)
     steps = load_metrics(tmp_path)["steps"]
@@ -164,7 +164,9 @@ def test_a_run_can_start_from_a_saved_model(run, tmp_path):
     train("--model", "saved_model", "--output-dir", tmp_path / "new" / "er", folder=folder)
     assert names_in(tmp_path / "new" / "er") == EVERYTHING
     card = json.loads((tmp_path / "new" / "er" / "saved_model" / CARD).read_text(encoding="utf-8"))
-    assert Path(card["base_model"]) == (folder / "saved_model").resolve()  # found from any folder
+    assert (
+        Path(card["base_model"]) == (folder / "saved_model").resolve()
+    )  # the path is absolute, so valid in any folder
     lines = ask("--model", "new/er/saved_model", "--compare", QUESTION, folder=tmp_path)
     assert [line.split()[0] for line in lines] == ["What", "before:", "after:"]
 

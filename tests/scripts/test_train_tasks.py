@@ -1,4 +1,4 @@
-"""Every task, style and reward in a tiny run, and micro batches."""
+"""Test every task, style and reward in a tiny run, and micro-batches."""
 
 import json
 
