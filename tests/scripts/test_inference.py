@@ -168,7 +168,7 @@ def test_an_empty_standard_input_is_answered_in_one_line(text, tmp_path):
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Train a model that cannot be had, and ask a question through a pipe; return status, output and error of each."""
+    """Train a missing model, and ask a question through a pipe; return status, output and error of each."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     calls = (["train_grpo.py", "--model", "no-such-owner/no-such-model"], ["inference.py"])
     running = [
