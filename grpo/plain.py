@@ -2,10 +2,11 @@
 
     python -m grpo.plain        trains the bundled starter model for three steps, and prints them
 
-Source: DeepSeekMath, arXiv:2402.03300, algorithm 1, equations 3 and 4. Read this file first. It has no padding, no
-attention masks, no caches, no micro-batches and no processes. `grpo/algorithm/grpo.py` computes the same, many times
-faster: the random numbers that decide the tokens depend only on seed, step, row and column, so both draw the same
-completions, and the tests compare their weights.
+Source: DeepSeekMath, arXiv:2402.03300, algorithm 1, equations 3 and 4. There is no padding, no attention mask, no
+cache, no micro-batch and no second process. `grpo/algorithm/grpo.py` computes the same, many times faster: the random
+numbers that decide the tokens depend only on seed, step, row and column, so both draw the same completions, and the
+tests compare their weights. Shapes: B completions in a step, G in a group, P tokens in a prompt, C in a completion, V
+in the vocabulary.
 """
 
 import copy
@@ -34,7 +35,6 @@ class Completion:
 
     prompt: Sequence[int]  # P token ids
     ids: Sequence[int]  # C token ids, through the first end token
-    text: str
     reward: Reward
     advantage: Tensor  # scalar float32
     old_logprobs: Tensor  # (C,) of the policy that sampled
@@ -42,12 +42,13 @@ class Completion:
 
 
 def sample(lm: LanguageModel, prompt: Sequence[int], uniforms: Tensor, temperature: float) -> list[int]:
-    """Sample one completion, a token for each of the uniforms (C,), until a token that ends the turn."""
+    """Sample one completion until a token ends the turn. Each token is decided by one of `uniforms`, in [0, 1)."""
     ids: list[int] = []
     for uniform in uniforms:
         logits = lm.model(torch.tensor([[*prompt, *ids]])).logits[:, -1]  # (1, V)
-        ids += sample_inverse_cdf((logits / temperature).softmax(-1), uniform[None]).tolist()
-        if ids[-1] in lm.end_ids:
+        token = int(sample_inverse_cdf((logits / temperature).softmax(-1), uniform.view(1)))
+        ids.append(token)
+        if token in lm.end_ids:
             break
     return ids
 
@@ -56,69 +57,72 @@ def token_logprobs(model: PreTrainedModel, prompt: Sequence[int], ids: Sequence[
     """Return the log-probability of each token of a completion, (C,) float32."""
     logits = model(torch.tensor([[*prompt, *ids]])).logits[0]  # (P + C, V)
     predicting = logits[len(prompt) - 1 : -1]  # (C, V): each position predicts the token after it
-    return (predicting / temperature).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
+    return (predicting / temperature).log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]
 
 
 def objective(logprobs: Tensor, completion: Completion, c: TrainConfig) -> Tensor:
     """Return min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) − β · KL of each token, (C,), to be maximised."""
     log_ratio = logprobs - completion.old_logprobs
-    if c.ratio == "sequence":  # GSPO: one ratio for all tokens, the geometric mean of theirs
+    if c.ratio == "sequence":  # GSPO: every token gets the geometric mean of the completion's ratios
         log_ratio = log_ratio.mean().expand_as(log_ratio)
-    ratio = log_ratio.exp()
-    surrogate = clipped_surrogate(ratio[None], completion.advantage[None], c.epsilon, c.epsilon_high or c.epsilon)[0]
+    ratio = log_ratio.exp()[None]  # (1, C), a batch of one completion
+    surrogate = clipped_surrogate(ratio, completion.advantage[None], c.epsilon, c.epsilon_high or c.epsilon)[0]
     return surrogate - c.beta * token_kl(logprobs, completion.ref_logprobs)
 
 
 def loss(logprobs: Sequence[Tensor], completions: Sequence[Completion], c: TrainConfig) -> Tensor:
-    """Return the negated mean objective of a step; `logprobs` has the policy's of each completion, (C,)."""
-    objectives = [objective(own, completion, c) for own, completion in zip(logprobs, completions, strict=True)]
-    if c.loss_average == "completion":  # over the tokens of a completion, then over the completions: GRPO
+    """Return the negated mean objective of a step; `logprobs` are the policy's now, (C,) for each completion."""
+    objectives = [objective(now, completion, c) for now, completion in zip(logprobs, completions, strict=True)]
+    if c.loss_average == "completion":  # GRPO: over the tokens of each completion, then over the completions
         return -torch.stack([values.mean() for values in objectives]).mean()
-    total = torch.stack([values.sum() for values in objectives]).sum()
-    if c.loss_average == "token":  # over all tokens of the step: DAPO
-        return -total / sum(len(values) for values in objectives)
-    return -total / (len(objectives) * c.max_new_tokens)  # "constant": Dr. GRPO
+    tokens = torch.cat(objectives)
+    if c.loss_average == "token":  # DAPO: over all tokens of the step
+        return -tokens.mean()
+    return -tokens.sum() / (len(objectives) * c.max_new_tokens)  # Dr. GRPO: over the tokens that fit
 
 
 @torch.no_grad()
 def sample_group(
-    lm: LanguageModel, reference: PreTrainedModel, task: Task, c: TrainConfig, step: int, place: int
+    lm: LanguageModel, reference: PreTrainedModel, task: Task, c: TrainConfig, step: int, group: int
 ) -> list[Completion]:
-    """Sample the G completions of one problem of a step, score them, and compare each with its group."""
-    problem = task.training_problem(c.seed, step, place)
+    """Sample the G completions of one group of a step, score them, and compare each with its group."""
+    problem = task.training_problem(c.seed, step, group)
     [prompt] = lm.prompts([prompt_of(task, problem)])
-    first = place * c.num_generations  # row of the step's uniforms, (B, C)
-    uniforms = sampling_uniforms(c.seed, step, first + c.num_generations, c.max_new_tokens)[first:]
-    group = [sample(lm, prompt, row, c.temperature) for row in uniforms]
-    texts = lm.decode([ids[:-1] if ids[-1] in lm.end_ids else ids for ids in group])
-    rewards = score(rewards_of(c, task), [task.grade(problem, text) for text in texts], {"completion_ids": group})
+    rows = slice(group * c.num_generations, (group + 1) * c.num_generations)  # the rows of this group among all B
+    uniforms = sampling_uniforms(c.seed, step, rows.stop, c.max_new_tokens)[rows]  # (G, C)
+    sampled = [sample(lm, prompt, row, c.temperature) for row in uniforms]
+    texts = lm.decode([[token for token in ids if token not in lm.end_ids] for ids in sampled])
+    attempts = [task.grade(problem, text) for text in texts]  # is the answer right?
+    rewards = score(rewards_of(c, task), attempts, {"completion_ids": sampled})
     totals = torch.tensor([reward.total for reward in rewards], dtype=torch.float64)  # (G,)
-    old_logprobs = [token_logprobs(lm.model, prompt, ids, c.temperature) for ids in group]
-    ref_logprobs = [token_logprobs(reference, prompt, ids, c.temperature) for ids in group]
-    advantages = group_advantages(totals, c.num_generations, c.scale_rewards)
-    columns = zip(group, texts, rewards, advantages, old_logprobs, ref_logprobs, strict=True)
-    return [Completion(prompt, *column) for column in columns]
+    advantages = group_advantages(totals, c.num_generations, c.scale_rewards)  # (G,)
+    completions = []
+    for ids, reward, advantage in zip(sampled, rewards, advantages, strict=True):
+        old_logprobs = token_logprobs(lm.model, prompt, ids, c.temperature)
+        ref_logprobs = token_logprobs(reference, prompt, ids, c.temperature)
+        completions.append(Completion(prompt, ids, reward, advantage, old_logprobs, ref_logprobs))
+    return completions
 
 
 def train(lm: LanguageModel, task: Task, c: TrainConfig, steps: int) -> list[list[Completion]]:
-    """Take some steps of GRPO, print each, and return the completions of each."""
+    """Take `steps` steps of GRPO and print each; return the completions of each step."""
     reference = copy.deepcopy(lm.model)
     optimizer = torch.optim.AdamW(lm.model.parameters(), c.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
-    done = []
+    all_completions = []
     for step in range(1, steps + 1):
-        groups = [sample_group(lm, reference, task, c, step, n) for n in range(c.batch_size)]
-        completions = [completion for group in groups for completion in group]
-        for _ in range(c.num_inner_updates):  # μ
+        groups = [sample_group(lm, reference, task, c, step, group) for group in range(c.batch_size)]
+        completions = [completion for group in groups for completion in group]  # B
+        for _ in range(c.num_inner_updates):
             logprobs = [token_logprobs(lm.model, each.prompt, each.ids, c.temperature) for each in completions]
             optimizer.zero_grad()
             loss(logprobs, completions, c).backward()
             nn.utils.clip_grad_norm_(lm.model.parameters(), c.clip_grad_norm)
             optimizer.step()
-        done.append(completions)
+        all_completions.append(completions)
         mean = sum(each.reward.total for each in completions) / len(completions)
         right = sum(each.reward.correct for each in completions)
         print(f"step {step}: mean reward {mean:.3f}, {right} of {len(completions)} completions are right")
-    return done
+    return all_completions
 
 
 if __name__ == "__main__":

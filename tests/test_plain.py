@@ -50,7 +50,6 @@ def test_plain_and_fast_loop_draw_the_same_completions_and_reach_the_same_weight
         rollout = fast.step(step).rollout
         rows = zip(rollout.tokens.completion_ids.tolist(), rollout.lengths.tolist(), strict=True)
         assert [each.ids for each in completions[step - 1]] == [ids[:n] for ids, n in rows]
-        assert [each.text for each in completions[step - 1]] == list(rollout.completion_texts)
         advantages = torch.stack([each.advantage for each in completions[step - 1]])
         torch.testing.assert_close(advantages, rollout.advantages)
     plain_weights = dict(models[0].model.named_parameters())
