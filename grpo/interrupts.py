@@ -1,4 +1,4 @@
-"""What ends a run before its last step from outside: signals and the time limit."""
+"""Stop a run before its last step: signals (Ctrl-C, SIGTERM) and the time limit."""
 
 import os
 import select
@@ -16,40 +16,40 @@ from grpo.runtime.console import for_terminal
 from grpo.runtime.ranks import ONE, Ranks
 from grpo.setting import parse_duration
 
-TOO_LATE = 1  # among signals of at least 2
+TIME_IS_UP = 1  # A code below the numbers of the signals, which are 2 and 15: a signal takes precedence.
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-SAY_WITHIN = 1.0  # seconds that the end of the process leaves to say that a signal came
-ASK_AGAIN = 0.3  # seconds until work that swallowed an `Interrupted` gets another
-_exit = os._exit  # a user's code runs with another one (tasks/common/user_file.py)
+JOIN_SECONDS = 1.0  # At the end, the thread has this long to print that a signal came.
+REPEAT_SECONDS = 0.3  # Abandonable work that goes on after a signal is signalled again this often.
+_exit = os._exit  # Kept here, because os._exit is replaced while a user's code runs (tasks/common/user_file.py).
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came in the middle of work that is thrown away. Nothing that catches mistakes catches this."""
+    """A signal came in abandonable work. It is no Exception, so that code which catches errors does not catch it."""
 
 
 class InterruptHandler:
-    """Catches SIGINT and SIGTERM, and watches the clock: call `reason` after each step.
+    """Catches SIGINT and SIGTERM, and watches the time limit: call `reason` after each step.
 
-    The first signal ends work that is `abandonable`, between two operations of Python; else it is remembered, so that
-    the work can be finished and saved. A second one ends the process. A thread waits for them, because Python runs no
-    handler during a long operation of torch.
+    The first signal interrupts `abandonable` work between two operations of Python. Other work is finished and saved.
+    A second signal ends the process. A thread receives the signals, because Python runs no handler during a long
+    operation of torch.
     """
 
     def __init__(self, time_limit: str, launched: float, ranks: Ranks = ONE) -> None:
-        """`launched` is the `time.monotonic()` that the time limit counts from."""
+        """Count the time limit from `launched`, a value of `time.monotonic()`."""
         self.ranks = ranks
         self.signal: signal.Signals | None = None
         self._deadline = launched + parse_duration(time_limit) if time_limit else None
         self._before: dict[signal.Signals, Any] = {}
         self._grace: float | None = None  # seconds that abandonable work has after a signal; None for other work
-        self._came = 0.0  # when the signal did
-        self._said = False  # that it did
+        self._signal_at = 0.0  # when the first signal came
+        self._is_announced = False  # whether a message has said that a signal came
         self._lock = threading.Lock()
 
     def __enter__(self) -> "InterruptHandler":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        signal.set_wakeup_fd(self._write)  # the system writes the number of each signal here
+        signal.set_wakeup_fd(self._write)  # the system writes the number of each signal to this pipe
         for number in NAMES:
             self._before[number] = signal.signal(number, self._handle)
         self._thread = threading.Thread(target=self._wait, daemon=True)
@@ -61,13 +61,13 @@ class InterruptHandler:
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         os.close(self._write)  # ends the thread
-        self._thread.join(SAY_WITHIN)
+        self._thread.join(JOIN_SECONDS)
 
     @contextmanager
     def abandonable(self, grace: float = 0.0) -> Iterator[None]:
-        """Let a signal raise Interrupted in the block, unless it ends within `grace` seconds.
+        """Let a signal raise Interrupted in the block, unless the block ends within `grace` seconds of the signal.
 
-        Not so with several processes, which must stop in the same place.
+        With several processes, which must stop after the same step, nothing is interrupted.
         """
         if self.ranks.size > 1:
             yield
@@ -80,12 +80,12 @@ class InterruptHandler:
             self._grace = None
 
     def reason(self, needed: float) -> str | None:
-        """Return why to stop now, or None; one more step and the end of the run need `needed` seconds.
+        """Return why to stop now, or None; one more step and the end of the run take `needed` seconds.
 
         All ranks must call this, and `interrupted`, together; they get the same answer.
         """
-        late = self._deadline is not None and time.monotonic() + needed > self._deadline
-        code = self._agreed(TOO_LATE if late else 0)
+        is_late = self._deadline is not None and time.monotonic() + needed > self._deadline
+        code = self._agreed(TIME_IS_UP if is_late else 0)
         return NAMES.get(code, "the time limit") if code else None
 
     def interrupted(self) -> bool:
@@ -93,7 +93,7 @@ class InterruptHandler:
         return self._agreed(0) in NAMES
 
     def stop_listening(self) -> None:
-        """Leave further signals to the system, which ends the process even while a library holds Python's lock."""
+        """Let further signals end the process, even while a library holds Python's global lock."""
         with self._lock:
             self._grace = None
             for number in NAMES:
@@ -101,7 +101,7 @@ class InterruptHandler:
 
     @property
     def name(self) -> str:
-        """Return the name of the signal that came."""
+        """Return the name of the first signal."""
         return NAMES[self.signal]
 
     @property
@@ -110,49 +110,51 @@ class InterruptHandler:
         return 0 if self.signal is None else 128 + self.signal
 
     def _agreed(self, code: int) -> int:
-        """Return the most urgent of the codes of all ranks: a signal, or else `code`."""
+        """Return the largest code of all ranks: the number of a signal if one came, else `code`."""
         code = int(self.ranks.max(torch.tensor(self.signal or code)))
         if code in NAMES:
             self.signal = signal.Signals(code)
         return code
 
     def _handle(self, number: int, frame: object) -> None:
-        """Run in the main thread, soon after a signal."""
+        """Handle a signal in the main thread, between two operations of Python."""
         self._remember(number)
         self._raise_if_late()
 
     def _remember(self, number: int) -> None:
         if self.signal is None:
-            self._came, self.signal = time.monotonic(), signal.Signals(number)
+            self._signal_at = time.monotonic()
+            self.signal = signal.Signals(number)
 
     def _raise_if_late(self) -> None:
-        if self.signal is not None and self._grace is not None and time.monotonic() >= self._came + self._grace:
+        if self.signal is not None and self._grace is not None and time.monotonic() >= self._signal_at + self._grace:
             raise Interrupted
 
     def _wait(self) -> None:
-        own = 0  # signals of `_ask_again` that are on their way
+        """Read signals from the pipe until it is closed: the first is announced, the second ends the process."""
+        repeats = 0  # signals sent by `_signal_again` that have not arrived yet
         while True:
-            if self.signal is not None and not select.select([self._read], [], [], ASK_AGAIN)[0]:
-                own += self._ask_again()
+            if self.signal is not None and not select.select([self._read], [], [], REPEAT_SECONDS)[0]:
+                repeats += self._signal_again()
                 continue
             byte = os.read(self._read, 1)
             if not byte:
                 break
             if byte[0] not in NAMES:
                 continue
-            if own:
-                own -= 1
-            elif self._said:
+            if repeats:
+                repeats -= 1
+            elif self._is_announced:
                 _exit(128 + byte[0])
             else:
-                self._said = True
+                self._is_announced = True
                 self._remember(byte[0])
-                said = for_terminal(f"\n{self.name}: stopping; once more quits at once")
-                print(said, file=sys.stderr, flush=True)
+                message = for_terminal(f"\n{self.name}: stopping; once more quits at once")
+                print(message, file=sys.stderr, flush=True)
         os.close(self._read)
 
-    def _ask_again(self) -> bool:
-        """Signal the main thread again if it is in abandonable work: there was grace, or an `except` of a user's."""
+    def _signal_again(self) -> bool:
+        """Signal the main thread again and return True, if abandonable work has not ended after the signal."""
         with self._lock:
             if self._grace is not None:
                 signal.pthread_kill(threading.main_thread().ident, self.signal)

@@ -1,4 +1,4 @@
-"""What a run measures: policies on held-out problems, findings in its metrics; and the best policy as it is saved."""
+"""The measurements of a run: evaluations, metrics, findings; and the best policy as it is saved."""
 
 import os
 import time
@@ -25,7 +25,7 @@ from tasks.base import Task, asked
 
 
 class Measurer:
-    """Measures the policies of a run and records what they reach; holds no model."""
+    """Measures the policies of a run, records the results and looks for findings. It holds no model."""
 
     def __init__(
         self,
@@ -36,9 +36,8 @@ class Measurer:
         progress: Progress,
         ranks: Ranks = ONE,
     ) -> None:
-        """Write to the output folder of the settings; only rank 0 does."""
-        self.ranks = ranks
-        self.config, self.task = config, task
+        """Write to the output folder of the settings, on rank 0 only."""
+        self.config, self.task, self.ranks = config, task, ranks
         self.evaluator, self.metrics, self.progress = evaluator, metrics, progress
         self.saved_model = Path(config.output_dir) / SAVED_MODEL
         self.samples = Samples(metrics.path and metrics.path.parent)
@@ -54,52 +53,48 @@ class Measurer:
         self.tracker.log(self.progress.total, entry)
         self.diagnose()
 
-    def validate(self, lm: LanguageModel, abandonable: AbstractContextManager[None]) -> dict[str, Any]:
-        """Measure the policy of this step on the validation problems; in `abandonable`, a signal may end that."""
-        start = time.perf_counter()
-        with abandonable:
-            measured = self.evaluator.validate(lm)
-        return self._add(measured, self.progress.step, "validation", start)
+    def measure(
+        self, lm: LanguageModel, split: str, step: int, abandonable: AbstractContextManager[None]
+    ) -> dict[str, Any]:
+        """Measure the policy of a step on a split; return the evaluation, which is recorded, with its findings.
 
-    def test(self, lm: LanguageModel, step: int, abandonable: AbstractContextManager[None]) -> dict[str, Any]:
-        """Measure the policy of a step on the test problems and the neighbouring skills."""
+        The "validation" split has problems only, the "test" split the neighbouring skills too. A signal may end the
+        measurement, which runs in `abandonable`.
+        """
         start = time.perf_counter()
         with abandonable:
-            measured = self.evaluator.test(lm)
-        return self._add(measured, step, "test", start)
+            measured = self.evaluator.test(lm) if split == "test" else self.evaluator.validate(lm)
+        entry = {"step": step, "split": split, **measured, "time/evaluate": time.perf_counter() - start}
+        self.metrics.add_eval(entry)
+        self.tracker.log(self.progress.total, entry, f"{split}/")
+        self.diagnose(aloud=split != "test")  # the list at the end of the run has the findings of the last test
+        return entry
 
     def is_validated(self, step: int) -> bool:
         """Return whether the policy of a step has been measured on the validation problems."""
         return any(entry["step"] == step for entry in self._validations())
 
-    def seconds_of_a_validation(self) -> float:
-        """Return how long the slowest validation so far took."""
+    def slowest_validation(self) -> float:
+        """Return the seconds of the slowest validation so far, 0 if there was none."""
         return max((entry.get("time/evaluate") or 0.0 for entry in self._validations()), default=0.0)
 
     def _validations(self) -> list[dict[str, Any]]:
         return [entry for entry in self.metrics.record["evals"] if entry["split"] == "validation"]
 
-    def _add(self, measured: dict[str, Any], step: int, split: str, start: float) -> dict[str, Any]:
-        """Add an evaluation to the metrics, and look for findings."""
-        entry = {"step": step, "split": split, **measured, "time/evaluate": time.perf_counter() - start}
-        self.metrics.add_eval(entry)
-        self.tracker.log(self.progress.total, entry, f"{split}/")
-        self.diagnose(aloud=split != "test")  # findings of the last test are in the list that follows it
-        return entry
-
     def diagnose(self, aloud: bool = True) -> None:
-        """Add the findings that the metrics newly show, and print them."""
-        record = self.metrics.record["findings"]
-        for finding in new_findings(self.metrics.record, {earlier["name"] for earlier in record}):
+        """Record the findings that are new in the metrics, and print them if `aloud`."""
+        recorded = self.metrics.record["findings"]
+        for finding in new_findings(self.metrics.record, {earlier["name"] for earlier in recorded}):
             hint = self.task.hints.get(finding.name, "")
-            record.append({**asdict(finding), "text": f"{finding.text} {hint}".rstrip()})
+            entry = {**asdict(finding), "text": f"{finding.text} {hint}".rstrip()}
             if finding.name in SHOW_EXAMPLES and self.rollout is not None:
-                record[-1]["examples"] = self.rollout.top_rewarded_wrong()
+                entry["examples"] = self.rollout.top_rewarded_wrong()
+            recorded.append(entry)
             if aloud:
-                show_finding(record[-1])
+                show_finding(entry)
 
     def save(self, lm: LanguageModel) -> None:
-        """Write the best policy, which `lm` is now, to saved_model/, with what a reader and a next run need."""
+        """Write `lm`, the best policy so far, to saved_model/, with a README.md and a card for a later run."""
         c, start = self.config, time.perf_counter()
         on_disk = c.model not in NAMED and os.path.exists(c.model)
         card = {

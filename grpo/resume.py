@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the state of its parts to and from disk, and whether a launch is of the same run."""
+"""Save a run in checkpoints, and continue it from the newest one, if the launch has the same settings and files."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -22,42 +22,42 @@ from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.console import say
 from grpo.runtime.ranks import ONE, Ranks
 
-LONG_AGO = 60.0  # seconds after which a checkpoint is written between those of --save-every
-MOST_SAVING = 0.02  # of the time, for those
-SIZE = 4  # bytes of a number in float32
+SAVE_AFTER_SECONDS = 60.0  # A checkpoint is also written when the last one is a minute old,
+MAX_SAVING_SHARE = 0.02  # but so seldom that this takes at most 2% of the time.
+BYTES_PER_WEIGHT = 4  # float32
 TENSORS = ("policy", "optimizer", "reference")
 
 
 @dataclass
 class Progress:
-    """How far a run is, and the best it has reached."""
+    """How far a run is, and its best policy so far."""
 
     step: int = 0
-    sft_step: int = 0  # supervised steps, all of them before step 1
-    before: Mapping[str, Any] = field(default_factory=dict)  # the starting model on the test problems
-    best: Mapping[str, Any] | None = None  # the evaluation of the best policy, with its step
+    sft_step: int = 0  # supervised steps taken, all of them before step 1
+    before: Mapping[str, Any] = field(default_factory=dict)  # evaluation of the starting model, on test problems
+    best: Mapping[str, Any] | None = None  # evaluation of the best policy, on validation problems
 
     def is_better(self, entry: Mapping[str, Any]) -> bool:
-        """Return whether an evaluation is better than the best so far: by mean reward if that was measured."""
+        """Return whether an evaluation is better than the best so far: by reward if measured, else by accuracy."""
         measure = "reward" if "reward" in entry else "accuracy"
-        known = (self.best or {}).get(measure)  # an earlier version measured no reward
-        return known is None or entry[measure] > known
+        highest = (self.best or {}).get(measure)  # an earlier version measured no reward
+        return highest is None or entry[measure] > highest
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps besides the step."""
+        """Return what a checkpoint keeps besides the step number."""
         return {"sft_step": self.sft_step, "before": self.before, "best": self.best}
 
     @property
     def total(self) -> int:
-        """Return the steps of both kinds: the number of a checkpoint."""
+        """Return the number of supervised and GRPO steps, which is the number of a checkpoint."""
         return self.sft_step + self.step
 
     def named(self) -> str:
-        """Return where the run is, in words."""
+        """Return the last step in words."""
         return f"fine-tuning step {self.sft_step}" if self.sft_step and not self.before else f"step {self.step}"
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned. Raises ValueError if that cannot be its value."""
+        """Restore what `state_dict` returned. Raises ValueError that names the entries which cannot be right."""
         before, best, sft_step = state.get("before"), state.get("best", ...), state.get("sft_step", 0)
         check_entries(
             {
@@ -66,12 +66,15 @@ class Progress:
                 "best": best is None or is_evaluation(best),
             }
         )
-        self.step, self.sft_step, self.before, self.best = state["step"] - sft_step, sft_step, before, best
+        self.step = state["step"] - sft_step
+        self.sft_step = sft_step
+        self.before = before
+        self.best = best
 
 
 @dataclass
 class RunState:
-    """The parts of a run that a checkpoint keeps; each has a `state_dict` and checks its own."""
+    """The parts of a run that a checkpoint keeps. Each has a `state_dict`, and checks what it loads."""
 
     config: TrainConfig
     files: Mapping[str, str]  # SHA-256 of each file of problems or rewards, by path
@@ -80,50 +83,51 @@ class RunState:
     evaluator: Evaluator
     metrics: Metrics
     ranks: Ranks = ONE
-    saved_step: int | None = None  # of the newest checkpoint
-    saved_at: float = field(default_factory=time.monotonic)
-    saving: float = 0.0  # seconds that it took
+    saved_step: int | None = None  # step of the newest checkpoint
+    saved_at: float = field(default_factory=time.monotonic)  # when it was written
+    saving_seconds: float = 0.0  # how long that took
 
     def why_done(self) -> str | None:
-        """Return why no more steps are due, from what has been reached, or None."""
+        """Return why the run needs no more steps, or None if it does."""
         c, step, best = self.config, self.progress.step, self.progress.best
         if step >= c.num_iterations:
             return "all steps are done"
         if c.target_accuracy and best and best["accuracy"] >= c.target_accuracy:
             return f"validation accuracy reached {c.target_accuracy:g}"
-        evals = [e for e in self.metrics.record["evals"] if e["split"] == "validation"]
-        later = [e for e in evals if best and e["step"] > best["step"]]
+        validations = [entry for entry in self.metrics.record["evals"] if entry["split"] == "validation"]
+        later = [entry for entry in validations if best and entry["step"] > best["step"]]
         if c.patience and len(later) >= c.patience:
             return f"the last {len(later)} evaluations were no better than that of step {best['step']}"
         return None
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint, unless there is one of this step. All ranks must call this; rank 0 writes."""
+        """Write a checkpoint, unless there already is one of this step. All ranks must call this; rank 0 writes."""
         start = time.perf_counter()
-        learned = self.grpo.state_dict()
+        trained = self.grpo.state_dict()
         state = {
             "config": self.config.to_dict(),
             "files": self.files,
             "threads": torch.get_num_threads(),
             **self.progress.state_dict(),
             **self.evaluator.state_dict(),
-            **{name: value for name, value in learned.items() if name not in TENSORS},
+            **{name: value for name, value in trained.items() if name not in TENSORS},
         }
-        tensors = {name: learned[name] for name in TENSORS}
+        tensors = {name: trained[name] for name in TENSORS}
         if self.ranks.is_main:
             checkpoint = Checkpoint(self.progress.total, metrics=self.metrics.state_dict(), state=state, **tensors)
             write_checkpoint(folder, checkpoint)
-        self.saved_at, self.saved_step = time.monotonic(), self.progress.step
-        self.saving = time.perf_counter() - start
-        self.metrics.add_time("save", self.saving)
+        self.saved_step = self.progress.step
+        self.saved_at = time.monotonic()
+        self.saving_seconds = time.perf_counter() - start
+        self.metrics.add_time("save", self.saving_seconds)
 
     def saved_long_ago(self) -> bool:
-        """Return whether to save for the time that has passed: a stop may throw away what came after."""
+        """Return whether the last checkpoint is old enough to write another one, on any rank."""
         passed = time.monotonic() - self.saved_at
-        return self.ranks.any(passed > max(LONG_AGO, self.saving / MOST_SAVING))
+        return self.ranks.any(passed > max(SAVE_AFTER_SECONDS, self.saving_seconds / MAX_SAVING_SHARE))
 
     def what_is_lost(self, folder: Path, error: OSError) -> str:
-        """Describe a failed write with what is kept and what is not; keep the metrics too, if they can be written."""
+        """Return a message about a failed write: what is kept and what is lost. Write the metrics if possible."""
         if not folder.is_dir():
             return f"{folder.absolute()} was deleted or moved during the run, with all that was saved; {error}"
         saved, step = self.saved_step, self.progress.step
@@ -135,19 +139,19 @@ class RunState:
         return f"{error}; the checkpoint of step {saved} is kept{lost}, and the same command continues from it"
 
     def bytes_to_come(self) -> int:
-        """Return the bytes of two checkpoints and the model that a run needs, less what it has written already."""
-        trained = sum(p.numel() for p in trainable(self.grpo.policy).values())
-        checkpoint = 3 * SIZE * trained  # AdamW has two moments
-        there = self.progress.total > 0
-        model = 0 if self.progress.best else SIZE * sum(p.numel() for p in self.grpo.policy.parameters())
-        return (1 if there else 2) * checkpoint + model
+        """Return the bytes that the run still has to write: two checkpoints and a model, less what it has."""
+        weights = sum(p.numel() for p in trainable(self.grpo.policy).values())
+        checkpoint = 3 * BYTES_PER_WEIGHT * weights  # the weights, and two moments of AdamW for each
+        checkpoints = 1 if self.progress.total else 2
+        model = 0 if self.progress.best else BYTES_PER_WEIGHT * self.grpo.policy.num_parameters()
+        return checkpoints * checkpoint + model
 
     def restore(self, folder: Path, samples: Samples) -> bool:
-        """Continue from the newest checkpoint that verifies; return False if there is none to continue from.
+        """Continue from the newest checkpoint that verifies; return False if there is none.
 
-        Raises ValueError if there is a run but none of its checkpoints can be used, or if it is another run.
+        Raises ValueError if no checkpoint of the run can be used, or if settings or files have changed.
         """
-        with self.ranks.main_first():  # rank 0 sets damaged ones aside
+        with self.ranks.main_first():  # rank 0 moves damaged checkpoints out of the way
             checkpoint, problems = newest_checkpoint(folder)
         self.ranks.check_alike("the newest checkpoint", f"of step {checkpoint.step}" if checkpoint else "none")
         for problem in problems:
@@ -178,9 +182,9 @@ class RunState:
 
 
 def check_same_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, files: Mapping[str, str]) -> list[str]:
-    """Raise ValueError if a launch with these settings and files (SHA-256 by path) is not of the same run.
+    """Raise ValueError if a checkpoint is of a run with other settings or other files (SHA-256 by path).
 
-    Return the files that changed: before the first update they may, for nothing has been learned from them.
+    Returns the files that changed, which is allowed before the first update, when nothing depends on them yet.
     """
     if checkpoint.state["config"].get(REMOVED):
         raise ValueError(
@@ -191,8 +195,8 @@ def check_same_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, fi
         raise ValueError(
             f"{folder.resolve()} holds a run with other settings: {', '.join(conflicts)}; give the same {ways_on}"
         )
-    earlier = checkpoint.state.get("files", {})
-    changed = [path for path, sha256 in files.items() if earlier.get(path, sha256) != sha256]
+    saved_files = checkpoint.state.get("files", {})
+    changed = [path for path, sha256 in files.items() if saved_files.get(path, sha256) != sha256]
     if changed and checkpoint.step:
         raise ValueError(
             f"{', '.join(changed)} changed since the run in {folder.resolve()} began; put it back {ways_on}"
@@ -202,7 +206,7 @@ def check_same_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, fi
 
 @contextmanager
 def _explained(checkpoint: Checkpoint) -> Iterator[None]:
-    """Name the checkpoint in a ValueError about its content, for which its sums do not vouch, and say what to do."""
+    """Add the name of the checkpoint, and what to do, to a ValueError about its content."""
     try:
         yield
     except ValueError as error:

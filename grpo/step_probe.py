@@ -1,4 +1,4 @@
-"""The figures of a step, taken from outside: its metrics, from what happened in it and from the weights around it."""
+"""The metrics of a step, measured from outside: from its outcome, and from the weights before and after it."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from grpo.record.step_metrics import StepResult, step_metrics
 from grpo.runtime.ranks import Ranks
 from grpo.runtime.sharding import local_tensor
 
-WATCHED_WEIGHTS = 10_000  # that `watched_weights` copies
+WATCHED_WEIGHTS = 10_000  # Enough to see whether updates change the weights, and no cost to copy.
 
 
 def measured_step(grpo: GRPO, step: int) -> tuple[StepOutcome, dict[str, Any]]:
-    """Take a step of GRPO; return what happened, and its metrics."""
+    """Take step number `step` of GRPO; return its outcome and its metrics."""
     weights = watched_weights(grpo.policy)
-    grpo.clock.reset()
+    grpo.clock.seconds = {}
     with grpo.clock("total"):
         outcome = grpo.step(step)
     result = StepResult(
@@ -35,11 +35,9 @@ def measured_step(grpo: GRPO, step: int) -> tuple[StepOutcome, dict[str, Any]]:
 
 
 def sampler_gap(outcome: StepOutcome, ranks: Ranks) -> float:
-    """Return the largest difference between a token's log-probability when sampled and in the first update, nats.
-
-    0 if there is no token.
-    """
-    mask, scored = outcome.batch.tokens.completion_mask, outcome.batch.old_logprobs
+    """Return the largest difference, nats, of a token's log-probability when sampled and in the first update."""
+    mask = outcome.batch.tokens.completion_mask
+    scored = outcome.batch.old_logprobs
     own_rows = ranks.own_slice(len(outcome.rollout.sample_logprobs))
     sampled = outcome.rollout.sample_logprobs[own_rows, : scored.shape[1]]
     return float(ranks.max(torch.where(mask, (sampled - scored).abs(), 0.0).amax()))
@@ -48,12 +46,14 @@ def sampler_gap(outcome: StepOutcome, ranks: Ranks) -> float:
 def watched_weights(policy: PreTrainedModel) -> Tensor:
     """Copy about WATCHED_WEIGHTS of the trainable weights, spread evenly over them, always the same ones."""
     parameters = [local_tensor(parameter) for parameter in trainable(policy).values()]
-    stride = max(1, sum(p.numel() for p in parameters) // WATCHED_WEIGHTS) | 1  # odd, so that it meets every column
+    stride = (
+        max(1, sum(p.numel() for p in parameters) // WATCHED_WEIGHTS) | 1
+    )  # odd, so that it comes to every column
     return torch.cat([p.detach().flatten()[::stride] for p in parameters])
 
 
 def moved_fraction(before: Tensor, after: Tensor, ranks: Ranks) -> float:
-    """Return the share of watched weights that changed, over all ranks."""
+    """Return the share of the watched weights that changed, over all ranks."""
     moved = (before != after).float()
-    changed, all_weights = ranks.sum(torch.stack([moved.sum(), torch.ones_like(moved).sum()])).tolist()
-    return changed / max(1.0, all_weights)
+    changed, watched = ranks.sum(torch.stack([moved.sum(), torch.ones_like(moved).sum()])).tolist()
+    return changed / max(1.0, watched)

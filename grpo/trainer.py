@@ -1,4 +1,4 @@
-"""The run: step by step, with evaluations, checkpoints and an end. A step itself is `grpo/algorithm/grpo.py`."""
+"""A run from its first step to its end, with evaluations and checkpoints. The step itself is `algorithm/grpo.py`."""
 
 import math
 import signal
@@ -36,18 +36,19 @@ from grpo.runtime.device import (
 )
 from grpo.runtime.precision import precision
 from grpo.runtime.ranks import ONE, Ranks
-from grpo.runtime.sharding import own_machine_size, shard
+from grpo.runtime.sharding import shard
 from grpo.sft import SupervisedTrainer
 from grpo.step_probe import measured_step
 from tasks.base import Task
 from tasks.rewards.scoring import decides_by_reward, rewards_of
 
-QUICK = 1.0  # seconds of a step that a signal lets finish
-MOST_SKIPPED = 10  # updates in a row that were not finite, before the run ends
+QUICK_STEP_SECONDS = 1.0  # After a signal, a step that takes no longer is finished instead of thrown away.
+MAX_SKIPPED_IN_A_ROW = 10  # The run ends after so many updates that were not finite.
+TIME_MARGIN = 1.5  # A step may take longer than the slowest so far: this factor keeps the run within its time limit.
 
 
 class Trainer:
-    """A run in a folder: `Trainer(config, task, skills).run()`."""
+    """A run in an output folder: `Trainer(config, task, skills).run()`."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Trainer:
         launched: float | None = None,
         ranks: Ranks = ONE,
     ) -> None:
-        """`launched` is the `time.monotonic()` that a time limit counts from; by default, now."""
+        """Load the model and make the parts of the run. A time limit counts from `launched`, by default from now."""
         self.config, self.task, self.ranks = config, task, ranks
         self.folder = Path(config.output_dir)
         self.saved_model = self.folder / SAVED_MODEL
@@ -76,24 +77,21 @@ class Trainer:
             keep_freed_memory(self.parameters_on_cpu)
         check_prompts_fit(self.lm, task, config)
         self.grpo = GRPO(config, task, self.lm, rewards, device, ranks)
-        own_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
-        choosing = rewards if decides_by_reward(rewards, task) else ()
-        self.evaluator = Evaluator(config, task, own_skills, self.grpo.decoder, choosing, ranks)
+        model_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
+        deciding_rewards = rewards if decides_by_reward(rewards, task) else ()
+        self.evaluator = Evaluator(config, task, model_skills, self.grpo.decoder, deciding_rewards, ranks)
         folder = self.folder if ranks.is_main else None  # the other ranks write nothing
-        where = environment(device, precision(self.lm.model), ranks.size)
-        self.metrics = Metrics(folder, config.to_dict(), where)
+        self.metrics = Metrics(folder, config.to_dict(), environment(device, precision(self.lm.model), ranks.size))
         self.progress = Progress()
         self.measurer = Measurer(config, task, self.evaluator, self.metrics, self.progress, ranks)
         self.state = RunState(config, files, self.progress, self.grpo, self.evaluator, self.metrics, ranks)
         self.launched = time.monotonic() if launched is None else launched
 
     def run(self) -> int:
-        """Continue from the newest checkpoint, or begin; train; measure the best policy. Return the exit status."""
+        """Begin, or continue from the newest checkpoint; train; measure the best policy; return the exit status."""
         with InterruptHandler(self.config.time_limit, self.launched, self.ranks) as interrupts:
-            record = self.metrics.record
-            introduce(
-                self.config, self.lm, record["environment"], self.grpo.scorer, self.grpo.decoder, self.task.notes
-            )
+            machine = self.metrics.record["environment"]
+            introduce(self.config, self.lm, machine, self.grpo.scorer, self.grpo.decoder, self.task.notes)
             ended = self._restore()
             if ended and self.state.why_done():
                 show_already_finished(self.folder, ended)
@@ -109,52 +107,52 @@ class Trainer:
             return interrupts.exit_status
 
     def _continue(self, interrupts: InterruptHandler) -> None:
-        """Train from where the run is to its end, or to a reason to stop."""
+        """Train until the end of the run, or until there is a reason to stop."""
         try:
             reason = self._begin(interrupts) or self.state.why_done() or self._train(interrupts)
             if interrupts.interrupted() or self.progress.best is None:
                 self._stop(interrupts, reason)
             else:
                 if not self.measurer.is_validated(self.progress.step):
-                    self._validate(interrupts)  # what was trained last may be the best
+                    self._validate(interrupts)  # the last policy may be the best
                 self.state.save(self.folder)
                 self._finish(interrupts, reason)
                 self._draw(self.metrics.record)
         except Interrupted:
             self._stop(interrupts, interrupts.name)
-        except ValueError:  # out of memory, a broken reward: keep the metrics so far
+        except ValueError:  # a lack of memory or a broken reward, for example: keep the metrics so far
             self.metrics.write()
             raise
 
     def _stop(self, interrupts: InterruptHandler, reason: str) -> None:
-        """Save after a signal, and say how to go on. A step that has begun to change the policy is thrown away."""
+        """Save after a signal, and say how to continue. A step that has begun to change the policy is thrown away."""
         interrupts.stop_listening()
         place = self.progress.named()
-        if self.grpo is None:  # in the last test, when all is saved
-            pass
-        elif self.grpo.update.has_begun:
-            place += f"; the checkpoint is of step {self.state.saved_step}"
-        else:
-            self.state.save(self.folder)
+        if self.grpo is not None:  # in the last test it is None, and everything is saved
+            if self.grpo.update.has_begun:
+                place += f"; the checkpoint is of step {self.state.saved_step}"
+            else:
+                self.state.save(self.folder)
         self.metrics.write()
-        if interrupts.signal != signal.SIGTERM:  # what sends that may wait for seconds only
+        if interrupts.signal != signal.SIGTERM:  # the sender of SIGTERM may kill the process a few seconds later
             self._draw(self.metrics.record)
         show_interruption(self.folder, place, reason)
 
     def _train(self, interrupts: InterruptHandler) -> str:
-        """Take steps until there is a reason to stop; return it."""
+        """Take steps until there is a reason to stop; return the reason."""
         c, progress = self.config, self.progress
-        ending = progress.before.get("time/evaluate") or 0.0  # the last test takes as long as the first did
-        slowest = math.inf  # seconds of a step without its evaluation
+        last_test = progress.before.get("time/evaluate") or 0.0  # seconds; expected to be those of the first test
+        slowest = math.inf  # seconds of the slowest step so far, without its evaluation
         bar = ProgressBar(progress.step, c.num_iterations)
         try:
             while True:
                 start = time.monotonic()
-                with interrupts.abandonable(QUICK if slowest <= QUICK else 0.0):
+                with interrupts.abandonable(QUICK_STEP_SECONDS if slowest <= QUICK_STEP_SECONDS else 0.0):
                     outcome, entry = measured_step(self.grpo, progress.step + 1)
                 progress.step += 1
                 self.grpo.update.has_begun = False
-                slowest = max(time.monotonic() - start, 0.0 if slowest == math.inf else slowest)
+                seconds = time.monotonic() - start
+                slowest = seconds if slowest == math.inf else max(seconds, slowest)
                 self.measurer.record(outcome.rollout, entry)
                 shown = {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
                 bar.update(progress.step, shown)
@@ -164,8 +162,8 @@ class Trainer:
                     show_completions(progress.step, outcome.rollout)
                 if progress.step % c.eval_every == 0 or progress.step == c.num_iterations:
                     self._validate(interrupts)
-                needed = slowest + self.measurer.seconds_of_a_validation() + ending
-                if reason := self.state.why_done() or interrupts.reason(1.5 * needed):
+                needed = slowest + self.measurer.slowest_validation() + last_test
+                if reason := self.state.why_done() or interrupts.reason(TIME_MARGIN * needed):
                     return reason
                 if progress.step % c.save_every == 0 or self.state.saved_long_ago():
                     self.state.save(self.folder)
@@ -173,46 +171,45 @@ class Trainer:
             bar.close()
 
     def _begin(self, interrupts: InterruptHandler) -> str | None:
-        """Before the first step, fine-tune if asked to, look ahead and measure; return a reason to stop, or None."""
+        """Before step 1, fine-tune if asked to, forecast and measure; return a reason to stop, or None."""
         progress = self.progress
         if progress.before:
             if progress.step % self.config.eval_every == 0 and not self.measurer.is_validated(progress.step):
-                self._validate(interrupts)  # a signal came in the middle of it
+                self._validate(interrupts)  # a signal had interrupted this validation
             return None
         if not progress.sft_step:
             with interrupts.abandonable():
                 self.evaluator.remember_start(self.lm)
-            self.state.save(self.folder)  # to return to, also where the look ahead fails: a reward of the user's, say
+            self.state.save(self.folder)  # the run can continue from here, even if a user's reward fails at once
         if self.config.sft_steps and (reason := self._fine_tune(interrupts)):
             return reason
         with interrupts.abandonable():
-            found, seconds = outlook(self.grpo, self.config)
-        self.metrics.record["outlook"] = found
-        # what GRPO will have to work with, and at once if that is nothing; the run trains as asked all the same
-        show_outlook(found, seconds, self.config.num_iterations, peak_memory(self.lm.device))
-        self.measurer.diagnose()
+            forecast, seconds = outlook(self.grpo, self.config)
+        self.metrics.record["outlook"] = forecast
+        show_outlook(forecast, seconds, self.config.num_iterations, peak_memory(self.lm.device))
+        self.measurer.diagnose()  # says at once if there is nothing to learn from
         if self.evaluator.rewards:
             show_choice_by_reward()
-        progress.before = self.measurer.test(self.lm, 0, interrupts.abandonable())
+        progress.before = self.measurer.measure(self.lm, "test", 0, interrupts.abandonable())
         if self.config.sft_steps:
             show_fine_tuning(progress.before, "after")
         self._validate(interrupts)
         return None
 
     def _fine_tune(self, interrupts: InterruptHandler) -> str | None:
-        """Take the supervised steps that are left; return a reason to stop, or None, with GRPO to begin from here."""
+        """Take the remaining supervised steps, then begin GRPO from there; return a reason to stop, or None."""
         c, progress, record = self.config, self.progress, self.metrics.record
-        steps = SupervisedTrainer(c, self.lm, self.task, self.grpo.update)
+        trainer = SupervisedTrainer(c, self.lm, self.task, self.grpo.update)
         if record["before_sft"] is None:
             with interrupts.abandonable():
                 tested = self.evaluator.test(self.lm)
             record["before_sft"] = {"step": 0, "split": "test", **tested}
-        show_fine_tuning(record["before_sft"], "before", steps.teaches_working)
+        show_fine_tuning(record["before_sft"], "before", trainer.teaches_working)
         bar = ProgressBar(progress.sft_step, c.sft_steps, "fine-tuning")
         try:
             while progress.sft_step < c.sft_steps:
                 start = time.monotonic()
-                entry = steps.step(progress.sft_step + 1)
+                entry = trainer.step(progress.sft_step + 1)
                 progress.sft_step += 1
                 self.metrics.add_step(entry, "sft")
                 self.measurer.tracker.log(progress.total, entry, "sft/")
@@ -221,7 +218,7 @@ class Trainer:
                 self._stop_if_broken()
                 if progress.sft_step % c.save_every == 0 or progress.sft_step == c.sft_steps:
                     self.state.save(self.folder)
-                if reason := interrupts.reason(1.5 * (time.monotonic() - start)):
+                if reason := interrupts.reason(TIME_MARGIN * (time.monotonic() - start)):
                     return reason
         finally:
             bar.close()
@@ -229,34 +226,32 @@ class Trainer:
         return None
 
     def _finish(self, interrupts: InterruptHandler, reason: str) -> None:
-        """Measure the saved policy on the test problems, and print what the run reached."""
+        """Measure the saved policy on the test problems, and print the result of the run."""
         device, progress = self.lm.device, self.progress
         if not self.saved_model.is_dir():
             raise ValueError(
                 f"{self.saved_model} was deleted or moved during the run, and with it the policy of step "
                 f"{progress.best['step']}, the best; put it back and repeat the command, or start over with --fresh"
             )
-        self.grpo, self.lm, self.state.grpo = None, None, None  # policy, reference and optimizer make room
+        self.grpo = self.lm = self.state.grpo = None  # free the memory of policy, reference and optimizer
         with interrupts.abandonable():
             best = load(str(self.saved_model), device, self.config.precision, self.config.shard)
             if self.config.shard:
-                shard(best.model, device, self.ranks.gather(own_machine_size(self.ranks.size)))
-        after = self.measurer.test(best, progress.best["step"], interrupts.abandonable())
+                shard(best.model, device, self.ranks)
+        after = self.measurer.measure(best, "test", progress.best["step"], interrupts.abandonable())
         if self.ranks.is_main:
             readme = saved_readme(self.config, progress.best, progress.before, after)
             with name_in_errors(self.saved_model / "README.md"):
                 (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
-        self.metrics.record["finished"] = {
-            "step": progress.step,
-            "reason": reason,
-            "peak_memory": peak_memory(device),
-        }
+        finished = {"step": progress.step, "reason": reason, "peak_memory": peak_memory(device)}
+        self.metrics.record["finished"] = finished
         self.metrics.write()
         conclude(self.folder, self.metrics.record, time.monotonic() - self.launched, self.task.example)
 
     def _stop_if_broken(self) -> None:
+        """Save, and raise ValueError, if too many updates in a row were not finite."""
         skipped = self.grpo.update.skipped_in_a_row
-        if skipped < MOST_SKIPPED:
+        if skipped < MAX_SKIPPED_IN_A_ROW:
             return
         self.state.save(self.folder)
         raise ValueError(
@@ -265,13 +260,13 @@ class Trainer:
         )
 
     def _restore(self) -> dict[str, Any] | None:
-        """Continue from a checkpoint, if there is one; return the record of the run if it had ended there."""
+        """Continue from a checkpoint, if there is one; return the record of the run if it has already ended."""
         if not self.state.restore(self.folder, self.measurer.samples):
             return None
         step, best = self.progress.step, self.progress.best
-        behind = best and best["step"] == step != read_card(str(self.saved_model)).get("step")
-        if self.ranks.from_main(behind):
-            self.measurer.save(self.lm)  # the process died between the checkpoint and this
+        is_unsaved = best and best["step"] == step != read_card(str(self.saved_model)).get("step")
+        if self.ranks.from_main(is_unsaved):  # the process ended between the checkpoint and the saving of the model
+            self.measurer.save(self.lm)
         return self.ranks.from_main(ended_with(self.folder, step, self.metrics.record))
 
     def _draw(self, record: dict[str, Any]) -> None:
@@ -279,14 +274,13 @@ class Trainer:
             draw_all(record, self.folder)
 
     def _validate(self, interrupts: InterruptHandler) -> None:
-        """Measure on the validation problems; a new best policy goes to saved_model/."""
+        """Measure the policy on the validation problems, and save it to saved_model/ if it is the best so far."""
         progress = self.progress
-        entry = self.measurer.validate(self.lm, interrupts.abandonable())
+        entry = self.measurer.measure(self.lm, "validation", progress.step, interrupts.abandonable())
         improved = progress.is_better(entry)
         if improved:
             progress.best = entry
             if progress.step:
-                # first, so that saved_model/ is never ahead of what a run can continue from
-                self.state.save(self.folder)
+                self.state.save(self.folder)  # first, so that saved_model/ is never ahead of the checkpoints
             self.measurer.save(self.lm)
         show_evaluation(entry, improved)

@@ -1,4 +1,4 @@
-"""From rewards to advantages. Pure functions, in float64: rewards of 1e8 that differ by 1 are equal in float32."""
+"""Rewards to advantages: pure functions, in float64, because rewards of 1e8 and 1e8 + 1 are equal in float32."""
 
 from collections.abc import Callable
 
@@ -7,40 +7,41 @@ from torch import Tensor
 
 STD_FLOOR = 1e-4
 
-# what deviations from the group's mean are divided by, from `groups` (N, G) and which of them count
+# Each returns the divisor of the deviations from the group's mean, (N, 1) or (1, 1), from the rewards (N, G) and a
+# mask of the rewards that apply (N, G).
 SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "group": lambda groups, counts: _std(groups, counts, 1) + STD_FLOOR,
-    "batch": lambda groups, counts: _std(groups, counts, None) + STD_FLOOR,  # REINFORCE++, arXiv:2501.03262
-    "none": lambda groups, counts: torch.ones_like(groups[:, :1]),  # Dr. GRPO, arXiv:2503.20783, section 3.1
+    "group": lambda groups, applies: _std(groups, applies, 1) + STD_FLOOR,
+    "batch": lambda groups, applies: _std(groups, applies, None) + STD_FLOOR,  # REINFORCE++, arXiv:2501.03262
+    "none": lambda groups, applies: torch.ones_like(groups[:, :1]),  # Dr. GRPO, arXiv:2503.20783, section 3.1
 }
 
 
 def group_advantages(rewards: Tensor, num_generations: int, scale: str = "group") -> Tensor:
-    """Return group-relative advantages, (B,) float32, from `rewards` (B,), group-major.
+    """Return group-relative advantages, (B,) float32, of `rewards` (B,), group-major.
 
-    (r − mean) / (std + 1e-4) within each group of G, std with G − 1: DeepSeekMath, arXiv:2402.03300,
-    section 4.1.2. With `scale` "batch" the std is that of all B rewards; with "none" it is r − mean, so that groups
-    of little spread are not blown up. Exactly 0 for a group whose rewards are all equal: in floating point the mean
-    of eight rewards of 0.2 is off by one unit in the last place, and dividing that residue by the floor makes a
-    signal.
-    A reward of NaN means that none applies to the completion: it has no part in mean and std, and its advantage is 0.
+    (r − mean) / (std + 1e-4) within each group of G, std with G − 1: DeepSeekMath, arXiv:2402.03300, section 4.1.2.
+    With `scale` "batch" the std is taken over all B rewards; with "none" nothing is divided.
 
-    Raises ValueError for G below 2, whose std is not defined.
+    A tied group, whose rewards are all equal, gets exactly 0: in floating point the mean of eight rewards of 0.2 is
+    off by one unit in the last place, and a division by 1e-4 would turn that error into a signal. NaN stands for a
+    completion that no reward applies to: it is left out of mean and std, and its advantage is 0.
+
+    Raises ValueError for G below 2, where the std is not defined.
     """
     if num_generations < 2:
         raise ValueError(f"num_generations is {num_generations}; a group needs at least 2 to be compared")
     groups = rewards.double().view(-1, num_generations)  # (N, G)
-    counts = ~groups.isnan()
-    advantages = (groups - groups.nanmean(1, keepdim=True)) / SCALES[scale](groups, counts)
-    return torch.where(~tied_groups(groups)[:, None] & counts, advantages, 0.0).view(-1).float()
+    applies = ~groups.isnan()
+    advantages = (groups - groups.nanmean(1, keepdim=True)) / SCALES[scale](groups, applies)
+    return torch.where(~tied_groups(groups)[:, None] & applies, advantages, 0.0).view(-1).float()
 
 
 def decoupled_advantages(parts: Tensor, weights: Tensor, num_generations: int, scale: str = "group") -> Tensor:
-    """Return advantages, (B,) float32, of reward parts (B, K) that are compared in the group one by one.
+    """Return advantages, (B,) float32, of K rewards that are compared within the group one by one.
 
-    A part is its reward times its weight. Each reward, without its weight, gets its own group-relative advantage;
-    their sum, weighted by `weights` (K,), has mean 0 and is divided by its standard deviation over the batch: GDPO,
-    arXiv:2601.05242, as in TRL. Two completions of equal total differ here if their parts do.
+    `parts` (B, K) are the rewards times their `weights` (K,). Each reward without its weight gives a group-relative
+    advantage. The sum of these advantages times the weights is divided by its standard deviation over the batch:
+    GDPO, arXiv:2601.05242, as in TRL. So completions with equal totals but different parts get different advantages.
     """
     total = torch.zeros(len(parts), dtype=torch.float64)
     for part, weight in zip(parts.double().unbind(1), weights.tolist(), strict=True):
@@ -50,12 +51,12 @@ def decoupled_advantages(parts: Tensor, weights: Tensor, num_generations: int, s
 
 
 def tied_groups(groups: Tensor) -> Tensor:
-    """Return which groups (N, G) have equal rewards, (N,) bool; NaN, which is no reward, has no part in it."""
+    """Return which groups (N, G) have equal rewards, (N,) bool; a NaN, where no reward applies, is left out."""
     return groups.nan_to_num(nan=-torch.inf).amax(1) <= groups.nan_to_num(nan=torch.inf).amin(1)
 
 
-def _std(groups: Tensor, counts: Tensor, dim: int | None) -> Tensor:
-    """Return the standard deviation, with n − 1, of the rewards that count: (N, 1), or a scalar of all."""
-    deviations = torch.where(counts, groups - groups.nanmean(dim, keepdim=True), 0.0)
-    n = counts.sum(dim, keepdim=True)
+def _std(groups: Tensor, applies: Tensor, dim: int | None) -> Tensor:
+    """Return the standard deviation, with n − 1, of the rewards that apply: (N, 1) for `dim` 1, (1, 1) for None."""
+    deviations = torch.where(applies, groups - groups.nanmean(dim, keepdim=True), 0.0)
+    n = applies.sum(dim, keepdim=True)
     return (deviations.square().sum(dim, keepdim=True) / (n - 1).clamp(min=1)).sqrt()

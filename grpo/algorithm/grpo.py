@@ -24,7 +24,7 @@ from grpo.model.lora import has_adapter, trainable
 from grpo.runtime.checks import check_entries, is_count, is_number
 from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.ranks import ONE, Ranks
-from grpo.runtime.sharding import own_machine_size, shard
+from grpo.runtime.sharding import shard
 from grpo.runtime.stopwatch import Stopwatch
 from tasks.base import Task
 from tasks.rewards.scoring import RewardFunction, rewards_of
@@ -32,18 +32,18 @@ from tasks.rewards.scoring import RewardFunction, rewards_of
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What happened in a step."""
+    """What happened in a step: what it sampled, trained on and measured."""
 
     step: int
     settings: StepSettings
     drawn: Rollout  # all groups that were sampled
-    rollout: Rollout  # those that were trained on
-    batch: Batch  # this rank's rows of the rollout, with the log-probabilities of policy and reference
-    updates: Sequence[UpdateStats]
+    rollout: Rollout  # the groups that were trained on, with their advantages
+    batch: Batch  # this rank's rows of `rollout`, with the log-probabilities of policy and reference
+    updates: Sequence[UpdateStats]  # one for each inner update
 
 
 class GRPO:
-    """A policy with its reference and optimizer, and all else that a step changes."""
+    """A policy with its reference and optimizer, and everything else that a step changes."""
 
     def __init__(
         self,
@@ -54,19 +54,21 @@ class GRPO:
         device: torch.device | None = None,
         ranks: Ranks = ONE,
     ) -> None:
-        """Without `rewards`, use those of the settings. `device` is where a model goes that is to be sharded."""
+        """Make reference, sampler and optimizer.
+
+        `rewards` are by default the rewards of the settings. `device` is where a sharded model is put.
+        """
         self.config, self.policy, self.ranks = config, lm.model, ranks
-        self.clock = Stopwatch()  # of the phases of a step
-        adapted = has_adapter(lm.model)  # then the reference is the policy without it
-        frozen = frozen_copy(lm.model) if config.beta > 0 and not adapted else None
+        self.clock = Stopwatch()  # seconds of each phase of a step
+        needs_copy = config.beta > 0 and not has_adapter(lm.model)  # with an adapter, the policy without it serves
+        frozen = frozen_copy(lm.model) if needs_copy else None
         if config.shard:
-            machine_sizes = ranks.gather(own_machine_size(ranks.size))
             for model in filter(None, (lm.model, frozen)):
-                shard(model, device or lm.device, machine_sizes)
+                shard(model, device or lm.device, ranks)
         self.schedule = Schedule(config)
-        g = self.schedule.largest_group
+        g = max(self.schedule.at(step).num_generations for step in (1, config.num_iterations))  # the largest group
         prompts = min(config.micro_batch_size or config.batch_size, config.batch_size)
-        # a sharded model makes every pass on all processes, so none can take smaller ones than the others
+        # The processes of a sharded model make every pass together, so one alone cannot take smaller passes.
         self.sample_microbatch = AdaptiveMicrobatch("sampling", config.batch_size * g, g, config.shard)
         self.update_microbatch = AdaptiveMicrobatch("the update", prompts * g, g, config.shard)
         self.scorer, self.decoder = probe(lm, task, config.cuda_graphs, ranks)
@@ -84,10 +86,11 @@ class GRPO:
         self.update = Updater(lm.model, config, self.scorer, self.update_microbatch, self.clock, ranks)
 
     def begin_here(self) -> None:
-        """Take the policy as it is for the start: it becomes the reference, and its optimizer is a new one."""
+        """Begin GRPO from the policy as it is now: copy it to the reference, and reset the optimizer."""
         if self.reference.frozen is not None:
             self.reference.sync()
-        self.update.forget()
+        self.update.optimizer.state.clear()
+        self.update.skipped_in_a_row = 0
 
     def step(self, step: int) -> StepOutcome:
         """Take step number `step`, from 1."""
@@ -104,25 +107,25 @@ class GRPO:
         return StepOutcome(step, settings, drawn, rollout, batch, updates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what later steps depend on: named tensors, those of a reference only if it changes, and numbers.
+        """Return what later steps depend on: tensors by name, and numbers; a reference only if it changes in a run.
 
-        All ranks must call this, to put a sharded model together; only rank 0 gets its tensors.
+        All ranks must call this, to put a sharded model together; only rank 0 gets tensors.
         """
-        synced = self.reference.frozen is not None and (self.config.ref_model_sync_steps or self.config.sft_steps)
+        changes = self.reference.frozen is not None and (self.config.ref_model_sync_steps or self.config.sft_steps)
         return {
             **self.update.state_dict(),
-            "reference": self.ranks.collect(self.reference.state_dict()) if synced else None,
+            "reference": self.ranks.collect(self.reference.frozen.named_parameters()) if changes else None,
             "beta": self.schedule.beta,
             "skipped_in_a_row": self.update.skipped_in_a_row,
             "limits": {"sample": self.sample_microbatch.rows, "update": self.update_microbatch.rows},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], keep_limits: bool) -> None:
-        """Restore what `state_dict` returned; the limits of passes only with `keep_limits`.
+        """Restore what `state_dict` returned; the numbers of rows in a pass only with `keep_limits`.
 
-        Raises ValueError if it is not of this model.
+        Raises ValueError if the state does not fit this model.
         """
-        limits = state.get("limits")  # the first version had none
+        limits = state.get("limits")  # the first version saved none
         check_entries(
             {
                 "beta": is_number(state.get("beta", 0.0)),
@@ -143,25 +146,26 @@ class GRPO:
 
 
 def check_tensor_shapes(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if the tensors of a state are not of a model with these parameters."""
-    expected, types = {name: p.shape for name, p in parameters.items()}, {p.dtype for p in parameters.values()}
-    of_reference = {*types, torch.bfloat16}  # it is held in the precision of passes
-    for kind, tensors, allowed in (
-        ("weights", state["policy"], types),
-        ("reference", state["reference"], of_reference),
-    ):
-        if tensors is None:
-            continue
-        found = {tensor.dtype for tensor in tensors.values()}  # one type
-        if (
-            len(found) > 1
-            or not found <= allowed
-            or {name: tensor.shape for name, tensor in tensors.items()} != expected
-        ):
-            raise ValueError(f"its {kind} cannot be of this model")
-    shapes = [p.shape for p in parameters.values()]
-    found = {key: tensor.shape for key, tensor in state["optimizer"].items()}
-    touched = [i for i in range(len(shapes)) if f"{i}.step" in found]  # a parameter without a gradient has no moments
-    moments = {f"{i}.{name}": shapes[i] for i in touched for name in ("exp_avg", "exp_avg_sq")}
-    if found != moments | {f"{i}.step": torch.Size() for i in touched}:
+    """Raise ValueError if the tensors of a state do not fit a model with these parameters."""
+    shapes = {name: p.shape for name, p in parameters.items()}
+    weight_dtypes = {p.dtype for p in parameters.values()}
+    reference_dtypes = {*weight_dtypes, torch.bfloat16}  # a reference is held in the precision of passes
+    _check_weights("weights", state["policy"], shapes, weight_dtypes)
+    if state["reference"] is not None:
+        _check_weights("reference", state["reference"], shapes, reference_dtypes)
+    optimizer = {key: tensor.shape for key, tensor in state["optimizer"].items()}
+    expected = {}
+    for index, shape in enumerate(shapes.values()):
+        if f"{index}.step" in optimizer:  # a parameter without a gradient has no moments
+            expected |= {f"{index}.step": torch.Size(), f"{index}.exp_avg": shape, f"{index}.exp_avg_sq": shape}
+    if optimizer != expected:
         raise ValueError("its optimizer state cannot be of this model")
+
+
+def _check_weights(
+    kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], dtypes: set[torch.dtype]
+) -> None:
+    """Raise ValueError unless `tensors` have these shapes, and all the same one of these data types."""
+    present = {tensor.dtype for tensor in tensors.values()}
+    if len(present) > 1 or not present <= dtypes or {name: x.shape for name, x in tensors.items()} != shapes:
+        raise ValueError(f"its {kind} cannot be of this model")

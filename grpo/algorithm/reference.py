@@ -1,8 +1,8 @@
 """The reference: the frozen model that the KL is measured against."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from grpo.scoring.tokens import Tokens
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy that is never trained."""
+    """Return a copy of a model that is never trained, in the precision of its passes."""
     frozen = copy.deepcopy(model).requires_grad_(False)
     lower_weights(frozen)
     return frozen
@@ -41,49 +41,38 @@ class Reference:
         self.scorer, self.microbatch, self.clock = scorer, microbatch, clock
 
     def logprobs(self, tokens: Tokens) -> Tensor | None:
-        """Return the reference's log-probabilities of a rollout, (B, C); None where beta is 0."""
+        """Return the reference's log-probabilities of the completion tokens, (B, C); None where beta is 0."""
         with self.clock("reference"):
             if self.config.beta == 0:
                 return None
-            with self._model() as model:
+            model = self.frozen or self.policy
+            with nullcontext() if self.frozen else model.disable_adapter():
                 return self.microbatch.run(
                     lambda rows: logprobs_in_passes(self.scorer, model, tokens, self.config.temperature, rows)
                 )
 
     def sync_if_due(self, step: int) -> None:
-        """Make the reference a copy of the policy after this step, if the settings say so."""
+        """Copy the policy to the reference after every `ref_model_sync_steps` steps."""
         every = self.config.ref_model_sync_steps
         if every and step % every == 0:
             self.sync()
 
     def sync(self) -> None:
-        """Make the reference a copy of the policy as it is now."""
+        """Copy the policy to the reference."""
         self.frozen.load_state_dict(self.policy.state_dict())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the parameters of the frozen copy."""
-        return dict(self.frozen.named_parameters())
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the parameters of the frozen copy."""
+        """Restore the parameters of the frozen copy, by name."""
         for name, parameter in self.frozen.named_parameters():
             parameter.copy_(distribute_like(tensors[name], parameter))
-
-    @contextmanager
-    def _model(self) -> Iterator[PreTrainedModel]:
-        if self.frozen is not None:
-            yield self.frozen
-        else:
-            with self.policy.disable_adapter():
-                yield self.policy
 
 
 @torch.no_grad()
 def logprobs_in_passes(
     scorer: Scorer, model: PreTrainedModel, tokens: Tokens, temperature: float, rows_per_pass: int
 ) -> Tensor:
-    """Return a model's log-probabilities of a rollout, (B, C), without a gradient."""
+    """Return a model's log-probabilities of the completion tokens, (B, C), without a gradient."""
     logprobs = torch.zeros(tokens.completion_ids.shape, device=tokens.completion_ids.device)
     for rows in split_microbatches(logprobs.shape[0], tokens.num_generations, rows_per_pass):
         with in_precision(model):

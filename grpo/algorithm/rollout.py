@@ -1,4 +1,4 @@
-"""One step's data: sample completions, score them, keep everything that belongs together in one place."""
+"""The data of one step: problems, completions, rewards and advantages, sampled and kept together."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -35,8 +35,9 @@ class Rollout:
     completion_texts: Sequence[str]  # B
     # from the reward functions
     rewards: Sequence[Reward] = ()  # B
-    compared: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B, K) float64: what a group is compared by
-    # from the comparison, of the groups that are trained on
+    # (B, K) float64: the total reward (K = 1), or each part with --multi-objective-aggregation normalize_then_sum
+    compared: Tensor = field(default_factory=lambda: torch.zeros(0))
+    # from the comparison of the groups that are trained on
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,) float32
 
     @property
@@ -62,30 +63,28 @@ class Rollout:
 
     @cached_property
     def tied(self) -> Tensor:
-        """Return which groups have equal rewards, (N,) bool: their advantages are 0, and they teach nothing."""
+        """Return which groups have equal rewards, (N,) bool: their advantages are 0, which gives no signal."""
         by_group = self.compared.view(len(self.problems), -1, self.compared.shape[1])  # (N, G, K)
         return torch.stack([tied_groups(column) for column in by_group.unbind(-1)]).all(0)
 
     @cached_property
     def lengths(self) -> Tensor:
-        """Return the tokens of each completion, (B,), on the CPU."""
+        """Return the number of tokens of each completion, (B,), on the CPU."""
         return self.tokens.completion_mask.sum(-1).cpu()
 
     def loss_tokens(self, config: TrainConfig) -> Tokens:
-        """Return the tokens the loss is taken over.
+        """Return the tokens that the loss is averaged over, the others masked.
 
-        Left out are completions that no reward applies to and, if the settings say so, truncated ones (DAPO, section
-        3.4).
+        Masked are completions that no reward applies to and, with `mask_truncated_completions`, truncated completions
+        (DAPO, section 3.4).
         """
         counts = self.applies.to(self.truncated.device)
         if config.mask_truncated_completions:
             counts = counts & ~self.truncated
-        if bool(counts.all()):
-            return self.tokens
         return replace(self.tokens, completion_mask=self.tokens.completion_mask & counts.unsqueeze(-1))
 
     def pick(self, groups: Sequence[int]) -> "Rollout":
-        """Return these groups, in this order, as wide as the longest of their completions."""
+        """Return these groups, in this order, with as many columns as the longest of their completions has."""
         g = self.num_generations
         rows = [group * g + i for group in groups for i in range(g)]
         width = int(self.tokens.completion_mask[rows].sum(-1).max())
@@ -106,7 +105,7 @@ class Rollout:
         )
 
     def to(self, device: torch.device | str) -> "Rollout":
-        """Return a copy with the sampled tensors on `device`."""
+        """Return a copy with what was sampled on `device`."""
         return replace(
             self,
             tokens=self.tokens.to(device),
@@ -131,15 +130,15 @@ class Rollout:
         ]
 
     def top_rewarded_wrong(self, count: int = 2) -> list[str]:
-        """Return the wrong completions with the highest rewards, each once, with question and reward."""
-        rows = zip(range(len(self.rewards)), self.completion_texts, self.rewards, strict=True)
-        wrong = [row for row in rows if not row[2].correct and row[2].total is not None]
-        wrong.sort(key=lambda row: -row[2].total)
+        """Return a line for each of the wrong completions with the highest rewards: question, completion, reward."""
+        g = self.num_generations
+        wrong = [i for i, reward in enumerate(self.rewards) if not reward.correct and reward.total is not None]
+        wrong.sort(key=lambda i: -self.rewards[i].total)
         lines = [
-            f"{self.problems[i // self.num_generations].question}  {text}  reward {reward.total:.2f}, wrong"
-            for i, text, reward in wrong
+            f"{self.problems[i // g].question}  {self.completion_texts[i]}  reward {self.rewards[i].total:.2f}, wrong"
+            for i in wrong
         ]
-        return list(dict.fromkeys(lines))[:count]
+        return list(dict.fromkeys(lines))[:count]  # each line once
 
 
 def concatenate(parts: Sequence[Rollout]) -> Rollout:
@@ -176,8 +175,8 @@ def redraw_tied(
 ) -> tuple[Rollout, list[int]]:
     """Draw tied groups again, with other problems, at most `attempts` times.
 
-    `drawn` has a scored group for each place of a batch, and `draw(attempt, places)` returns another one for each of
-    these places. Returns all groups that were drawn, and for each place the index of the group to train on.
+    `drawn` has a scored group for each place of a batch; `draw(attempt, places)` draws a new group for each of these
+    places. Returns all groups that were drawn, and for each place the index of the group to train on.
     """
     kept = list(range(len(drawn.problems)))
     for attempt in range(1, attempts + 1):
@@ -192,7 +191,7 @@ def redraw_tied(
 
 @dataclass(frozen=True)
 class RolloutSampler:
-    """Samples a step: `sampler.sample(step, num_generations)` is a function of the policy, the seed and the step."""
+    """Samples the groups of a step, which depend only on the policy, the seed and the step."""
 
     config: TrainConfig
     lm: LanguageModel
@@ -204,7 +203,7 @@ class RolloutSampler:
     ranks: Ranks = ONE
 
     def sample(self, step: int, num_generations: int) -> tuple[Rollout, Rollout]:
-        """Sample, score and compare the groups of a step; return all that were drawn, and those to train on."""
+        """Sample, score and compare the groups of a step; return all groups drawn, and the groups to train on."""
         c = self.config
 
         def draw(attempt: int, places: Sequence[int]) -> Rollout:
@@ -218,17 +217,18 @@ class RolloutSampler:
         return drawn, replace(rollout, advantages=self._advantages(rollout))
 
     def _sample_across_ranks(self, step: int, attempt: int, places: Sequence[int], num_generations: int) -> Rollout:
-        """Return a group, without rewards, for each of these places of the batch.
+        """Return a group, without rewards, for each of these places of the batch; the ranks share the work.
 
-        Each attempt has other problems, and each place its own rows of uniforms, whichever rank samples it.
+        Problems and uniforms depend on attempt and place, not on the rank that samples the group.
         """
         c, g = self.config, num_generations
         padded = self.ranks.padded(places)
-        own = self.ranks.own_slice(len(padded))
-        numbers = [attempt * c.batch_size + place for place in padded[own]]
+        own_groups = self.ranks.own_slice(len(padded))
+        numbers = [attempt * c.batch_size + place for place in padded[own_groups]]
         problems = [self.task.training_problem(c.seed, step, number) for number in numbers]
-        uniforms = sampling_uniforms(c.seed, step, own.stop * g, c.max_new_tokens, attempt)[own.start * g :]
-        # a rank repeats its own part alone, with fewer rows, if its memory runs out
+        own_rows = slice(own_groups.start * g, own_groups.stop * g)
+        uniforms = sampling_uniforms(c.seed, step, own_rows.stop, c.max_new_tokens, attempt)[own_rows]
+        # A rank whose memory runs out repeats its part alone, with fewer rows in a pass.
         local = self.microbatch.run(lambda rows_per_pass: self._sample(problems, uniforms, g, rows_per_pass))
         if self.ranks.size == 1:
             return local
@@ -238,7 +238,7 @@ class RolloutSampler:
     def _sample(
         self, problems: Sequence[Problem], uniforms: Tensor, num_generations: int, rows_per_pass: int
     ) -> Rollout:
-        """Sample a group for each problem."""
+        """Sample a group, without rewards, for each problem."""
         c, lm, decoder = self.config, self.lm, self.generator.decoder
         with self.clock("sample"), in_precision(lm.model):
             prompts = lm.prompts([prompt_of(self.task, problem) for problem in problems])
@@ -255,7 +255,7 @@ class RolloutSampler:
             )
 
     def _score(self, rollout: Rollout) -> Rollout:
-        """Return the rollout with its rewards. Rank 0 scores all completions that were drawn, in one batch."""
+        """Return the rollout with its rewards: rank 0 scores all completions of an attempt in one call."""
         with self.clock("reward"):
             rewards = self.ranks.on_main(lambda: self._rewards(rollout))
         if self.config.multi_objective_aggregation == "normalize_then_sum":
@@ -265,10 +265,10 @@ class RolloutSampler:
         return replace(rollout, rewards=rewards, compared=torch.tensor(values, dtype=torch.float64))
 
     def _rewards(self, rollout: Rollout) -> list[Reward]:
-        problems = [problem for problem in rollout.problems for _ in range(rollout.num_generations)]
-        attempts = [self.task.grade(p, text) for p, text in zip(problems, rollout.completion_texts, strict=True)]
-        ids = {"completion_ids": rollout.tokens.completion_rows()}
-        return score(self.rewards, attempts, ids, self.clock)
+        g = rollout.num_generations
+        texts = enumerate(rollout.completion_texts)
+        attempts = [self.task.grade(rollout.problems[row // g], text) for row, text in texts]
+        return score(self.rewards, attempts, {"completion_ids": rollout.tokens.completion_rows()}, self.clock)
 
     def _advantages(self, rollout: Rollout) -> Tensor:
         """Return the advantages of the completions, (B,) float32."""

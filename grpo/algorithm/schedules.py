@@ -1,19 +1,18 @@
-"""What changes from step to step: learning rate, group size, weight of the KL."""
+"""The settings that may change from step to step: learning rate, group size, weight of the KL."""
 
 from dataclasses import dataclass
 from math import cos, isfinite, pi
 
 from grpo.config import TrainConfig, parse_group_schedule
 
-# The adaptive KL weight, as published: the relative error that counts at most, and how much of it changes the weight.
-KL_MAX_ERROR = 0.2
-KL_GAIN = 0.1
-LARGEST_BETA = 1e3
+KL_MAX_ERROR = 0.2  # The relative error of the KL is clipped to ±0.2, as published.
+KL_GAIN = 0.1  # The weight of the KL changes by 0.1 times the clipped error, as published.
+MAX_BETA = 1e3  # A KL that stays above its target cannot raise the weight without bound.
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The settings of one step that may differ from those of another."""
+    """The settings of one step that may change from step to step."""
 
     learning_rate: float
     num_generations: int  # completions a prompt, G
@@ -21,14 +20,14 @@ class StepSettings:
 
 
 class Schedule:
-    """The settings of each step. `beta` changes on the way if there is a target for the KL."""
+    """The settings of each step. With `--target-kl`, `beta` is adapted after each step."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.beta = config.beta
 
     def at(self, step: int) -> StepSettings:
-        """Return the settings of a step, from 1."""
+        """Return the settings of step number `step`, from 1."""
         c = self.config
         group = c.num_generations
         if c.group_schedule:
@@ -36,13 +35,8 @@ class Schedule:
         rate = learning_rate_at(step, c.num_iterations, c.learning_rate, c.warmup_steps, c.learning_rate_decay)
         return StepSettings(rate, group, self.beta)
 
-    @property
-    def largest_group(self) -> int:
-        """Return the largest number of completions a prompt in any step."""
-        return max(self.at(step).num_generations for step in (1, self.config.num_iterations))
-
     def adapt(self, kl: float | None) -> None:
-        """Adapt beta after a step with this KL, nats a token, if there is a target for it."""
+        """Adapt beta to the KL of a step, nats a token, if there is a target for it."""
         if self.config.target_kl:
             self.beta = adapted_beta(self.beta, kl, self.config.target_kl)
 
@@ -50,7 +44,7 @@ class Schedule:
 def learning_rate_at(step: int, steps: int, peak: float, warmup: int, decay: str) -> float:
     """Return the learning rate of `step` (from 1) of `steps`: linear up to `peak` over `warmup` steps, then `decay`.
 
-    `decay` is "none", "linear" or "cosine"; the last step is one step away from 0, not at it.
+    `decay` is "none", "linear" or "cosine". A decay would reach 0 one step after the last.
     """
     if step <= warmup:
         return peak * step / warmup
@@ -66,11 +60,11 @@ def group_size_at(step: int, steps: int, first: int, last: int) -> int:
 
 
 def adapted_beta(beta: float, kl: float, target: float) -> float:
-    """Return the weight of the KL after a step with this KL, nats a token: larger above the target, smaller below.
+    """Return the next weight of the KL: larger if `kl`, nats a token, was above the target, smaller if below.
 
     beta · (1 + 0.1 · clip(kl / target − 1, ±0.2)): Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
     if not isfinite(kl):
         return beta
     error = max(-KL_MAX_ERROR, min(KL_MAX_ERROR, kl / target - 1))
-    return min(LARGEST_BETA, beta * (1 + KL_GAIN * error))
+    return min(MAX_BETA, beta * (1 + KL_GAIN * error))

@@ -1,4 +1,4 @@
-"""One inner update: the loss of a rollout, its gradient, and the optimizer's step, if all of it is finite."""
+"""One inner update: the loss of a rollout, its gradient, and the optimizer's step if loss and gradient are finite."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,19 +26,19 @@ from grpo.scoring.tokens import Tokens
 
 @dataclass(frozen=True)
 class Batch:
-    """What an inner update needs of a rollout, or of some of its rows."""
+    """The rows of a rollout as an inner update needs them: the whole step, a rank's rows, or a micro-batch."""
 
     tokens: Tokens
     advantages: Tensor  # (B,)
     sizes: StepSizes
-    ref_logprobs: Tensor | None = None  # (B, C), None without a reference
-    old_logprobs: Tensor | None = None  # (B, C), None until the first inner update has computed them
+    ref_logprobs: Tensor | None = None  # (B, C); None without a reference
+    old_logprobs: Tensor | None = None  # (B, C); None until the first inner update has computed them
 
     @classmethod
     def of_step(
         cls, tokens: Tokens, advantages: Tensor, max_new_tokens: int, num_completions: int | None = None
     ) -> "Batch":
-        """Make a batch of all rows of a step; `num_completions` of them have a part in it, by default all."""
+        """Make a batch of all rows of a step; `num_completions` of the rows count in the loss, by default all."""
         num_tokens = max(1, int(tokens.completion_mask.sum()))
         n = advantages.shape[0] if num_completions is None else max(1, num_completions)
         return cls(tokens, advantages, StepSizes(n, num_tokens, max_new_tokens))
@@ -46,12 +46,12 @@ class Batch:
     @classmethod
     def from_rollout(cls, rollout: Rollout, config: TrainConfig, ranks: Ranks = ONE) -> "Batch":
         """Make a batch of this rank's rows of a rollout, with the sizes of the whole step."""
-        tokens, applying = rollout.loss_tokens(config), int(rollout.applies.sum())
-        batch = cls.of_step(tokens, rollout.advantages, config.max_new_tokens, applying)
+        num_completions = int(rollout.applies.sum())
+        batch = cls.of_step(rollout.loss_tokens(config), rollout.advantages, config.max_new_tokens, num_completions)
         return batch.slice_rows(ranks.own_slice(len(rollout.advantages)))
 
     def slice_rows(self, rows: slice) -> "Batch":
-        """Return some rows, whole groups or a part of one, with as many columns as their tokens have."""
+        """Return these rows, whole groups or a part of one, cut to the columns that their tokens fill."""
         tokens = self.tokens.slice_rows(rows)
         width = tokens.completion_ids.shape[1]
         ref = None if self.ref_logprobs is None else self.ref_logprobs[rows, :width]
@@ -61,39 +61,40 @@ class Batch:
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Figures of one inner update; means are over the completion tokens of the step."""
+    """Measurements of one inner update; a mean is over the completion tokens of the step."""
 
     loss: float
     grad_norm: float  # before clipping
     kl: float | None  # None without a reference
     entropy: float | None  # in the first inner update only
     clip_fraction: float
-    ratio_min: float  # not finite where all completions are masked
-    ratio_max: float
+    ratio_min: float  # inf where all completions are masked
+    ratio_max: float  # -inf where all completions are masked
     applied: bool  # False if loss or gradient was not finite: the weights are unchanged
 
 
 class Totals:
-    """The sums of an inner update over its micro-batches, on the device."""
+    """Sums and extremes over the micro-batches of an inner update, on the device."""
 
     def __init__(self, completion_ids: Tensor) -> None:
-        """`completion_ids` are those of the whole batch, (B, C)."""
+        """Begin at zero for a batch with these completions, (B, C)."""
         device = completion_ids.device
-        self.sums = torch.zeros(4, device=device)  # loss; kl, entropy and clipped, summed over tokens
+        self.sums = torch.zeros(4, device=device)  # the loss; kl, entropy and clipped, summed over the tokens
         self.ratio_min = torch.full((), torch.inf, device=device)
         self.ratio_max = torch.full((), -torch.inf, device=device)
         self.logprobs = torch.zeros(completion_ids.shape, device=device)  # (B, C) of the policy before the update
 
     def add(self, loss: Tensor, tokens: TokenLoss, entropy: Tensor | None, mask: Tensor) -> None:
-        """Add the figures of a micro-batch, whose tokens (B, C) count where `mask` says so."""
-        by_token = (tokens.kl, torch.zeros_like(tokens.kl) if entropy is None else entropy, tokens.clipped.float())
+        """Add the loss and the tokens of a micro-batch; the tokens where `mask` (B, C) is True count."""
+        entropy = torch.zeros_like(tokens.kl) if entropy is None else entropy
+        by_token = (tokens.kl, entropy, tokens.clipped.float())
         self.sums += torch.stack([loss, *(torch.where(mask, x, 0.0).sum() for x in by_token)])
         self.ratio_min = torch.minimum(self.ratio_min, torch.where(mask, tokens.ratio, torch.inf).min())
         self.ratio_max = torch.maximum(self.ratio_max, torch.where(mask, tokens.ratio, -torch.inf).max())
 
 
 class Updater:
-    """The policy's optimizer: `stats, batch = updater(batch, settings)` is one inner update."""
+    """The policy's optimizer; `stats, batch = updater(batch, settings)` makes one inner update."""
 
     def __init__(
         self,
@@ -104,23 +105,23 @@ class Updater:
         clock: Stopwatch,
         ranks: Ranks = ONE,
     ) -> None:
-        """`microbatch` has the rows of a pass; the seconds go to `clock`."""
+        """`microbatch` limits the rows of a pass; `clock` adds up the seconds."""
         self.policy, self.config, self.scorer = policy, config, scorer
         self.microbatch, self.clock, self.ranks = microbatch, clock, ranks
         self.optimizer = torch.optim.AdamW(
             trainable(policy).values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
-        self.skipped_in_a_row = 0  # updates that were not finite
-        self.has_begun = False  # whether the policy has changed since the caller last counted a step
+        self.skipped_in_a_row = 0  # the latest updates, if they were skipped because they were not finite
+        self.has_begun = False  # True from the first update of a step until the caller has counted the step
 
     def __call__(self, batch: Batch, settings: StepSettings) -> tuple[UpdateStats, Batch]:
-        """Update the policy; return the figures, and the batch with `old_logprobs`, computed by the first update."""
+        """Update the policy; return the measurements, and the batch with the `old_logprobs` of the first update."""
         self.has_begun = True
-        self.set_learning_rate(settings.learning_rate)
+        self.optimizer.param_groups[0]["lr"] = settings.learning_rate
         recomputing = self.recompute_activations() if self.config.gradient_checkpointing else nullcontext()
         with self.clock("update"), recomputing:
             stats, logprobs = self.microbatch.run(lambda rows: self.inner_update(batch, settings.beta, rows))
-        self.optimizer.zero_grad(set_to_none=True)  # the memory of the gradient serves the next rollout
+        self.optimizer.zero_grad(set_to_none=True)  # the next rollout needs the memory of the gradient
         if batch.old_logprobs is None:  # the policy was still the one that sampled
             batch = replace(batch, old_logprobs=logprobs)
         return stats, batch
@@ -128,16 +129,15 @@ class Updater:
     def inner_update(self, batch: Batch, beta: float, rows_per_pass: int) -> tuple[UpdateStats, Tensor]:
         """Accumulate the gradient of the whole step over micro-batches, clip it, apply it.
 
-        Also returns the policy's log-probabilities before the update, (B, C): in the first inner update the policy is
-        the one that sampled, so they are the old ones of the others.
+        Returns the measurements, and the policy's log-probabilities before the update, (B, C).
         """
         self.optimizer.zero_grad(set_to_none=True)
         totals = self._accumulate(batch, beta, rows_per_pass)
         with oom_is_fatal("the optimizer's step", self.ranks):
             sums = self.ranks.sum(totals.sums)
-            low = self.ranks.min(totals.ratio_min)
-            high = self.ranks.max(totals.ratio_max)
-            numbers, applied = self.apply_gradient((sums, low, high))
+            lowest = self.ranks.min(totals.ratio_min)
+            highest = self.ranks.max(totals.ratio_max)
+            numbers, applied = self.apply_gradient((sums, lowest, highest))
         loss, kl, entropy, clipped, ratio_min, ratio_max, grad_norm = numbers
         n = batch.sizes.num_tokens
         stats = UpdateStats(
@@ -154,14 +154,20 @@ class Updater:
 
     def _accumulate(self, batch: Batch, beta: float, rows_per_pass: int) -> Totals:
         """Run each micro-batch forward and backward; the gradients stay in the policy."""
-        c, first = self.config, batch.old_logprobs is None
+        c = self.config
+        first = batch.old_logprobs is None
         average = AVERAGES[c.loss_average]
         totals = Totals(batch.tokens.completion_ids)
         for rows in split_microbatches(len(batch.advantages), batch.tokens.num_generations, rows_per_pass):
             micro = batch.slice_rows(rows)
             mask = micro.tokens.completion_mask
             with in_precision(self.policy):
-                logprobs, entropy = self._score(micro.tokens, with_entropy=first)
+                if first or c.entropy_bonus:
+                    logprobs, entropy = self.scorer.logprobs_and_entropies(
+                        self.policy, micro.tokens, c.temperature, entropy_gradient=bool(c.entropy_bonus)
+                    )
+                else:
+                    logprobs, entropy = self.scorer.logprobs(self.policy, micro.tokens, c.temperature), None
                 old_logprobs = logprobs.detach() if first else micro.old_logprobs
                 tokens = grpo_loss(logprobs, old_logprobs, micro.ref_logprobs, micro.advantages, mask, c, beta)
                 loss = average(tokens.loss, mask, batch.sizes)
@@ -172,18 +178,11 @@ class Updater:
             totals.add(loss.detach(), tokens, entropy.detach() if first else None, mask)
         return totals
 
-    def _score(self, tokens: Tokens, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """Return log-probabilities, and entropies if asked for or part of the loss: (B, C) each."""
-        temperature, bonus = self.config.temperature, bool(self.config.entropy_bonus)
-        if with_entropy or bonus:
-            return self.scorer.logprobs_and_entropies(self.policy, tokens, temperature, entropy_gradient=bonus)
-        return self.scorer.logprobs(self.policy, tokens, temperature), None
-
     def apply_gradient(self, figures: Sequence[Tensor]) -> tuple[list[float], bool]:
         """Sum the gradient over the ranks, clip its norm, and apply it if it and the loss are finite.
 
-        `figures` are tensors, the loss first. Returns their numbers and the norm before clipping, and whether the
-        gradient was applied.
+        `figures` are tensors on the device, the loss first. Returns their numbers, followed by the norm before
+        clipping, and whether the gradient was applied.
         """
         self.ranks.sum_gradients(self.policy.parameters())
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.clip_grad_norm))
@@ -194,25 +193,15 @@ class Updater:
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         return numbers, applied
 
-    def set_learning_rate(self, rate: float) -> None:
-        """Set the learning rate of the next updates."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    def forget(self) -> None:
-        """Forget the moments of earlier updates, as if there had been none."""
-        self.optimizer.state.clear()
-        self.skipped_in_a_row = 0
-
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of policy and optimizer. All ranks must call this; only rank 0 gets them."""
-        moments = {
-            f"{index}.{name}": value
+        moments = (
+            (f"{index}.{name}", value)
             for index, entry in self.optimizer.state_dict()["state"].items()
             for name, value in entry.items()
-        }
+        )
         return {
-            "policy": self.ranks.collect(trainable(self.policy)),
+            "policy": self.ranks.collect(trainable(self.policy).items()),
             "optimizer": self.ranks.collect(moments),
         }
 
@@ -233,7 +222,7 @@ class Updater:
 
     @contextmanager
     def recompute_activations(self) -> Iterator[None]:
-        """Recompute activations in the block. That works in train mode only, and sampling in eval mode only."""
+        """Recompute activations in the block: transformers does so in train mode only."""
         with suppress_warnings():  # transformers 5.23 renames this function; 5.21 has no other
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy.train()

@@ -23,7 +23,7 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
     num_generations = grpo.schedule.at(1).num_generations
     groups = config.batch_size if config.shard else min(GROUPS, config.batch_size)
     sampler = replace(grpo.sampler, config=replace(config, batch_size=groups, resample_tied=0))
-    grpo.clock.reset()
+    grpo.clock.seconds = {}
     rollout, _ = sampler.sample(0, num_generations)
     passes = (config.beta > 0) + config.num_inner_updates * (1 + FORWARDS_PER_BACKWARD)
     seconds = grpo.clock.seconds["sample"] + passes * _forward_seconds(grpo, config, rollout)

@@ -27,7 +27,7 @@ def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str, ran
     All ranks must call this; rank 0 writes, and the other ranks wait.
     """
     adapted = has_adapter(lm.model)
-    adapter = ranks.collect(trainable(lm.model)) if adapted else {}
+    adapter = ranks.collect(trainable(lm.model).items()) if adapted else {}
     plain = merged(lm.model, ranks) if adapted or is_sharded(lm.model) else lm.model
     if ranks.is_main:
         _replace_folder(folder, lm, plain, adapter, {CARD: json.dumps(card, indent=2) + "\n", "README.md": readme})

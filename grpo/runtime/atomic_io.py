@@ -1,4 +1,4 @@
-"""Write files so that a crash or a full disk leaves the old content or the new, never a part."""
+"""Write files so that a crash or a full disk leaves the old content or the new, never a part of it."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 def fsync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder, and keeps its entries itself
+        return  # Windows cannot open a folder; it flushes the entries itself
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,7 +20,7 @@ def fsync(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes, durable: bool = False) -> None:
-    """Replace `path` by `data`, whole or not at all; `durable` flushes it to the disk first.
+    """Replace the content of `path` by `data`, whole or not at all; with `durable`, flush it to the disk first.
 
     Raises OSError that names the file.
     """
@@ -40,7 +40,7 @@ def write_atomic(path: Path, data: bytes, durable: bool = False) -> None:
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
-    """Raise OSError if the disk of a folder has not so many bytes free; `what` is to be written."""
+    """Raise OSError, which names `what`, if the disk of a folder has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -51,9 +51,9 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 
 @contextmanager
 def name_in_errors(path: Path, kinds: type[Exception] = OSError) -> Iterator[None]:
-    """Make a failed write say which file it was about: the system's error for a full disk names none.
+    """Add the path to an error of the block, as the system's error for a full disk names no file.
 
-    Exceptions of `kinds` become an OSError; one that names its file already passes through.
+    Exceptions of `kinds` become an OSError. An OSError that already names a file passes through.
     """
     try:
         yield
@@ -65,7 +65,7 @@ def name_in_errors(path: Path, kinds: type[Exception] = OSError) -> Iterator[Non
 
 
 def restore_interrupted_swap(folder: Path) -> None:
-    """Rename `.NAME.old` back to NAME if a process died between the two renames that replace a folder."""
+    """Rename `.NAME.old` back to NAME if a process ended between the two renames that replace a folder."""
     earlier = folder.with_name(f".{folder.name}.old")
     if earlier.is_dir() and not folder.exists():
         earlier.rename(folder)

@@ -1,18 +1,18 @@
-"""Checks of values from files: a checkpoint or a metrics file may be damaged, or written by something else."""
+"""Checks of values from files: a checkpoint or a metrics file may be damaged, or written by another program."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-LARGEST_NUMBER = 10**300  # JSON may hold integers that no float can
+LARGEST_NUMBER = 10**300  # JSON may hold integers that are too large for a float
 
 
 def is_count(value: Any) -> bool:
-    """Return whether a value is a number of things, such as steps."""
+    """Return whether a value is an integer from 0, such as a number of steps."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_NUMBER
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a finite number that a float can hold."""
+    """Return whether a value is a finite number that fits into a float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
 
 
@@ -22,6 +22,6 @@ def is_list_of(is_item: Callable[[Any], bool], value: Any) -> bool:
 
 
 def check_entries(passed: Mapping[str, bool]) -> None:
-    """Raise ValueError that names the entries which did not pass."""
+    """Raise ValueError that names the entries with False, which did not pass their check."""
     if wrong := [name for name, is_valid in passed.items() if not is_valid]:
         raise ValueError(f"its {', '.join(wrong)} cannot be right")

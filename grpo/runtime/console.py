@@ -1,4 +1,4 @@
-"""The terminal: lines that fit it, a progress bar, text that is safe to print, warnings that nobody can act on."""
+"""The terminal: lines that fit it, text that is safe to print, a progress bar, and no useless warnings."""
 
 import os
 import re
@@ -15,14 +15,14 @@ import click
 from tqdm import tqdm
 from tqdm.utils import disp_len
 
-WIDEST = 100  # columns of a paragraph
-BAR = 44  # columns of a progress bar without its figures, and without the numbers of steps
-CELL = re.compile("( *)([^ ]+(?: [^ ]+)*)")  # of a table, where cells are two or more spaces apart
-PLAIN_LINE_EVERY = 15.0  # seconds, where there is no terminal to draw a bar on
+WIDEST = 100  # A paragraph has at most so many columns.
+BAR_COLUMNS = 44  # A progress bar has so many columns without its values and its numbers of steps.
+CELL = re.compile("( *)([^ ]+(?: [^ ]+)*)")  # The cells of a table are two or more spaces apart.
+PLAIN_LINE_SECONDS = 15.0  # Without a terminal, progress is printed as a plain line this often.
 
 
 def printable(text: str) -> str:
-    """Return a text on one line with every control character escaped, so that a model cannot move the cursor.
+    """Escape every control character of a text, line breaks too, so that a model cannot move the cursor.
 
     >>> printable("4 - 9 = -5\\n\\x1b[2J")
     '4 - 9 = -5\\\\n\\\\x1b[2J'
@@ -31,13 +31,13 @@ def printable(text: str) -> str:
 
 
 def paint(text: str, colour: str) -> str:
-    """Colour a text ("green", "red", "cyan") on a terminal; return it unchanged elsewhere, or if NO_COLOR is set."""
+    """Colour a text, "green" for example, on a terminal; return it unchanged elsewhere, or if NO_COLOR is set."""
     plain = not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
     return text if plain else click.style(text, fg=colour)
 
 
 def fitted(text: str, width: int) -> str:
-    """Cut a text to at most `width` columns; a letter of Chinese, say, takes two."""
+    """Cut a text to at most `width` columns; a Chinese letter takes two."""
     if disp_len(text) <= width:
         return text
     text = text[: max(0, width)]
@@ -47,19 +47,19 @@ def fitted(text: str, width: int) -> str:
 
 
 def width() -> int:
-    """Return the columns of the terminal, 100 if there is none."""
+    """Return the number of columns of the terminal, at least 40; 100 if there is no terminal."""
     return max(40, shutil.get_terminal_size((100, 24)).columns)
 
 
 def terminal_columns() -> int | None:
-    """Return the columns of the terminal, or COLUMNS if that is set; None if there is neither."""
+    """Return the value of COLUMNS if it is set, or the columns of the terminal; None without either."""
     return shutil.get_terminal_size((0, 24)).columns or None
 
 
 def folded(text: str, columns: int, indent: int | None = None) -> str:
-    """Break lines that are longer than `columns` at spaces: where cells of a table meet, if they fit, else in a cell.
+    """Break lines that are longer than `columns`: between cells of a table if the cells fit, else between words.
 
-    What follows a break is indented, by default by 4 more than its line. A longer word stays whole.
+    A continued line is indented, by default by 4 more than its first line. A word is never broken.
 
     >>> print(folded("step 10  accuracy 70%, n = 500  best so far", 36))
     step 10  accuracy 70%, n = 500
@@ -87,27 +87,27 @@ def folded(text: str, columns: int, indent: int | None = None) -> str:
 
 
 def for_terminal(text: str) -> str:
-    """Return a text with no line longer than those of the terminal, if there is one or COLUMNS is set."""
+    """Break the lines of a text that are too long for the terminal, if there is one or COLUMNS is set."""
     columns = terminal_columns()
-    return folded(text, columns - 1) if columns else text  # the last column is left free: some terminals wrap there
+    return folded(text, columns - 1) if columns else text  # some terminals wrap a line that fills the last column
 
 
 def say(text: str = "", file: TextIO | None = None) -> None:
-    """Print a result on standard output, or in `file`, above the progress bar if there is one."""
+    """Print a text on standard output, or to `file`, above the progress bar if there is one."""
     file = file or sys.stdout
     tqdm.write(for_terminal(text), file=file)
     file.flush()
 
 
 def paragraph(text: str, indent: int) -> None:
-    """Print a text, wrapped and with all lines but the first indented; it may quote a model."""
+    """Print a text, escaped and wrapped, with all lines but the first indented."""
     say(folded(printable(text), min(WIDEST, width()) - 1, indent))
 
 
 def command_line(before: str, words: Sequence[str], optional: Sequence[str] = ()) -> str:
-    """Return a command, quoted for the shell, after a text; broken between words as the shell reads it.
+    """Return the text `before`, then a command, quoted for the shell and continued over lines with backslashes.
 
-    `optional` words at its end are left out where they do not fit a line.
+    The `optional` words at its end are left out if one of them does not fit a line.
     """
     columns = width() - 1
     quoted = [printable(shlex.quote(word)) for word in words]
@@ -125,35 +125,35 @@ def command_line(before: str, words: Sequence[str], optional: Sequence[str] = ()
 
 
 class ProgressBar:
-    """A progress bar on standard error; off a terminal, a plain line now and then."""
+    """A progress bar on standard error; without a terminal, a plain line now and then."""
 
     def __init__(self, first: int, total: int, name: str = "") -> None:
-        """Begin after `first` of `total` steps; `name` says of which kind, if not those of GRPO."""
+        """Begin after `first` of `total` steps; `name` is the kind of the steps, if it is not GRPO."""
         self.total, self.name = total, f"{name} " if name else ""
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(initial=first, total=total, desc=name or "GRPO", unit="step", dynamic_ncols=True)
-        self._started = self._said = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._first = first
 
-    def update(self, step: int, figures: Mapping[str, float | None]) -> None:
-        """Show that `step` (from 1) is done, with its figures."""
-        shown = {name: "-" if value is None else f"{value:.3f}" for name, value in figures.items()}
+    def update(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Show that `step` (from 1) is done, with its values by name."""
+        shown = {name: "-" if value is None else f"{value:.3f}" for name, value in values.items()}
         if self._bar is not None:
-            room = width() - BAR - 2 * len(str(self.total))
+            room = width() - BAR_COLUMNS - 2 * len(str(self.total))
             while shown and len(", ".join(f"{name}={value}" for name, value in shown.items())) > room:
-                shown.popitem()  # a figure is shown whole or not at all
+                shown.popitem()  # a value is shown whole or not at all
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(1)
             return
         now = time.monotonic()
-        if now - self._said > PLAIN_LINE_EVERY or step == self.total:
-            self._said = now
+        if now - self._printed > PLAIN_LINE_SECONDS or step == self.total:
+            self._printed = now
             rate = (now - self._started) / (step - self._first)
             left = duration(rate * (self.total - step))
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            said = f"{self.name}step {step}/{self.total}  {text}  {rate:.2f} s/step, {left} left"
-            print(for_terminal(said), file=sys.stderr, flush=True)
+            line = f"{self.name}step {step}/{self.total}  {text}  {rate:.2f} s/step, {left} left"
+            print(for_terminal(line), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Stop drawing; the bar stays as it is."""
@@ -173,7 +173,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def suppress_warnings() -> Iterator[None]:
-    """Suppress library warnings the user cannot act on."""
+    """Suppress warnings of libraries about which a user can do nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""Failures of memory and of other processes, in the words of a user."""
+"""Messages for users when memory runs out or another process ends."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ RESUME_HINT = "The last checkpoint is good: the same command continues from it"
 
 @contextmanager
 def failures_in_words(model: str) -> Iterator[None]:
-    """Raise ValueError with a message for users if memory runs out, or if another process ends."""
+    """Raise ValueError with a message for users if memory runs out in the block, or if another process ends."""
     try:
         yield
     except MemoryError:

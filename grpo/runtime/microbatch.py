@@ -1,4 +1,4 @@
-"""How many rows go through the model in one pass, and what to do when that does not fit in memory."""
+"""The number of rows in one pass through the model, which is halved when memory runs out."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from grpo.runtime.device import empty_cache
 from grpo.runtime.ranks import Ranks
 
 Result = TypeVar("Result")
-# the exceptions of a model whose attention or cache does not support what a shortcut asks of it
+# What a model raises if its attention or its cache does not support a shortcut.
 UNSUPPORTED = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError)
-TOLERANCE = 1e-3  # nats; in float32 a supported shortcut agrees within 1e-6
-OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")  # MPS, cuBLAS, the CPU
+TOLERANCE = 1e-3  # nats; in float32 a shortcut that works agrees within 1e-6
+OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")  # of MPS, cuBLAS, the CPU
 
 
 def split_microbatches(rows: int, group: int, rows_per_pass: int) -> list[slice]:
@@ -37,31 +37,31 @@ def split_microbatches(rows: int, group: int, rows_per_pass: int) -> list[slice]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` reports a lack of memory; CUDA has a class for it, other devices only a message."""
+    """Return whether `error` reports a lack of memory: by its class on CUDA, by its message on other devices."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OOM_MESSAGES)
 
 
 def is_unsupported(error: Exception) -> bool:
-    """Return whether `error` says that a model does not support a shortcut, rather than that memory ran out."""
+    """Return whether `error` says that a model does not support a shortcut, and not that memory ran out."""
     return isinstance(error, UNSUPPORTED) and not is_out_of_memory(error)
 
 
 def matches_reference(shortcut: Callable[[], Tensor], expected: Tensor) -> bool:
-    """Return whether `shortcut()` matches `expected` within 1e-3 nats; False if the model does not support it."""
+    """Return whether `shortcut()` agrees with `expected` within TOLERANCE; False if the model does not support it."""
     try:
-        found = shortcut()
+        logprobs = shortcut()
     except Exception as error:
         if not is_unsupported(error):
             raise
         return False
-    return bool((found - expected).abs().max() < TOLERANCE)
+    return bool((logprobs - expected).abs().max() < TOLERANCE)
 
 
 @contextmanager
 def oom_is_fatal(work: str, ranks: Ranks) -> Iterator[None]:
-    """Raise ValueError if memory runs out in work that all processes do together: one alone cannot repeat it."""
+    """Raise ValueError if memory runs out in work that several processes do together: one alone cannot repeat it."""
     try:
         yield
     except RuntimeError as error:
@@ -73,10 +73,10 @@ def oom_is_fatal(work: str, ranks: Ranks) -> Iterator[None]:
 
 
 class AdaptiveMicrobatch:
-    """The number of rows that one kind of work takes in a pass; halved for good when memory runs out."""
+    """The number of rows in a pass of one kind of work; it is halved for good when memory runs out."""
 
     def __init__(self, work: str, rows: int, group: int, collective: bool = False) -> None:
-        """`collective`: several processes make every pass together, so that none can halve its own."""
+        """Begin with `rows` rows, in groups of `group`. With `collective`, all processes make every pass together."""
         self.work, self.rows, self.group, self.collective = work, rows, group, collective
 
     def run(self, work: Callable[[int], Result]) -> Result:
@@ -90,7 +90,7 @@ class AdaptiveMicrobatch:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            # outside the except clause: the error keeps the frames alive, and with them the tensors of what failed
+            # Outside the except clause, because the error keeps the tensors of the failed pass alive.
             self._halve()
             empty_cache()
 

@@ -1,13 +1,8 @@
-"""The precision of passes through a model: float32, or bfloat16.
+"""The precision of passes through a model: float32 or bfloat16.
 
-Weights, optimizer, log-softmax and loss are float32 either way.
-
-Passes are in bfloat16 throughout, between products too. Under torch.autocast, as before, products alone are: that
-casts the input of each of seven products a layer, and holds all casts for the backward pass.
-
-Not tried again: a trial product in both precisions, the faster one to be taken. After it the first pass in float32
-was off by 2e-3 nats in 4 of 10 launches; that was the first call of the vector functions (`begin_vector_math`), not
-the trial. The CPU's instructions say enough.
+Weights, optimizer, log-softmax and loss are float32 either way. A bfloat16 pass computes everything between them in
+bfloat16. torch.autocast would only multiply in it: it would cast the inputs of seven products in each layer, and hold
+all these casts for the backward pass.
 """
 
 from collections.abc import Iterator
@@ -21,46 +16,40 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def set_precision(model: nn.Module, name: str, device: torch.device) -> None:
-    """Let `in_precision` run a model's passes on `device` in this precision; "auto" takes the faster one.
+    """Let `in_precision` run a model's passes in this precision; "auto" takes the faster one on `device`.
 
-    That is bfloat16 on CUDA cards of capability 8 and up, and on CPUs that multiply it in hardware. Raises ValueError
-    for another name: a model's folder may have any.
+    "auto" is bfloat16 on CUDA cards of capability 8 and up, and on CPUs that multiply it in hardware. Raises
+    ValueError for another name, which the settings in a model's folder may have.
     """
     if name == "auto":
         name = "bfloat16" if _multiplies_bfloat16(device) else "float32"
-    if name not in list(DTYPES):  # it may be of any type
+    if name not in list(DTYPES):  # a list, because a name from a file may be unhashable
         raise ValueError(f"--precision is {name!r}; it must be auto, float32 or bfloat16")
     model.compute_dtype = DTYPES[name]
 
 
 def precision(model: nn.Module) -> str:
-    """Return the precision of a model's passes."""
+    """Return the precision of a model's passes, as its name."""
     return str(getattr(model, "compute_dtype", torch.float32)).removeprefix("torch.")
 
 
 def in_precision(model: nn.Module) -> AbstractContextManager[None]:
-    """Run passes of a model in the precision that it was loaded with, the backward pass too if there is one.
-
-    A sharded model casts its shards itself.
-    """
-    if precision(model) == "float32" or isinstance(model, FSDPModule):
+    """Run the passes of a model in its precision in the block, the backward pass too if there is one."""
+    if precision(model) == "float32" or isinstance(model, FSDPModule):  # a sharded model casts its shards itself
         return nullcontext()
     return _cast_weights(model, model.compute_dtype)
 
 
 @contextmanager
 def _cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Replace each float32 weight by a cast of itself, so that all that is computed from it has this type.
-
-    The gradient goes to the weight, in float32.
-    """
+    """Replace each float32 weight by a cast to `dtype` in the block; the gradient goes to the weight, in float32."""
     weights = [
         (module._parameters, name, weight)
         for module in model.modules()
         for name, weight in module._parameters.items()
         if weight is not None and weight.dtype == torch.float32
     ]
-    casts = {weight: weight.to(dtype) for _, _, weight in weights}  # one cast of a weight that has two places
+    casts = {weight: weight.to(dtype) for _, _, weight in weights}  # a weight that two modules share is cast once
     try:
         for parameters, name, weight in weights:
             parameters[name] = casts[weight]
@@ -72,18 +61,18 @@ def _cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def lower_weights(model: nn.Module) -> None:
-    """Hold the weights of a model that is not trained in the precision of its passes."""
+    """Cast the weights of a model that is never trained to the precision of its passes, in place."""
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(model, "compute_dtype", weight.dtype))
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":  # torch.cuda.is_bf16_supported() is of no use here: it counts emulation
+    if device.type == "cuda":  # torch.cuda.is_bf16_supported() is also true where bfloat16 is only emulated
         return torch.cuda.get_device_capability(device)[0] >= 8
     return device.type == "cpu" and cpu_multiplies_bfloat16()
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Return whether this CPU has instructions for products of bfloat16: AMX or AVX512-BF16."""
+    """Return whether this CPU has instructions that multiply bfloat16: AMX or AVX512-BF16."""
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)

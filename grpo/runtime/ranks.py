@@ -1,14 +1,14 @@
-"""The processes that train one policy together, and what they say to each other.
+"""The processes that train one policy together, and the communication between them.
 
-All run the same program with the same settings. They share out the groups of a step and the problems of an
-evaluation, and gather the results, so that every process knows the whole step and decides alike; rank 0 alone writes
-and prints. `ONE` is a single process, the default everywhere: there, every method returns its argument.
+All processes run the same program with the same settings. They share out the groups of a step and the problems of an
+evaluation, and gather the results. So every process knows the whole step and makes the same decisions. Only rank 0
+writes and prints. `ONE`, a single process, is the default everywhere; it communicates with nobody.
 
 `grpo/launch/torchrun.py` makes the ranks of a launch with several processes.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 Value = TypeVar("Value")
-BUCKET_NUMBERS = 2**24  # numbers in one all-reduce of gradients
-COMPARED_WEIGHTS = 10_000  # of each model, to see whether all ranks loaded the same one
+BUCKET_NUMBERS = 2**24  # One all-reduce sums at most so many numbers of the gradients.
+COMPARED_WEIGHTS = 10_000  # So many weights are compared, to see whether all ranks loaded the same model.
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a launch, `size` of them, and this one's place among them."""
+    """The place of this process among the `size` processes of a launch."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # the place among those of this machine
+    local_rank: int = 0  # the place among the processes of this machine
 
     @property
     def is_main(self) -> bool:
@@ -37,9 +37,9 @@ class Ranks:
         return self.rank == 0
 
     def own_device(self, device: torch.device) -> torch.device:
-        """Return the device of this process: of several, each has a CUDA device of its own.
+        """Return the device of this process: each of several processes has another CUDA device.
 
-        Raises ValueError if there are more processes than devices, or devices that cannot be joined.
+        Raises ValueError if there are more processes than devices, or if the devices cannot work together.
         """
         if self.size == 1:
             return device
@@ -57,7 +57,7 @@ class Ranks:
         return device
 
     def check_divisible(self, batch_size: int, sharded: bool, option: str = "--batch-size") -> None:
-        """Raise ValueError if the processes cannot share a step evenly, or if one process alone is to shard."""
+        """Raise ValueError if the processes cannot share a step evenly, or if a single process gets --shard."""
         if sharded and self.size == 1:
             raise ValueError(
                 "--shard spreads a model over processes: torchrun --nproc-per-node N train_grpo.py --shard"
@@ -69,7 +69,7 @@ class Ranks:
             )
 
     def own_slice(self, total: int) -> slice:
-        """Return this rank's slice of `total` items, a multiple of the number of ranks."""
+        """Return this rank's slice of `total` items; `total` must be a multiple of the number of ranks."""
         assert total % self.size == 0, (total, self.size)
         share = total // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
@@ -79,7 +79,7 @@ class Ranks:
         return [*items, *[items[-1]] * (-len(items) % self.size)]
 
     def gather(self, value: Value) -> list[Value]:
-        """Return the values of all ranks, in order. Tensors in them must be on the CPU."""
+        """Return the values of all ranks, by rank. Tensors in the values must be on the CPU."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -87,7 +87,7 @@ class Ranks:
         return values
 
     def from_main(self, value: Value) -> Value:
-        """Return rank 0's value. Use it for anything read from a file that rank 0 may replace."""
+        """Return rank 0's value, to be used for what is read from a file that rank 0 may replace."""
         return self.gather(value)[0]
 
     def on_main(self, work: Callable[[], Value]) -> Value:
@@ -122,13 +122,13 @@ class Ranks:
         return value if self.size == 1 else bool(self.max(torch.tensor(int(value))))
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have called this."""
         if self.size > 1:
             dist.barrier()
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the block on rank 0, then on the others: rank 0 may change a file that they then read."""
+        """Run the block on rank 0 first, then on the other ranks, which may read what rank 0 has written."""
         if not self.is_main:
             self.barrier()
         yield
@@ -136,14 +136,13 @@ class Ranks:
             self.barrier()
 
     def check_alike(self, what: str, value: Any) -> None:
-        """Raise ValueError if a value, which is called `what`, is not the same on all ranks; all must call this."""
+        """Raise ValueError, with the name `what`, if a value differs between ranks; all ranks must call this."""
         values = self.gather(value)
-        others = [rank for rank, found in enumerate(values) if found != values[0]]
-        if others:
-            raise ValueError(
-                f"{what} is {values[0]} on process 0 and {values[others[0]]} on process {others[0]}; "
-                "all must have the same"
-            )
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ValueError(
+                    f"{what} is {values[0]} on process 0 and {other} on process {rank}; all must have the same"
+                )
 
     @torch.no_grad()
     def check_same_model(self, model: nn.Module) -> None:
@@ -151,7 +150,9 @@ class Ranks:
         if self.size == 1:
             return
         digest = hashlib.sha256()
-        stride = max(1, sum(p.numel() for p in model.parameters()) // COMPARED_WEIGHTS) | 1  # odd: meets every column
+        stride = (
+            max(1, sum(p.numel() for p in model.parameters()) // COMPARED_WEIGHTS) | 1
+        )  # odd: reaches all columns
         for name, p in model.named_parameters():
             sample = p.flatten()[::stride].contiguous().cpu()
             digest.update(f"{name} {tuple(p.shape)} {sample.dtype}".encode())
@@ -159,21 +160,21 @@ class Ranks:
         self.check_alike("the precision of passes", str(getattr(model, "compute_dtype", torch.float32)))
         self.check_alike("the model", f"one with the hash {digest.hexdigest()[:12]}")
 
-    def collect(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Return named tensors whole, collected one by one; of several ranks only rank 0 keeps them, on the CPU."""
-        found: dict[str, Tensor] = {}
-        for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+    def collect(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return whole tensors by name, put together from shards; of several ranks, only rank 0 gets them (CPU)."""
+        collected: dict[str, Tensor] = {}
+        for name, tensor in tensors:
             complete = full_tensor(tensor.detach())
             if self.is_main:
-                found[name] = complete.cpu() if self.size > 1 else complete
-        return found
+                collected[name] = complete.cpu() if self.size > 1 else complete
+        return collected
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum the gradients of all ranks.
+        """Sum the gradients over all ranks, in place.
 
-        Their losses have the denominators of the whole step, so the sum is the gradient of the step. FSDP has
-        averaged the gradients of sharded parameters already, over all ranks, with one machine or several.
+        The losses have the denominators of the whole step, so the sum is the gradient of the step. The gradients of
+        sharded parameters are already averaged over all ranks, by FSDP.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.size == 1 or not gradients:
@@ -184,12 +185,12 @@ class Ranks:
             self._sum_in_buckets(gradients)
 
     def _sum_in_buckets(self, tensors: Sequence[Tensor]) -> None:
-        """Sum each tensor over all ranks, in place, many in one message: each message costs time."""
+        """Sum each tensor over all ranks, in place; a message has many tensors, because each message costs time."""
         bucket: list[Tensor] = []
-        for place, tensor in enumerate(tensors, start=1):
+        for number, tensor in enumerate(tensors, start=1):
             bucket.append(tensor)
-            is_last = place == len(tensors)
-            if is_last or sum(map(Tensor.numel, bucket)) + tensors[place].numel() > BUCKET_NUMBERS:
+            is_last = number == len(tensors)
+            if is_last or sum(map(Tensor.numel, bucket)) + tensors[number].numel() > BUCKET_NUMBERS:
                 flat = self.sum(torch.cat([t.flatten() for t in bucket]))
                 for t, numbers in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                     t.copy_(numbers.view_as(t))
@@ -205,10 +206,10 @@ ONE = Ranks()
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """Return whether `error` says that another process is gone, also while it joins; gloo has no class for it."""
+    """Return whether `error` says that another process has ended; for gloo, only the message says so."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor whole, of which each process may hold a shard; all processes must call this."""
+    """Return a whole tensor, put together from its shards if it is sharded; all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,7 +1,7 @@
 """A model spread over several processes by torch's FSDP2 (`--shard`).
 
-Each layer's weights are fetched from all processes when it computes and dropped afterwards, so all processes must
-make the same passes together: in updates, in evaluations, in the decode loop.
+The weights of a layer are fetched from all processes before it computes, and dropped afterwards. So all processes
+must make the same passes together: in updates, in evaluations, and for each sampled token.
 """
 
 import os
@@ -15,35 +15,30 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from grpo.runtime.ranks import Ranks
+
 Value = TypeVar("Value")
 
 
-def own_machine_size(processes: int) -> int:
-    """Return how many of the processes are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-
-
-def shard(model: nn.Module, device: torch.device, machine_sizes: Sequence[int]) -> None:
+def shard(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
     """Spread a model, which every process holds on the CPU, over their devices, in place, layer by layer.
 
-    `machine_sizes` has for each process how many there are on its machine. With several machines, each has the whole
-    model, spread over its own devices: weights travel within a machine, and only gradients between them (FSDP2's
-    hybrid sharding).
+    With several machines, each machine has the whole model, spread over its own devices: weights travel within a
+    machine, and only gradients between machines (FSDP2's hybrid sharding). All ranks must call this.
     """
-    mesh = _mesh(device, machine_sizes)
-    # passes are in the model's precision, gradients are summed in float32
+    mesh = _mesh(device, ranks.gather(int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))))
+    # Passes are in the model's precision; gradients are summed in float32.
     policy = MixedPrecisionPolicy(getattr(model, "compute_dtype", None), torch.float32)
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in [module for module in model.modules() if type(module).__name__ in names]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    # its parameters are shards between passes
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # shards again after each pass
     model.run_as_forward = MethodType(_run, model)
     register_fsdp_forward_method(model, "run_as_forward")
 
 
 def run_as_forward(model: nn.Module, work: Callable[[], Value]) -> Value:
-    """Return `work()`, run as a forward pass of the model: a sharded one fetches its own weights for it."""
+    """Return `work()`, run as a forward pass of the model, for which a sharded model fetches weights."""
     return model.run_as_forward(work) if is_sharded(model) else work()
 
 
@@ -52,8 +47,12 @@ def _run(self: nn.Module, work: Callable[[], Value]) -> Value:
 
 
 def _mesh(device: torch.device, machine_sizes: Sequence[int]) -> DeviceMesh:
-    """Return machines by processes of one, if each has the same number of several; else all processes in a row."""
-    processes, on_one_machine = len(machine_sizes), machine_sizes[0]
+    """Return the mesh of all processes, from the number of processes on each one's machine.
+
+    It is machines × processes, if every machine has the same number of processes, at least 2; else one row.
+    """
+    processes = len(machine_sizes)
+    on_one_machine = machine_sizes[0]
     if len(set(machine_sizes)) > 1 or not 1 < on_one_machine < processes:
         return init_device_mesh(device.type, (processes,))
     shape = (processes // on_one_machine, on_one_machine)
@@ -66,12 +65,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return the shard of a tensor that this process holds."""
+    """Return the shard of a tensor that this process holds; a tensor that is not sharded as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """Spread a whole tensor, which every process holds, as `example` is spread."""
+    """Shard a whole tensor, which every process holds, in the same way as `example`."""
     if not isinstance(example, DTensor):
         return tensor
     return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)

@@ -1,4 +1,4 @@
-"""Seconds by phase of a step."""
+"""Seconds of each phase of a step."""
 
 import time
 from collections.abc import Iterator
@@ -6,18 +6,14 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Add up seconds by phase: `with clock("sample"): ...` adds to `clock.seconds["sample"]`."""
+    """Adds up seconds by phase: `with clock("sample"): ...` adds to `clock.seconds["sample"]`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def reset(self) -> None:
-        """Begin again at 0."""
-        self.seconds = {}
-
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time the block as part of `phase`."""
+        """Add the seconds of the block to `phase`."""
         start = time.perf_counter()
         try:
             yield

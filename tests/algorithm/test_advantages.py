@@ -59,7 +59,7 @@ NAN = float("nan")
 
 
 def test_a_completion_without_a_reward_has_no_part_in_its_group():
-    # among the others: mean 2, deviations −1, 0, 1, std 1
+    # The other three: mean 2, deviations −1, 0, 1, std 1.
     advantages = group_advantages(torch.tensor([1.0, NAN, 2.0, 3.0]), 4)
     expected = torch.tensor([-1.0, 0.0, 0.0, 1.0]) / (1 + 1e-4)
     torch.testing.assert_close(advantages, expected)

@@ -21,7 +21,7 @@ ENDS = range(10)
 
 
 def scores(completions, prompts):
-    """Pay half for a first token of the parity of the prompt's last one, half for ending right after it."""
+    """Give 0.5 for a first token with the parity of the prompt's last token, and 0.5 for an end right after it."""
     wanted = torch.tensor([prompt[-1] % 2 for prompt in prompts]).repeat_interleave(CONFIG.num_generations)
     return 0.5 * (completions.ids[:, 0] % 2 == wanted) + 0.5 * (completions.ended & (completions.lengths == 2))
 

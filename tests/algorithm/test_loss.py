@@ -58,7 +58,7 @@ def test_loss_and_gradient_by_hand():
     ("ratio", "advantage", "value", "gradient"),
     [
         (1.5, 2.0, 1.2 * 2.0, 0.0),  # good and already more likely: stop
-        (0.5, 2.0, 0.5 * 2.0, 2.0),  # good but less likely: full pull back
+        (0.5, 2.0, 0.5 * 2.0, 2.0),  # good but less likely: full push up
         (1.5, -2.0, 1.5 * -2.0, -2.0),  # bad but more likely: full push down
         (0.5, -2.0, 0.8 * -2.0, 0.0),  # bad and already less likely: stop
     ],
@@ -120,7 +120,7 @@ def test_masked_tokens_get_exactly_no_gradient_whatever_stands_there():
     result = loss_of(logprobs, old, old, torch.tensor([1.0]), mask, epsilon=0.2, beta=0.1)
     result.loss.backward()
     assert math.isfinite(result.loss.item())
-    # of the one real token: d = 0.1, loss −e^d + 0.1 · (e^−d + d − 1), gradient −e^d + 0.1 · (1 − e^−d)
+    # The one real token has d = 0.1, loss −e^d + 0.1 · (e^−d + d − 1), gradient −e^d + 0.1 · (1 − e^−d)
     assert logprobs.grad[0, 0].item() == pytest.approx(-math.exp(0.1) + 0.1 * (1 - math.exp(-0.1)), abs=1e-6)
     assert logprobs.grad[0, 1:].tolist() == [0.0, 0.0]
 
@@ -135,10 +135,10 @@ def test_an_empty_mask_gives_a_loss_of_zero_not_nan():
 
 
 def independent_loss(logprobs, old, ref, advantages, lengths, c):
-    """The formulas of the papers in plain Python floats, one token at a time."""
-    of_completions = []
+    """Return the loss by the formulas of the papers, in plain Python floats, one token at a time."""
+    sums = []
     for i, length in enumerate(lengths):
-        of_completion = 0.0
+        total = 0.0
         for t in range(length):
             if c.ratio == "sequence":
                 ratio = math.exp(sum(logprobs[i][s] - old[i][s] for s in range(length)) / length)
@@ -149,12 +149,12 @@ def independent_loss(logprobs, old, ref, advantages, lengths, c):
             k3 = math.exp(d) - d - 1
             if c.kl_estimator == "k3-corrected":
                 k3 *= math.exp(logprobs[i][t] - old[i][t])
-            of_completion += min(ratio * advantages[i], clipped * advantages[i]) - c.beta * k3
-        of_completions.append(of_completion)
+            total += min(ratio * advantages[i], clipped * advantages[i]) - c.beta * k3
+        sums.append(total)
     if c.loss_average == "completion":
-        return -sum(value / length for value, length in zip(of_completions, lengths, strict=True)) / len(lengths)
+        return -sum(value / length for value, length in zip(sums, lengths, strict=True)) / len(lengths)
     denominator = sum(lengths) if c.loss_average == "token" else len(lengths) * c.max_new_tokens
-    return -sum(of_completions) / denominator
+    return -sum(sums) / denominator
 
 
 VARIANTS = [
@@ -245,7 +245,7 @@ def test_every_choice_of_a_variant_is_a_function():
     ("delta", "value", "gradient"),
     [
         (math.log(3), 3 - math.log(3) - 1, -2.0),  # dk3/dlog π = 1 − e^Δ
-        (-25.0, 24.0, 1.0),  # 25 nats surer than the reference: the linear term pulls back
+        (-25.0, 24.0, 1.0),  # 25 nats more likely than under the reference: the linear term pulls back
         (-1000.0, 999.0, 1.0),
         (25.0, math.exp(20) - 21, 0.0),  # beyond the clamp: finite, and not pushed further away
     ],
@@ -259,9 +259,9 @@ def test_k3_far_from_the_reference(delta, value, gradient):
 
 
 def test_the_gradient_of_the_corrected_kl_is_that_of_the_kl_to_the_reference():
-    # On the first pass its gradient is −Δ a token. Over the samples of a policy p that is the sum of
-    # p (log p − log q) ∇log p, the gradient of KL(p ‖ q); plain k3 gives that of KL(q ‖ p). Here over
-    # all outcomes, each by its weight.
+    # On the first pass the gradient of a token is −Δ ∇log p. Its mean over samples of the policy p is the sum of
+    # p (log p − log q) ∇log p, which is the gradient of KL(p ‖ q). Plain k3 has the gradient of KL(q ‖ p). The test
+    # sums over all outcomes instead of sampling them.
     logits, q = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64), torch.tensor([0.5, 0.2, 0.3]).double()
 
     def gradient(loss):

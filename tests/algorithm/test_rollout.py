@@ -1,4 +1,4 @@
-"""A rollout: completions that no reward applies to, and what its step says of them."""
+"""A rollout: completions without a reward, tied groups that are drawn again, and the metrics of both."""
 
 import json
 import math
@@ -24,7 +24,7 @@ CONFIG = resolve({"model": "starter", "batch_size": 2, "num_generations": 4, "nu
 
 
 def made(function, config=CONFIG):
-    """Return a policy that is rewarded by a function of the number of the completion."""
+    """Return GRPO on the starter, whose reward is a function of the row of a completion."""
     reward = RewardFunction("mine", 1.0, lambda attempts, columns: [function(i) for i in range(len(attempts))])
     return GRPO(config, Arithmetic(), load("starter", torch.device("cpu")), [reward])
 
@@ -70,10 +70,11 @@ def test_the_kl_is_null_without_a_reference(beta, is_measured):
 
 
 def test_tied_means_equal_rewards_and_not_all_right_or_all_wrong():
-    # 4 groups of 2: all wrong with different rewards (a signal), mixed with equal rewards (none), and two that differ
+    # 4 groups of 2: all wrong with different rewards (not tied); one right with equal rewards (tied); one right, and
+    # all wrong, with different rewards (not tied).
     totals = [[0.4, 0.2], [0.4, 0.4], [1.0, 0.4], [0.0, 0.2]]
     right = [[False, False], [True, False], [True, False], [False, False]]
-    redrawn = [[0.2, 0.2]]  # drawn in the place of the second group, and tied again
+    redrawn = [[0.2, 0.2]]  # drawn in place of the second group, and tied again
     calls = []
 
     def draw(attempt, places):
@@ -87,8 +88,8 @@ def test_tied_means_equal_rewards_and_not_all_right_or_all_wrong():
     assert drawn.totals[5].tolist() == [0.2, 0.2]
 
 
-def test_figures_are_of_all_that_was_drawn_and_those_of_kept_groups_say_so():
-    # groups of 2: one right of two; tied and all wrong; and the group that was drawn in its place, one right of two
+def test_metrics_are_of_all_groups_drawn_and_the_kept_groups_have_names_of_their_own():
+    # 3 groups of 2: one right; tied, all wrong; and the group that was drawn in place of the second, one right.
     drawn = a_scored_rollout([[1.0, 0.4], [0.2, 0.2], [1.0, 0.2]], [[True, False], [False, False], [True, False]])
     kept = drawn.pick([0, 2])
     result = SimpleNamespace(drawn=drawn, rollout=kept)
@@ -107,10 +108,10 @@ def test_joined_rollouts_are_padded_and_picked_groups_trimmed():
     joined = concatenate(parts)
     assert joined.tokens.prompt_ids.shape == (3, 5)
     assert joined.tokens.completion_ids.shape == (6, 4)
-    for group, (part, own) in enumerate([(0, 0), (0, 1), (1, 0)]):
+    for group, (part, group_of_part) in enumerate([(0, 0), (0, 1), (1, 0)]):
         prompt = joined.tokens.prompt_ids[group][joined.tokens.prompt_mask[group]]
         tokens = parts[part].tokens
-        assert torch.equal(prompt, tokens.prompt_ids[own][tokens.prompt_mask[own]])
+        assert torch.equal(prompt, tokens.prompt_ids[group_of_part][tokens.prompt_mask[group_of_part]])
     picked = joined.pick([1, 0])
     assert picked.tokens.completion_ids.shape == (4, 2)
     assert picked.tokens.completion_rows() == [short.completion_rows()[row] for row in (2, 3, 0, 1)]
@@ -118,7 +119,7 @@ def test_joined_rollouts_are_padded_and_picked_groups_trimmed():
 
 
 def a_sampled_rollout(tokens):
-    """Return a rollout with these tokens, and texts that say which completion they are of."""
+    """Return a rollout with these tokens; the text of a completion is the list of its ids."""
     return Rollout(
         problems=[Problem(f"What is {i}?", "1") for i in range(len(tokens.prompt_ids))],
         tokens=tokens,

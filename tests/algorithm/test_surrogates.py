@@ -42,7 +42,7 @@ def test_cispo_has_an_upper_bound_alone_and_its_own_epsilon():
     ("log_ratio", "advantage", "kept", "gradient"),
     [
         (0.5, 2.0, 0.4, 0.0),  # good and already more likely: stop
-        (-0.5, 2.0, -0.5, 2.0 * math.exp(-0.5)),  # good but less likely: full pull back
+        (-0.5, 2.0, -0.5, 2.0 * math.exp(-0.5)),  # good but less likely: full push up
         (0.5, -2.0, 0.5, -2.0 * math.exp(0.5)),  # bad but more likely: full push down
         (-0.5, -2.0, -0.4, 0.0),  # bad and already less likely: stop
     ],
@@ -57,8 +57,8 @@ def test_the_four_quadrants_of_gmpo(log_ratio, advantage, kept, gradient):
 
 
 def test_gmpo_is_the_geometric_mean_of_a_completions_ratios():
-    # ratios 2 (clipped to e^0.4), 0.5 and, on padding, 9; A = 3: surrogate 3 · (e^0.4 · 0.5)^(1/2) in each column,
-    # so its average is that whatever the tokens; the gradient of the second log-ratio is half of it, of the others 0
+    # Ratios 2 (clipped to e^0.4), 0.5 and, on padding, 9; A = 3. The surrogate is 3 · (e^0.4 · 0.5)^(1/2) in each
+    # column, and so is its average. Its gradient is half of that for the second log-ratio, and 0 for the others.
     x = torch.tensor([[math.log(2.0), math.log(0.5), math.log(9.0)]], requires_grad=True)
     mask = torch.tensor([[True, True, False]])
     surrogate, clipped = gmpo_surrogate(x, torch.tensor([3.0]), mask, 0.4, 0.4)
@@ -94,7 +94,7 @@ def test_rewards_normalised_apart_by_hand():
     std = math.sqrt(sum(x * x for x in total) / 3)
     found = decoupled_advantages(parts, torch.tensor([1.0, 0.2]), 4)
     assert found.tolist() == pytest.approx([x / std for x in total], abs=2e-3)  # the floors are 1e-4
-    # a total is the same for the sums 1 + 0 and 0 + 1, their advantages are not
+    # The parts 1, 0 and 0, 1 have the same total, but different advantages.
     even = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
     summed = group_advantages(even.sum(1), 6)
     apart = decoupled_advantages(even, torch.ones(2), 6)

@@ -19,7 +19,7 @@ ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0, 0.0, -1.0, 0.3, 0.7])
 
 
 def one_update(model, reference, config=CONFIG, advantages=ADVANTAGES, updates=1, learning_rate=0.0, rows=9):
-    """Update on a ragged rollout; return the statistics of each. A rate of 0 leaves the gradient to look at."""
+    """Update on a ragged rollout; return the statistics of each update. With rate 0 only the gradient is made."""
     update = Updater(model, config, scorer(), AdaptiveMicrobatch("the update", rows, 3), Stopwatch())
     update.optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     batch, all_stats = Batch.of_step(ragged_tokens(), advantages, 16), []

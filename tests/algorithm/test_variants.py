@@ -1,4 +1,4 @@
-"""Variants and schedules in a real step and a real run: what they change, and that a resume goes on with them."""
+"""Variants and schedules in a real step and a real run: what they change, and that a resumed run continues them."""
 
 import json
 
@@ -32,7 +32,7 @@ def weights(grpo):
 
 
 def sampled(lm, config):
-    """Return all groups that step 1 draws, and those that it would train on, without any update."""
+    """Return all groups that step 1 draws, and the groups that it would train on, without any update."""
     return GRPO(config, Arithmetic(), lm).sampler.sample(1, config.num_generations)
 
 

@@ -82,7 +82,7 @@ def test_a_signal_at_any_moment_stops_the_run_and_the_same_command_ends_with_the
 ):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "QUICK", 0.0)  # every step is long
+        patch.setattr(trainer, "QUICK_STEP_SECONDS", 0.0)  # every step is long
         kill_at(patch, owner, name, number, after)
         result = launch(model, folder)
     assert result.exit_code == 143, result.output
@@ -97,7 +97,7 @@ def test_a_signal_at_any_moment_stops_the_run_and_the_same_command_ends_with_the
 
 def test_a_quick_step_is_finished_and_saved(model, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "QUICK", 60.0)
+        patch.setattr(trainer, "QUICK_STEP_SECONDS", 60.0)
         kill_at(patch, Updater, "__call__", 6)
         assert launch(model, tmp_path / "run").exit_code == 143
     assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
@@ -106,8 +106,8 @@ def test_a_quick_step_is_finished_and_saved(model, whole, tmp_path, monkeypatch)
 
 
 def test_a_long_run_saves_for_the_time_that_has_passed(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(resume, "LONG_AGO", 0.0)
-    monkeypatch.setattr(resume, "MOST_SAVING", 1e9)
+    monkeypatch.setattr(resume, "SAVE_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "MAX_SAVING_SHARE", 1e9)
     launch(model, tmp_path / "run", num_iterations=3, save_every=1000, eval_every=1000)
     saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
     assert saved == ["step-00000002", "step-00000003"]

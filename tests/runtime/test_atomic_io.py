@@ -14,14 +14,14 @@ FULL = os.strerror(errno.ENOSPC)
 
 @pytest.fixture
 def path(tmp_path):
-    """A file with an old content."""
+    """Return the path of a file with old content."""
     path = tmp_path / "record.json"
     path.write_bytes(b"old")
     return path
 
 
 def full_disk(*args):
-    raise OSError(errno.ENOSPC, FULL)  # as the system does: without the name of a file
+    raise OSError(errno.ENOSPC, FULL)  # without the name of a file, as in the system's error
 
 
 @pytest.mark.parametrize("durable", [False, True])

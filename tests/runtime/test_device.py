@@ -38,7 +38,7 @@ def test_memory_in_pieces_is_returned_of_a_large_model_only():
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * 4096
 
-    pieces = [bytes([i % 256]) * 50_000 for i in range(4000)]  # 200 MB, none of them in a mapping of its own
+    pieces = [bytes([i % 256]) * 50_000 for i in range(4000)]  # 200 MB, in the heap and not in separate mappings
     del pieces[:-1]  # the last one holds the end of the heap
     held = resident()
     return_freed_memory(FEW_PARAMETERS)

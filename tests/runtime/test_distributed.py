@@ -1,4 +1,4 @@
-"""Several processes against one: the same run, however it is shared out, stopped or broken. On the CPU, with gloo."""
+"""Several processes against one process: the same run, also if it is stopped or fails. On the CPU, with gloo."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ from grpo.runtime.ranks import ONE, Ranks, full_tensor
 from grpo.runtime.sharding import distribute_like, is_sharded, local_tensor
 from tests.helpers.runs import ENVIRONMENT, ROOT, forked, options, together, wait_for
 
-SAME = 1e-5  # of a weight that 20 steps moved by up to 0.04
+SAME = 1e-5  # Weights, which 20 steps move by up to 0.04, agree within this.
 MORE = {"num_iterations": 20, "eval_every": 10, "save_every": 10, "batch_size": 4, "learning_rate": 1e-3}
 VARIANTS = {
     "replicated": {},
@@ -59,7 +59,7 @@ def arguments(model, folder, **settings):
 
 
 def train_in_two(model, folder, **settings):
-    """Train in two processes; return what each printed, after checking that both ended well."""
+    """Train in two processes, check that both ended with status 0, and return the output of each."""
     ends = [fork.wait() for fork in together(train_grpo.main, arguments(model, folder, **settings))]
     assert [status for status, _, _ in ends] == [0, 0], ends
     return [out for _, out, _ in ends]
@@ -383,7 +383,7 @@ def test_an_unsharded_model_is_whole_and_its_gradients_are_summed_already():
     assert not is_sharded(layer)
     assert full_tensor(layer.weight) is local_tensor(layer.weight) is layer.weight
     assert distribute_like(tensor := torch.ones(1, 2), layer.weight) is tensor
-    assert ONE.collect({"weight": layer.weight})["weight"].tolist() == layer.weight.tolist()
+    assert ONE.collect([("weight", layer.weight)])["weight"].tolist() == layer.weight.tolist()
 
 
 def test_two_processes_leave_a_finished_run_unchanged(model, alone, tmp_path):

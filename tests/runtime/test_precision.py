@@ -1,4 +1,4 @@
-"""The precision of passes: who decides it, and what it changes."""
+"""The precision of passes: how it is chosen, and what it changes."""
 
 import copy
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def product(model) -> torch.dtype:
-    """Return the type of what is computed in a pass of the model."""
+    """Return the data type of the values in a pass of the model."""
     with in_precision(model):
         return model(torch.ones(1, 2, dtype=torch.long)).logits.dtype
 
@@ -58,7 +58,7 @@ def test_the_instructions_are_amx_or_avx512_bf16(names, monkeypatch):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name in names, raising=False)
     assert cpu_multiplies_bfloat16() == bool(names)
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # as in another torch
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # another version of torch may lack it
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     assert not cpu_multiplies_bfloat16()
 

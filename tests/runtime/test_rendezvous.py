@@ -1,4 +1,4 @@
-"""Processes that must find each other, agree, and notice one that no longer answers. In forks, without torchrun."""
+"""Processes that find each other, agree, and notice a process that no longer answers. In forks, without torchrun."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def ends_of(forks):
 
 
 def refused(ends, *words):
-    """Check that both processes ended with one line that has these words."""
+    """Check that both processes ended with a single line that contains these words."""
     for status, out, said in ends:
         assert status == 1
         assert out == ""

@@ -1,4 +1,4 @@
-"""Two torchruns on this machine, as on two: differences between them, and processes that are killed. Slow."""
+"""Two torchruns on one machine, as if on two: differences between them, and processes that are killed. Slow."""
 
 import json
 import os
@@ -62,7 +62,7 @@ class Agents:
         return statuses, [log.read_text() for log in self.logs]
 
     def workers(self):
-        """Return the number of each process that trains, by its rank."""
+        """Return the process id of each process that trains, by its rank."""
         found = {}
         for agent in self.agents:
             children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
@@ -139,7 +139,7 @@ def test_machines_that_differ_are_refused_in_one_line_on_both(first, second, wor
 
 
 def kill_some(agents, kills, rng):
-    """Kill processes at random moments until that many were killed, or the run has ended; return the ranks."""
+    """Kill up to `kills` processes at random moments until the run has ended; return the ranks that were killed."""
     killed = []
     while len(killed) < kills:
         end = time.monotonic() + rng.uniform(0, 20)
