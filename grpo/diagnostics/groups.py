@@ -1,177 +1,159 @@
-"""Findings on groups whose rewards are all equal, which teach nothing: too easy, too hard, a reward that is blind.
+"""Checks of tied groups: problems that are too easy or too hard, rewards that do not depend on the completion.
 
-Each function in CHECKS is the finding of its name; it returns the figure and the text, or None.
+A group is tied if its completions have equal rewards. It has no learning signal, because its advantages are 0.
 """
 
 from statistics import fmean
 
-from grpo.diagnostics.snapshot import CheckResult, RunSnapshot, lower_bound, percent
+from grpo.diagnostics.snapshot import HARDLY_ANY, NEARLY_ALL, CheckResult, RunSnapshot, lower_bound, percent
 
-NEARLY_ALL = 0.9  # of groups: one step in ten may still teach something
-FEW, MANY = 16, 128  # completions that show that none has the form or ends, and that all are wrong or right
-HARDLY_ANY = 0.02  # of completions: less than one right in six groups of 8
-UNSOLVED_CI_HIGH = 0.15  # of a category with no right answer: 22 problems or more
-BOTH_KINDS = 0.15  # of groups: all right and all wrong ones are both common
-WASTED, WASTED_PAIRS = 0.5, 0.7  # share of groups that tie, most not all right; pairs and triples tie by nature
-IDLE, IDLE_STEPS = 0.1, 40  # share of steps beyond what ties of single groups explain; steps that are looked at
+OUTLOOK_MIN_COMPLETIONS = 16  # Fewer completions do not show that the form is missing, or that none ends.
+OUTLOOK_MIN_GRADED = 128  # Fewer completions may all be right, or all wrong, by chance.
+UNSOLVED_MAX_CI_HIGH = 0.15  # The 95% interval of a category without a right answer is lower from 22 problems on.
+ALL_OR_NOTHING_MIN_SHARE = 0.15  # Groups that are all right, or all wrong, are common from this share on.
+TIED_MIN_SHARE = 0.5  # From this share of groups on, most of the sampling is wasted.
+TIED_MIN_SHARE_SMALL_GROUPS = 0.7  # Groups of 2 or 3 completions are often tied by chance.
+IDLE_MIN_EXCESS = 0.1  # Idle steps are reported from this share of steps above what ties of single groups explain.
+IDLE_MIN_STEPS = 40  # Idle steps are counted over at least this number of steps.
 
 
-def nothing_to_learn(now: RunSnapshot) -> CheckResult:
-    """Before the first step, no group of a rollout teaches anything."""
-    look = now.outlook
-    completions = look["groups"] * look["num_generations"] if look else 0
-    if completions < FEW or look["teaching"] > 0:
+def nothing_to_learn(run: RunSnapshot) -> CheckResult:
+    """Report that before the first step no group has rewards that differ."""
+    outlook = run.outlook
+    completions = outlook["groups"] * outlook["num_generations"] if outlook else 0
+    if completions < OUTLOOK_MIN_COMPLETIONS or outlook["teaching"] > 0:
         return None
     text = (
-        f"In {look['groups']} groups of {look['num_generations']} completions none had rewards that differ, so as "
-        "things stand a step teaches nothing. "
+        f"All {outlook['groups']} groups of {outlook['num_generations']} completions have equal rewards, so a step "
+        "would have no learning signal. "
     )
-    if look["truncated"] >= NEARLY_ALL:
-        text += "Nearly all were cut off by the token limit: raise --max-new-tokens. "
-    if look["well_formed"] <= HARDLY_ANY:
-        return 0.0, text + (
-            "Hardly one has the form that the prompt asks for: show it by worked examples in the prompt, --shots 4, "
-            "or teach it first, --sft-steps 50."
-        )
-    if look["truncated"] >= NEARLY_ALL:
+    are_cut_off = outlook["truncated"] >= NEARLY_ALL
+    if are_cut_off:
+        text += "Nearly all completions were cut off by the token limit: raise --max-new-tokens. "
+    if outlook["well_formed"] <= HARDLY_ANY:
+        text += "Hardly any completion has the form that the prompt asks for: show it by worked examples in the "
+        return 0.0, text + "prompt (--shots 4), or train on it first (--sft-steps 50)."
+    if are_cut_off:
         return 0.0, text
-    if completions < MANY:
+    if completions < OUTLOOK_MIN_GRADED:
         return None
-    if look["all_right"] == 1:
+    if outlook["all_right"] == 1:
         return 1.0, text + "All are right already: take harder problems, or add --resample-tied 3."
-    return look["pass_at_1"], text + "Take easier problems, or a --reward that tells wrong answers apart."
+    return outlook["pass_at_1"], text + "Take easier problems, or a --reward that tells wrong answers apart."
 
 
-def too_easy(now: RunSnapshot) -> CheckResult:
-    """All completions of nearly all groups are right from the start."""
-    tied = now.mean("tied_all_right_fraction", first=True)
-    if not (tied >= NEARLY_ALL and now.at_least("tied_all_right_fraction", NEARLY_ALL - 0.05, first=True)):
+def too_easy(run: RunSnapshot) -> CheckResult:
+    """Report that from the start all completions of nearly all groups are right."""
+    tied = run.mean("tied_all_right_fraction", first=True)
+    if not (tied >= NEARLY_ALL and run.at_least("tied_all_right_fraction", NEARLY_ALL - 0.05, first=True)):
         return None
     return tied, (
-        f"Too easy: in the first {now.window} steps {percent(tied)} of the groups were all right, and a group "
-        "that is paid alike teaches nothing. Take harder problems or --resample-tied 3."
+        f"Too easy: in the first {run.window} steps {percent(tied)} of the groups were all right with equal rewards, "
+        "which gives no learning signal. Take harder problems or --resample-tied 3."
     )
 
 
-def too_hard(now: RunSnapshot) -> CheckResult:
-    """All completions of nearly all groups are wrong, and always were; at the end also: hardly one is right."""
-    ended = len(now.tests) > 1
-    window = -(-len(now.steps) // 2) if ended else now.long_window
-    tied, right = now.mean("tied_all_wrong_fraction", window), now.mean("accuracy", window)
-    if _able(now) or not (now.evals or now.tests):
+def too_hard(run: RunSnapshot) -> CheckResult:
+    """Report that nearly all groups have always been all wrong, or at the end that hardly any completion is right."""
+    ended = len(run.tests) > 1
+    window = -(-len(run.steps) // 2) if ended else run.long_window
+    tied = run.mean("tied_all_wrong_fraction", window)
+    right = run.mean("accuracy", window)
+    if _has_been_right(run) or not (run.evals or run.tests):
         return None
     if not (tied >= NEARLY_ALL or (ended and right <= HARDLY_ANY)):
         return None
     text = (
         f"Too hard for this model: in the last {window} steps {100 * right:.1f}% of the completions were right, and "
-        f"{percent(tied)} of the groups all wrong and paid alike, which teaches nothing. Take easier problems, "
-        "a --reward that also pays for coming closer, or an abler --model."
+        f"{percent(tied)} of the groups were all wrong with equal rewards, which gives no learning signal. Take "
+        "easier problems, a --reward that also rewards coming closer, or a more capable --model."
     )
-    latest = [*now.evals, *now.tests[1:]][-1:] or now.tests
+    latest = [*run.evals, *run.tests[1:]][-1:] or run.tests
     if any((e.get("well_formed") or 0) < HARDLY_ANY for e in latest):
-        text += " It does not write the form that the prompt asks for: teach it that first, or try --prompt-style."
+        text += " It does not write the form that the prompt asks for: train on that first, or try --prompt-style."
     return tied, text
 
 
-def unsolved_category(now: RunSnapshot) -> CheckResult:
-    """Hardly a held-out answer of one category of problems has ever been right, while the others' are."""
-    early = len(now.evals) < 3 or len(now.steps) < now.long_window
-    if not _able(now) or (early and len(now.tests) < 2):  # the second test is the end of the run
+def unsolved_category(run: RunSnapshot) -> CheckResult:
+    """Report categories of held-out problems that the model has hardly ever solved, while it solves others."""
+    ended = len(run.tests) > 1
+    if not _has_been_right(run) or not (ended or (len(run.evals) >= 3 and len(run.steps) >= run.long_window)):
         return None
-    best = {name: max(e["accuracy"] for e in evals) for name, evals in now.categories.items()}
+    best = {name: max(e["accuracy"] for e in evals) for name, evals in run.categories.items()}
     unsolved = [
         name
         for name, accuracy in best.items()
-        if accuracy <= HARDLY_ANY and now.categories[name][-1]["ci_high"] <= UNSOLVED_CI_HIGH
+        if accuracy <= HARDLY_ANY and run.categories[name][-1]["ci_high"] <= UNSOLVED_MAX_CI_HIGH
     ]
     if not unsolved:
         return None
     figure = max(best[name] for name in unsolved)
     return figure, (
-        f"Never solved: in each of {len(now.evals)} evaluations at most {percent(figure)} of the held-out answers to "
-        f"{', '.join(unsolved)} were right, while of all answers {percent(now.evals[-1]['accuracy'])} are right now. "
-        "Groups that are all wrong and paid alike teach nothing. Take easier problems of this category or none, or a "
-        "--reward that also pays for coming closer."
+        f"Never solved: in each of {len(run.evals)} evaluations at most {percent(figure)} of the held-out answers to "
+        f"{', '.join(unsolved)} were right, while {percent(run.evals[-1]['accuracy'])} of all answers are right now. "
+        "Groups that are all wrong with equal rewards give no learning signal. Take easier problems of this category "
+        "or none, or a --reward that also rewards coming closer."
     )
 
 
-def constant_reward(now: RunSnapshot) -> CheckResult:
-    """Every completion gets the same reward, right or wrong."""
-    if not is_constant(now):
+def constant_reward(run: RunSnapshot) -> CheckResult:
+    """Report that every completion gets the same reward, right or wrong."""
+    if not run.has_constant_reward:
         return None
-    reward = now.mean("reward_mean")
+    reward = run.mean("reward_mean")
     return reward, (
-        f"The reward is constant: every completion of the last {now.window} steps got {reward:.3g}, while "
-        f"{percent(now.mean('accuracy'))} of them were right. Nothing can be learned from it. Check the reward "
-        "function (--reward): its answer does not depend on the completion."
+        f"The reward is constant: every completion of the last {run.window} steps got {reward:.3g}, while "
+        f"{percent(run.mean('accuracy'))} of the completions were right, so there is no learning signal. Check the "
+        "reward function (--reward): what it returns does not depend on the completion."
     )
 
 
-def all_or_nothing(now: RunSnapshot) -> CheckResult:
-    """Nearly all groups are tied, some all right and the others all wrong."""
-    right, wrong = now.mean("tied_all_right_fraction"), now.mean("tied_all_wrong_fraction")
-    if not (min(right, wrong) >= BOTH_KINDS and lower_bound(right + wrong, now.groups()) >= NEARLY_ALL - 0.1):
+def all_or_nothing(run: RunSnapshot) -> CheckResult:
+    """Report that nearly all groups are tied, partly all right and partly all wrong."""
+    right = run.mean("tied_all_right_fraction")
+    wrong = run.mean("tied_all_wrong_fraction")
+    common = min(right, wrong) >= ALL_OR_NOTHING_MIN_SHARE
+    if not (common and lower_bound(right + wrong, run.groups()) >= NEARLY_ALL - 0.1):
         return None
     return right + wrong, (
-        f"All or nothing: in the last {now.window} steps {percent(right)} of the groups were all right and "
-        f"{percent(wrong)} all wrong; only {percent(1 - right - wrong)} had something to compare. The problems are "
-        "either too easy or too hard. Take problems in between, more completions a prompt (--num-generations), a "
-        "higher --temperature, or --resample-tied 3."
+        f"All or nothing: in the last {run.window} steps {percent(right)} of the groups were all right and "
+        f"{percent(wrong)} all wrong; only {percent(1 - right - wrong)} could be compared. The problems are either "
+        "too easy or too hard. Take problems in between, more completions a prompt (--num-generations), a higher "
+        "--temperature, or --resample-tied 3."
     )
 
 
-def tied_groups(now: RunSnapshot) -> CheckResult:
-    """Half of the groups are tied, and most of those not because all is right."""
-    window = now.long_window
-    tied, right = now.mean("tied_groups_fraction", window), now.mean("tied_all_right_fraction", window)
-    wasted = WASTED_PAIRS if now.setting("num_generations", 8) < 4 else WASTED
-    if not (tied >= wasted and right < tied / 2 and now.at_least("tied_groups_fraction", wasted - 0.1, window)):
+def tied_groups(run: RunSnapshot) -> CheckResult:
+    """Report that half of the groups are tied, most of them not because all their completions are right."""
+    window = run.long_window
+    tied = run.mean("tied_groups_fraction", window)
+    right = run.mean("tied_all_right_fraction", window)
+    least = TIED_MIN_SHARE_SMALL_GROUPS if run.config.get("num_generations", 8) < 4 else TIED_MIN_SHARE
+    if not (tied >= least and right < tied / 2 and run.at_least("tied_groups_fraction", least - 0.1, window)):
         return None
     return tied, (
-        f"Ties: {percent(tied)} of the groups of the last {window} steps had equal rewards ({percent(right)} all "
-        f"right), so {percent(tied)} of the sampling and of the update taught nothing. Add --resample-tied 3, a "
-        "--reward that tells wrong answers apart, easier problems, or more completions a prompt "
-        "(--num-generations)."
+        f"Ties: {percent(tied)} of the groups that were drawn in the last {window} steps had equal rewards "
+        f"({percent(right)} all right), which give no learning signal. Add --resample-tied 3, a --reward that tells "
+        "wrong answers apart, easier problems, or more completions a prompt (--num-generations)."
     )
 
 
-def idle_steps(now: RunSnapshot) -> CheckResult:
-    """Whole steps teach nothing, far more of them than ties of single groups explain."""
-    tied = now.values("tied_groups_fraction", max(IDLE_STEPS, now.long_window))
+def idle_steps(run: RunSnapshot) -> CheckResult:
+    """Report that all groups of a step are tied far more often than ties of single groups explain."""
+    tied = run.values("tied_groups_fraction", max(IDLE_MIN_STEPS, run.long_window))
     if not tied:
         return None
     idle = sum(share == 1 for share in tied) / len(tied)
-    expected = fmean(tied) ** now.batch
-    if not lower_bound(idle, len(tied)) > expected + IDLE:
+    expected = fmean(tied) ** run.batch
+    if not lower_bound(idle, len(tied)) > expected + IDLE_MIN_EXCESS:
         return None
     return idle, (
         f"Idle steps: in {percent(idle)} of the last {len(tied)} steps every group was tied, so that all advantages "
-        f"were 0 and nothing was learned; ties of single groups ({percent(fmean(tied))}) explain "
-        f"{percent(expected)}. Whole batches are paid alike: check whether the reward (--reward) depends on "
-        "something that changes from step to step."
+        f"were 0; ties of single groups ({percent(fmean(tied))}) explain {percent(expected)}. Check whether the "
+        "reward (--reward) depends on something that changes from step to step."
     )
 
 
-def _able(now: RunSnapshot) -> bool:
-    """Return whether the run has ever been right more than now and then."""
-    return any(e["accuracy"] > HARDLY_ANY for e in (*now.evals, *now.tests))
-
-
-def is_constant(now: RunSnapshot) -> bool:
-    """Return whether all rewards of the window are equal, those of right and of wrong completions."""
-    rewards, tied = now.values("reward_mean"), now.values("tied_groups_fraction")
-    if not rewards or not tied or min(tied) < 1 or min(rewards) < max(rewards):
-        return False
-    return HARDLY_ANY < now.mean("accuracy") < 1 - HARDLY_ANY
-
-
-CHECKS = (
-    nothing_to_learn,
-    too_easy,
-    too_hard,
-    unsolved_category,
-    constant_reward,
-    all_or_nothing,
-    tied_groups,
-    idle_steps,
-)
+def _has_been_right(run: RunSnapshot) -> bool:
+    """Return whether in any evaluation more than hardly any answers were right."""
+    return any(e["accuracy"] > HARDLY_ANY for e in (*run.evals, *run.tests))

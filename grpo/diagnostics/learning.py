@@ -1,244 +1,234 @@
-"""Findings on what a run learns: rewards, held-out accuracy, what is forgotten.
-
-Each function in CHECKS is the finding of its name; it returns the figure and the text, or None.
-"""
+"""Checks of what a run learns: rewards, held-out accuracy, what is forgotten."""
 
 from math import log, sqrt
 from statistics import fmean, variance
 
-from grpo.diagnostics.groups import NEARLY_ALL, is_constant
-from grpo.diagnostics.snapshot import CheckResult, Row, RunSnapshot, noise, percent, upper_bound
+from grpo.diagnostics.snapshot import NEARLY_ALL, CheckResult, Row, RunSnapshot, noise, percent, upper_bound
 from grpo.evaluation.intervals import Z
 
-BLIND = 0.1  # share of groups with right and wrong completions paid alike; a reward for being right has none
-RISE_ERRORS, RISE_SPREADS = 4.0, 0.5  # a reward rises by this many standard errors, and this much of a group's std
-FORM_LEARNED, FORM_ALONE = 0.2, 0.3  # rise of the well-formed share; accuracy rises by less than this part of it
-OVERFITTED = 0.15  # rise of the accuracy on training problems above that on held-out ones
-ABLE, LEFT = 0.2, 0.25  # an accuracy worth losing; the part of it that a collapse leaves
-RECENT_GROUPS = 24  # on which a collapse is seen between evaluations
-DRIFT = 0.5  # nats a token: what the start said is on average 40% less likely
-SKILL_LOST, SKILL_NOISE = 0.05, 1.7  # of a skill's problems, and so many half-widths of the interval
-DWARFED = 0.03  # of the largest part's spread: 30 times as much noise as signal
-SPREAD_LEAST, SPREAD_MOST = 0.01, 10.0  # of rewards in a group, undivided: far from the 1 that beta is meant for
-EPSILON_COUNTS = 1e-3  # of rewards in a group, divided: there the 1e-4 in the division takes 10%
+BLIND_MIN_SHARE = 0.1  # A reward for being right gives no group equal rewards for right and wrong completions.
+RISE_MIN_ERRORS = 4.0  # A metric rises if its last window is this number of standard errors above its first.
+REWARD_RISE_MIN_STDS = 0.5  # A reward must also rise by this part of the standard deviation in a group.
+FORM_MIN_RISE = 0.2  # The form is learned if the share of well-formed answers rises by this much.
+FORM_MAX_ACCURACY_RISE = 0.3  # Only the form is learned if accuracy rises by less than this part of the form's rise.
+OVERFITTING_MIN_GAP = 0.15  # Accuracy rises by this much more on training problems than on held-out ones.
+COLLAPSE_MIN_ACCURACY = 0.2  # An accuracy below this is not worth a warning when it is lost.
+COLLAPSE_MAX_REMAINING = 0.25  # After a collapse less than this part of the best accuracy is left.
+COLLAPSE_MIN_GROUPS = 24  # Between evaluations a collapse is judged by the completions of this number of groups.
+FORGETTING_MIN_DRIFT = 0.5  # nats a token: on average a token of the start's answers is 40% less likely.
+SKILL_MIN_LOSS = 0.05  # A skill is lost if accuracy on it falls by this much.
+SKILL_MIN_HALF_WIDTHS = 1.7  # The fall must also be this number of half-widths of its 95% interval.
+PART_MIN_RELATIVE_STD = 0.03  # A part that differs less than this, relative to the largest part, has no effect.
+UNSCALED_MIN_STD = 0.01  # Without division by the std, --beta is meant for rewards that differ by about 1.
+UNSCALED_MAX_STD = 10.0  # The same for rewards that differ too much.
+SCALED_MIN_STD = 1e-3  # With division by the std, the 1e-4 that is added to it makes advantages 10% smaller here.
 
 
-def _above(one: Row, other: Row, looks: int = 1) -> bool:
-    """Return whether an evaluation is better than another beyond the noise of both (their 95% intervals).
+def _is_better(first: Row, second: Row, candidates: int = 1) -> bool:
+    """Return whether the first evaluation is better than the second, beyond the noise of their 95% intervals.
 
-    `looks` is the number of evaluations that `one` is the best of: by chance it is √(2 ln looks) deviations too high.
+    `candidates` is the number of evaluations of which `first` is the best: by chance alone the best of n is
+    √(2 ln n) standard deviations too high.
     """
-    return one["accuracy"] - other["accuracy"] > noise(one, other) * (1 + sqrt(2 * log(looks)) / (Z * sqrt(2)))
+    selection = sqrt(2 * log(candidates)) / (Z * sqrt(2))
+    return first["accuracy"] - second["accuracy"] > noise(first, second) * (1 + selection)
 
 
-def _accuracy_is_flat(now: RunSnapshot) -> bool:
-    """Return whether the last two evaluations are no better than the start; False before there are two."""
-    return len(now.evals) > 2 and not any(_above(e, now.evals[0]) for e in now.evals[-2:])
-
-
-def _form_rise(now: RunSnapshot) -> float:
-    first, last = (now.evals[i].get("well_formed") for i in (0, -1))
+def _form_rise(run: RunSnapshot) -> float:
+    """Return the rise of the share of well-formed answers since the start; 0 if it is not known."""
+    first = run.evals[0].get("well_formed")
+    last = run.evals[-1].get("well_formed")
     return 0.0 if first is None or last is None else last - first
 
 
-def _rise(now: RunSnapshot, name: str) -> tuple[float, float]:
-    """Return how much higher a metric is in the last window than in the first, and the standard error of that."""
-    windows = now.values(name, first=True), now.values(name)
-    if None in windows or len(now.steps) < 2 * now.window:
+def _rise(run: RunSnapshot, name: str) -> tuple[float, float]:
+    """Return the rise of a metric from the first window to the last, and its standard error; NaN if not known."""
+    first = run.values(name, first=True)
+    last = run.values(name)
+    if not first or not last or len(run.steps) < 2 * run.window:
         return float("nan"), float("nan")
-    first, last = windows
     return fmean(last) - fmean(first), sqrt(variance(first) / len(first) + variance(last) / len(last))
 
 
-def _reward_rises(now: RunSnapshot) -> bool:
-    rise, error = _rise(now, "reward_mean")
-    return rise > max(RISE_ERRORS * error, RISE_SPREADS * now.mean("reward_std", first=True))
-
-
-def collapsed(now: RunSnapshot) -> CheckResult:
-    """The accuracy that the run had is gone, held-out or sampled."""
-    best = max(now.evals, key=lambda e: e["accuracy"], default=None)
+def collapsed(run: RunSnapshot) -> CheckResult:
+    """Report that the held-out or sampled accuracy that the run had is lost."""
+    best = max(run.evals, key=lambda e: e["accuracy"], default=None)
     if best is None:
         return None
-    last, had = now.evals[-1], best["accuracy"]
-    if now.evaluated and best["ci_low"] >= ABLE / 2 and last["ci_high"] < 2 * LEFT * had:
-        return last["accuracy"], _collapse(f"held-out accuracy fell from {percent(had)} to", last["accuracy"], best)
-    if isinstance(now.setting("task"), list):  # the shares of hard and easy tasks differ from step to step
-        return None
-    recent = max(3, -(-RECENT_GROUPS // now.batch))
-    blocks = [block for block in now.blocks("accuracy", now.window)[:-1] if block == block]
-    had, right = max(blocks, default=0.0), now.mean("accuracy", recent)
-    if had >= ABLE and right < LEFT * had and upper_bound(right, now.groups(recent)) < 2 * LEFT * had:
-        return right, _collapse(f"the accuracy of the completions fell from {percent(had)} to", right, best)
+    last = run.evals[-1]
+    was_able = best["ci_low"] >= COLLAPSE_MIN_ACCURACY / 2
+    if run.evaluated and was_able and last["ci_high"] < 2 * COLLAPSE_MAX_REMAINING * best["accuracy"]:
+        return _collapse("held-out accuracy", best["accuracy"], last["accuracy"], best)
+    if isinstance(run.config.get("task"), list):
+        return None  # In a mixture the shares of easy and hard tasks differ from step to step.
+    steps = max(3, -(-COLLAPSE_MIN_GROUPS // run.batch))
+    highest = max(run.earlier_blocks("accuracy", run.window), default=0.0)
+    right = run.mean("accuracy", steps)
+    is_low = upper_bound(right, run.groups(steps)) < 2 * COLLAPSE_MAX_REMAINING * highest
+    if highest >= COLLAPSE_MIN_ACCURACY and right < COLLAPSE_MAX_REMAINING * highest and is_low:
+        return _collapse("the accuracy of the completions", highest, right, best)
     return None
 
 
-def _collapse(said: str, now: float, best: Row) -> str:
-    return (
-        f"Collapsed: {said} {percent(now)}. The policy has lost what it could do, and seldom finds it again. "
-        f"saved_model/ keeps the best policy, of step {best['step']} ({percent(best['accuracy'])} of the held-out "
-        "answers right). Stop, and start anew with a lower --learning-rate, a larger --beta or fewer "
-        "--num-inner-updates."
+def _collapse(what: str, highest: float, accuracy: float, best: Row) -> CheckResult:
+    return accuracy, (
+        f"Collapsed: {what} fell from {percent(highest)} to {percent(accuracy)}. The policy has lost what it could "
+        f"do, and seldom recovers. saved_model/ has the best policy, of step {best['step']} "
+        f"({percent(best['accuracy'])} of the held-out answers right). Stop, and start again with a lower "
+        "--learning-rate, a larger --beta or fewer --num-inner-updates."
     )
 
 
-def reward_hacking(now: RunSnapshot) -> CheckResult:
-    """The reward cannot see what is right, or rises while no accuracy does."""
-    held_out = f"held-out accuracy is {percent(now.evals[-1]['accuracy'])}" if now.evals else ""
-    tied, right = now.mean("tied_groups_fraction"), now.mean("accuracy")
-    mixed = tied - now.mean("tied_all_right_fraction") - now.mean("tied_all_wrong_fraction")
-    cure = "Pay for being right (--reward exact=1), and less for everything else."
-    if mixed >= BLIND and tied >= NEARLY_ALL and not is_constant(now):
+def reward_hacking(run: RunSnapshot) -> CheckResult:
+    """Report that right and wrong completions get equal rewards, or that the reward rises while accuracy does not."""
+    held_out = f"held-out accuracy is {percent(run.evals[-1]['accuracy'])}" if run.evals else ""
+    tied = run.mean("tied_groups_fraction")
+    right = run.mean("accuracy")
+    mixed = tied - run.mean("tied_all_right_fraction") - run.mean("tied_all_wrong_fraction")
+    advice = "Reward right answers (--reward exact=1), and lower the weight of everything else."
+    if mixed >= BLIND_MIN_SHARE and tied >= NEARLY_ALL and not run.has_constant_reward:
         return mixed, (
-            f"Reward hacking: the reward is earned without being right. In {percent(mixed)} of the groups of the "
-            f"last {now.window} steps right and wrong completions were paid alike; the mean reward is "
-            f"{now.mean('reward_mean'):.2f}, {percent(right)} of the completions are right"
-            f"{', ' + held_out if held_out else ''}. More steps teach little. {cure}"
+            f"Reward hacking: wrong completions earn the reward. In {percent(mixed)} of the groups of the last "
+            f"{run.window} steps right and wrong completions got equal rewards; the mean reward is "
+            f"{run.mean('reward_mean'):.2f}, {percent(right)} of the completions are right"
+            f"{', ' + held_out if held_out else ''}. {advice}"
         )
-    if not (now.evaluated and _accuracy_is_flat(now) and _reward_rises(now)):
+    is_flat = len(run.evals) > 2 and not any(_is_better(e, run.evals[0]) for e in run.evals[-2:])
+    rise, error = _rise(run, "reward_mean")
+    least = max(RISE_MIN_ERRORS * error, REWARD_RISE_MIN_STDS * run.mean("reward_std", first=True))
+    if not (run.evaluated and is_flat and rise > least):
         return None
-    rise, error = _rise(now, "accuracy")
-    falls = _above(now.evals[0], now.evals[-1])
-    if not falls and (_form_rise(now) >= FORM_LEARNED or rise > RISE_ERRORS * error):
-        return None  # it learns the form, or the training problems
-    return now.evals[-1]["accuracy"] - now.evals[0]["accuracy"], (
-        f"Reward hacking: the reward rose from {now.mean('reward_mean', first=True):.2f} to "
-        f"{now.mean('reward_mean'):.2f} while {held_out}, {percent(now.evals[0]['accuracy'])} at the start. The "
-        f"policy has found what is paid without being right: look at the completions. {cure}"
+    rise, error = _rise(run, "accuracy")
+    learns_otherwise = _form_rise(run) >= FORM_MIN_RISE or rise > RISE_MIN_ERRORS * error
+    if learns_otherwise and not _is_better(run.evals[0], run.evals[-1]):
+        return None  # The run learns the form, or the training problems by heart.
+    return run.evals[-1]["accuracy"] - run.evals[0]["accuracy"], (
+        f"Reward hacking: the reward rose from {run.mean('reward_mean', first=True):.2f} to "
+        f"{run.mean('reward_mean'):.2f} while {held_out}, {percent(run.evals[0]['accuracy'])} at the start. Wrong "
+        f"completions earn the reward: look at some of them. {advice}"
     )
 
 
-def format_only(now: RunSnapshot) -> CheckResult:
-    """The form is learned and the answers are not."""
-    if len(now.evals) < 3:
+def format_only(run: RunSnapshot) -> CheckResult:
+    """Report that the form is learned and right answers are not."""
+    if len(run.evals) < 3:
         return None
-    first, last = now.evals[0], now.evals[-1]
-    form, right = _form_rise(now), last["accuracy"] - first["accuracy"]
-    if form < FORM_LEARNED or right + noise(first, last) >= FORM_ALONE * form:
+    first, last = run.evals[0], run.evals[-1]
+    form = _form_rise(run)
+    right = last["accuracy"] - first["accuracy"]
+    if form < FORM_MIN_RISE or right + noise(first, last) >= FORM_MAX_ACCURACY_RISE * form:
         return None
-    if any((e.get("well_formed") or 0) < NEARLY_ALL for e in now.evals[-2:]):
+    if any((e.get("well_formed") or 0) < NEARLY_ALL for e in run.evals[-2:]):
         return None
     return last["accuracy"], (
         f"The form is learned, the task is not: {percent(last['well_formed'])} of the answers are well-formed "
         f"({percent(first['well_formed'])} at the start), {percent(last['accuracy'])} right "
-        f"({percent(first['accuracy'])}). Pay less for form (--reward format=0.1 --reward exact=1), give more "
-        "completions a chance to be right (--num-generations), or take easier problems."
+        f"({percent(first['accuracy'])}). Reward the form less (--reward format=0.1 --reward exact=1), sample more "
+        "completions a prompt (--num-generations), or take easier problems."
     )
 
 
-def overfitting(now: RunSnapshot) -> CheckResult:
-    """Accuracy rises on training problems by more than on held-out ones, beyond the noise of both."""
-    if not now.evaluated or len(now.evals) < 3:
+def overfitting(run: RunSnapshot) -> CheckResult:
+    """Report that accuracy rises more on training problems than on held-out ones, beyond the noise of both."""
+    if not run.evaluated or len(run.evals) < 3:
         return None
-    rise, error = _rise(now, "accuracy")
-    first, last = now.evals[0], now.evals[-1]
+    rise, error = _rise(run, "accuracy")
+    first, last = run.evals[0], run.evals[-1]
     gap = rise - (last["accuracy"] - first["accuracy"])
-    if not (
-        rise >= OVERFITTED
-        and gap >= max(OVERFITTED, sqrt((RISE_ERRORS * error) ** 2 + (2 * noise(first, last)) ** 2))
-    ):
+    gap_noise = sqrt((RISE_MIN_ERRORS * error) ** 2 + (2 * noise(first, last)) ** 2)
+    if not (rise >= OVERFITTING_MIN_GAP and gap >= max(OVERFITTING_MIN_GAP, gap_noise)):
         return None
     return gap, (
-        f"Learned by heart: {percent(now.mean('accuracy'))} of the completions to training problems are right "
-        f"({percent(now.mean('accuracy', first=True))} at first), but {percent(last['accuracy'])} of the held-out "
+        f"Learned by heart: {percent(run.mean('accuracy'))} of the completions to training problems are right "
+        f"({percent(run.mean('accuracy', first=True))} at first), but {percent(last['accuracy'])} of the held-out "
         f"answers ({percent(first['accuracy'])}). Train on more different problems, for fewer steps, or with a "
         "larger --beta."
     )
 
 
-def past_peak(now: RunSnapshot) -> CheckResult:
-    """Held-out accuracy has been higher, by more than the noise, for two evaluations."""
-    if len(now.evals) < 3:
+def past_peak(run: RunSnapshot) -> CheckResult:
+    """Report that the last two held-out accuracies are lower than an earlier one, by more than the noise."""
+    if len(run.evals) < 3:
         return None
-    best, last = max(now.evals[:-2], key=lambda e: e["accuracy"]), now.evals[-1]
-    if not all(_above(best, e, len(now.evals)) for e in now.evals[-2:]) or collapsed(now):
+    best, last = max(run.evals[:-2], key=lambda e: e["accuracy"]), run.evals[-1]
+    if not all(_is_better(best, e, len(run.evals)) for e in run.evals[-2:]) or collapsed(run):
         return None
     what = "Past its peak" if best["step"] else "Worse than the start"
     return last["accuracy"], (
         f"{what}: held-out accuracy was {percent(best['accuracy'])} at step {best['step']} and is "
-        f"{percent(last['accuracy'])}. More steps hurt, as they often do. saved_model/ has the best policy; stop "
-        "in time with --patience 3, lower --learning-rate, or use --learning-rate-decay linear."
+        f"{percent(last['accuracy'])}. More steps often make it worse. saved_model/ has the best policy; stop in "
+        "time with --patience 3, lower --learning-rate, or use --learning-rate-decay linear."
     )
 
 
-def falling_category(now: RunSnapshot) -> CheckResult:
-    """Held-out accuracy of a category of problems has been higher for two evaluations, and that of all has not."""
-    if len(now.evals) < 3 or past_peak(now) or collapsed(now):
+def falling_category(run: RunSnapshot) -> CheckResult:
+    """Report categories whose last two held-out accuracies are lower than before, while accuracy of all is not."""
+    if len(run.evals) < 3 or past_peak(run) or collapsed(run):
         return None
-    best = {name: max(evals[:-2], key=lambda e: e["accuracy"]) for name, evals in now.categories.items()}
-    looks = len(now.evals) * len(now.categories)
-    fallen = {n: evals for n, evals in now.categories.items() if all(_above(best[n], e, looks) for e in evals[-2:])}
-    if not fallen:
+    candidates = len(run.evals) * len(run.categories)
+    falls, texts = [], []
+    for name, evals in run.categories.items():
+        best = max(evals[:-2], key=lambda e: e["accuracy"])
+        if all(_is_better(best, e, candidates) for e in evals[-2:]):
+            before, after = best["accuracy"], evals[-1]["accuracy"]
+            falls.append(before - after)
+            texts.append(f"{name} fell from {percent(before)} at step {best['step']} to {percent(after)}")
+    if not falls:
         return None
-    last = {name: evals[-1]["accuracy"] for name, evals in fallen.items()}
-    said = [
-        f"{name} fell from {percent(best[name]['accuracy'])} at step {best[name]['step']} to {percent(last[name])}"
-        for name in fallen
-    ]
-    return max(best[name]["accuracy"] - last[name] for name in fallen), (
-        f"A category of problems falls: in held-out accuracy {', '.join(said)}. The best policy is chosen by all "
+    return max(falls), (
+        f"A category of problems falls: in held-out accuracy {', '.join(texts)}. The best policy is chosen by all "
         "problems together. Train on more problems of this category (of a task among several: --task NAME=WEIGHT), "
         "lower --learning-rate, or raise --beta."
     )
 
 
-def forgetting(now: RunSnapshot) -> CheckResult:
-    """Abilities of the starting model outside the task are lost."""
-    latest = [e for e in (*now.evals, *now.tests[1:]) if e.get("drift") is not None][-1:]
-    drift = latest[0]["drift"] if latest else 0.0
-    then, later = (now.tests[i].get("skills") or {} if now.tests else {} for i in (0, -1))
-    pairs = {name: (then[name], later[name]) for name in then if name in later}
-    lost = {name: a["accuracy"] - b["accuracy"] for name, (a, b) in pairs.items()}
-    lost = {n: loss for n, loss in lost.items() if loss >= max(SKILL_LOST, SKILL_NOISE * noise(*pairs[n]))}
-    if not lost and not drift >= DRIFT:
+def forgetting(run: RunSnapshot) -> CheckResult:
+    """Report that the policy has lost abilities of the starting model outside the task."""
+    drifts = [e["drift"] for e in (*run.evals, *run.tests[1:]) if e.get("drift") is not None]
+    drift = drifts[-1] if drifts else 0.0
+    losses, texts = [drift], []
+    if drift >= FORGETTING_MIN_DRIFT:
+        texts.append(f"its answers to unrelated prompts have drifted by {drift:.2f} nats a token")
+    after = (run.tests[-1].get("skills") or {}) if run.tests else {}
+    before = (run.tests[0].get("skills") or {}) if run.tests else {}
+    for name in [name for name in before if name in after]:
+        loss = before[name]["accuracy"] - after[name]["accuracy"]
+        if loss >= max(SKILL_MIN_LOSS, SKILL_MIN_HALF_WIDTHS * noise(before[name], after[name])):
+            losses.append(loss)
+            texts.append(f"{name} {percent(before[name]['accuracy'])} -> {percent(after[name]['accuracy'])}")
+    if not texts:
         return None
-    said = [f"its answers to unrelated prompts have drifted by {drift:.2f} nats a token"] * bool(drift >= DRIFT)
-    said += [
-        f"{name} {percent(pairs[name][0]['accuracy'])} -> {percent(pairs[name][1]['accuracy'])}" for name in lost
-    ]
-    return max([drift, *lost.values()]), (
-        f"It forgets: {'; '.join(said)}. Training took away abilities that it was not about. Lower --learning-rate, "
+    return max(losses), (
+        f"It forgets: {'; '.join(texts)}. Training took away abilities outside the task. Lower --learning-rate, "
         "raise --beta, train for fewer steps, or use --lora-rank 16."
     )
 
 
-def reward_scale(now: RunSnapshot) -> CheckResult:
-    """One reward part is far smaller than another, or all are far from the size that the update expects."""
-    parts = {name.removeprefix("reward_std/") for row in now.steps[-1:] for name in row if "reward_std/" in name}
-    spreads = {part: now.mean(f"reward_std/{part}", now.long_window) for part in sorted(parts)}
-    spreads = {part: spread for part, spread in spreads.items() if spread > 0}
-    if spreads:
-        small, large = min(spreads, key=spreads.__getitem__), max(spreads, key=spreads.__getitem__)
-        if spreads[small] < DWARFED * spreads[large]:
-            return spreads[small], (
-                f"Reward parts of different scales: where {small} differs in a group it does so by "
-                f"{spreads[small]:.2g} (standard deviation), {large} by {spreads[large]:.2g}. Where both differ "
-                f"{small} counts for nothing; where {large} is tied the division by the group's std makes "
-                f"{small} all that counts. Give the parts like weights (--reward), or divide by the batch's "
-                "(--scale-rewards batch)."
-            )
-    spread = now.mean("reward_std", now.long_window) / max(
-        1e-9, 1 - now.mean("tied_groups_fraction", now.long_window)
-    )
-    undivided = now.setting("scale_rewards", "group") == "none"
-    least, most = (SPREAD_LEAST, SPREAD_MOST) if undivided else (EPSILON_COUNTS, float("inf"))
-    if not (0 < spread < least or spread > most):
+def reward_scale(run: RunSnapshot) -> CheckResult:
+    """Report that a reward part differs far less than another, or all rewards too little or too much."""
+    parts = {name.removeprefix("reward_std/") for row in run.steps[-1:] for name in row if "reward_std/" in name}
+    stds = {part: run.mean(f"reward_std/{part}", run.long_window) for part in sorted(parts)}
+    stds = {part: std for part, std in stds.items() if std > 0}
+    small, large = min(stds, key=stds.get, default=""), max(stds, key=stds.get, default="")
+    if stds and stds[small] < PART_MIN_RELATIVE_STD * stds[large]:
+        return stds[small], (
+            f"Reward parts of different scales: in the groups where {small} differs its standard deviation is "
+            f"{stds[small]:.2g}, that of {large} is {stds[large]:.2g}. Where both differ {small} has no effect; "
+            f"where {large} is tied the division by the group's std makes {small} all that counts. Give the parts "
+            "similar weights (--reward), or divide by the standard deviation of the batch (--scale-rewards batch)."
+        )
+    untied = 1 - run.mean("tied_groups_fraction", run.long_window)
+    std = run.mean("reward_std", run.long_window) / max(1e-9, untied)
+    if run.config.get("scale_rewards", "group") == "none":
+        low, high = UNSCALED_MIN_STD, UNSCALED_MAX_STD
+        compared = "--beta and --clip-grad-norm"
+    else:
+        low, high = SCALED_MIN_STD, float("inf")
+        compared = "the 1e-4 that is added to it"
+    if not (0 < std < low or std > high):
         return None
-    against = "against --beta and --clip-grad-norm" if undivided else "against the 1e-4 that is added to it"
-    return spread, (
-        f"Rewards of an unfit scale: in groups that are not tied they differ by {spread:.2g} (standard deviation), "
-        f"too {'little' if spread < least else 'much'} {against}. Change the weights (--reward NAME=WEIGHT) so that "
-        "completions differ by about 1."
+    return std, (
+        f"Rewards of an unfit scale: in groups that are not tied their standard deviation is {std:.2g}, which is too "
+        f"{'small' if std < low else 'large'} compared with {compared}. Change the weights (--reward NAME=WEIGHT) so "
+        "that completions differ by about 1."
     )
-
-
-CHECKS = (
-    collapsed,
-    reward_hacking,
-    format_only,
-    overfitting,
-    past_peak,
-    falling_category,
-    forgetting,
-    reward_scale,
-)

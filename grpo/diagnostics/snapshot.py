@@ -1,6 +1,6 @@
-"""A run at some moment, as the checks of its health see it: windows of steps, and evaluations.
+"""A run at one moment, as the checks of its health see it: windows of steps, and evaluations.
 
-A window is as many steps as hold some groups, so that a figure is as sure in a run of 1 × 2 as in one of 16 × 16.
+Every public function of `groups.py`, `learning.py` and `stability.py` is a check, with the name of its finding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,14 @@ from typing import Any
 
 from grpo.evaluation.intervals import wilson
 
-GROUPS, STEPS = 40, 10  # that a window holds at least
-LONG = 2  # times as many, for rarer or noisier figures
+WINDOW_MIN_GROUPS = 40  # A window has the same certainty with 1 prompt a step as with 16.
+WINDOW_MIN_STEPS = 10
+LONG_WINDOW = 2  # windows, for figures that are rarer or noisier
+NEARLY_ALL = 0.9  # From this share of groups or completions on, messages say "nearly all".
+HARDLY_ANY = 0.02  # Up to this share of completions, less than 1 of 48, messages say "hardly any".
 
 Row = Mapping[str, Any]
-CheckResult = tuple[float, str] | None  # a figure, and what it means in plain words; None if all is well
+CheckResult = tuple[float, str] | None  # the figure and the text of the finding; None if the run does not have it
 
 
 @dataclass(frozen=True)
@@ -25,72 +28,75 @@ class RunSnapshot:
 
     config: Mapping[str, Any]
     steps: Sequence[Row]
-    evals: Sequence[Row]  # of validation
-    tests: Sequence[Row]
-    precision: str = "float32"  # of passes
-    outlook: Row | None = None  # what a look before the first step found
+    evals: Sequence[Row]  # on validation problems
+    tests: Sequence[Row]  # on test problems
+    precision: str  # of forward and backward passes
+    outlook: Row | None  # what was measured before the first step
 
     @cached_property
     def categories(self) -> dict[str, list[Row]]:
-        """Return the validation evaluations of each category of problems that is in all of them, with their steps."""
+        """Return the validation entries, with their steps, of each category that every evaluation has."""
         tables = [e.get("categories", {}) for e in self.evals]
         names = [name for name in (tables[-1] if tables else {}) if all(name in table for table in tables)]
         return {name: [{**e["categories"][name], "step": e["step"]} for e in self.evals] for name in names}
 
     @property
     def batch(self) -> int:
-        """Return the groups of a step."""
-        return max(1, int(self.setting("batch_size", 4)))
+        """Return the number of groups in a step."""
+        return max(1, int(self.config.get("batch_size", 4)))
 
     @cached_property
     def window(self) -> int:
-        """Return the steps that a figure is averaged over."""
-        return max(STEPS, -(-GROUPS // self.batch))
+        """Return the number of steps that a figure is averaged over."""
+        return max(WINDOW_MIN_STEPS, -(-WINDOW_MIN_GROUPS // self.batch))
 
     @property
     def long_window(self) -> int:
-        """Return the steps that a rarer or noisier figure is averaged over."""
-        return LONG * self.window
+        """Return the number of steps that a rarer or noisier figure is averaged over."""
+        return LONG_WINDOW * self.window
 
     @property
     def evaluated(self) -> bool:
-        """Return whether the last evaluation is of the current policy: an earlier one says nothing of later steps."""
+        """Return whether the current policy has been evaluated: an earlier evaluation says nothing of later steps."""
         return bool(self.evals and self.steps) and self.evals[-1]["step"] == self.steps[-1]["step"]
 
-    def values(self, name: str, window: int | None = None, first: bool = False) -> list[float] | None:
-        """Return a metric over the last (or first) steps; None before there are so many, or if most are null."""
+    @property
+    def has_constant_reward(self) -> bool:
+        """Return whether all completions of the window have the same reward, although only some of them are right."""
+        rewards = self.values("reward_mean")
+        tied = self.values("tied_groups_fraction")
+        if not rewards or not tied or min(tied) < 1 or min(rewards) < max(rewards):
+            return False
+        return HARDLY_ANY < self.mean("accuracy") < 1 - HARDLY_ANY
+
+    def values(self, name: str, window: int | None = None, first: bool = False) -> list[float]:
+        """Return a metric over the last (or first) `window` steps, without nulls.
+
+        The list is empty before there are that many steps, or if at least half of the values are null.
+        """
         window = window or self.window
         rows = self.steps[:window] if first else self.steps[-window:]
-        known = [row[name] for row in rows if row.get(name) is not None]
-        return known if len(rows) == window and 2 * len(known) > window else None
+        values = [row[name] for row in rows if row.get(name) is not None]
+        return values if len(rows) == window and 2 * len(values) > window else []
 
     def mean(self, name: str, window: int | None = None, first: bool = False) -> float:
-        """Return the mean of `values`; NaN, which is beyond no threshold, if there are none."""
+        """Return the mean of `values`; NaN, which passes no threshold, if there are none."""
         values = self.values(name, window, first)
         return fmean(values) if values else float("nan")
 
     def at_least(self, name: str, threshold: float, window: int | None = None, first: bool = False) -> bool:
-        """Return whether a share of groups or completions is at least `threshold`, beyond the noise of the groups."""
+        """Return whether the 95% interval of a mean share, with n the groups of its window, is above `threshold`."""
         return lower_bound(self.mean(name, window, first), self.groups(window)) >= threshold
 
     def groups(self, window: int | None = None) -> int:
         """Return the number of groups in a window."""
         return (window or self.window) * self.batch
 
-    def last(self, name: str) -> float:
-        """Return a metric of the last step; NaN if it is null."""
-        value = self.steps[-1].get(name) if self.steps else None
-        return float("nan") if value is None else value
-
-    def blocks(self, name: str, length: int) -> list[float]:
-        """Return the means of a metric over blocks of steps one after the other; NaN for a block without values."""
-        rows = [self.steps[i : i + length] for i in range(0, len(self.steps) - length + 1, length)]
-        known = [[row[name] for row in block if row.get(name) is not None] for block in rows]
-        return [fmean(values) if values else float("nan") for values in known]
-
-    def setting(self, name: str, default: Any = 0) -> Any:
-        """Return a setting of the run."""
-        return self.config.get(name, default)
+    def earlier_blocks(self, name: str, length: int) -> list[float]:
+        """Return the means of a metric over blocks of `length` steps, without the last block and blocks of nulls."""
+        blocks = [self.steps[i : i + length] for i in range(0, len(self.steps) - length + 1, length)][:-1]
+        values = [[row[name] for row in block if row.get(name) is not None] for block in blocks]
+        return [fmean(block) for block in values if block]
 
 
 def lower_bound(share: float, n: int) -> float:
@@ -103,9 +109,9 @@ def upper_bound(share: float, n: int) -> float:
     return wilson(share, n)[1]
 
 
-def noise(*evaluations: Row) -> float:
-    """Return the half-width of the 95% interval of a difference of evaluations."""
-    return hypot(*(e["ci_high"] - e["ci_low"] for e in evaluations)) / 2
+def noise(first: Row, second: Row) -> float:
+    """Return the half-width of the 95% interval of the difference of two evaluations."""
+    return hypot(first["ci_high"] - first["ci_low"], second["ci_high"] - second["ci_low"]) / 2
 
 
 def percent(share: float) -> str:

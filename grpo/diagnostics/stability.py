@@ -1,50 +1,58 @@
-"""Findings on how a run trains: KL, entropy, gradients and clipping, what moves, where completions end.
-
-Each function in CHECKS is the finding of its name; it returns the figure and the text, or None.
-"""
+"""Checks of how a run trains: KL, entropy, gradients, clipping, learning rate, and where completions end."""
 
 from statistics import median
 
-from grpo.diagnostics.snapshot import CheckResult, Row, RunSnapshot, lower_bound, percent, upper_bound
+from grpo.diagnostics.snapshot import CheckResult, RunSnapshot, lower_bound, percent, upper_bound
 
-KL_LARGE = 1.0  # nats a token: its tokens are on average e times as likely as under the reference
-KL_SPIKE, KL_SPIKE_LEAST = 10.0, 0.5  # times the median before it; and nats a token, for early medians are near 0
-SPIKE_COMPLETIONS = 32  # that a KL is the mean of, as one rare token is no spike
-BEFORE_BLOCKS, BEFORE_STEPS = 7, 20  # that come before a spike at least: a fast start is none
-ENTROPY_LEFT, ENTROPY_LEAST = 0.35, 0.08  # of the first steps' entropy; and nats a token
-ALIKE = 0.75  # of the groups are tied: tokens that are copied have no entropy in a healthy run either
-STILL_WRONG = 0.8  # a policy this accurate may be sure of itself
-GROWN, GROWN_ANYHOW, GROWN_TOKENS = 4.0, 10.0, 20  # times the first length; the same if accuracy rose; tokens
-MOSTLY, NEARLY_EVERY = 0.5, 0.95  # of completions
-ENDINGS_REPEATED = 0.1  # of completions: a model that has learned where to stop has none
-SPIKE = 10.0  # times the median, and the clipping
-SPIKES, SPIKE_LEAST, SPIKE_STEPS = 3, 20, 50  # this many, for one is harmless; among so many steps, 20 to 50
-CLIPPED = 0.3  # of tokens: clipping is for outliers; PPO's usual 0.05 to 0.2
-MOVED = 0.1  # of weights: float32 at a sensible rate moves nearly all, bf16 at 1e-7 moved 2 to 8%
-STANDING, STANDING_STEPS = 1e-6, 50  # nats a token, too few to tell the policies apart; steps to wait
-GAP_FLOAT32, GAP_BF16 = 0.01, 1.0  # nats: rounding is 1e-5 in float32, and up to some tenths on a rare token in bf16
+KL_MIN = 1.0  # nats a token: on average a token is e times as likely as under the reference.
+KL_SPIKE_MIN_RATIO = 10.0  # A spike is this many times the median of the earlier KL.
+KL_SPIKE_MIN = 0.5  # nats a token: early medians are near 0, so that a ratio alone says little.
+KL_SPIKE_MIN_COMPLETIONS = 32  # The KL is a mean over this many completions, so that one rare token is no spike.
+KL_SPIKE_MIN_BLOCKS = 7  # A spike is compared with at least this many earlier blocks of steps.
+KL_SPIKE_MIN_STEPS = 20  # These blocks have at least this many steps, so that a fast start is no spike.
+ENTROPY_MAX_REMAINING = 0.35  # A collapsed entropy is below this part of the entropy of the first steps.
+ENTROPY_MAX = 0.08  # nats a token: a collapsed entropy is also below this value.
+ENTROPY_MIN_TIED_SHARE = 0.75  # Copied tokens have no entropy in a healthy run either, but its groups are not tied.
+ENTROPY_MAX_ACCURACY = 0.8  # A policy that is right this often may have little entropy.
+LENGTH_MIN_RATIO = 4.0  # Completions grow if they have this many times the tokens of the first steps.
+LENGTH_MIN_RATIO_IF_BETTER = 10.0  # The same where accuracy has risen, since longer completions may be the reason.
+LENGTH_MIN_GROWTH = 20  # tokens: short completions multiply their length easily.
+MOST_MIN_SHARE = 0.5  # From this share of completions on, messages speak of most of them.
+NEVER_ENDS_MIN_SHARE = 0.95  # From this share of truncated completions on, the model does not end its turns.
+REPEATED_MIN_SHARE = 0.1  # A model that has learned where to stop has no completion with a repeated ending.
+GRADIENT_SPIKE_MIN_RATIO = 10.0  # A spike is this many times the median norm and --clip-grad-norm.
+GRADIENT_MIN_SPIKES = 3  # One spike is harmless.
+GRADIENT_MIN_STEPS = 20  # Fewer untied steps do not show which norm is usual.
+GRADIENT_MAX_STEPS = 50  # Older steps say little about the policy of today.
+CLIPPED_MIN_SHARE = 0.3  # Clipping is for outliers; 0.05 to 0.2 of the tokens is usual in PPO.
+MOVED_MIN_SHARE = 0.1  # Float32 at a sensible rate moves nearly all weights; bfloat16 at 1e-7 moved 2 to 8%.
+DISTANCE_MIN = 1e-6  # nats a token: a policy that is closer to its start cannot be told from it.
+DISTANCE_MIN_STEPS = 50  # A policy has this many steps to move.
+GAP_MIN_FLOAT32 = 0.01  # nats: rounding in float32 explains 1e-5.
+GAP_MIN_BFLOAT16 = 1.0  # nats: rounding in bfloat16 explains a few tenths on a rare token.
 
 
-def kl_diverging(now: RunSnapshot) -> CheckResult:
-    """The policy is far from the reference."""
-    kl = now.mean("kl")
-    if not kl >= KL_LARGE:
+def kl_diverging(run: RunSnapshot) -> CheckResult:
+    """Report that the policy is far from the reference."""
+    kl = run.mean("kl")
+    if not kl >= KL_MIN:
         return None
     return kl, (
-        f"The KL diverges: {kl:.2f} nats a token over the last {now.window} steps, so the policy has left the model "
-        "it came from, and with it what that could do. Lower --learning-rate, raise --beta, or set --target-kl 0.1."
+        f"The KL diverges: {kl:.2f} nats a token over the last {run.window} steps, so the policy may have lost what "
+        "the reference could do. Lower --learning-rate, raise --beta, or set --target-kl 0.1."
     )
 
 
-def kl_spike(now: RunSnapshot) -> CheckResult:
-    """The KL of a step is far above that of those before it; of small batches, the mean of a few steps."""
-    length = _steps_of(now, SPIKE_COMPLETIONS)
-    kl = now.mean("kl", length)
-    if len(now.steps) % length or not kl >= KL_SPIKE_LEAST:
+def kl_spike(run: RunSnapshot) -> CheckResult:
+    """Report that the KL of the last step, or of the last steps if batches are small, is far above the earlier KL."""
+    completions = run.batch * max(1, int(run.config.get("num_generations", 8)))
+    length = -(-KL_SPIKE_MIN_COMPLETIONS // completions)
+    kl = run.mean("kl", length)
+    if len(run.steps) % length or not kl >= KL_SPIKE_MIN:
         return None
-    blocks = max(BEFORE_BLOCKS, -(-BEFORE_STEPS // length))
-    before = [block for block in now.blocks("kl", length)[:-1] if block == block][-blocks:]
-    if len(before) < blocks or not kl >= KL_SPIKE * median(before):
+    blocks = max(KL_SPIKE_MIN_BLOCKS, -(-KL_SPIKE_MIN_STEPS // length))
+    before = run.earlier_blocks("kl", length)[-blocks:]
+    if len(before) < blocks or not kl >= KL_SPIKE_MIN_RATIO * median(before):
         return None
     steps = "one step" if length == 1 else f"{length} steps"
     return kl, (
@@ -53,196 +61,179 @@ def kl_spike(now: RunSnapshot) -> CheckResult:
     )
 
 
-def entropy_collapsed(now: RunSnapshot) -> CheckResult:
-    """The policy no longer tries anything, and is not right either."""
-    first, last, right = now.mean("entropy", first=True), now.mean("entropy"), now.mean("accuracy")
-    tied = now.mean("tied_groups_fraction")
-    if not (last < ENTROPY_LEAST and last < ENTROPY_LEFT * first and upper_bound(right, now.groups()) < STILL_WRONG):
+def entropy_collapsed(run: RunSnapshot) -> CheckResult:
+    """Report that the policy no longer varies its completions, although many of them are wrong."""
+    first = run.mean("entropy", first=True)
+    last = run.mean("entropy")
+    right = run.mean("accuracy")
+    tied = run.mean("tied_groups_fraction")
+    if not (last < ENTROPY_MAX and last < ENTROPY_MAX_REMAINING * first and tied >= ENTROPY_MIN_TIED_SHARE):
         return None
-    if not tied >= ALIKE:
+    if not upper_bound(right, run.groups()) < ENTROPY_MAX_ACCURACY:
         return None
     return last, (
         f"The entropy collapsed: {last:.3f} nats a token, {first:.3f} at first, with {percent(right)} of the "
-        f"completions right and {percent(tied)} of the groups tied. All completions of a group are the same, so "
-        "nothing better can be found. Lower --learning-rate, raise --beta or --temperature, or try --epsilon-high "
-        "0.28."
+        f"completions right and {percent(tied)} of the groups tied. The completions of a group hardly differ, so "
+        "nothing better is found. Lower --learning-rate, raise --beta or --temperature, or try --epsilon-high 0.28."
     )
 
 
-def length_growing(now: RunSnapshot) -> CheckResult:
-    """Completions grow many times longer, and not because that makes them right."""
-    first, last = now.mean("completion_length", first=True), now.mean("completion_length")
-    if len(now.steps) < 2 * now.window or not (last >= GROWN * first and last - first >= GROWN_TOKENS):
+def length_growing(run: RunSnapshot) -> CheckResult:
+    """Report that completions grow many times longer without being right more often."""
+    first = run.mean("completion_length", first=True)
+    last = run.mean("completion_length")
+    grows = last >= LENGTH_MIN_RATIO * first and last - first >= LENGTH_MIN_GROWTH
+    if len(run.steps) < 2 * run.window or not grows:
         return None
-    before, right = now.mean("accuracy", first=True), now.mean("accuracy")
-    if lower_bound(right, now.groups()) > upper_bound(before, now.groups()) and last < GROWN_ANYHOW * first:
+    before = run.mean("accuracy", first=True)
+    right = run.mean("accuracy")
+    is_better = lower_bound(right, run.groups()) > upper_bound(before, run.groups())
+    if is_better and last < LENGTH_MIN_RATIO_IF_BETTER * first:
         return None
     return last, (
-        f"Completions grow: {last:.0f} tokens on average in the last {now.window} steps, {first:.0f} in the first "
-        f"ones, while the accuracy went from {percent(before)} to {percent(right)}. Length is paid for, or costs "
-        "nothing: look at the completions, add --reward length=0.1, --loss-average constant, or lower "
-        "--max-new-tokens."
+        f"Completions grow: {last:.0f} tokens on average in the last {run.window} steps, {first:.0f} in the first "
+        f"ones, while the accuracy went from {percent(before)} to {percent(right)}. Look at the "
+        "completions, add --reward length=0.1 or --loss-average constant, or lower --max-new-tokens."
     )
 
 
-def truncated(now: RunSnapshot) -> CheckResult:
-    """Most completions are cut off."""
-    share = now.mean("truncated_fraction")
-    if not now.at_least("truncated_fraction", MOSTLY - 0.05) or not MOSTLY <= share < NEARLY_EVERY:
+def truncated(run: RunSnapshot) -> CheckResult:
+    """Report that the token limit cuts most completions off."""
+    share = run.mean("truncated_fraction")
+    is_certain = run.at_least("truncated_fraction", MOST_MIN_SHARE - 0.05)
+    if not (is_certain and MOST_MIN_SHARE <= share < NEVER_ENDS_MIN_SHARE):
         return None
     return share, (
-        f"{percent(share)} of the completions of the last {now.window} steps were cut off by the token limit, "
-        f"most before their answer. Raise --max-new-tokens (now {now.setting('max_new_tokens')}), or add "
-        "--mask-truncated-completions to learn nothing from them."
+        f"{percent(share)} of the completions of the last {run.window} steps were cut off by the token limit, "
+        f"most before their answer. Raise --max-new-tokens (now {run.config.get('max_new_tokens')}), or add "
+        "--mask-truncated-completions to leave them out of the loss."
     )
 
 
-def never_ends(now: RunSnapshot) -> CheckResult:
-    """No completion comes to an end."""
-    share = now.mean("truncated_fraction")
-    if not share >= NEARLY_EVERY:
+def never_ends(run: RunSnapshot) -> CheckResult:
+    """Report that the token limit cuts nearly every completion off."""
+    share = run.mean("truncated_fraction")
+    if not share >= NEVER_ENDS_MIN_SHARE:
         return None
     return share, (
-        f"Completions never end: {percent(share)} of the last {now.window} steps ran into the token limit "
-        f"({now.setting('max_new_tokens')}). Either that is far too short (raise --max-new-tokens), or the model "
-        "does not know how to end a turn, as base models do not: take an instruct model, or a reward for ending "
-        "(--reward one_ending=0.2)."
+        f"Completions never end: {percent(share)} of the last {run.window} steps reached the token limit "
+        f"({run.config.get('max_new_tokens')}). Either it is far too low (raise --max-new-tokens), or the model is a "
+        "base model that does not end its turns: take an instruct model, or reward endings (--reward one_ending=0.2)."
     )
 
 
-def ends_at_once(now: RunSnapshot) -> CheckResult:
-    """Completions are empty."""
-    share = now.mean("empty_fraction")
-    if not share >= MOSTLY or now.setting("max_new_tokens", 2) == 1:
+def ends_at_once(run: RunSnapshot) -> CheckResult:
+    """Report that most completions are empty."""
+    share = run.mean("empty_fraction")
+    if not share >= MOST_MIN_SHARE or run.config.get("max_new_tokens", 2) == 1:
         return None
     return share, (
-        f"Completions end at once: {percent(share)} of the last {now.window} steps have at most one token. Saying "
-        "nothing costs less than being wrong: check that no reward (--reward) is negative or pays for being short, "
+        f"Completions end at once: {percent(share)} of the last {run.window} steps have at most one token. An empty "
+        "answer costs less than a wrong one: check that no reward (--reward) is negative or rewards being short, "
         "raise --beta, and lower --learning-rate."
     )
 
 
-def repeated_endings(now: RunSnapshot) -> CheckResult:
-    """The ending is written over and over."""
-    share = now.mean("repeated_endings_fraction")
-    if not share >= ENDINGS_REPEATED:
+def repeated_endings(run: RunSnapshot) -> CheckResult:
+    """Report that completions repeat a closing tag or an end marker."""
+    share = run.mean("repeated_endings_fraction")
+    if not share >= REPEATED_MIN_SHARE:
         return None
     return share, (
-        f"Repeated endings: in {percent(share)} of the completions of the last {now.window} steps a closing tag or "
-        "an end marker appears more than once. The model does not stop after its answer, or is paid for more "
-        "text. Add --reward one_ending=0.2, and check that the model has the chat template that it was made with."
+        f"Repeated endings: in {percent(share)} of the completions of the last {run.window} steps a closing tag or "
+        "an end marker appears more than once. The model does not stop after its answer, or more text has a higher "
+        "reward. Add --reward one_ending=0.2, and check that the model has the chat template that it was made with."
     )
 
 
-def gradient_spikes(now: RunSnapshot) -> CheckResult:
-    """The gradient's norm jumps again and again, among the steps that have something to learn from."""
-    rows = [row for row in now.steps if row.get("grad_norm") is not None and _teaches(row)][-SPIKE_STEPS:]
-    norms = [row["grad_norm"] for row in rows]
-    if len(norms) < SPIKE_LEAST:
+def gradient_spikes(run: RunSnapshot) -> CheckResult:
+    """Report that the norm of the gradient jumps again and again, in steps with a group that is not tied.
+
+    Steps whose groups are all tied are left out, since their gradient is the gradient of the KL alone.
+    """
+    untied = [row for row in run.steps if (row.get("tied_groups_fraction") or 0.0) < 1]
+    norms = [row["grad_norm"] for row in untied if row.get("grad_norm") is not None][-GRADIENT_MAX_STEPS:]
+    if len(norms) < GRADIENT_MIN_STEPS:
         return None
     usual = median(norms)
-    high = [norm for norm in norms if norm > SPIKE * max(usual, now.setting("clip_grad_norm", 0.5))]
-    if len(high) < SPIKES:
+    limit = GRADIENT_SPIKE_MIN_RATIO * max(usual, run.config.get("clip_grad_norm", 0.5))
+    spikes = [norm for norm in norms if norm > limit]
+    if len(spikes) < GRADIENT_MIN_SPIKES:
         return None
-    return max(high), (
-        f"The gradient spikes: its norm was above {min(high):.3g} in {len(high)} of the last {len(rows)} steps that "
-        f"were not tied, {usual:.2g} in their median. Clipping keeps such a step short but not its direction sound. "
-        "Lower --learning-rate, use larger groups (--num-generations) or batches (--batch-size)."
+    return max(spikes), (
+        f"The gradient spikes: its norm was at least {min(spikes):.3g} in {len(spikes)} of the last {len(norms)} "
+        f"steps that were not tied, {usual:.2g} in their median. Clipping makes such a step shorter but does not "
+        "correct it. Lower --learning-rate, or use larger groups (--num-generations) or batches (--batch-size)."
     )
 
 
-def _teaches(row: Row) -> bool:
-    """Return whether a group of the step is not tied: the gradient of ties is that of the KL alone."""
-    return (row.get("tied_groups_fraction") or 0.0) < 1
-
-
-def _steps_of(now: RunSnapshot, completions: int) -> int:
-    """Return the number of steps that hold so many completions."""
-    a_step = now.batch * max(1, int(now.setting("num_generations", 8)))
-    return -(-completions // a_step)
-
-
-def updates_skipped(now: RunSnapshot) -> CheckResult:
-    """Updates that were not finite."""
-    skipped = now.last("skipped_updates")
+def updates_skipped(run: RunSnapshot) -> CheckResult:
+    """Report updates of the last step that were not finite."""
+    skipped = run.mean("skipped_updates", 1)
     if not skipped >= 1:
         return None
     return skipped, (
-        f"{skipped:.0f} update{'s' * (skipped > 1)} of step {now.steps[-1]['step']} had a loss or gradient that is "
+        f"{skipped:.0f} update{'s' * (skipped > 1)} of step {run.steps[-1]['step']} had a loss or gradient that is "
         "not finite. None reached the weights, so nothing is broken yet. If more follow, lower --learning-rate or "
-        "raise --beta; a reward of enormous numbers does this too."
+        "raise --beta; very large rewards are another cause."
     )
 
 
-def clipping(now: RunSnapshot) -> CheckResult:
-    """Most of what the updates would change is clipped away."""
-    clipped = now.mean("clip_fraction")
-    if not clipped >= CLIPPED:
+def clipping(run: RunSnapshot) -> CheckResult:
+    """Report that clipping removes the gradient of many tokens."""
+    clipped = run.mean("clip_fraction")
+    if not clipped >= CLIPPED_MIN_SHARE:
         return None
     return clipped, (
         f"Much is clipped: {percent(clipped)} of the tokens in the inner update of a step that clips most, over the "
-        f"last {now.window} steps (5 to 20% is usual), so the policy moves far within one step, on old samples. "
-        f"Lower --learning-rate or --num-inner-updates (now {now.setting('num_inner_updates')})."
+        f"last {run.window} steps (5 to 20% is usual), so the policy moves far from the one that sampled. Lower "
+        f"--learning-rate or --num-inner-updates (now {run.config.get('num_inner_updates')})."
     )
 
 
-def learning_rate_small(now: RunSnapshot) -> CheckResult:
-    """The weights do not move, or too little for the policy to."""
-    rates = now.values("learning_rate")
-    rate = now.setting("learning_rate")
-    if not rates or min(rates) < rate / 2 or not now.mean("grad_norm") > 0 or now.mean("skipped_updates") > 0:
-        return None  # a warm-up, a decay; nothing to learn from; nothing applied
-    moved, away = now.mean("weights_moved"), _distance(now)
-    if moved < MOVED:
+def learning_rate_small(run: RunSnapshot) -> CheckResult:
+    """Report that the weights do not change, or too little to change the policy."""
+    rates = run.values("learning_rate")
+    rate = run.config.get("learning_rate", 0)
+    if not rates or min(rates) < rate / 2:
+        return None  # The rate is still rising or already decaying.
+    if not run.mean("grad_norm") > 0 or run.mean("skipped_updates") > 0:
+        return None  # There is nothing to learn from, or updates were not applied.
+    moved = run.mean("weights_moved")
+    if moved < MOVED_MIN_SHARE:
         return moved, (
-            f"The learning rate is too small: {rate:g} changed {percent(moved)} of the weights in a step, for "
-            "a float cannot hold a smaller change. Raise --learning-rate (1e-7 to 1e-5 is usual, 1e-4 with LoRA)."
+            f"The learning rate is too small: {rate:g} changed {percent(moved)} of the weights in a step, because "
+            "floats cannot hold smaller changes. Raise --learning-rate (1e-7 to 1e-5 is usual, 1e-4 with LoRA)."
         )
-    if away < STANDING and len(now.steps) >= STANDING_STEPS:
-        return away, (
-            f"The policy stands still: after {len(now.steps)} steps it is {away:.1g} nats a token from its start. "
-            f"Raise --learning-rate (now {rate:g}; 1e-7 to 1e-5 is usual, 1e-4 with --lora-rank)."
+    distance = _distance(run)
+    if distance < DISTANCE_MIN and len(run.steps) >= DISTANCE_MIN_STEPS:
+        return distance, (
+            f"The policy stands still: after {len(run.steps)} steps it is {distance:.1g} nats a token from its "
+            f"start. Raise --learning-rate (now {rate:g}; 1e-7 to 1e-5 is usual, 1e-4 with --lora-rank)."
         )
     return None
 
 
-def _distance(now: RunSnapshot) -> float:
-    """Return how far the policy is from its start, nats a token; NaN if that is not known.
+def _distance(run: RunSnapshot) -> float:
+    """Return how far the policy is from its start, in nats a token; NaN if this is not known.
 
-    That is the KL, unless there is no reference or it moves with the policy: then the drift at the last evaluation.
+    It is the KL to a reference that never changes; without such a reference, the drift at the last evaluation.
     """
-    moves = now.setting("ref_model_sync_steps") or now.setting("refresh_reference_every")
-    if now.setting("beta", 0.04) and not moves:
-        return now.mean("kl")
-    drifts = [e["drift"] for e in now.evals[1:] if e.get("drift") is not None and e["step"]]
+    moves = run.config.get("ref_model_sync_steps") or run.config.get("refresh_reference_every")
+    if run.config.get("beta", 0.04) and not moves:
+        return run.mean("kl")
+    drifts = [e["drift"] for e in run.evals[1:] if e.get("drift") is not None and e["step"]]
     return abs(drifts[-1]) if drifts else float("nan")
 
 
-def sampler_gap(now: RunSnapshot) -> CheckResult:
-    """The policy that is scored is not the one that sampled."""
-    gap = now.mean("sampler_gap")
-    limit = GAP_FLOAT32 if now.precision == "float32" else GAP_BF16
+def sampler_gap(run: RunSnapshot) -> CheckResult:
+    """Report that sampling and scoring compute different log-probabilities for the same token."""
+    gap = run.mean("sampler_gap")
+    limit = GAP_MIN_FLOAT32 if run.precision == "float32" else GAP_MIN_BFLOAT16
     if not gap >= limit:
         return None
     return gap, (
-        f"Sampler and scorer disagree: by up to {gap:.2g} nats on the log-probability of the same token, where "
-        f"rounding explains {limit:g}. The ratio is then of another policy than the one that sampled. See that this "
-        "model has no dropout and takes positions and masks as others do, try --deterministic, and report it."
+        f"Sampling and scoring disagree: by up to {gap:.2g} nats on the log-probability of the same token, where "
+        f"rounding explains {limit:g}, so the ratio is to another policy than the one that sampled. Check that "
+        "this model has no dropout and treats positions and masks as usual, try --deterministic, and report it."
     )
-
-
-CHECKS = (
-    kl_diverging,
-    kl_spike,
-    entropy_collapsed,
-    length_growing,
-    truncated,
-    never_ends,
-    ends_at_once,
-    repeated_endings,
-    gradient_spikes,
-    updates_skipped,
-    clipping,
-    learning_rate_small,
-    sampler_gap,
-)

@@ -1,4 +1,4 @@
-"""Every finding on what a run learns, with records that have it and records that only look like it."""
+"""For each finding of what a run learns: a run that has it, and runs that are close to it but do not have it."""
 
 from tests.helpers.sick_runs import accuracy, by_category, every
 
@@ -10,23 +10,22 @@ SKILLS = {name: {"accuracy": 0.9, "n": 500, "ci_low": 0.87, "ci_high": 0.92} for
 LOST = SKILLS | {"single": {"accuracy": 0.8, "n": 500, "ci_low": 0.76, "ci_high": 0.83}}
 LESS = SKILLS | {"single": {"accuracy": 0.89, "n": 500, "ci_low": 0.86, "ci_high": 0.91}}
 
-# By finding: a run that has it, and runs close to it that have not.
 SICK_AND_WELL = {
     "collapsed": (
         {"evals": accuracy(lambda step: 0.9 if 0 < step < 60 else 0.3 if step == 0 else 0.02)},
         [
-            {"evals": accuracy(lambda step: 0.9 if 0 < step < 60 else 0.6)},  # past its peak, no collapse
-            {"evals": accuracy(0.02), "steps": {"accuracy": 0.02}},  # never able
+            {"evals": accuracy(lambda step: 0.9 if 0 < step < 60 else 0.6)},  # past its peak, but no collapse
+            {"evals": accuracy(0.02), "steps": {"accuracy": 0.02}},  # the accuracy was always low
         ],
     ),
     "reward_hacking": (
         {"steps": RISES | WRONG, "evals": FLAT},
         [
-            {"steps": RISES | WRONG},  # the held-out accuracy rises
+            {"steps": RISES | WRONG},  # the held-out accuracy rises too
             {"steps": {"reward_mean": 0.5} | WRONG, "evals": FLAT},
             {"steps": {"reward_mean": every(2, 0.2, 0.8), "reward_std": 0.2} | WRONG, "evals": FLAT},  # noise
             {"steps": RISES | WRONG, "evals": FLAT, "length": 19},
-            {"steps": RISES | {"accuracy": lambda step: step / 100}, "evals": FLAT},  # it learns, by heart
+            {"steps": RISES | {"accuracy": lambda step: step / 100}, "evals": FLAT},  # the run learns by heart
             {"steps": RISES | WRONG, "evals": FLAT | {"well_formed": lambda step: min(1.0, step / 30)}},
         ],
     ),
@@ -46,14 +45,16 @@ SICK_AND_WELL = {
         {"evals": accuracy(lambda step: 0.9 if step == 30 else 0.7)},
         [
             {"evals": accuracy(lambda step: 0.9 if step == 30 else 0.85)},  # noise
-            {"evals": accuracy(lambda step: 0.5 if step == 40 else 0.9)},  # once
+            {"evals": accuracy(lambda step: 0.5 if step == 40 else 0.9)},  # only one evaluation is lower
         ],
     ),
     "falling_category": (
         {"evals": accuracy(0.6) | FALLING},
         [
             {"evals": accuracy(0.6) | by_category(lambda step: 0.9 if step < 40 else 0.85)},  # noise
-            {"evals": accuracy(0.6) | by_category(lambda step: 0.3 if step == 40 else 0.9)},  # once
+            {
+                "evals": accuracy(0.6) | by_category(lambda step: 0.3 if step == 40 else 0.9)
+            },  # only one evaluation is lower
             {
                 "evals": accuracy(lambda step: 0.9 if step < 40 else 0.5)
                 | by_category(lambda step: 0.9 if step < 40 else 0.3)
@@ -68,20 +69,22 @@ SICK_AND_WELL = {
         {"steps": {"reward_std/exact": 0.4, "reward_std/length": 0.005}},
         [
             {"steps": {"reward_std/exact": 0.4, "reward_std/length": 0.05}},
-            {"steps": {"reward_std/exact": 0.4, "reward_std/format": every(5, 0.005, None)}},  # hardly ever differs
-            {"steps": {"reward_std": 50.0}},  # divided by
+            {
+                "steps": {"reward_std/exact": 0.4, "reward_std/format": every(5, 0.005, None)}
+            },  # the part hardly ever differs
+            {"steps": {"reward_std": 50.0}},  # advantages are divided by it
             {"steps": {"reward_std": 0.5}, "config": {"scale_rewards": "none"}},
         ],
     ),
 }
 MORE_SICK = [
-    ("collapsed", {"steps": {"accuracy": lambda step: 0.9 if step < 40 else 0.0}}),  # before an evaluation shows it
+    ("collapsed", {"steps": {"accuracy": lambda step: 0.9 if step < 40 else 0.0}}),  # no evaluation shows it yet
     (
         "reward_hacking",
         {"steps": {"tied_groups_fraction": 1.0, "tied_all_right_fraction": 0.2, "reward_mean": every(2, 0.9, 1.0)}},
     ),
     (
-        "reward_hacking",  # form and accuracy cannot excuse a fall
+        "reward_hacking",  # held-out accuracy falls, so that a better form is no excuse
         {"steps": RISES, "evals": accuracy(lambda step: 0.3 - step / 400) | {"well_formed": lambda step: step / 80}},
     ),
     ("forgetting", {"tests": [{"skills": SKILLS}, {"skills": LOST}]}),

@@ -1,8 +1,7 @@
-"""Every finding on how a run trains, with records that have it and records that only look like it."""
+"""For each finding of how a run trains: a run that has it, and runs that are close to it but do not have it."""
 
 from tests.helpers.sick_runs import every
 
-# By finding: a run that has it, and runs close to it that have not.
 SICK_AND_WELL = {
     "kl_diverging": ({"steps": {"kl": 1.5}}, [{"steps": {"kl": 0.7}}, {"steps": {"kl": every(20, 5.0, 0.2)}}]),
     "kl_spike": (
@@ -12,14 +11,14 @@ SICK_AND_WELL = {
     "entropy_collapsed": (
         {"steps": {"entropy": 0.003, "accuracy": 0.3, "tied_groups_fraction": 0.9}, "first": 20},
         [
-            # of a real model whose working copies most tokens: it went on to learn
+            # These are figures of a real model that copies most tokens in its working. It went on to learn.
             {"steps": {"entropy": 0.045, "accuracy": 0.49, "tied_groups_fraction": 0.6}, "first": 20},
             {
                 "steps": {"entropy": 0.003, "accuracy": 0.95, "tied_groups_fraction": 0.9},
                 "first": 20,
-            },  # sure, and right
+            },  # completions are certain and right
             {"steps": {"entropy": 0.1, "accuracy": 0.3, "tied_groups_fraction": 0.9}, "first": 20},
-            # as it was from the start
+            # The entropy was the same from the start.
             {"steps": {"entropy": 0.003, "accuracy": 0.3, "tied_groups_fraction": 0.9}},
         ],
     ),
@@ -27,7 +26,7 @@ SICK_AND_WELL = {
         {"steps": {"completion_length": lambda step: 8.0 if step <= 10 else 160.0, "accuracy": 0.3}},
         [
             {"steps": {"completion_length": lambda step: 8.0 + step / 8, "accuracy": 0.3}},
-            {"steps": {"completion_length": lambda step: 8.0 if step <= 50 else 48.0}},  # and right more often
+            {"steps": {"completion_length": lambda step: 8.0 if step <= 50 else 48.0}},  # accuracy rises as well
         ],
     ),
     "truncated": (
@@ -46,8 +45,8 @@ SICK_AND_WELL = {
     "gradient_spikes": (
         {"steps": {"grad_norm": every(10, 90.0, 1.5)}},
         [
-            {"steps": {"grad_norm": every(50, 90.0, 1.5)}},  # one
-            {"steps": {"grad_norm": every(10, 4.0, 0.01)}},  # clipping takes no notice
+            {"steps": {"grad_norm": every(50, 90.0, 1.5)}},  # one spike is harmless
+            {"steps": {"grad_norm": every(10, 4.0, 0.01)}},  # no norm is large enough to be clipped much
             {"steps": {"grad_norm": 90.0}},
         ],
     ),
@@ -60,8 +59,8 @@ SICK_AND_WELL = {
         {"steps": {"weights_moved": 0.02}},
         [
             {"steps": {"weights_moved": every(2, 0.0, 0.9)}},
-            {"steps": {"weights_moved": 0.0, "grad_norm": 0.0}},  # nothing to learn from
-            {"steps": {"weights_moved": 0.0, "learning_rate": 1e-9}},  # the end of a decay
+            {"steps": {"weights_moved": 0.0, "grad_norm": 0.0}},  # there is no gradient
+            {"steps": {"weights_moved": 0.0, "learning_rate": 1e-9}},  # the rate has decayed
             {"steps": {"weights_moved": 0.0, "skipped_updates": 5}},
             {"steps": {"kl": 1e-7}, "length": 49},
         ],

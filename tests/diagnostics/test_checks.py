@@ -1,8 +1,9 @@
-"""Each check on a run that has its finding, and on runs that only look like it."""
+"""Each check on a run that has its finding, and on runs that are close to it but do not have it."""
 
 import pytest
 
 from grpo.diagnostics import groups, learning, stability
+from grpo.diagnostics.findings import CHECKS
 from tests.diagnostics import groups_cases, learning_cases, stability_cases
 from tests.helpers.sick_runs import changed, check_fires_once, check_same_step_by_step, names
 
@@ -13,7 +14,8 @@ MORE_SICK = [case for cases in CASES.values() for case in cases.MORE_SICK]
 
 @pytest.mark.parametrize("module", CASES, ids=lambda module: module.__name__)
 def test_every_check_has_a_sick_run(module):
-    assert list(CASES[module].SICK_AND_WELL) == [check.__name__ for check in module.CHECKS]
+    checks = [name for name, check in CHECKS.items() if check.__module__ == module.__name__]
+    assert list(CASES[module].SICK_AND_WELL) == checks
 
 
 @pytest.mark.parametrize(("name", "sick"), [*((name, sick) for name, (sick, _) in SICK_AND_WELL.items()), *MORE_SICK])
@@ -34,6 +36,7 @@ def test_a_run_that_looks_after_every_step_finds_what_the_whole_record_shows(sic
 
 
 def test_the_noise_of_two_evaluations_is_no_difference():
-    one, other = ({"accuracy": p, "ci_low": p - 0.04, "ci_high": p + 0.04} for p in (0.55, 0.5))
-    assert not learning._above(one, other)
-    assert learning._above(one | {"accuracy": 0.56}, other)
+    one = {"accuracy": 0.55, "ci_low": 0.51, "ci_high": 0.59}
+    other = {"accuracy": 0.5, "ci_low": 0.46, "ci_high": 0.54}
+    assert not learning._is_better(one, other)
+    assert learning._is_better(one | {"accuracy": 0.56}, other)

@@ -1,7 +1,7 @@
-"""Hundreds of simulated runs: the healthy ones have no finding, the ill ones the finding of their illness.
+"""Hundreds of simulated runs: healthy runs have no finding, runs with a fault have the finding of this fault.
 
-The whole gauntlet is slow: `python -m pytest -m slow tests/diagnostics/test_gauntlet.py` runs 1,200 healthy runs, as
-many on mixtures of tasks, and each illness, heavy, in twelve shapes. The ordinary suite runs a few of each.
+The ordinary suite simulates a few runs. `python -m pytest -m slow tests/diagnostics/test_gauntlet.py` simulates 1,200
+healthy runs, 1,200 healthy runs on mixtures of tasks, and each fault in twelve shapes of batches.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def first_half(record):
-    """Return the record of a run when half of it is over."""
+    """Return the first half of the record of a run."""
     half = record["config"]["num_iterations"] // 2
     evals = [e for e in record["evals"] if e["step"] <= half and not (e["split"] == "test" and e["step"])]
     return {**record, "steps": record["steps"][:half], "evals": evals}
@@ -36,7 +36,7 @@ def test_healthy_runs_on_mixtures_have_no_finding(shapes, seeds):
 
 
 def check_health(make, shapes, seeds):
-    """Check that of a thousand runs at most one has a finding."""
+    """Check that at most one in a thousand runs has a finding."""
     found = Counter()
     for shape in shapes:
         for seed in seeds:

@@ -1,4 +1,4 @@
-"""Findings in real runs of a model of a few kilobytes: named when they arise, at the end, and after a resume."""
+"""Findings in real runs of a tiny model: printed when they first show, at the end, and after a resume."""
 
 import math
 
@@ -13,18 +13,18 @@ from tests.helpers.sick_runs import names
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, no_plots):
-    """The folder of a tiny model, which answers some digit in answer tags."""
+    """Return the folder of a tiny model that answers with a random digit in answer tags."""
     return a_tiny_model(tmp_path_factory.mktemp("health") / "model")
 
 
 def run(model, folder, *arguments, **settings):
-    """Train the tiny run for some more steps; return its record and its standard output."""
+    """Train the tiny model, or continue its run; return the record and the standard output."""
     settings = {"num_iterations": 24, "eval_every": 8, "eval_problems": 40, "max_operand": 2} | settings
     return trained(model, folder, *arguments, **settings)
 
 
 def found(record):
-    """Return the findings of a record by name, after checking that the file says what the run said."""
+    """Return the findings of a record by name, after checking that the checks find the same in the record."""
     assert [f["name"] for f in record["findings"]] == names(record)
     return {f["name"]: f for f in record["findings"]}
 
@@ -34,7 +34,7 @@ def test_a_reward_for_the_form_only_is_named_as_hacking_with_examples(tiny, tmp_
     finding = found(record)["reward_hacking"]
     assert len(finding["examples"]) == 2
     assert all("wrong" in text for text in finding["examples"])
-    assert out.count("reward_hacking:") == 2  # when it arises, and at the end
+    assert out.count("reward_hacking:") == 2  # when it first shows, and at the end
     assert "Done after step 24" in out.rpartition("reward_hacking:")[0]
 
 
