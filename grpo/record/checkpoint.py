@@ -1,16 +1,4 @@
-"""Checkpoint files: whole or absent, verified before they are used, the last two kept.
-
-    checkpoints/step-00000050/
-        policy.safetensors      float32 weights
-        optimizer.safetensors   AdamW's moments, `<parameter>.<name>`
-        reference.safetensors   only if the reference is not the model that the run started from
-        metrics.json            the metrics up to this step
-        state.json              step, settings, best so far, …
-        manifest.json           SHA-256 and size of each of the others
-
-Written to a temporary folder, every file fsynced, renamed into place, the parent fsynced. safetensors and JSON
-only. No random state either: problems and token noise are functions of seed and step.
-"""
+"""Checkpoints: whole or absent, and verified before they are used. README.md lists their files."""
 
 import hashlib
 import json
@@ -28,18 +16,21 @@ from grpo.runtime.atomic_io import check_room, fsync
 from grpo.runtime.checks import is_count
 
 FOLDER = "checkpoints"
-KEPT = 2
-FORMAT = 2  # another number also where problems are split or graded otherwise: such a run cannot continue
-PAYLOAD = ("policy.safetensors", "optimizer.safetensors", "metrics.json", "state.json")
+KEPT = 2  # checkpoints
+FORMAT = 2  # It also changes where problems are split or graded differently, because such a run cannot continue.
+POLICY = "policy.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+METRICS = "metrics.json"
+STATE = "state.json"
+PAYLOAD = (POLICY, OPTIMIZER, METRICS, STATE)
 REFERENCE = "reference.safetensors"
 MANIFEST = "manifest.json"
-BLOCK = 2**20
 RECOVERY_HINT = "--fresh moves the run to earlier_runs/ and starts over, --output-dir NEW trains elsewhere"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that the rest of a run depends on, after `step` steps."""
+    """Everything that the rest of a run depends on, after `step` steps."""
 
     step: int
     policy: Mapping[str, Tensor]
@@ -50,20 +41,20 @@ class Checkpoint:
 
 
 class IncompatibleCheckpoint(ValueError):
-    """A sound checkpoint that cannot be used here: of another format, or without permission to read it."""
+    """A checkpoint that is whole but cannot be used: it has another format, or reading it is not permitted."""
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint of the run in `folder`, then remove all but the last two; OSError leaves those intact.
+    """Write a checkpoint of the run in `folder`, then remove all but the last two; return its folder.
 
-    A sound checkpoint of the same step is kept instead: a run is a function of its settings. It is replaced if the
-    step has been evaluated since.
+    A whole checkpoint of the same step is kept, as a run is a function of its settings; it is replaced if the step
+    has been evaluated since. Raises OSError, and leaves earlier checkpoints as they were, if it cannot be written.
     """
     parent = folder / FOLDER
     parent.mkdir(exist_ok=True)
     final = parent / f"step-{checkpoint.step:08d}"
     if final.exists():
-        if not _is_sound(final):
+        if not _is_whole(final):
             _set_aside(final)
         elif not checkpoint.step or _evaluations(final) >= len(checkpoint.metrics.get("evals", ())):
             return final
@@ -72,119 +63,115 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     _make_room(parent, final, checkpoint)
     temporary.mkdir()
     try:
-        save_file(dict(checkpoint.policy), temporary / PAYLOAD[0])
-        save_file(dict(checkpoint.optimizer), temporary / PAYLOAD[1])
-        _write_json(temporary / PAYLOAD[2], checkpoint.metrics)
-        _write_json(temporary / PAYLOAD[3], {"format": FORMAT, "step": checkpoint.step, **checkpoint.state})
+        save_file(dict(checkpoint.policy), temporary / POLICY)
+        save_file(dict(checkpoint.optimizer), temporary / OPTIMIZER)
+        _write_json(temporary / METRICS, checkpoint.metrics)
+        _write_json(temporary / STATE, {"format": FORMAT, "step": checkpoint.step, **checkpoint.state})
         if checkpoint.reference is not None:
             save_file(dict(checkpoint.reference), temporary / REFERENCE)
         (temporary / MANIFEST).write_bytes(_manifest(temporary))
         for path in sorted(temporary.iterdir()):
             fsync(path)
         fsync(temporary)
-        if final.exists():  # a kill between the two leaves the checkpoint before it
+        if final.exists():  # If the process is killed between the two renames, the run has an earlier checkpoint.
             final.rename(parent / f".{final.name}.old")
         temporary.rename(final)
         fsync(parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise OSError(f"cannot write checkpoint {final}: {reason}") from None
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _prune(parent)
+        raise OSError(f"cannot write checkpoint {final}: {_reason(error)}") from None
+    for path in [*_checkpoints(parent)[:-KEPT], *parent.glob(".step-*")]:
+        shutil.rmtree(path, ignore_errors=True)
     return final
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint that verifies, and what is wrong with newer ones.
+    """Return the newest checkpoint that is as it was written, and a line about each newer, damaged checkpoint.
 
-    A damaged one is set aside under its name with `.damaged`, never deleted. Raises IncompatibleCheckpoint, and
-    touches nothing, if the newest is sound but cannot be used here.
+    A damaged checkpoint is renamed to `<name>.damaged-<n>`, never deleted. Raises IncompatibleCheckpoint, and
+    changes nothing more, if a checkpoint is whole but cannot be used.
     """
-    parent, problems = folder / FOLDER, []
-    names = sorted((p.name for p in parent.glob("step-????????") if p.is_dir()), reverse=True)
-    for name in names:
+    problems = []
+    for path in reversed(_checkpoints(folder / FOLDER)):
         try:
-            return read_checkpoint(parent / name), problems
+            return read_checkpoint(path), problems
         except IncompatibleCheckpoint:
             raise
         except ValueError as error:
-            problems.append(f"{error}; set aside as {_set_aside(parent / name).name}")
+            problems.append(f"{error}; set aside as {_set_aside(path).name}")
     return None, problems
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Verify every byte of a checkpoint and load it. Raises ValueError, in one line, if it is not as written."""
     try:
-        if not _is_sound(path):
+        if not _is_whole(path):
             raise ValueError("its content does not match its SHA-256 sums")
-        state = json.loads((path / PAYLOAD[3]).read_bytes())
-        metrics = json.loads((path / PAYLOAD[2]).read_bytes())
+        state = json.loads((path / STATE).read_bytes())
+        metrics = json.loads((path / METRICS).read_bytes())
         if not isinstance(state, dict) or not isinstance(metrics, dict):
             raise ValueError("it was not written by this program")
         if state.get("format") != FORMAT:
-            raise IncompatibleCheckpoint(f"it has format {state.get('format')}, this version continues {FORMAT}")
+            raise IncompatibleCheckpoint(f"it has format {state.get('format')}, this version reads format {FORMAT}")
         if not is_count(state.get("step")) or path.name != f"step-{state['step']:08d}":
-            raise ValueError("it is not of the step in its name")
-        policy, optimizer = load_file(path / PAYLOAD[0]), load_file(path / PAYLOAD[1])
+            raise ValueError("its step is not the step in its name")
+        policy, optimizer = load_file(path / POLICY), load_file(path / OPTIMIZER)
         reference = load_file(path / REFERENCE) if (path / REFERENCE).exists() else None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        said = f"checkpoint {path.name} cannot be used: {reason}"
+        message = f"checkpoint {path.name} cannot be used: {_reason(error)}"
         if isinstance(error, IncompatibleCheckpoint | PermissionError):
-            raise IncompatibleCheckpoint(f"{said}; {RECOVERY_HINT}") from None
-        raise ValueError(said) from None
+            raise IncompatibleCheckpoint(f"{message}; {RECOVERY_HINT}") from None
+        raise ValueError(message) from None
     return Checkpoint(state["step"], policy, optimizer, metrics, state, reference)
 
 
+def _checkpoints(parent: Path) -> list[Path]:
+    """Return the folders of checkpoints, the newest last."""
+    return sorted(path for path in parent.glob("step-????????") if path.is_dir())
+
+
+def _reason(error: Exception) -> str:
+    """Return the system's text for an error, without the path, or the error's own text."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 def _manifest(path: Path) -> bytes:
-    """Return the manifest of the files in a folder, in one spelling, so that bytes can be compared."""
+    """Return the manifest of the files in a folder; equal files give equal bytes."""
     names = (*PAYLOAD, REFERENCE) if (path / REFERENCE).exists() else PAYLOAD
     files = {name: {"bytes": (path / name).stat().st_size, "sha256": _sha256(path / name)} for name in names}
     return (json.dumps(files, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _is_sound(path: Path) -> bool:
-    """Return whether the files of a checkpoint have the sizes and sums of its manifest; OSError if one is missing."""
+def _is_whole(path: Path) -> bool:
+    """Return whether a checkpoint's files have the sizes and sums of its manifest; OSError if a file is missing."""
     return (path / MANIFEST).read_bytes() == _manifest(path)
 
 
+def _evaluations(path: Path) -> int:
+    """Return the number of evaluations in a whole checkpoint."""
+    return len(json.loads((path / METRICS).read_bytes()).get("evals", ()))
+
+
 def _make_room(parent: Path, final: Path, checkpoint: Checkpoint) -> None:
-    """Remove all checkpoints but the last if the disk has no room for another. Raises OSError if there is none."""
+    """Remove all checkpoints but the last if the disk is too full for another. Raises OSError if it still is."""
     tensors = [*checkpoint.policy.values(), *checkpoint.optimizer.values(), *(checkpoint.reference or {}).values()]
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if shutil.disk_usage(parent).free < needed:
-        for name in sorted(path.name for path in parent.glob("step-????????") if path.is_dir())[:-1]:
-            shutil.rmtree(parent / name, ignore_errors=True)
+        for path in _checkpoints(parent)[:-1]:
+            shutil.rmtree(path, ignore_errors=True)
     check_room(parent, needed, f"checkpoint {final}")
 
 
-def _evaluations(path: Path) -> int:
-    """Return how many evaluations a sound checkpoint knows of."""
-    return len(json.loads((path / PAYLOAD[2]).read_bytes()).get("evals", ()))
-
-
 def _set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint; return its new path."""
     aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.damaged-{n}")).exists())
     return path.rename(aside)
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _prune(parent: Path) -> None:
-    names = sorted(p.name for p in parent.glob("step-????????") if p.is_dir())
-    stale = [parent / name for name in names[:-KEPT]] + list(parent.glob(".step-*"))
-    for path in stale:
-        shutil.rmtree(path, ignore_errors=True)

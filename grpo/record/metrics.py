@@ -1,4 +1,4 @@
-"""The metrics file of a run: always whole, readable while it grows."""
+"""The metrics file of a run. It is always whole, so it can be read while the run goes on."""
 
 import json
 import math
@@ -7,66 +7,59 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo.record.schema import SCHEMA_VERSION, check_record, is_entry, is_evaluation, is_finding, is_outlook
+from grpo.record.schema import FORMATS, SCHEMA_VERSION, check_record, is_evaluation
 from grpo.runtime.atomic_io import write_atomic
 from grpo.runtime.checks import check_entries, is_list_of
 
 FILE_NAME = "grpo_metrics.json"
-WRITE_EVERY = 5.0  # seconds, between evaluations
+WRITE_EVERY = 5.0  # seconds; after an evaluation the file is written at once
 
 
 class Metrics:
     """The record of a run: settings, environment, an entry for each step and each evaluation, findings."""
 
     def __init__(self, folder: Path | None, config: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Without a folder, write nothing: rank 0 does."""
+        """Keep the record in memory, and write it to `folder` if there is one: only rank 0 has one."""
         self.path = folder / FILE_NAME if folder else None
         self.record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "config": config,
             "environment": environment,
-            "before_sft": None,  # the test of the model before supervised steps, if there are any
+            "before_sft": None,  # the test before supervised steps, if the run has them
             "sft": [],  # an entry for each supervised step
-            "outlook": None,  # what a look before the first step found
+            "outlook": None,  # what was measured before the first step
             "steps": [],
             "evals": [],
             "findings": [],
-            "finished": None,  # once it has: after which step, and why
+            "finished": None,  # at the end: the last step and the reason
         }
         self._written = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the outlook, and steps, evaluations and findings so far."""
-        names = ("before_sft", "sft", "outlook", "steps", "evals", "findings")
-        return {name: self.record[name] for name in names}
+        """Return the parts of the record that a checkpoint keeps."""
+        return {name: self.record[name] for name in ("before_sft", "sft", "outlook", "steps", "evals", "findings")}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int, sft_step: int = 0) -> None:
-        """Restore what `state_dict` returned after so many steps of each kind.
+        """Restore what `state_dict` returned after `step` steps and `sft_step` supervised steps.
 
-        Raises ValueError if that cannot be its value.
+        Raises ValueError if the state cannot have been returned then.
         """
-        state = {"before_sft": None, "sft": [], "outlook": None, **state}  # earlier versions had none
-        steps, sft = state.get("steps"), state["sft"]
-        check_entries(
-            {
-                "before_sft": state["before_sft"] is None or is_evaluation(state["before_sft"]),
-                "sft": is_list_of(is_entry, sft) and [row["step"] for row in sft] == list(range(1, sft_step + 1)),
-                "outlook": state["outlook"] is None or is_outlook(state["outlook"]),
-                "steps": is_list_of(is_entry, steps) and [row["step"] for row in steps] == list(range(1, step + 1)),
-                "evals": is_list_of(is_evaluation, state.get("evals")),
-                "findings": is_list_of(is_finding, state.get("findings")),
-            }
-        )
+        state = {"before_sft": None, "sft": [], "outlook": None, **state}  # Earlier versions did not write these.
+        passed = {name: FORMATS[name](state.get(name)) for name in self.state_dict()}
+        passed["evals"] = is_list_of(is_evaluation, state.get("evals"))
+        for name, count in (("sft", sft_step), ("steps", step)):
+            passed[name] = passed[name] and [row["step"] for row in state[name]] == list(range(1, count + 1))
+        check_entries(passed)
         self.record |= {name: state[name] for name in self.state_dict()}
 
     def add_step(self, entry: dict[str, Any], kind: str = "steps") -> None:
-        """Append a step, or one of kind "sft"; the file follows within a few seconds."""
+        """Append the entry of a step, or of a supervised step (kind "sft"); the file follows in a few seconds."""
         self.record[kind].append(_finite(entry))
         if time.monotonic() - self._written > WRITE_EVERY:
             self.write()
 
     def add_time(self, phase: str, seconds: float) -> None:
-        """Add seconds to a phase of the last step; before the first step, to none."""
+        """Add seconds to a phase of the last step; do nothing before the first step."""
         if self.record["steps"]:
             row = self.record["steps"][-1]
             row[f"time/{phase}"] = row.get(f"time/{phase}", 0.0) + seconds
@@ -77,7 +70,7 @@ class Metrics:
         self.write()
 
     def write(self) -> None:
-        """Replace the file by a whole new one."""
+        """Replace the file by a whole new file."""
         if self.path is None:
             return
         text = json.dumps(self.record, allow_nan=False, separators=(",", ":")) + "\n"
@@ -86,7 +79,7 @@ class Metrics:
 
 
 def _finite(value: Any) -> Any:
-    """Replace every number that is not finite by None: JSON has no such number."""
+    """Replace every NaN and infinity by None, because JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -99,7 +92,7 @@ def _finite(value: Any) -> Any:
 def load_metrics(path: Path) -> dict[str, Any]:
     """Read a metrics file, given its path or the folder of the run.
 
-    Raises ValueError, in one line that says what to do, if it is missing, empty, cut short or of another program.
+    Raises ValueError, in one line, if the file is missing, empty, damaged or was written by another program.
     """
     path = path / FILE_NAME if path.is_dir() else path
     try:
@@ -119,20 +112,20 @@ def load_metrics(path: Path) -> dict[str, Any]:
 
 
 def ended_with(folder: Path, step: int, metrics: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the record of the run in a folder if it ended after `step` with these metrics, else None."""
+    """Return the record of the run in a folder if the run ended after `step` with these metrics; else None."""
     try:
         written = load_metrics(folder)
     except ValueError:
-        return None  # damaged or missing; the checkpoint has all of it but the ending
+        return None  # It is damaged or missing. The checkpoint has everything but the ending.
     same = same_rows(written["steps"], metrics["steps"]) and same_rows(written["evals"][:-1], metrics["evals"])
     return written if same and (written.get("finished") or {}).get("step") == step else None
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry without its seconds, which differ between equal runs."""
+    """Return an entry without its times, which differ between equal runs."""
     return {name: value for name, value in row.items() if not name.startswith("time/")}
 
 
-def same_rows(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
-    """Return whether entries are equal, seconds aside."""
-    return list(map(without_times, some)) == list(map(without_times, others))
+def same_rows(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> bool:
+    """Return whether two lists of entries are equal apart from times."""
+    return list(map(without_times, first)) == list(map(without_times, second))

@@ -1,7 +1,4 @@
-"""Completions as they were sampled, in grpo_samples.jsonl: one JSON object a line.
-
-{"step", "prompt": the question, "completion", "rewards": {part: number or null}, "reward", "advantage", "correct"}
-"""
+"""Sampled completions in grpo_samples.jsonl, one JSON object a line; README.md lists its entries."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,15 +8,15 @@ from typing import Any
 from grpo.runtime.atomic_io import name_in_errors, write_atomic
 
 FILE_NAME = "grpo_samples.jsonl"
-EVERY = 5  # steps; step 1 too
-GROUPS = 2  # of a step
+EVERY = 5  # steps; step 1 is recorded too
+GROUPS = 2  # The first groups of a step are recorded.
 
 
 class Samples:
     """The file of samples of a run: whole groups every few steps."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Without a folder, write nothing: rank 0 does."""
+        """Write to `folder` if there is one: only rank 0 has one."""
         self.path = folder / FILE_NAME if folder else None
 
     def wants(self, step: int) -> bool:
@@ -27,12 +24,12 @@ class Samples:
         return self.path is not None and (step == 1 or step % EVERY == 0)
 
     def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Append completions."""
+        """Append completions. Raises OSError that names the file."""
         with name_in_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
     def truncate(self, step: int) -> None:
-        """Remove what was sampled after `step`, and lines that are not whole."""
+        """Remove completions that were sampled after `step`, and damaged lines."""
         if self.path is None or not self.path.exists():
             return
         with name_in_errors(self.path):
@@ -41,7 +38,7 @@ class Samples:
 
 
 def _is_until(line: bytes, last: int) -> bool:
-    """Return whether a line is whole, and of a step up to the last."""
+    """Return whether a line is whole and its step is at most `last`."""
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= last
     except (ValueError, KeyError, TypeError, RecursionError):

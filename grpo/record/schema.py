@@ -1,16 +1,16 @@
-"""What `grpo_metrics.json` looks like, and whether a value from a file does."""
+"""The format of `grpo_metrics.json`, and whether a value that was read from a file has it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from grpo.runtime.checks import LARGEST_NUMBER, is_count, is_list_of
 
 SCHEMA_VERSION = 1
-MEASURED = ("accuracy", "n", "ci_low", "ci_high")  # in every evaluation
-TABLES = ("tasks", "categories", "pass_at_k", "maj_at_k")  # in some evaluations; tasks: of older versions
-FEW_CATEGORIES = 6  # that fit into a line or a legend
+MEASURED = ("accuracy", "n", "ci_low", "ci_high")  # Every evaluation has these numbers.
+TABLES = ("tasks", "categories", "pass_at_k", "maj_at_k")  # Some evaluations have them; "tasks" is no longer written.
 NOT_NUMBERS = ("split", "skills", *TABLES)
+MAX_SHOWN_CATEGORIES = 6  # More categories do not fit into a line or a legend.
 
 
 def check_record(record: Any, path: Path) -> None:
@@ -18,58 +18,11 @@ def check_record(record: Any, path: Path) -> None:
     if not isinstance(record, dict) or "schema_version" not in record:
         raise ValueError(f"{path} was not written by this program; give the grpo_metrics.json of a run")
     if record["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} has schema version {record['schema_version']!r}, this program reads {SCHEMA_VERSION}"
-        )
-    for key in ("steps", "evals"):
-        if not is_list_of(is_entry, record.get(key)):
-            raise ValueError(f"{path} is damaged: its {key!r} is not a list of entries with a step and numbers")
-    if any(row.get(name) is None for row in record["evals"] for name in MEASURED):
-        raise ValueError(f"{path} is damaged: one of its 'evals' lacks one of {', '.join(MEASURED)}")
-    if not isinstance(record.get("config"), dict):
-        raise ValueError(f"{path} is damaged: it has no 'config'")
-    if not is_list_of(is_finding, record.get("findings", [])):
-        raise ValueError(f"{path} is damaged: its 'findings' is not a list of texts with a name and a step")
-    if not is_list_of(is_entry, record.get("sft", [])):
-        raise ValueError(f"{path} is damaged: its 'sft' is not a list of entries with a step and numbers")
-    if record.get("before_sft") is not None and not is_evaluation(record["before_sft"]):
-        raise ValueError(f"{path} is damaged: its 'before_sft' is not an evaluation")
-    if record.get("outlook") is not None and not is_outlook(record["outlook"]):
-        raise ValueError(f"{path} is damaged: its 'outlook' is not a table of shares")
-    ending = record.get("finished")
-    if ending is not None and not (isinstance(ending, dict) and is_count(ending.get("step")) and "reason" in ending):
-        raise ValueError(f"{path} is damaged: its 'finished' is not a step and a reason")
-
-
-def is_evaluation(value: Any) -> bool:
-    """Return whether a value is a complete entry of `evals`."""
-    complete = is_entry(value) and "split" in value and all(value.get(name) is not None for name in MEASURED)
-    return complete and _is_table("skills", value.get("skills", {}))
-
-
-def few_categories(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the accuracies by category of an evaluation if there are few categories; else {}."""
-    categories = entry.get("categories", {})
-    return categories if len(categories) <= FEW_CATEGORIES else {}
-
-
-def is_finding(value: Any) -> bool:
-    """Return whether a value is a complete finding on the run's health."""
-    texts = [value.get("name"), value.get("text"), *_examples(value)] if isinstance(value, dict) else [None]
-    return all(isinstance(text, str) for text in texts) and is_count(value.get("step"))
-
-
-def is_outlook(value: Any) -> bool:
-    """Return whether a value is what a look before the first step writes: two counts, and shares."""
-    shares = ("teaching", "all_right", "pass_at_1", "pass_at_g", "well_formed", "truncated")
-    known = isinstance(value, dict) and all(isinstance(value.get(name), (int, float)) for name in shares)
-    counted = known and all(is_count(value.get(name)) for name in ("groups", "num_generations"))
-    return counted and all(0 <= value[name] <= 1 for name in shares)
-
-
-def _examples(finding: dict[str, Any]) -> list[Any]:
-    examples = finding.get("examples", [])
-    return examples if isinstance(examples, list) else [None]
+        version = record["schema_version"]
+        raise ValueError(f"{path} has schema version {version!r}, this program reads {SCHEMA_VERSION}")
+    for name, is_valid in FORMATS.items():
+        if not is_valid({**DEFAULTS, **record}.get(name)):
+            raise ValueError(f"{path} is damaged at {name!r}; train again, or give another file")
 
 
 def is_entry(row: Any) -> bool:
@@ -82,8 +35,47 @@ def is_entry(row: Any) -> bool:
     return all(isinstance(value, (int, float)) and abs(value) < LARGEST_NUMBER for value in numbers)
 
 
+def is_evaluation(value: Any) -> bool:
+    """Return whether a value is a complete entry of `evals`."""
+    return _is_measured(value) and "split" in value and _is_table("skills", value.get("skills", {}))
+
+
+def is_finding(value: Any) -> bool:
+    """Return whether a value is a complete finding."""
+    if not isinstance(value, dict) or not isinstance(value.get("examples", []), list):
+        return False
+    texts = [value.get("name"), value.get("text"), *value.get("examples", [])]
+    return all(isinstance(text, str) for text in texts) and is_count(value.get("step"))
+
+
+def is_outlook(value: Any) -> bool:
+    """Return whether a value has the two counts and the shares that are measured before the first step."""
+    if not isinstance(value, dict) or not all(is_count(value.get(name)) for name in ("groups", "num_generations")):
+        return False
+    shares = [
+        value.get(name) for name in ("teaching", "all_right", "pass_at_1", "pass_at_g", "well_formed", "truncated")
+    ]
+    return all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
+
+
+def few_categories(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the accuracies by category of an evaluation; {} if there are too many to show."""
+    categories = entry.get("categories", {})
+    return categories if len(categories) <= MAX_SHOWN_CATEGORIES else {}
+
+
+def _is_measured(value: Any) -> bool:
+    """Return whether a value is an entry with the numbers of an evaluation."""
+    return is_entry(value) and all(value.get(name) is not None for name in MEASURED)
+
+
+def _is_ending(value: Any) -> bool:
+    """Return whether a value has the last step of a run and the reason of its end."""
+    return isinstance(value, dict) and is_count(value.get("step")) and "reason" in value
+
+
 def _is_table(name: str, table: Any) -> bool:
-    """Return whether a table of accuracies by category, or of pass@k or maj@k by k, holds numbers."""
+    """Return whether a table of accuracies by category or skill, or of pass@k or maj@k by k, holds numbers."""
     if not isinstance(table, dict):
         return False
     if name in ("pass_at_k", "maj_at_k"):
@@ -94,3 +86,18 @@ def _is_table(name: str, table: Any) -> bool:
         and isinstance(row.get("well_formed", 0), (int, float))
         for row in table.values()
     )
+
+
+# The parts of the file, each with the check of its value. A file may have other parts as well.
+FORMATS: dict[str, Callable[[Any], bool]] = {
+    "config": lambda value: isinstance(value, dict),
+    "before_sft": lambda value: value is None or is_evaluation(value),
+    "sft": lambda value: is_list_of(is_entry, value),
+    "outlook": lambda value: value is None or is_outlook(value),
+    "steps": lambda value: is_list_of(is_entry, value),
+    "evals": lambda value: is_list_of(_is_measured, value),
+    "findings": lambda value: is_list_of(is_finding, value),
+    "finished": lambda value: value is None or _is_ending(value),
+}
+# Earlier versions did not write these parts, and read as if they had written these values.
+DEFAULTS: dict[str, Any] = {"before_sft": None, "sft": [], "outlook": None, "findings": [], "finished": None}

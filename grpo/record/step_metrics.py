@@ -1,7 +1,6 @@
-"""The metrics of a step: one table with the name, title, unit, scale, meaning and formula of each.
+"""The metrics of a step, in one table: the metrics file, the plots and the table in README.md come from it.
 
-The metrics file gets an entry of `steps` from it, plots take titles, units and scales, and the tests hold
-`grpo/record/README.md` to it. A new metric is one more entry. It is torch-free, for the plots.
+This module does not import torch, so that plots start quickly.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,25 +24,25 @@ class StepResult:
     """What the metrics of a step are computed from."""
 
     step: int
-    settings: "StepSettings"  # learning rate, group size and beta of this step
-    drawn: "Rollout"  # all groups that were sampled, tied ones that were drawn again included
+    settings: "StepSettings"  # the learning rate, group size and beta of this step
+    drawn: "Rollout"  # all groups that were drawn, with the tied groups that were drawn again
     rollout: "Rollout"  # the groups that were trained on
     updates: Sequence["UpdateStats"]
     sampler_gap: float
     weights_moved: float
-    seconds: Mapping[str, float]  # by phase
+    seconds: Mapping[str, float]  # the time of each phase
 
 
 @dataclass(frozen=True)
 class StepMetric:
-    """A metric of a step. A name that ends in `/*` stands for a family; its formula returns a mapping."""
+    """A metric of a step. If the name ends in `/*`, the formula returns values by the names that stand for `*`."""
 
     name: str
     meaning: str
     formula: Callable[[StepResult], Any]
-    title: str = ""  # of its panel in a comparison of runs; "" draws none
+    title: str = ""  # the title of its panel; a metric without a title is not drawn
     unit: str = ""
-    scale: str = "number"  # of its axis: "share" from 0 to 1, "number" from 0, "reward" around 0 to 1
+    scale: str = "number"  # the range of its axis: "share" is 0 to 1, "number" from 0, "reward" at least 0 to 1
 
 
 def metric_title(name: str) -> str:
@@ -64,186 +63,204 @@ def step_metrics(result: StepResult) -> dict[str, Value]:
     return entry
 
 
-def _parts(result: StepResult) -> dict[str, list[Value]]:
-    """Return the rewards by part, each (B,)."""
-    rewards = result.drawn.rewards
-    return {name: [reward.parts[name] for reward in rewards] for name in rewards[0].parts}
+def _by_part(rollout: "Rollout", figure: Callable[[Sequence[Value]], Value]) -> dict[str, Value]:
+    """Return a figure of the rewards, (B,), of each part; they are None where the part does not apply."""
+    rewards = rollout.rewards
+    return {name: figure([reward.parts[name] for reward in rewards]) for name in rewards[0].parts}
 
 
 def _mean(values: Sequence[Value]) -> float | None:
-    """Return the mean over the completions that a reward function applies to; None if there are none."""
+    """Return the mean of the values that are not None; None if there are none."""
     applied = [value for value in values if value is not None]
     return fmean(applied) if applied else None
 
 
 def _finite(value: Any) -> float | None:
-    """Return a number, or None if it is not finite: there is nothing that it is of."""
+    """Return a number as a float; None if it is not finite, such as the mean of no values."""
     return float(value) if isfinite(value) else None
 
 
 def _group_std(groups: Sequence[Sequence[float]]) -> float | None:
-    """Return the mean over groups of the std of the rewards that apply, in groups that have two; None if none has."""
+    """Return the mean std of the groups with at least two finite rewards; None if there are none."""
     applied = [[r for r in group if isfinite(r)] for group in groups]
     return _mean([stdev(group) for group in applied if len(group) > 1])
 
 
 def _spread(part: Sequence[Value], groups: int) -> float | None:
-    """Return the mean of a part's std in the groups where it is not 0, as tied groups say nothing of its scale."""
+    """Return the mean over groups of the std of a part, (B,), where it is not 0; None if it is 0 in all groups."""
     g = len(part) // groups
     applied = [[v for v in part[i : i + g] if v is not None] for i in range(0, len(part), g)]
     return _mean([stdev(group) for group in applied if len(group) > 1 and min(group) < max(group)])
 
 
-TIED = "Tied groups, which teach nothing"
 STEP_METRICS: tuple[StepMetric, ...] = (
-    StepMetric("step", "number of the step, from 1", lambda s: s.step),
+    StepMetric(name="step", meaning="number of the step, from 1", formula=lambda s: s.step),
     StepMetric(
-        "reward_mean",
-        "mean reward of the completions that were drawn",
-        lambda s: _finite(s.drawn.totals.nanmean()),
-        *("Reward", "mean of the step", "reward"),
+        name="reward_mean",
+        meaning="mean reward of the completions",
+        formula=lambda s: _finite(s.drawn.totals.nanmean()),
+        title="Reward",
+        unit="mean of the step",
+        scale="reward",
     ),
     StepMetric(
-        "reward_std",
-        "standard deviation of the rewards in a group, mean over the groups",
-        lambda s: _group_std(s.drawn.totals.tolist()),
+        name="reward_std",
+        meaning="standard deviation of the rewards in a group, mean over the groups",
+        formula=lambda s: _group_std(s.drawn.totals.tolist()),
     ),
     StepMetric(
-        "reward/*",
-        "mean of each part, weighted, over the completions that it applies to, null if none; the parts add up to "
-        "`reward_mean` if all apply",
-        lambda s: {name: _mean(part) for name, part in _parts(s).items()},
+        name="reward/*",
+        meaning="weighted mean of each part over the completions it applies to, null if none; parts that all apply "
+        "add up to `reward_mean`",
+        formula=lambda s: _by_part(s.drawn, _mean),
     ),
     StepMetric(
-        "reward_std/*",
-        "standard deviation of each part in a group, mean over the groups where it is not 0, null if none",
-        lambda s: {name: _spread(part, len(s.drawn.problems)) for name, part in _parts(s).items()},
+        name="reward_std/*",
+        meaning="standard deviation of each part in a group, mean over the groups where it is not 0, null if none",
+        formula=lambda s: _by_part(s.drawn, lambda part: _spread(part, len(s.drawn.problems))),
     ),
     StepMetric(
-        "accuracy",
-        "share of the completions that were drawn that are right (training problems, at `temperature`)",
-        lambda s: float(s.drawn.correct.float().mean()),
-        *("Accuracy, sampled", "% of completions", "share"),
+        name="accuracy",
+        meaning="share of completions that are right (training problems, sampled at `temperature`)",
+        formula=lambda s: float(s.drawn.correct.float().mean()),
+        title="Accuracy, sampled",
+        unit="% of completions",
+        scale="share",
     ),
     StepMetric(
-        "kl",
-        "k3 against the reference, nats a token, mean over the tokens, first inner update; null without a reference",
-        lambda s: s.updates[0].kl,
-        *("KL to the reference", "nats a token"),
+        name="kl",
+        meaning="k3 against the reference, mean over the tokens, first inner update; null without a reference",
+        formula=lambda s: s.updates[0].kl,
+        title="KL to the reference",
+        unit="nats a token",
     ),
     StepMetric(
-        "entropy",
-        "entropy of the distribution that each token was drawn from, nats, mean over the tokens, first inner update",
-        lambda s: s.updates[0].entropy,
-        *("Entropy", "nats a token"),
+        name="entropy",
+        meaning="entropy of the distribution each token was drawn from, mean over the tokens, first inner update",
+        formula=lambda s: s.updates[0].entropy,
+        title="Entropy",
+        unit="nats a token",
     ),
     StepMetric(
-        "completion_length",
-        "mean tokens of a completion, the end token included",
-        lambda s: float(s.drawn.lengths.float().mean()),
-        *("Completion length", "tokens"),
+        name="completion_length",
+        meaning="mean tokens of a completion, the end token included",
+        formula=lambda s: float(s.drawn.lengths.float().mean()),
+        title="Completion length",
+        unit="tokens",
     ),
     StepMetric(
-        "truncated_fraction",
-        "share of completions cut off by `max_new_tokens`",
-        lambda s: float(s.drawn.truncated.cpu().float().mean()),
-        *("Truncated", "% of completions", "share"),
+        name="truncated_fraction",
+        meaning="share of completions cut off by `max_new_tokens`",
+        formula=lambda s: float(s.drawn.truncated.cpu().float().mean()),
+        title="Truncated",
+        unit="% of completions",
+        scale="share",
     ),
     StepMetric(
-        "empty_fraction",
-        "share of completions of at most one token",
-        lambda s: float((s.drawn.lengths <= 1).float().mean()),
+        name="empty_fraction",
+        meaning="share of completions of at most one token",
+        formula=lambda s: float((s.drawn.lengths <= 1).float().mean()),
     ),
     StepMetric(
-        "repeated_endings_fraction",
-        "share of completions in which a closing tag or an end marker appears more than once",
-        lambda s: fmean(map(repeats_an_ending, s.drawn.completion_texts)),
+        name="repeated_endings_fraction",
+        meaning="share of completions in which a closing tag or an end marker appears more than once",
+        formula=lambda s: fmean(map(repeats_an_ending, s.drawn.completion_texts)),
     ),
     StepMetric(
-        "tied_groups_fraction",
-        "share of groups whose rewards are all equal: they teach nothing",
-        lambda s: float(s.drawn.tied.float().mean()),
-        *(TIED, "% of groups", "share"),
+        name="tied_groups_fraction",
+        meaning="share of groups whose rewards are all equal, so that they have no learning signal",
+        formula=lambda s: float(s.drawn.tied.float().mean()),
+        title="Tied groups, no learning signal",
+        unit="% of groups",
+        scale="share",
     ),
     StepMetric(
-        "tied_all_right_fraction",
-        "share of groups that are tied with every completion right",
-        lambda s: float((s.drawn.tied & s.drawn.correct.all(1)).float().mean()),
+        name="tied_all_right_fraction",
+        meaning="share of groups that are tied and have only right completions",
+        formula=lambda s: float((s.drawn.tied & s.drawn.correct.all(1)).float().mean()),
     ),
     StepMetric(
-        "tied_all_wrong_fraction",
-        "share of groups that are tied with no completion right",
-        lambda s: float((s.drawn.tied & ~s.drawn.correct.any(1)).float().mean()),
+        name="tied_all_wrong_fraction",
+        meaning="share of groups that are tied and have only wrong completions",
+        formula=lambda s: float((s.drawn.tied & ~s.drawn.correct.any(1)).float().mean()),
     ),
     StepMetric(
-        "resampled_groups",
-        "groups that were tied and drawn again (`--resample-tied`)",
-        lambda s: len(s.drawn.problems) - len(s.rollout.problems),
+        name="resampled_groups",
+        meaning="number of tied groups that were drawn again (`--resample-tied`) and not trained on",
+        formula=lambda s: len(s.drawn.problems) - len(s.rollout.problems),
     ),
     StepMetric(
-        "kept_accuracy",
-        "`accuracy` of the groups that were trained on, without those that were drawn again",
-        lambda s: float(s.rollout.correct.float().mean()),
+        name="kept_accuracy",
+        meaning="`accuracy` of the groups that were trained on",
+        formula=lambda s: float(s.rollout.correct.float().mean()),
     ),
     StepMetric(
-        "kept_tied_groups_fraction",
-        "`tied_groups_fraction` of the groups that were trained on, without those that were drawn again",
-        lambda s: float(s.rollout.tied.float().mean()),
+        name="kept_tied_groups_fraction",
+        meaning="`tied_groups_fraction` of the groups that were trained on",
+        formula=lambda s: float(s.rollout.tied.float().mean()),
     ),
     StepMetric(
-        "loss",
-        "negated objective, mean over the inner updates; near 0 is normal (advantages are centred, ratios near 1)",
-        lambda s: fmean(u.loss for u in s.updates),
+        name="loss",
+        meaning="negated objective, mean over the inner updates; near 0 is normal, as advantages have mean 0",
+        formula=lambda s: fmean(u.loss for u in s.updates),
     ),
     StepMetric(
-        "grad_norm",
-        "norm of the gradient before clipping, mean over the inner updates",
-        lambda s: fmean(u.grad_norm for u in s.updates),
-        "Gradient norm",
+        name="grad_norm",
+        meaning="norm of the gradient before clipping, mean over the inner updates",
+        formula=lambda s: fmean(u.grad_norm for u in s.updates),
+        title="Gradient norm",
     ),
     StepMetric(
-        "clip_fraction",
-        "share of tokens whose gradient the clipping removes, largest of the inner updates",
-        lambda s: max(u.clip_fraction for u in s.updates),
-        *("Clipped", "% of tokens", "share"),
+        name="clip_fraction",
+        meaning="share of tokens whose gradient the clipping removes, largest of the inner updates",
+        formula=lambda s: max(u.clip_fraction for u in s.updates),
+        title="Clipped",
+        unit="% of tokens",
+        scale="share",
     ),
     StepMetric(
-        "ratio_min",
-        "smallest ratio to the policy that sampled, over tokens and inner updates",
-        lambda s: _finite(min(u.ratio_min for u in s.updates)),
+        name="ratio_min",
+        meaning="smallest ratio to the policy that sampled, over tokens and inner updates",
+        formula=lambda s: _finite(min(u.ratio_min for u in s.updates)),
     ),
     StepMetric(
-        "ratio_max",
-        "largest ratio to the policy that sampled, over tokens and inner updates",
-        lambda s: _finite(max(u.ratio_max for u in s.updates)),
+        name="ratio_max",
+        meaning="largest ratio to the policy that sampled, over tokens and inner updates",
+        formula=lambda s: _finite(max(u.ratio_max for u in s.updates)),
     ),
     StepMetric(
-        "skipped_updates",
-        "inner updates that were not applied because loss or gradient was not finite",
-        lambda s: sum(not u.applied for u in s.updates),
+        name="skipped_updates",
+        meaning="number of inner updates that were not applied because loss or gradient was not finite",
+        formula=lambda s: sum(not u.applied for u in s.updates),
     ),
     StepMetric(
-        "sampler_gap",
-        "largest difference between a completion token's log-probability when sampled and when scored, nats",
-        lambda s: s.sampler_gap,
+        name="sampler_gap",
+        meaning="largest difference between a completion token's log-probability when sampled and when scored, nats",
+        formula=lambda s: s.sampler_gap,
     ),
     StepMetric(
-        "weights_moved",
-        "share of some 10,000 fixed trainable weights whose value the step changed",
-        lambda s: s.weights_moved,
-    ),
-    StepMetric("learning_rate", "learning rate of this step", lambda s: s.settings.learning_rate),
-    StepMetric("beta", "weight of the KL in this step", lambda s: s.settings.beta),
-    StepMetric("num_generations", "completions a prompt in this step", lambda s: s.settings.num_generations),
-    StepMetric(
-        "tokens",
-        "prompt and completion tokens of the groups that were trained on",
-        lambda s: int(s.rollout.lengths.sum()) + int(s.rollout.tokens.prompt_mask.sum()),
+        name="weights_moved",
+        meaning="share of about 10,000 fixed trainable weights whose value the step changed",
+        formula=lambda s: s.weights_moved,
     ),
     StepMetric(
-        "time/*",
-        "seconds of `sample`, `reward`, `reference`, `update` and `total`; of each reward function in `reward` "
-        "(`time/reward/exact`); and of checkpoints and saving after this step (`save`)",
-        lambda s: s.seconds,
+        name="learning_rate", meaning="learning rate of this step", formula=lambda s: s.settings.learning_rate
+    ),
+    StepMetric(name="beta", meaning="weight of the KL in this step", formula=lambda s: s.settings.beta),
+    StepMetric(
+        name="num_generations",
+        meaning="completions of each prompt in this step",
+        formula=lambda s: s.settings.num_generations,
+    ),
+    StepMetric(
+        name="tokens",
+        meaning="prompt and completion tokens of the groups that were trained on",
+        formula=lambda s: int(s.rollout.lengths.sum()) + int(s.rollout.tokens.prompt_mask.sum()),
+    ),
+    StepMetric(
+        name="time/*",
+        meaning="seconds of `sample`, `reward`, `reference`, `update` and `total`, of each reward function "
+        "(`time/reward/exact`), and of writing checkpoints and models after this step (`save`)",
+        formula=lambda s: s.seconds,
     ),
 )

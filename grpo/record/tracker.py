@@ -1,7 +1,8 @@
-"""Send metrics to an experiment tracker too: trackio or wandb, which have the same interface."""
+"""Send metrics to an experiment tracker as well: trackio or wandb, which have the same interface."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,14 @@ PROJECT = "grpo"
 
 
 class Tracker:
-    """The tracker that `--track` names; "none" ignores everything."""
+    """The tracker that `--track` names; the tracker "none" does nothing."""
 
     def __init__(self, name: str) -> None:
-        """Raises ValueError with the line that installs the package if it is missing."""
-        self.package: Any = None
-        if name == "none":
-            return
+        """Import the package. Raises ValueError with the command that installs it if it is missing."""
         try:
-            if name == "wandb":
-                import wandb as package
-            else:
-                import trackio as package
+            self.package = None if name == "none" else import_module(name)
         except ImportError:
             raise ValueError(f"--track {name} needs {name}: pip install {name}") from None
-        self.package = package
 
     @contextmanager
     def tracking(self, folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
@@ -40,7 +34,7 @@ class Tracker:
     def log(self, step: int, entry: Mapping[str, Any], prefix: str = "") -> None:
         """Send the numbers of an entry of `steps`, or of `evals` under a prefix such as "validation/".
 
-        `step` is that of the run, also for a test of an earlier policy: wandb drops what goes back.
+        `step` is the current step of the run, also for a test of an earlier policy: wandb drops steps that go back.
         """
         if self.package is not None:
             numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}

@@ -1,4 +1,4 @@
-"""A tiny model and a short run of it, to be damaged."""
+"""Fixtures: a tiny model and a short run of it that tests may damage."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.helpers.malformed import train
 
 @pytest.fixture(scope="module")
 def two_steps(model, no_plots):
-    """The folder of a run of two steps, which no test changes."""
+    """Return the folder of a run of two steps; no test may change it."""
     folder = model.parent / "two steps"
     result = train(model, folder, num_iterations=2)
     assert result.exit_code == 0, result.output
@@ -19,5 +19,5 @@ def two_steps(model, no_plots):
 
 @pytest.fixture
 def run(two_steps, tmp_path):
-    """A copy of the run of two steps."""
+    """Return the folder of a copy of the run of two steps."""
     return Path(shutil.copytree(two_steps, tmp_path / "run"))

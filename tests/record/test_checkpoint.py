@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, every damage found, and the one before it used."""
+"""Checkpoints: whole or absent; damage is always found, and the checkpoint before is used."""
 
 import os
 import random
@@ -27,7 +27,7 @@ def a_checkpoint(step):
 
 
 def is_same(a, b):
-    """Assert that two checkpoints have the same content."""
+    """Check that two checkpoints have the same content; return True."""
     assert a.step == b.step
     for name in ("policy", "optimizer"):
         x, y = getattr(a, name), getattr(b, name)
@@ -38,7 +38,7 @@ def is_same(a, b):
 
 
 def made(folder):
-    """Make a folder and return it."""
+    """Make a folder; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -135,7 +135,7 @@ def test_a_failure_at_any_write_fsync_or_rename_leaves_a_run_that_can_continue(t
         checkpoint, problems = newest_checkpoint(folder)
         assert problems == []
         assert is_same(checkpoint, a_checkpoint(checkpoint.step)), "one of the two, whole"
-        write_checkpoint(folder, a_checkpoint(3))  # and the next one can be written
+        write_checkpoint(folder, a_checkpoint(3))  # The next checkpoint can be written.
         assert is_same(newest_checkpoint(folder)[0], a_checkpoint(3))
 
 

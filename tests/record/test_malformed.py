@@ -1,7 +1,7 @@
-"""Files that are not as this program writes them: refused in one line that names the file, or set aside.
+"""Files that this program did not write like this: refused in one line that names the file, or set aside.
 
 The files are a model's card (grpo.json), the metrics of a run, and both JSON files and both tensor files of a
-checkpoint. The SHA-256 sums of a checkpoint are right whatever is in it: test_checkpoint.py tests what sums find.
+checkpoint. The tests correct the SHA-256 sums of a checkpoint after a change; test_checkpoint.py tests wrong sums.
 """
 
 import io
@@ -43,26 +43,26 @@ FILES = {
     "checkpoint's state": f"{NEWEST}/{STATE}",
     "checkpoint's metrics": f"{NEWEST}/{METRICS}",
 }
-MISSING = ...  # for an entry that is taken out
+MISSING = ...  # stands for an entry that is removed
 NAN = math.nan
 DEEP = "[" * 100_000
-HUGE = "1" * 10_000  # more digits than Python reads
+HUGE = "1" * 10_000  # Python refuses to read a number with this many digits.
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")
 def trainer(model, tmp_path_factory):
-    """A trainer of the settings of the run of two steps, for which checkpoints are read."""
+    """Return a trainer with the settings of the run of two steps, which reads the checkpoints."""
     folder = tmp_path_factory.mktemp("trainer")
     config = resolve({**SETTINGS, "model": str(model), "num_iterations": 2, "output_dir": str(folder)})
     return Trainer(config, make_task(config), {})
 
 
 def answer(path, run, trainer):
-    """Read a file of a run as the scripts do; return the one line that answers it, "" if it is accepted.
+    """Read a file of a run as the scripts do; return the one line that refuses it, or "" if it is accepted.
 
-    A checkpoint is refused, with the run as it was, or set aside with a warning and with nothing lost.
+    Check that a refused checkpoint leaves the run unchanged, and that setting one aside warns and loses nothing.
     """
     if path.name == CARD:
         return refused(resolve, {"model": str(path.parent)})
@@ -87,7 +87,7 @@ def answer(path, run, trainer):
 
 
 def refused(read, *arguments):
-    """Return the line of the ValueError that a reader raises, or "". Any other exception is let out."""
+    """Return the line of the ValueError that a reader raises, or "". Other exceptions are not caught."""
     try:
         read(*arguments)
     except ValueError as error:
@@ -99,7 +99,7 @@ def refused(read, *arguments):
 
 
 def name_of(file):
-    """Return what a refusal of a file must name: a file of a checkpoint is answered with the checkpoint's name."""
+    """Return the name that a refusal must hold: the checkpoint for its files, the file itself otherwise."""
     return STEP if STEP in FILES[file] else Path(FILES[file]).name
 
 
@@ -113,7 +113,7 @@ JSON = st.recursive(
 
 
 def places(content, place=()):
-    """Yield the path of keys and indices of every value in a JSON value, itself first."""
+    """Yield the path of keys and indices of every value in a JSON value, beginning with the path () of itself."""
     yield place
     if isinstance(content, dict):
         for key, value in content.items():
@@ -124,7 +124,7 @@ def places(content, place=()):
 
 
 def changed(content, place, value):
-    """Return a JSON value with another one in a place, or with the entry taken out."""
+    """Return a copy of a JSON value in which `value` stands in a place, or in which MISSING has removed the entry."""
     if not place:
         return value
     key, *rest = place
@@ -248,17 +248,17 @@ def test_a_text_that_no_run_writes_is_refused_in_one_line_that_names_the_file(te
 
 
 def first(content):
-    """Return the name of a matrix."""
+    """Return the name of the first matrix."""
     return next(name for name in sorted(content) if content[name].dim() == 2)
 
 
 def replaced(by):
-    """Return a change that replaces a matrix."""
+    """Return a change that applies `by` to the first matrix."""
     return lambda content: content.update({first(content): by(content[first(content)]).contiguous()})
 
 
 def more(**tensors):
-    """Return a change that adds tensors, or replaces them."""
+    """Return a change that adds or replaces tensors."""
     return lambda content: content.update(tensors)
 
 
@@ -295,7 +295,7 @@ def test_tensors_of_another_model_are_refused_or_set_aside_by_name(name, change,
     assert STEP in answer(path, run, trainer)
 
 
-# --- as the scripts answer ---
+# --- what the scripts print ---
 
 
 @pytest.mark.parametrize(
@@ -361,25 +361,25 @@ def test_damaged_metrics_are_written_anew_from_the_checkpoint(text, more, model,
 
 
 def folder_instead(path):
-    """Make a file a folder."""
+    """Replace a file by a folder."""
     path.unlink()
     path.mkdir()
 
 
 def file_instead(path):
-    """Make a folder a file."""
+    """Replace a folder by a file."""
     shutil.rmtree(path)
     path.write_text("of the user")
 
 
 def loop(path):
-    """Make a file or a folder a link to itself."""
+    """Replace a file or a folder by a link to itself."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     path.symlink_to(path)
 
 
 def outside(manifest):
-    """List a file outside the checkpoint in its manifest."""
+    """Add a file outside the checkpoint to its manifest."""
     path = manifest.parents[2] / "elsewhere"
     path.write_text("{}")
     files = json.loads(manifest.read_bytes())

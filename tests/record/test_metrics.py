@@ -16,7 +16,7 @@ from tests.helpers.metrics import CONFIG, EVALUATION, a_record, load_refusal
 
 
 def strict_json(path):
-    """Return the content of a JSON file; NaN and Infinity are refused."""
+    """Return the content of a JSON file; fail at NaN and Infinity."""
 
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
@@ -70,10 +70,10 @@ def test_steps_alone_do_not_rewrite_the_file_each_time(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_io.os, "replace", lambda source, target: writes.append(target))
     for step in range(100):
         metrics.add_step({"step": step})
-    assert 5 <= len(writes) <= 35  # every few of 100 seconds
+    assert 5 <= len(writes) <= 35  # once every few seconds of 100
     before = len(writes)
     metrics.add_eval({"step": 100, **EVALUATION})
-    assert len(writes) == before + 1  # an evaluation at once
+    assert len(writes) == before + 1  # an evaluation is written at once
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):

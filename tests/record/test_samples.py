@@ -1,4 +1,4 @@
-"""The file of samples: whole lines of whole groups every few steps, truncated to the step of a checkpoint."""
+"""The file of samples: whole groups every few steps, cut back to the step of a checkpoint after a resume."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from tests.helpers.rollouts import ODD, a_rollout
 
 
 def add(samples, step):
-    """Record a step as a run does: some groups, if samples of the step are recorded."""
+    """Record the first groups of a step as a run does, if the step is recorded."""
     if samples.wants(step):
         samples.add(a_rollout().samples(step, GROUPS))
 

@@ -1,4 +1,4 @@
-"""The schema of the metrics file: records of other programs, other versions and wrong types are refused."""
+"""The format of the metrics file: records of other programs, other versions and wrong types are refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Metrics of a step that findings are made from, by hand: the spread of a reward part, the sampler's gap."""
+"""Two metrics of a step, computed by hand: the standard deviation of a reward part, and the sampler gap."""
 
 import math
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from grpo.step_probe import sampler_gap
 
 
 def test_the_spread_of_a_part_is_that_of_the_groups_where_it_differs():
-    # Groups of 2: (0, 1) has a standard deviation of sqrt(1/2), (1, 1) none, in (None, 2) there is one value only.
+    # Groups of 2: the standard deviation of (0, 1) is sqrt(1/2); (1, 1) is tied, and (None, 2) has only one value.
     assert _spread([0.0, 1.0, 1.0, 1.0, None, 2.0], 3) == pytest.approx(math.sqrt(0.5))
     assert _spread([1.0] * 6, 3) is None
 

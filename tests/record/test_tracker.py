@@ -1,4 +1,4 @@
-"""Experiment trackers: they get every step and evaluation, and are closed however the run ends."""
+"""Experiment trackers: a run sends every step and evaluation, and closes the tracker however it ends."""
 
 import sys
 import types
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def install(name, monkeypatch):
-    """Install a tracker that keeps its calls; return the list of them."""
+    """Install a fake tracker; return the list to which it adds its calls."""
     calls = []
     fake = types.ModuleType(name)
     fake.init = lambda **more: calls.append(("init", more))
@@ -48,7 +48,7 @@ def test_a_tracker_is_closed_after_an_error_and_not_opened_by_a_run_that_is_fini
         return [call[0] for call in calls if call[0] != "log"]
 
     with monkeypatch.context() as patch:
-        good = iter([0.0] * 12)  # while it is tried
+        good = iter([0.0] * 12)  # The reward function is tried before the run; it fails later.
         patch.setitem(REWARDS, "close", lambda attempt: next(good, float("nan")))
         assert train(model, tmp_path / "run", num_iterations=1, track="wandb").exit_code == 1
     assert opened_and_closed() == ["init", "finish"]
