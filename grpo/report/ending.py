@@ -1,4 +1,4 @@
-"""What a run prints at its end, or where it is stopped."""
+"""What a run prints at its end, or when it is stopped."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,17 +15,9 @@ PHASES = {"sample": "sampling", "reference": "reference", "update": "update"}
 
 
 def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: str) -> None:
-    """Print what the run reached, what it cost the neighbouring skills, and what to do next.
-
-    `example` is a question to try.
-    """
-    pictures = ["grpo_overview.png", "grpo_training_curve.png"]
-    pictures += ["grpo_kl_divergence.png"] if record["config"]["beta"] else []
-    pictures += ["grpo_sft_curve.png"] if record.get("sft") else []
-    tests = [entry for entry in record["evals"] if entry["split"] == "test"]
-    before, after = tests[0], tests[-1]
+    """Print the accuracies before and after, findings, times and files, and a command with the question `example`."""
+    before, after = _first_and_last_test(record)
     steps = record["steps"]
-    kl = [s["kl"] for s in steps[-10:] if s["kl"] is not None]
     reason = record["finished"]["reason"]
     say(f"\nDone after step {len(steps)} ({reason}), in {duration(seconds)}. The best policy: step {after['step']}.")
     rows = [("test accuracy", before, after)]
@@ -33,49 +25,56 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: s
     _say_accuracies(rows, record.get("before_sft"))
     for line in by_category(before, after) + sampled(before, after) + drifted(after):
         say(f"  {line}")
-    if kl:
+    if kl := [s["kl"] for s in steps[-10:] if s["kl"] is not None]:
         say(f"  KL to reference    {fmean(kl):.3f} nats a token (mean of the last {len(kl)} steps)")
     if after["step"] == 0:
         say("  No evaluation was better than the start, so saved_model/ holds the starting model.")
-    say("  A loss near 0 is normal: advantages are centred in each group and the ratio starts at 1.")
+    say("  A loss near 0 is normal: advantages have mean 0 in each group, and the ratio starts at 1.")
     _list_findings(record)
     _say_times(record)
-    say(
-        f"Written to {printable(str(folder))}/: {SAVED_MODEL}/, grpo_metrics.json, {samples.FILE_NAME}, and pictures:"
-    )
-    say(f"  {', '.join(pictures)} (plot_metrics.py --html: a page)")
-    where = [] if folder == Path() else ["--model", str(folder / SAVED_MODEL)]
-    say(command_line("Next:", ["python", "inference.py", *where, "--compare"], [example]))
+    pictures = ["grpo_overview.png", "grpo_training_curve.png"]
+    pictures += ["grpo_kl_divergence.png"] if record["config"]["beta"] else []
+    pictures += ["grpo_sft_curve.png"] if record.get("sft") else []
+    say(f"Written to {printable(str(folder))}/: {SAVED_MODEL}/, grpo_metrics.json, {samples.FILE_NAME}, and plots:")
+    say(f"  {', '.join(pictures)} (plot_metrics.py --html writes a page)")
+    model = [] if folder == Path() else ["--model", str(folder / SAVED_MODEL)]
+    say(command_line("Next:", ["python", "inference.py", *model, "--compare"], [example]))
+
+
+def _first_and_last_test(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the test of the starting policy and the test of the saved policy."""
+    tests = [entry for entry in record["evals"] if entry["split"] == "test"]
+    return tests[0], tests[-1]
 
 
 def _say_accuracies(rows: Sequence[tuple[str, Any, Any]], before_sft: Mapping[str, Any] | None) -> None:
-    """Print accuracies before and after, each on one line of the terminal if all of them fit, else below its name."""
+    """Print accuracies before and after: on the line of their name if every line fits the terminal, else below it."""
     table = [(printable(name), accuracy_text(was), f"  ->  {accuracy_text(now)}") for name, was, now in rows]
     table += [("before fine-tuning", accuracy_text(before_sft), "")] if before_sft else []
     lines = [f"  {name:<18} {was:>32}{now}" for name, was, now in table]
     if max(map(len, lines)) >= width():
-        apart, together = "->  ", "-> "  # an arrow is not parted from its figure where a line breaks
-        lines = [f"  {name}\n    {was}{now.replace(apart, together)}" for name, was, now in table]
+        # With one space behind it, an arrow stays with its figure where a line is broken.
+        lines = [f"  {name}\n    {was}{now.replace('->  ', '-> ')}" for name, was, now in table]
     for line in lines:
         say(line)
 
 
 def show_interruption(folder: Path, place: str, reason: str) -> None:
-    """Print, after a signal, what was saved and how to continue. `place` is where it stopped, such as "step 25"."""
-    there = {"plots": "grpo_overview.png", f"{SAVED_MODEL}/": SAVED_MODEL}
-    *saved, last = ["Checkpoint", "metrics", *(what for what, name in there.items() if (folder / name).exists())]
+    """Print after a signal what was saved and how to continue; `place` is where the run stopped: "step 25"."""
+    optional = {"plots": "grpo_overview.png", f"{SAVED_MODEL}/": SAVED_MODEL}
+    *saved, last = ["Checkpoint", "metrics", *(what for what, name in optional.items() if (folder / name).exists())]
     say(f"\nStopped after {place} ({reason}). {', '.join(saved)} and {last} are in {printable(str(folder))}/.")
     say("The same command continues from here.")
 
 
 def show_already_finished(folder: Path, record: Mapping[str, Any]) -> None:
-    """Print, in the folder of a run that has ended, what it reached and the two ways to continue."""
-    tests = [entry for entry in record["evals"] if entry["split"] == "test"]
+    """Print what a run that is already finished reached, and the two ways to continue."""
+    before, after = _first_and_last_test(record)
     ending = record["finished"]
     say(f"The run in {printable(str(folder.resolve()))} is finished: {ending['reason']} (step {ending['step']}).")
-    say(f"  test accuracy  {accuracy_text(tests[0])}  ->  {accuracy_text(tests[-1])}")
+    say(f"  test accuracy  {accuracy_text(before)}  ->  {accuracy_text(after)}")
     _list_findings(record)
-    say("The plots are drawn again. A larger --num-iterations continues it; --fresh moves it aside and starts over.")
+    say("Plots are drawn again. A larger --num-iterations continues the run; --fresh moves it aside and starts over.")
 
 
 def _list_findings(record: Mapping[str, Any]) -> None:
@@ -86,7 +85,7 @@ def _list_findings(record: Mapping[str, Any]) -> None:
 
 
 def _say_times(record: Mapping[str, Any]) -> None:
-    """Print where the time of all launches went, and how much memory the last one took."""
+    """Print the time of each phase in all launches, the tokens a second, and the peak memory of the last launch."""
     phases = seconds_by_phase(record)
     total = sum(phases.values())
     shown = [f"{name} {spent:.1f} s ({100 * spent / total:.0f}%)" for name, spent in phases.items() if spent > 0.05]
@@ -97,7 +96,7 @@ def _say_times(record: Mapping[str, Any]) -> None:
 
 
 def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Format accuracies by category before and after, at most twelve, those that are lowest now, in their order."""
+    """Format the accuracies before and after of at most twelve categories, the lowest after training."""
     now = after.get("categories", {})
     shown = sorted(sorted(now, key=lambda name: now[name]["accuracy"])[:12])
     if not shown:
@@ -110,7 +109,7 @@ def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 
 
 def sampled(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Format pass@k and maj@k before and after, if they were measured."""
+    """Format pass@k and maj@k before and after; return no line if they were not measured."""
     lines = []
     for name in ("pass", "maj"):
         was, now = before.get(f"{name}_at_k", {}), after.get(f"{name}_at_k", {})
@@ -120,13 +119,13 @@ def sampled(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 
 def drifted(after: Mapping[str, Any]) -> list[str]:
-    """Format how far the saved policy is from the start on what it was not trained on."""
+    """Format the drift of the saved policy from the start; return no line if it was not measured."""
     drift = after.get("drift")
     return [] if drift is None else [f"drift              {nats(drift)} nats a token on unrelated questions"]
 
 
 def seconds_by_phase(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return seconds of sampling, each reward function, reference, update, evaluation and saving, without overlap."""
+    """Return the seconds of each phase of a run; no second is counted in two phases."""
     steps, evals = record["steps"], record["evals"]
     phases = {"fine-tuning": _sum(record.get("sft", []), "time/total")}
     phases |= {name: _sum(steps, f"time/{phase}") for phase, name in PHASES.items()}
@@ -136,7 +135,7 @@ def seconds_by_phase(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tokens_per_second(record: Mapping[str, Any]) -> float:
-    """Return the prompt and completion tokens of the rollouts, for each second of the steps."""
+    """Return the prompt and completion tokens that were trained on, for each second of the steps."""
     return _sum(record["steps"], "tokens") / max(1e-9, _sum(record["steps"], "time/total"))
 
 

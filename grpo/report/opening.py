@@ -23,7 +23,7 @@ def introduce(
     decoder: Decoder,
     task_notes: Sequence[str] = (),
 ) -> None:
-    """Print the model, the device, the resolved settings, and what the model does not support."""
+    """Print the model, the device, the resolved settings, and what cannot be shared with this model."""
     millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
     where = environment["device"]
     if lm.device.type == "cpu":
@@ -39,16 +39,20 @@ def introduce(
     for note in (*lm.notes, *task_notes):
         say(printable(note))
     if recipe := recipe_of(config.model):
-        say(f"Its recipe is grpo/recipes/{recipe.name}; the command line overrides it.")
+        say(f"Its settings come from grpo/recipes/{recipe.name}; the command line overrides them.")
     _say_settings(config)
     shared = {"the update": scorer.shares_prompts, "sampling": decoder.expands_cache}
-    if unshared := " and ".join(work for work, is_shared in shared.items() if not is_shared):
-        say(f"This model's prompts cannot be shared by a group: in {unshared} each is run once a completion.\n")
+    if unshared := " and ".join(phase for phase, is_shared in shared.items() if not is_shared):
+        say(
+            f"This model's prompts cannot be shared by a group: {unshared} computes each once for every completion.\n"
+        )
 
 
 def _say_settings(config: TrainConfig) -> None:
-    """Print the settings of algorithm and task, and of the others those that are not the default."""
-    line, options, columns = "Settings:", task_options(), min(WIDEST, width()) - 2
+    """Print all settings of task and algorithm, and the other settings that differ from their defaults."""
+    line = "Settings:"
+    options = task_options()
+    columns = min(WIDEST, width()) - 2
     tasks = {share.spec for share in task_shares(config.task)}
     for f in ordered_fields():
         value = getattr(config, f.name)
@@ -68,35 +72,37 @@ def _say_settings(config: TrainConfig) -> None:
 
 
 def show_continuation(place: str, threads_then: int, threads_now: int) -> None:
-    """Print, at the start of a launch that continues a run, where it continues, such as "step 25"."""
+    """Print where a run continues, such as "step 25", and whether the number of threads has changed."""
     say(f"Continuing from the checkpoint of {place}.")
     if threads_then != threads_now:
-        say(f"It was computed with {threads_then} threads, now there are {threads_now}: the last digits may differ.")
+        say(f"It was computed with {threads_then} threads, now there are {threads_now}: results may differ slightly.")
 
 
 def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory: int | None) -> None:
-    """Print what a look before the first step found, with the expected seconds of a step and the memory so far."""
+    """Print the outlook, the expected seconds of a step and of all `steps`, and the memory so far (bytes)."""
     show_shares(outlook)
-    held = f", {memory / 2**20:,.0f} MiB of memory so far" if memory else ""
-    say(f"  about {seconds:.2g} s a step, {duration(seconds * steps)} for all of them{held}\n")
+    memory_text = f", {memory / 2**20:,.0f} MiB of memory so far" if memory else ""
+    say(f"  about {seconds:.2g} s a step, {duration(seconds * steps)} for all steps{memory_text}\n")
 
 
 def show_shares(outlook: Mapping[str, Any]) -> None:
-    """Print what a look before the first step found of the completions."""
-    o, g = outlook, outlook["num_generations"]
-    mixed = round(o["teaching"] * o["groups"])
-    say(f"Outlook: {mixed} of {o['groups']} groups have mixed rewards, so a non-zero advantage.")
+    """Print what the completions that were sampled before the first step are like."""
+    g = outlook["num_generations"]
+    groups = outlook["groups"]
+    mixed = round(outlook["teaching"] * groups)
+    say(f"Outlook: {mixed} of {groups} groups have mixed rewards, so a non-zero advantage.")
     say(
-        f"  pass@1 {o['pass_at_1']:.0%}, pass@{g} {o['pass_at_g']:.0%}, "
-        f"{o['well_formed']:.0%} well-formed, {o['truncated']:.0%} cut off by the token limit"
+        f"  pass@1 {outlook['pass_at_1']:.0%}, pass@{g} {outlook['pass_at_g']:.0%}, "
+        f"{outlook['well_formed']:.0%} well-formed, {outlook['truncated']:.0%} cut off by the token limit"
     )
 
 
 def show_choice_by_reward() -> None:
-    """Print that the mean reward chooses the best policy, and what would decide what is right."""
+    """Print that the mean reward chooses the best policy, and how to define which answers are right."""
     paragraph(
-        "The best policy is that of the highest mean reward on validation: all rewards are your own functions, and "
-        "accuracy counts only answers that equal the problem's own. What is right, --correct decides.",
+        "The policy with the highest mean reward on validation problems is saved, because all rewards are your own "
+        "functions. Accuracy counts only answers that equal the problem's answer. To define which answers are right, "
+        "pass --correct FILE.py:FUNCTION.",
         indent=0,
     )
     say()
@@ -106,4 +112,4 @@ def show_fine_tuning(entry: Mapping[str, Any], when: str, teaches_working: bool 
     """Print the test of the model before or after the supervised steps."""
     say(f"{when} fine-tuning: test {accuracy_text(entry)}, {100 * entry['well_formed']:.0f}% well-formed")
     if not teaches_working:
-        say("The task's training problems have no working: answers alone are taught.")
+        say("The task's training problems have no working, so fine-tuning trains on answers alone.")

@@ -1,4 +1,4 @@
-"""What a run prints on its way: evaluations, completions, findings."""
+"""What a run prints during training: evaluations, completions, findings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,13 @@ from grpo.evaluation.intervals import accuracy_text
 from grpo.record.schema import few_categories
 from grpo.runtime.console import fitted, paint, paragraph, printable, say, width
 
-SHOWN = 4  # completions each time
-LEAST_TEXT = 62  # columns of a line of a completion without the parts of its reward
-SHORTEST = 4  # letters of a question that is cut
+SHOWN_COMPLETIONS = 4  # of one step
+MIN_COLUMNS_BESIDE_PARTS = 62  # With fewer columns left, the parts of the reward are not shown.
+MIN_QUESTION_COLUMNS = 4  # A question is never cut to fewer columns.
 
 
 def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
-    """Print one line about an evaluation on the way."""
+    """Print one line about an evaluation on validation problems."""
     best = "  best so far, saved" if improved and entry["step"] else ""
     more = f"{100 * entry['well_formed']:.0f}% well-formed"
     if "reward" in entry:
@@ -29,26 +29,27 @@ def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
 
 
 def show_completions(step: int, rollout: Rollout) -> None:
-    """Print the first completion of each of a step's first groups, with its reward, by part if there is room."""
-    per_group, columns = len(rollout.completion_texts) // len(rollout.problems), width() - 1
+    """Print the first completion of each of the first groups, with its reward, and the parts of it if they fit."""
+    columns = width() - 1
     names = list(rollout.rewards[0].parts)
-    if columns - sum(max(5, len(name)) + 2 for name in names) < LEAST_TEXT:
+    if columns - sum(max(5, len(name)) + 2 for name in names) < MIN_COLUMNS_BESIDE_PARTS:
         names = []
     head = "  ".join([f"step {step:>4}  reward", *(f"{name:>5}" for name in names), "completion"])
     say(fitted(head, columns))
-    for i, problem in enumerate(rollout.problems[:SHOWN]):
-        reward, text = rollout.rewards[i * per_group], rollout.completion_texts[i * per_group]
+    for i, problem in enumerate(rollout.problems[:SHOWN_COMPLETIONS]):
+        row = i * rollout.num_generations
+        reward = rollout.rewards[row]
         parts = [f"{_two_decimals(reward.parts[name]):>{max(5, len(name))}}" for name in names]
-        row = "  ".join([f"  {_two_decimals(reward.total):>6}", *parts, ""])
+        figures = "  ".join([f"  {_two_decimals(reward.total):>6}", *parts, ""])
         mark = paint("right", "green") if reward.correct else paint("wrong", "red")
-        texts = question_and_completion(problem.question, text, columns - 9 - len(row))
-        say(f"    {mark}{row}{texts}")
+        texts = question_and_completion(problem.question, rollout.completion_texts[row], columns - 9 - len(figures))
+        say(f"    {mark}{figures}{texts}")
 
 
 def question_and_completion(question: str, completion: str, columns: int) -> str:
-    """Return both on one line of so many columns, printable; the question is cut before the completion is."""
+    """Return question and completion as one printable line of at most `columns`; the question is cut first."""
     question, completion = printable(question), printable(completion)
-    left = max(SHORTEST, columns - disp_len(completion) - 2)
+    left = max(MIN_QUESTION_COLUMNS, columns - disp_len(completion) - 2)
     return fitted(f"{fitted(question, left)}  {completion}", columns)
 
 
@@ -57,12 +58,12 @@ def _two_decimals(value: float | None) -> str:
 
 
 def show_finding(finding: Mapping[str, Any]) -> None:
-    """Print a finding on the run's health."""
+    """Print a finding with its examples."""
     paragraph(f"step {finding['step']:>4}  {finding['name']}: {finding['text']}", indent=11)
     for example in finding.get("examples", ()):
         paragraph(f"    {example}", indent=6)
 
 
 def nats(value: float) -> str:
-    """Format with three decimals, and no minus before a zero."""
+    """Format a value in nats with three decimals, without a minus before zero."""
     return f"{round(value, 3) + 0.0:.3f}"

@@ -12,28 +12,31 @@ from grpo.report.ending import drifted, sampled
 def saved_readme(
     config: TrainConfig, best: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any] | None
 ) -> str:
-    """Return README.md of saved_model/: what it is, its accuracy with n and interval, how it was made."""
+    """Return the text of saved_model/README.md: accuracies with n and interval, and the settings of the run.
+
+    `best` is a validation; `before` and `after` are tests, and `after` is None until the run ends.
+    """
     lines = [
         f"# A model trained with GRPO on {' and '.join(config.task)}",
         "",
-        f"Started from `{config.model}`; the policy of step {best['step']}, the best on validation problems: "
+        f"Trained from `{config.model}`. The policy of step {best['step']} was the best on validation problems: "
         + (f"mean reward {best['reward']:.3f}, accuracy " if "reward" in best else "")
         + f"{accuracy_text(best)}.",
         "",
-        "Greedy decoding, exact answers, Wilson 95% intervals, on problems that were not trained on:",
+        "Accuracy in greedy decoding, with Wilson's 95% interval, on problems that were not trained on:",
         "",
         "| | before | after |",
         "|---|---|---|",
     ]
     rows = [("test problems", before, after or {})]
     for name, was in few_categories(before).items():
-        rows.append((f"of `{name}`", was, (after or {}).get("categories", {}).get(name, {})))
+        rows.append((f"category `{name}`", was, (after or {}).get("categories", {}).get(name, {})))
     for name, was in before.get("skills", {}).items():
         rows.append((f"skill `{name}`", was, (after or {}).get("skills", {}).get(name, {})))
     for name, was, now in rows:
         lines.append(f"| {name} | {accuracy_text(was)} | {accuracy_text(now) if now else 'not measured yet'} |")
     if config.sft_steps:
-        lines += ["", f'"Before" is after {config.sft_steps} supervised steps on ideal completions.']
+        lines += ["", f'"Before" was measured after {config.sft_steps} supervised steps on ideal completions.']
     if after:
         lines += ["", *(f"{line}.  " for line in drifted(after) + sampled(before, after))]
     lines += ["", "Settings:", "", "```"]
@@ -41,7 +44,7 @@ def saved_readme(
     lines += [
         "```",
         "",
-        "`grpo.json` holds the task, the prompt and the token limit; inference reads them.",
+        "`inference.py` reads the task, the prompt and the token limit from `grpo.json`.",
         "",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Fixtures of this folder."""
+"""A fixture for all tests of plots: warnings are failures."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""The comparison: runs of all lengths in one picture, with the mean and range of those that differ by seed."""
+"""The comparison: runs of all lengths in one picture, with mean and range of runs that differ only by seed."""
 
 from pathlib import Path
 
@@ -28,7 +28,12 @@ def test_the_comparison_shows_mean_and_range_and_says_so():
         row["kl"] += 0.2
     figure = comparison(group_runs([Path("a"), Path("b")], records, []))
     shown = [axes.get_title(loc="left").partition(" (")[0] for axes in figure.axes]
-    assert shown == ["Reward", "Validation accuracy", "Accuracy, sampled", "KL to the reference"]  # no empty ones
+    assert shown == [
+        "Reward",
+        "Validation accuracy",
+        "Accuracy, sampled",
+        "KL to the reference",
+    ]  # empty panels are left out
     assert [bool(axes.get_xlabel()) for axes in figure.axes] == [False, False, True, True]
     (axes,) = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("KL")]
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.1001, 0.1002, 0.1003, 0.1004, 0.1005])

@@ -1,4 +1,4 @@
-"""The figures of a run: drawn for every record that a run can leave behind, whole, from the right numbers."""
+"""The figures of a run: drawn whole and with the right numbers for every record that a run can leave behind."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ from grpo.plots.series import SMOOTHED_FROM, smooth, window_for
 from grpo.record.metrics import Metrics, load_metrics
 from tests.helpers.records import EVALS, FINDINGS, TESTS, a_full_record, a_record, an_evaluation
 
-# 8 × 6.4 and 8 × 3.8 inches at 150 dots an inch; the overview is 8.8 inches wide and as high as its findings need
+# 8 × 6.4 and 8 × 3.8 inches at 150 dots an inch. The overview is 8.8 inches wide; its height depends on its findings.
 PIXELS = {CURVE: (1200, 960), KL: (1200, 570), OVERVIEW: (1320, ...)}
 
 RECORDS = {
@@ -53,7 +53,7 @@ def check_files(folder):
         width, height = struct.unpack(">II", content[16:24])
         assert (width, ... if size[1] is ... else height) == size
         assert content[-8:-4] == b"IEND"
-        assert plt.imread(folder / name).std() > 0.01  # not an empty picture
+        assert plt.imread(folder / name).std() > 0.01  # the picture is not empty
 
 
 @pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
@@ -61,7 +61,7 @@ def test_all_figures_are_drawn_for_whatever_a_run_leaves_behind(tmp_path, record
     written = draw_all(record, tmp_path)
     assert sorted(path.name for path in written) == sorted(PIXELS)
     check_files(tmp_path)
-    assert plt.get_fignums() == []  # a notebook that draws often must not run out of memory
+    assert plt.get_fignums() == []  # Open figures would fill the memory of a notebook that draws often.
 
 
 def test_without_a_reference_no_kl_is_drawn(tmp_path):
@@ -102,7 +102,7 @@ def test_drawing_again_replaces_the_old_figures(tmp_path):
 
 
 def test_the_record_of_a_run_that_continues_or_was_killed_is_drawn(tmp_path):
-    # The file as it is at that moment, read back from disk: steps without a last evaluation, test measured once.
+    # The record of a killed run has one test, and steps without an evaluation after them.
     metrics = Metrics(tmp_path, {"model": "starter", "seed": 0, "beta": 0.04}, {})
     metrics.add_eval(an_evaluation(0, 0.3, "test"))
     metrics.add_eval(an_evaluation(0, 0.3))
@@ -117,7 +117,7 @@ def test_the_record_of_a_run_that_continues_or_was_killed_is_drawn(tmp_path):
 
 @pytest.mark.parametrize("model", ["a$^$b", r"$\frac{$_%s{0}", "x" * 300])
 def test_the_name_of_a_model_is_shown_as_it_is(tmp_path, model):
-    # matplotlib reads $...$ as mathematics, and raises where it is none: at the end of a run, after hours.
+    # matplotlib reads $...$ as mathematics and raises an error if it is not: at the end of a run, after hours.
     draw_all(a_record(2, EVALS[:1], model=model), tmp_path)
     check_files(tmp_path)
 
@@ -130,7 +130,7 @@ def test_the_curves_show_the_numbers_of_the_record():
     np.testing.assert_allclose(bottom.lines[0].get_xydata()[:, 1], [0.301, 0.302, 0.303, 0.304, 0.305])
     drawn = [line.get_xydata().tolist() for line in bottom.lines]
     assert [[0, 0.3], [50, 0.5], [300, 0.97]] in drawn  # validation, not test
-    assert [[300, 1.0]] in drawn  # test, of the saved model only
+    assert [[300, 1.0]] in drawn  # the test of the saved model only
     axes = kl_divergence(record).axes[0]
     np.testing.assert_allclose(axes.lines[0].get_xydata()[:, 1], [1e-4, 2e-4, 3e-4, 4e-4, 5e-4])
 
@@ -171,7 +171,7 @@ def test_a_spike_makes_the_scale_logarithmic_and_the_title_says_so():
     axes = kl_divergence(RECORDS["a spike"]).axes[0]
     assert (axes.get_yscale(), axes.get_ylim()[0]) == ("symlog", 0)
     assert "log above 0.01" in axes.get_ylabel()
-    assert axes.lines[1].get_ydata().max() < 1  # smoothed on that scale, one spike is no hill
+    assert axes.lines[1].get_ydata().max() < 1  # smoothed on the logarithmic scale, a spike makes no hill
     assert kl_divergence(a_record(300)).axes[0].get_yscale() == "linear"
 
 

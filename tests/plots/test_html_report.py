@@ -1,4 +1,4 @@
-"""The page of a run: valid and self-contained, executes nothing, and opens in a browser without an error."""
+"""The page of a run: it is valid, loads and executes nothing, and opens in a browser without an error."""
 
 import json
 import re
@@ -37,7 +37,7 @@ PICTURE = b"\x89PNG\r\n\x1a\n"
 
 
 class Checked(HTMLParser):
-    """Collects the tags, texts and attributes of a page, and fails where its tags are not nested."""
+    """A parser that collects tags, texts and attributes of a page, and fails if tags are not nested."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -66,7 +66,7 @@ class Checked(HTMLParser):
 
 
 def a_sample(step, completion="<answer>1</answer>", **more):
-    """Return a completion of a step as the samples file has it, with some entries replaced."""
+    """Return a line of the samples file as a mapping, with the entries of `more` replaced."""
     row = {
         "step": step,
         "prompt": "What is 1 * 1?",
@@ -121,7 +121,7 @@ def test_nothing_is_loaded_from_elsewhere_and_a_policy_forbids_it():
 
 
 def test_on_a_narrow_screen_each_cell_names_its_column():
-    # Below 40rem a cell is a line of its own, with what `data-column` says before it: a table would be cut off.
+    # A table would be cut off below 40rem. Each cell becomes a line there, with its `data-column` in front.
     text = page(a_full_record(20), {}, {10: [a_sample(10)]})
     columns = [value for tag, name, value in Checked(text).attributes if (tag, name) == ("td", "data-column")]
     assert len(columns) == text.count("<td")
@@ -146,7 +146,7 @@ def test_the_page_has_what_the_run_has():
     assert "Step 10: 1 of 1 right" in shown
     assert "Step 20: 0 of 1 right" in shown
     assert shown.index("✓ right") < shown.index("✗ wrong")
-    assert "−0.50" in shown  # the advantage; the part that does not apply is a dash
+    assert "−0.50" in shown  # the advantage
     assert "<details open>" in text
 
 
@@ -202,7 +202,7 @@ def test_chromium_opens_it_without_an_error(tmp_path):
     assert path.name == PAGE
     command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in result.stderr  # an error of the page, a load that its policy refused
+    assert "CONSOLE" not in result.stderr  # an error, or a load that the policy of the page refused
     assert "<title>GRPO on starter, seed 0</title>" in result.stdout  # no completion has changed it
     assert result.stdout.count("<img") == 3
     assert result.stdout.count("<tr>") == path.read_text(encoding="utf-8").count("<tr>")  # nothing was repaired

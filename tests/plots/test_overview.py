@@ -1,4 +1,4 @@
-"""The overview: every panel with its unit, findings as numbered lines and words."""
+"""The overview: every panel with its unit; findings as numbered lines with a legend in words."""
 
 import re
 
@@ -11,7 +11,7 @@ from grpo.plots.panels import PANELS
 from grpo.record.step_metrics import StepMetric
 from tests.helpers.records import FINDINGS, a_full_record, a_record
 
-OF_SOME_RUNS = "Accuracy by category"  # of those with few of them, such as the tasks of a mixture
+OF_SOME_RUNS = "Accuracy by category"  # only if there are few categories, such as the tasks of a mixture
 OF_ALL_RUNS = [title for title, _ in PANELS if not title.startswith(OF_SOME_RUNS)]
 
 
@@ -25,7 +25,7 @@ def test_the_overview_has_every_panel_with_its_unit_on_one_axis_of_steps():
     assert not [text for text in figure.texts if "Not drawn" in text.get_text()]
     for title in titles(figure):
         assert re.search(r"\(.+\)|norm|policy", title), title
-    ranges = {axes.get_xlim() for axes in figure.axes[:-1]}  # the last is of skills, not of steps
+    ranges = {axes.get_xlim() for axes in figure.axes[:-1]}  # the last panel shows skills, not steps
     assert len(ranges) == 1
     for axes in figure.axes[:-1]:
         if "Loss" not in axes.get_title(loc="left") and "Ratio" not in axes.get_title(loc="left"):
@@ -75,7 +75,7 @@ def test_panels_do_not_overlap_and_have_even_gaps():
 
 def test_a_metric_of_the_table_that_no_panel_knows_has_one_of_its_own(monkeypatch):
     added = (
-        StepMetric("luck", "", lambda s: 0.5, "Luck", "% of problems", "share"),
+        StepMetric("luck", "", lambda s: 0.5, title="Luck", unit="% of problems", scale="share"),
         StepMetric("unnamed", "", lambda s: 0.5),
     )
     monkeypatch.setattr(panels, "STEP_METRICS", (*panels.STEP_METRICS, *added))
@@ -87,7 +87,7 @@ def test_a_metric_of_the_table_that_no_panel_knows_has_one_of_its_own(monkeypatc
     drawn = {axes.get_title(loc="left"): axes for axes in overview(record).axes}
     assert list(drawn)[2:] == ["Luck (% of problems)"]
     assert drawn["Luck (% of problems)"].get_ylim() == (0, 1.05)
-    assert len(overview(a_full_record(60)).axes) == 2  # of runs without them
+    assert len(overview(a_full_record(60)).axes) == 2  # for runs without these metrics
 
 
 def test_a_legend_names_only_what_is_drawn():
@@ -106,7 +106,7 @@ def test_findings_are_numbered_lines_and_words():
         assert [text.get_text() for text in axes.texts] == ["1–2", "3"]  # 1 and 2 are too close for a label each
     words = " ".join(text.get_text() for text in figure.texts)
     assert "1  step 40: The gradient norm" in words
-    assert r"\$x^2\$" in words  # shown as it is, not as mathematics
+    assert r"\$x^2\$" in words  # shown as text, not as mathematics
     assert "3  step 290: A loss near 0" in words
     many = overview(a_full_record(60, FINDINGS * 9))
     assert f"{27 - MOST_FINDINGS} more" in many.texts[-1].get_text()

@@ -12,15 +12,16 @@ from tests.helpers.records import FINDINGS, a_record
 @pytest.mark.parametrize(
     ("values", "window", "expected"),
     [
-        # Window 3: weights (1 - (1/2)³)³ = 343/512 beside 1; inside, the fit is the weighted mean: at 2,
-        # (343/512 · (1 + 6) + 2) / (1 + 2 · 343/512) = 3425/1198; at an end two points give a line through both.
+        # Window 3: the weights are 1 in the middle and (1 - (1/2)³)³ = 343/512 beside it. Inside, the fitted value is
+        # the weighted mean: at 2 it is (343/512 · (1 + 6) + 2) / (1 + 2 · 343/512) = 3425/1198. At an end, the line
+        # goes through both points.
         ([1.0, 2.0, 6.0, 4.0, 12.0], 3, [1.0, 3425 / 1198, 5130 / 1198, 8222 / 1198, 12.0]),
         ([1.0, 2.0, 6.0, 4.0, 12.0], 1, [1.0, 2.0, 6.0, 4.0, 12.0]),
-        ([1.0, 2.0, 3.0, 4.0, 5.0], 5, [1.0, 2.0, 3.0, 4.0, 5.0]),  # a line stays one, at the ends too
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 5, [1.0, 2.0, 3.0, 4.0, 5.0]),  # a straight line is unchanged, also at the ends
         ([3.0, 3.0, 3.0, 3.0], 3, [3.0] * 4),
         ([7.0], 9, [7.0]),
         ([], 9, []),
-        ([1.0, np.nan, 3.0, 4.0], 5, [1.0, np.nan, 3.0, 4.0]),  # a gap stays one, and is not taken as 0
+        ([1.0, np.nan, 3.0, 4.0], 5, [1.0, np.nan, 3.0, 4.0]),  # a gap stays a gap and does not count as 0
         ([np.nan, np.nan, np.nan, 4.0], 3, [np.nan, np.nan, np.nan, 4.0]),
         ([np.nan, np.nan], 3, [np.nan, np.nan]),
         ([1.0, np.inf, 3.0], 5, [1.0, np.nan, 3.0]),
@@ -31,7 +32,7 @@ def test_smoothing_by_hand(values, window, expected):
 
 
 def test_smoothing_is_centred():
-    # A rise at one place must not appear later than it was: a smoothed spike is symmetric about it.
+    # A smoothed spike is symmetric, so that a rise does not appear later than it was.
     spike = np.zeros(41)
     spike[20] = 1.0
     smoothed = smooth(spike, 5)
@@ -41,8 +42,8 @@ def test_smoothing_is_centred():
 
 
 def test_smoothing_does_not_lie_at_the_ends():
-    # Of a curve that rises in a straight line under noise, a shortened moving average begins too high and ends too
-    # low, by a quarter of its window; the fitted line does not.
+    # On a noisy straight line that rises, a moving average with a shortened window begins too high and ends too low,
+    # by a quarter of its window. The fitted line does not.
     steps = np.arange(200)
     noise = np.random.default_rng(0).normal(0, 0.01, (500, 200))
     smoothed = np.array([smooth(0.01 * steps + row, 41) for row in noise]).mean(axis=0)
@@ -80,7 +81,7 @@ def test_the_mean_and_range_of_runs_of_different_lengths():
 
 def test_runs_are_grouped_by_label_or_by_their_settings_without_the_seed():
     records = [a_record(9, seed=0), a_record(9, seed=1), a_record(9, seed=0, learning_rate=1e-3)]
-    records[1]["config"]["output_dir"] = "elsewhere"  # decides nothing about what is learned
+    records[1]["config"]["output_dir"] = "elsewhere"  # has no effect on what is learned
     paths = [Path("runs/a"), Path("runs/b"), Path("runs/c")]
     groups = group_runs(paths, records, ["x", "y", "x"])
     assert [(g.label, g.seeds) for g in groups] == [("x", [0, 0]), ("y", [1])]

@@ -1,4 +1,4 @@
-"""What all figures share: the scale of an axis."""
+"""The scale of an axis that begins at zero."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -7,7 +7,7 @@ from grpo.plots.style import from_zero
 
 
 def test_an_axis_shows_values_below_zero_too():
-    # drift is an estimate, and may be negative
+    # Drift is an estimate, which may be negative.
     axes = plt.figure().subplots()
     from_zero(axes, np.array([0.0, -0.002, np.nan, 0.01]))
     low, high = axes.get_ylim()

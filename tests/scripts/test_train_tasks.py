@@ -162,7 +162,7 @@ def test_rewards_of_ones_own_choose_the_best_policy_where_nobody_judges(tmp_path
     (tmp_path / "mine.py").write_text(RISING, encoding="utf-8")
     args = ["--task", "jsonl", "--data", "open.jsonl", "--reward", "mine.py:rising=0.5", "--eval-every", 1]
     result = train(*args, folder=tmp_path)
-    assert "The best policy is that of the highest mean reward on validation" in result.output
+    assert "The policy with the highest mean reward on validation problems is saved" in result.output
     record = load_metrics(tmp_path)
     rewards = [e["reward"] for e in record["evals"] if e["split"] == "validation"]
     assert rewards == sorted(set(rewards))  # it rises with each call, so the last policy is the best
