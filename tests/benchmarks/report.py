@@ -1,4 +1,4 @@
-"""Step records -> numbers, tables, and one plot."""
+"""Turn the records of steps into numbers, tables and a plot."""
 
 from collections.abc import Mapping, Sequence
 from math import inf
@@ -16,12 +16,12 @@ Result = Mapping[str, Any]
 
 
 def spread(values: Sequence[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
+    """Return lower quartile, median and upper quartile."""
     return quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
 
 
 def summary(steps: Sequence[Result], turns: int) -> dict[str, Any]:
-    """What is said of the steps of one program; the single steps stay with it, without their problems."""
+    """Return the figures of the steps of one program, and the steps without their problems."""
     size = len(steps) // turns
     seconds = [step["seconds"] for step in steps]
     totals: dict[str, Any] = {
@@ -38,12 +38,12 @@ def summary(steps: Sequence[Result], turns: int) -> dict[str, Any]:
 
 
 def ratio(result: Result) -> list[float]:
-    """How many times longer a step of TRL takes, as quartiles over the turns, each beside the one next to it."""
+    """Return how many times longer a step of TRL takes: quartiles over pairs of neighbouring turns."""
     return spread([b / a for a, b in zip(result["ours"]["by_turn"], result["TRL"]["by_turn"], strict=True)])
 
 
 def line(result: Result) -> str:
-    """A size in one line, while the others are still being measured."""
+    """Return the result of a size as one line, to print while other sizes are measured."""
     ours = f"{result['name']}: {_seconds(result['ours']['seconds'])}"
     if "TRL" not in result:
         return ours
@@ -51,7 +51,7 @@ def line(result: Result) -> str:
 
 
 def race_line(run: Result) -> str:
-    """A run to the wanted accuracy in one line."""
+    """Return a training to the target accuracy as one line."""
     last, done = run["curve"][-1], run["done"]
     end = "reached" if done else "not reached"
     return (
@@ -61,7 +61,7 @@ def race_line(run: Result) -> str:
 
 
 def fastest(runs: Sequence[Result], who: str) -> list[tuple[float, float]]:
-    """The learning rate with the shortest median time over the seeds, and that time; nothing where none arrives."""
+    """Return the learning rate with the shortest median time over seeds, and this time; nothing if none arrives."""
     times: dict[float, list[float]] = {}
     for run in runs:
         if run["who"] == who:
@@ -71,7 +71,7 @@ def fastest(runs: Sequence[Result], who: str) -> list[tuple[float, float]]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown that is also easy to read as text.
+    """Return a table in Markdown that is also easy to read as text.
 
     >>> print(table(["a", "long"], [["1234", "5"]]))
     | a    | long |
@@ -86,7 +86,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(results: Result) -> str:
-    """Everything that was measured, in tables."""
+    """Return all results in tables."""
     parts = [_environment(results), _sizes(results["sizes"]), _phases(results["sizes"]), _share(results["sizes"])]
     if results.get("shared_prefix"):
         parts.append("Updates, shared prefix against the dense path:\n\n" + _shared(results["shared_prefix"]))
@@ -98,7 +98,7 @@ def markdown(results: Result) -> str:
 
 
 def plot(results: Result, path: Path) -> Path:
-    """Step times by phase, a bar for each program at each size, and what the second takes of the first."""
+    """Draw step times by phase, with a bar for each program at each size, and how many times longer TRL takes."""
     sizes = results["sizes"]
     figure, axes = plt.subplots(figsize=(max(6.0, 2.5 + 1.15 * len(sizes)), 4.8), layout="constrained")
     ticks, names, top = [], [], max(side["seconds"][1] for s in sizes for side in _sides(s).values())

@@ -1,8 +1,8 @@
-"""How much faster the updates of a step are with the shared prefix: `python -m tests.benchmarks.shared_prefix`.
+"""Measure how much faster updates are with the shared prefix: `python -m tests.benchmarks.shared_prefix`.
 
-Both ways run in one process, alternating, on the starter model: on a real rollout of the default run, whose prompts
-and completions are ragged, and on random tokens of full length; a ratio of medians is quoted
-with the quartiles of the ratios of neighbouring runs. The bound counts tokens: G(P + C) / (P + G·C).
+Both ways run alternately in one process, on the starter model: on a rollout of the default run, whose prompts and
+completions differ in length, and on random tokens of full length. The result is the ratio of medians, with the
+quartiles of the ratios of neighbouring runs. The bound counts tokens: G(P + C) / (P + G·C).
 """
 
 import statistics
@@ -27,7 +27,7 @@ from tests.helpers.scoring import scorer
 
 
 def random_tokens(prompts: int, group: int, prompt_length: int, completion_length: int) -> Tokens:
-    """Tokens of full length everywhere, so that the bound is exact."""
+    """Return random tokens of full length, for which the bound is exact."""
     generator = torch.Generator().manual_seed(0)
     shape = (prompts * group, completion_length)
     return Tokens(
@@ -60,7 +60,7 @@ def measure(tokens: Tokens, config: TrainConfig, runs: int) -> dict[bool, list[f
 
 
 def compare(runs: int) -> Iterator[dict[str, Any]]:
-    """Median seconds of a step's updates, both ways: a rollout of the default run, and P = 150, C = 64, G = 16."""
+    """Yield the median seconds of a step's updates, both ways: for a rollout, and for P = 150, C = 64, G = 16."""
     config = resolve({"model": "starter", "beta": 0.0})
     task = make_task(config)
     trained = replace(config, learning_rate=1e-5)
@@ -85,7 +85,7 @@ def compare(runs: int) -> Iterator[dict[str, Any]]:
 @click.command()
 @click.option("--runs", default=20, show_default=True, help="updates of each kind")
 def main(runs: int) -> None:
-    """Print a line for the default sizes of the starter and one for P = 150, C = 64, G = 16."""
+    """Print a line for a rollout of the default run and for each batch with P = 150, C = 64, G = 16."""
     click.echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, {runs} updates of each kind")
     for row in compare(runs):
         times, (low, high) = row["dense"] / row["shared"], row["quartiles"]

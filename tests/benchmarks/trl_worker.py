@@ -1,8 +1,8 @@
-"""The worker of TRL's GRPOTrainer, set up to do the same work as fast as it can. Runs in an environment of its own.
+"""The worker of TRL's GRPOTrainer, set up to do the same work as fast as it can. It runs in a separate environment.
 
-One step of this project, a rollout and μ updates on all of it, is there μ optimizer steps on one generation batch.
-Its sampling is that of transformers: vLLM needs a GPU, and transformers' continuous batching was a hundred times
-slower on a CPU (22 s instead of 0.2 s for 64 completions).
+One step of this project, a rollout and μ updates on all of it, is μ optimizer steps on one generation batch in TRL.
+TRL samples by transformers: vLLM needs a GPU, and transformers' continuous batching was a hundred times slower on a
+CPU (22 s instead of 0.2 s for 64 completions).
 """
 
 import time
@@ -26,7 +26,7 @@ from tests.benchmarks.work import NEVER, Channel, Spec, record
 
 
 def settings(spec: Spec, folder: str, half: bool) -> GRPOConfig:
-    """The same algorithm (objective, sizes, optimizer), and nothing on that costs time and is not asked for."""
+    """Return settings for the same algorithm (objective, sizes, optimizer), without extras that cost time."""
     c, size = spec.config, spec.size
     passes = size.prompts * size.group // spec.rows if spec.rows else 1
     return GRPOConfig(
@@ -72,7 +72,7 @@ def settings(spec: Spec, folder: str, half: bool) -> GRPOConfig:
 
 
 class Turns(transformers.TrainerCallback):
-    """Times steps, and waits where a turn is over."""
+    """Times steps, and waits at the end of each turn."""
 
     def __init__(self, spec: Spec, channel: Channel) -> None:
         self._channel, self._inner, self._group = channel, spec.config.num_inner_updates, spec.size.group
@@ -84,7 +84,7 @@ class Turns(transformers.TrainerCallback):
         self.tokens: tuple[Any, Any] = ((), ())
 
     def timed(self, phase: str, function: Callable, when: Callable[[], bool] = lambda: True) -> Callable:
-        """`function`, whose seconds count as `phase`."""
+        """Return `function` wrapped so that its seconds count as `phase`."""
 
         def run(*args: Any, **more: Any) -> Any:
             if not when():
@@ -104,11 +104,11 @@ class Turns(transformers.TrainerCallback):
         self._wait()
 
     def on_optimizer_step(self, *args: Any, **more: Any) -> None:
-        """Count the updates where they happen."""
+        """Count an update."""
         self._updates += 1
 
     def on_step_end(self, args: GRPOConfig, state: transformers.TrainerState, *_: Any, **more: Any) -> None:
-        """After μ of its steps, one of ours is done."""
+        """Record a step after μ optimizer steps."""
         if state.global_step % self._inner:
             return
         now = time.perf_counter()
@@ -131,7 +131,7 @@ class Turns(transformers.TrainerCallback):
             self._wait()
 
     def on_log(self, args: GRPOConfig, state: transformers.TrainerState, *_: Any, logs: dict, **more: Any) -> None:
-        """Hold the counts above against its own."""
+        """Compare the counts of tokens and steps with TRL's counts."""
         if "num_tokens" in logs:
             assert logs["num_tokens"] == self._all_tokens, (logs, self._all_tokens)
             assert state.global_step % self._inner == 0
@@ -142,7 +142,7 @@ class Turns(transformers.TrainerCallback):
                 self._order, self._start = order, time.perf_counter()
                 return
             self._channel.answer(order)  # an evaluation alone
-        raise SystemExit  # out of the middle of its loop: there is nothing to save
+        raise SystemExit  # ends TRL's training loop, which has nothing to save
 
 
 def main() -> None:
@@ -165,11 +165,11 @@ def main() -> None:
         return turns.rewards
 
     with TemporaryDirectory() as folder:
-        if c.beta:  # for its reference TRL reads the model again, and cannot read a package's GGUF file
+        if c.beta:  # TRL reads the model again for its reference, and cannot read a package's GGUF file
             save(Path(folder, "model"), lm, {}, "")
             lm.model.config._name_or_path = str(Path(folder, "model"))
         trainer = GRPOTrainer(
-            model=lm.model,  # in float32; it loads its reference in the same type
+            model=lm.model,  # in float32; TRL loads its reference in the same type
             reward_funcs=reward,
             args=settings(spec, folder, half=precision(lm.model) == "bfloat16"),
             train_dataset=Dataset.from_list(rows),
@@ -182,7 +182,7 @@ def main() -> None:
         trainer.add_callback(turns)
         trainer._generate = turns.timed("sampling", trainer._generate)
         trainer._calculate_rewards = turns.timed("reward", trainer._calculate_rewards)
-        trainer._get_per_token_logps_and_entropies = turns.timed(  # without gradient: those of reference and sampler
+        trainer._get_per_token_logps_and_entropies = turns.timed(  # without gradient: for reference and sampler
             "scoring", trainer._get_per_token_logps_and_entropies, lambda: not torch.is_grad_enabled()
         )
         trainer.train()

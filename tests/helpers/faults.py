@@ -27,7 +27,7 @@ READ_BY_A_RUN = [
     Path(transformers.__file__),
     Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"),
 ]
-# what a run calls to write each of its outputs
+# The functions that a run calls to write each of its outputs.
 PLACES = {
     "checkpoint": (resume, "write_checkpoint"),
     "saved model": (measurer, "save"),
@@ -42,7 +42,7 @@ def arguments(public, folder, **settings):
 
 
 def undisturbed(public, name, **settings):
-    """Run in a folder of that name in the public one, to the end; return it."""
+    """Complete a run in a folder of this name in the public folder; return the folder."""
     folder = public / name
     status, _, err = forked(train_grpo.main, arguments(public, folder, **settings), unprivileged)
     assert status == 0, err
@@ -50,7 +50,7 @@ def undisturbed(public, name, **settings):
 
 
 def unprivileged():
-    """Become another user if this is root, who may write everywhere."""
+    """Become another user if this is root, because root may write everywhere."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)
@@ -67,7 +67,7 @@ def unreadable(files):
 
 
 def give_away(folder):
-    """Make a folder belong to the user that the runs here are of."""
+    """Make a folder belong to the user of the runs."""
     if os.geteuid() == 0:
         for path, _, names in os.walk(folder):
             for name in ("", *names):
@@ -83,8 +83,8 @@ def make_writable(folder):
 
 
 def limit_file_size(size):
-    """Do what a full disk does, to this process alone: let no file grow beyond so many bytes."""
-    import resource  # of POSIX only
+    """Simulate a full disk for this process: let no file grow beyond this number of bytes."""
+    import resource  # exists on POSIX only
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
@@ -131,7 +131,7 @@ def assert_sound_from(folder, least):
 
 
 def assert_continues(public, folder, whole_run):
-    """Check that the same command ends as the run that nobody disturbed."""
+    """Check that the same command ends as an undisturbed run does."""
     status, _, err = forked(train_grpo.main, arguments(public, folder), unprivileged)
     assert status == 0, err
     assert fingerprint(folder) == fingerprint(whole_run)

@@ -1,4 +1,4 @@
-"""Model folders of strangers, each hostile in one way: what changes a copy of the starter's folder into one.
+"""Hostile model folders: each is the starter's folder with one change.
 
 Tokenizers and chat templates are tried once, when the model is loaded. One that misbehaves only later, for a question
 of the data that the trial has not seen, is not stopped. So no such folder is listed here.
@@ -28,7 +28,7 @@ def template(text):
 
 
 def edit(name, **changes):
-    """Change entries of a JSON file, or those of the tokenizer's parts."""
+    """Change entries of a JSON file, or of the parts of the tokenizer in it."""
 
     def change(folder):
         content = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
@@ -79,18 +79,18 @@ def poisoned(value):
 
 
 def replaced(name, make):
-    """Put another tensor in the place of one."""
+    """Replace a tensor."""
     return weights(lambda tensors: tensors.update({name: make(tensors[name])}))
 
 
 def pickled(folder):
-    """Have the weights in a pickle."""
+    """Put the weights into a pickle."""
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
 
 def header(content, length=None):
-    """Give the weights another header."""
+    """Replace the header of the weights."""
     return put("model.safetensors", struct.pack("<Q", len(content) if length is None else length) + content)
 
 
@@ -115,7 +115,7 @@ def a_pipe_for(name):
 
 
 def sharded(shard, make=None):
-    """Name this file as that of all weights; `make` makes it of the tensors."""
+    """Name this file as the file of all weights; `make` writes it from the tensors."""
 
     def change(folder):
         tensors = load_file(folder / "model.safetensors")
@@ -128,7 +128,7 @@ def sharded(shard, make=None):
 
 
 def replace_chain(factor, times, pattern=None):
-    """Return a chain of replacements of a letter by many."""
+    """Return a chain of replacements, each of a letter by many letters."""
     parts = [
         {"type": "Replace", "pattern": pattern or {"String": "a"}, "content": "a" * factor} for _ in range(times)
     ]

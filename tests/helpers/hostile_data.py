@@ -1,4 +1,4 @@
-"""Files of problems, each hostile in one way: the lines of a JSON Lines file, or what makes the file itself."""
+"""Files of problems, each hostile in one way: the bytes of a JSON Lines file, or a function that makes the file."""
 
 import json
 import os
@@ -10,19 +10,19 @@ LONG = 5 * 2**20
 
 
 def rows(*more, of=NUMBERS, at=7):
-    """Return good rows with others among them, from line `at` on, as bytes; a row may be bytes itself."""
+    """Return good rows as bytes, with other rows among them from line `at` on; a row may be given as bytes."""
     lines = [json.dumps(row).encode() for row in of]
     lines[at - 1 : at - 1] = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in more]
     return b"\n".join(lines) + b"\n"
 
 
 def link_to_itself(path):
-    """Make a link that leads to itself."""
+    """Make a symbolic link to itself."""
     path.symlink_to(path)
 
 
 LINE_7 = "data.jsonl:7: "
-# the content, or what makes the file, and what the error must have
+# The content, or the function that makes the file, and words that the error must have.
 FILES = {
     "nothing": (b"", "too few problems"),
     "one row": (rows(of=NUMBERS[:1], at=1), "too few problems"),
@@ -64,7 +64,7 @@ FILES = {
     "a million bad lines": (b"{}\n" * 10**6, "(and 999999 more: 2, 3, 4, 5, …)"),
 }
 FILES["UTF-16"] = (FILES["UTF-16"], "data.jsonl:1: ")
-# files that a run may be meant to have, and what it must say about them
+# Files that are unusual but not wrong, and words of the remark that a run must make about them.
 ODD = {
     "1e300 among integers": (rows({"question": "q", "answer": 1e300}), "text, not integer, because of 1 of 301"),
     "a word among integers": (rows({"question": "q", "answer": "\x1b[2Jmany"}), "data.jsonl:7 '\\\\x1b[2Jmany'"),
@@ -78,6 +78,6 @@ ODD = {
 
 
 def write_file(path, content):
-    """Make a file of this content, or as a function of its path does."""
+    """Write this content to a file, or call the function with the path of the file."""
     content(path) if callable(content) else path.write_bytes(content)
     return path

@@ -1,4 +1,4 @@
-"""Simulated runs that are ill, each in a heavy and a mild form, by the finding that should name them."""
+"""Simulated runs with a fault, each in a heavy and a mild form, by the finding that should name the fault."""
 
 import random
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def _all_or_nothing(mixed: float) -> Callable[[random.Random, int], tuple[list, 
 
 
 def _paid_alike(share: float) -> Callable[[random.Random, int], tuple[list, list]]:
-    """Pay right and wrong completions of a group alike, but not all groups the same."""
+    """Reward right and wrong completions of a group equally, but groups differently."""
 
     def kind(rng: random.Random, g: int) -> tuple[list, list]:
         right = [rng.random() < 0.4 for _ in range(g)]
@@ -168,19 +168,19 @@ def _always(share: float) -> Callable[[Setting, int], Record]:
 
 
 def _fallen(by: float) -> Callable[[Setting, int], Record]:
-    """Return a run of two tasks, one of which falls by this while the other rises."""
+    """Return a run of two tasks; the accuracy of one falls by this much while that of the other rises."""
     tasks = {"sums": (0.8, learning(0.1, 0.95, 8)), "words": (0.2, lambda done: 0.95 - by * (done > 0.1))}
     return lambda setting, seed: mixed_run(setting, seed, tasks)
 
 
 def _unsolved(share: float) -> Callable[[Setting, int], Record]:
-    """Return a run of two tasks, one of which is right this often while the other is learned."""
+    """Return a run of two tasks; one keeps this accuracy while the other is learned."""
     tasks = {"sums": (0.5, learning(0.3, 0.95, 8)), "words": (0.5, lambda done: share)}
     return lambda setting, seed: mixed_run(setting, seed, tasks)
 
 
 SPIKY, SLOW, KL = _now_and_then(6, "grad_norm", 400), {"weights_moved": 0.02}, {"kl": 3.0}
-# finding: heavy form, mild form
+# By finding: the heavy form and the mild form of the fault.
 ILLNESSES: dict[str, tuple[Callable[[Setting, int], Record], Callable[[Setting, int], Record]]] = {
     "nothing_to_learn": (_outlook(well_formed=0.0), _outlook(truncated=1.0)),
     "too_easy": (_always(0.9999), _always(0.97)),
@@ -222,7 +222,7 @@ ILLNESSES: dict[str, tuple[Callable[[Setting, int], Record], Callable[[Setting, 
     "sampler_gap": (_changed(sampler_gap=1.0), _changed(sampler_gap=0.02)),
 }
 
-# shapes in which an illness cannot be told from health: a step of few groups is idle when these tie
+# Shapes in which a fault cannot be told from a healthy run: a step of few groups has no signal if these are tied.
 UNDEFINED = {
     "nothing_to_learn": lambda setting: min(8, setting.batch) * setting.group < 16,
     "idle_steps": lambda setting: setting.batch < 8,

@@ -10,7 +10,7 @@ VOCABULARY = 50
 
 
 def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of a shape of `zoo.KINDS`, in eval mode, with a vocabulary of 50."""
+    """Return a random model of a kind of `zoo.KINDS`, in eval mode, with a vocabulary of 50."""
     return zoo.random_model(kind, seed, vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1, bos_token_id=2)
 
 
@@ -22,7 +22,7 @@ def ragged_tokens(
     extra_padding: int = 0,
     common_prefix: int = 0,
 ) -> Tokens:
-    """Random prompts of these lengths, left-padded, and completions of random lengths from 1 to `columns`.
+    """Return random prompts of these lengths, left-padded, and completions of random lengths from 1 to `columns`.
 
     All prompts begin with the same `common_prefix` tokens, and no others.
     """

@@ -1,10 +1,10 @@
-"""The products of matrices that some code makes."""
+"""Record the matrix products that code computes."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Products(TorchDispatchMode):
-    """Notes the sizes of both factors of each product of the operation `operation`."""
+    """Records the sizes of both factors of each product of the operation `operation`."""
 
     def __init__(self, operation):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A rollout without a model, as far as a reader of completions looks at it."""
+"""A rollout without a model, with the fields that readers of completions use."""
 
 import torch
 
@@ -9,7 +9,7 @@ ODD = "a\ud800\x1b[2J</script>\u2028\n"
 
 
 def a_rollout(groups=3, per_group=2, completion=ODD):
-    """Return a rollout of wrong completions, all the same, without tokens."""
+    """Return a rollout of equal, wrong completions without tokens."""
     rows = groups * per_group
     reward = Reward(0.4, {"format": 0.2, "close": 0.2, "mine": None}, correct=False, well_formed=True)
     problems = [Problem(f"What is {i}?", "1") for i in range(groups)]

@@ -37,7 +37,7 @@ SETTINGS |= {"learning_rate": 2e-3}  # better than the start at step 4
 
 
 def a_tiny_model(folder, hidden_size=16):
-    """A model of a few kilobytes with the starter's tokenizer that writes some digit in answer tags, mostly.
+    """Make a model of a few kilobytes with the starter's tokenizer that mostly writes a digit in answer tags.
 
     A random one would never be paid, so that no weight would move and every run would be the same.
     """
@@ -72,7 +72,7 @@ def a_tiny_model(folder, hidden_size=16):
 
 
 def options(**settings):
-    """The tiny settings, and those given, as arguments of train_grpo.py; None leaves one out."""
+    """Return the tiny settings with these changes as arguments of train_grpo.py; None leaves a setting out."""
     pairs = {**SETTINGS, **settings}.items()
     names = {name: name.replace("_", "-") for name, _ in pairs}
     flags = [f"--{'' if v else 'no-'}{names[name]}" for name, v in pairs if isinstance(v, bool)]
@@ -88,7 +88,7 @@ def trained(model, folder, *arguments, **settings):
 
 
 def kept_gradients(grpo):
-    """Return a list that each update of GRPO will append its gradient to, as one vector; no step keeps it itself."""
+    """Return a list to which each update of GRPO appends its gradient, as one vector; a step does not keep it."""
     kept = []
 
     def keep(optimizer, *_):
@@ -113,7 +113,7 @@ class Fork:
         os.close(err)
 
     def wait(self):
-        """Its status, standard output and standard error; both must fit in a pipe."""
+        """Return exit status, standard output and standard error; each output must fit in a pipe."""
         with open(self._out, encoding="utf-8") as out, open(self._err, encoding="utf-8") as err:
             texts = out.read(), err.read()
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), *texts
@@ -141,12 +141,12 @@ def _run(command, arguments, before, folder):
 
 
 def forked(command, arguments, before=lambda: None, folder=None):
-    """Run a click command in a fork of this process, after `before()`; its status, standard output and error."""
+    """Run a click command in a fork, after `before()`; return exit status, standard output and standard error."""
     return Fork(command, arguments, before, folder).wait()
 
 
 def together(command, arguments, processes=2, before=lambda rank: None):
-    """The same in several forks, as torchrun starts them; a Fork for each, to `wait` for.
+    """Start a click command in several forks, as torchrun does; return a Fork for each, to `wait` for.
 
     `arguments` may be a function of the rank.
     """
@@ -164,7 +164,7 @@ def together(command, arguments, processes=2, before=lambda rank: None):
 
 
 def spawned(script, arguments, before=None, folder=None):
-    """The same with a new interpreter, as a user starts it."""
+    """Run a script in a new interpreter, as a user does; return what `forked` returns."""
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         cwd=folder or ROOT,

@@ -1,4 +1,4 @@
-"""Call the scripts in this process, and look at what they say and leave behind."""
+"""Call the scripts in this process, and read their output and their files."""
 
 import json
 import shutil
@@ -24,20 +24,20 @@ EVERYTHING = {"saved_model", "checkpoints", FILE_NAME, CURVE, KL, OVERVIEW, SAMP
 
 
 def invoke(command, *args, folder, **more):
-    """Run a script in this process, in a folder; return its result, standard output and error apart."""
+    """Run a script in this process, in a folder; return its result, with standard output and error separate."""
     with chdir(folder):
         return CliRunner().invoke(command, [str(arg) for arg in args], **more)
 
 
 def train(*args, folder):
-    """Train in a tiny run that has to work; return its result."""
+    """Train in a tiny run that must succeed; return its result."""
     result = invoke(train_grpo.main, *TINY, *args, folder=folder)
     assert result.exit_code == 0, result.output
     return result
 
 
 def ask(*args, folder, **more):
-    """Ask a model questions, which has to work; return the lines of standard output."""
+    """Ask a model questions, which must succeed; return the lines of standard output."""
     result = invoke(inference.main, *args, folder=folder, **more)
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert all(line.isprintable() for line in result.stdout.splitlines())
@@ -45,7 +45,7 @@ def ask(*args, folder, **more):
 
 
 def refusal(result):
-    """Return the one line that a mistake is answered with, after checking that there is nothing else."""
+    """Return the line that refuses a mistake, after checking that nothing else was printed."""
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code in (1, 2)
     assert "Traceback" not in result.output
@@ -65,7 +65,7 @@ def snapshot(folder):
 
 
 def names_in(folder):
-    """Return the names that a person sees in a folder."""
+    """Return the names in a folder that are not hidden."""
     return {path.name for path in folder.iterdir() if not path.name.startswith(".grpo.")}
 
 

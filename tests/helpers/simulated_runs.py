@@ -139,7 +139,7 @@ def run(
 
 
 def outlook(setting: Setting, seed: int, ability: float) -> Row:
-    """Simulate the look before the first step of a policy with this accuracy."""
+    """Simulate the outlook before the first step of a policy with this accuracy."""
     look = replace(setting, batch=min(8, setting.batch))
     row = step_of(random.Random(f"outlook {setting} {seed}"), look, 0, ability)
     shares = {"teaching": 1 - row["tied_groups_fraction"], "all_right": row["tied_all_right_fraction"]}
@@ -210,5 +210,5 @@ def setting_of(shape: tuple[int, int], seed: int) -> Setting:
 
 
 def healthy_run(shape: tuple[int, int], seed: int) -> dict[str, Any]:
-    """Simulate a run in which nothing is wrong: it learns fast or slowly, from little or from much, or not at all."""
+    """Simulate a healthy run that starts at any accuracy and learns fast, slowly or not at all."""
     return run(setting_of(shape, seed), seed, HEALTHY[seed % len(HEALTHY)])

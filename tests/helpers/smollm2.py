@@ -1,4 +1,4 @@
-"""The real instruct model that the tests use: where the package with its file is installed."""
+"""The real instruct model that the tests use, if the package with its file is installed."""
 
 import pytest
 

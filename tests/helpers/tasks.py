@@ -25,7 +25,7 @@ def _random_value(term, negative=False):
 
 
 def fingerprint(a, op, b, op2, c):
-    """Return a number that commuting and re-associating leave as it is, and that else differs but for chance.
+    """Return a number that reordering and regrouping do not change, and that otherwise almost surely differs.
 
     It is the value of (a op b) op2 c with a random number for each operand, where a - b is a plus another number
     for -b. A sum within a product, or a product within a sum, counts as one term: neither law takes it apart.
@@ -43,12 +43,12 @@ def fingerprint(a, op, b, op2, c):
 
 
 def numbers_task(style="reasoning"):
-    """Return a task of numbers without problems, which can grade any."""
+    """Return a task of numbers without problems, which can grade any problem."""
     return Rows(name="gsm8k", problems={}, files={}, kind="number", style=style)
 
 
 def value(name, completion, problem=SUM, task=TASK):
-    """Return what a named reward pays for a completion."""
+    """Return the value of a named reward for a completion."""
     return REWARDS[name](task.grade(problem, completion))
 
 

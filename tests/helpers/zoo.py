@@ -48,13 +48,13 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    # large enough that the logits are not all alike: a test on a uniform softmax could hide anything
+    # Large enough that the logits differ: a test on a uniform softmax would pass with wrong logits.
     "initializer_range": 0.3,
 }
 
 
 def rope(theta: float, kind: str = "default", **more: Any) -> dict[str, Any]:
-    """Rotary settings; here never the defaults of a shape, so that it shows where they are not saved."""
+    """Return rotary settings that differ from the defaults, so that a test fails if they are not saved."""
     return {"rope_type": kind, "rope_theta": theta, **more}
 
 
@@ -102,7 +102,7 @@ PHI3 = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
-# kind: configuration class, its own settings, chat template, ends of turn as its generation config has them
+# By kind: configuration class, its settings, chat template, and the end tokens of its generation config.
 KINDS = {
     "qwen2": (
         Qwen2Config,
@@ -153,7 +153,7 @@ KINDS = {
 
 
 def random_model(kind: str, seed: int = 1, **ids: int | list[int] | None) -> PreTrainedModel:
-    """A random model of a kind, in eval mode, with this `vocab_size`, `eos_token_id`, and so on."""
+    """Return a random model of a kind, in eval mode, with settings such as `vocab_size` and `eos_token_id`."""
     config_class, own, _, _ = KINDS[kind]
     config: PreTrainedConfig = config_class(**(SIZES | own | ids))
     torch.manual_seed(seed)
@@ -161,7 +161,7 @@ def random_model(kind: str, seed: int = 1, **ids: int | list[int] | None) -> Pre
 
 
 def train(tokenizer: Tokenizer, special: list[str], alphabet: list[str]) -> Tokenizer:
-    """The tokenizer with a vocabulary: special tokens, the alphabet, merges."""
+    """Return the tokenizer with a vocabulary of special tokens, alphabet and merges."""
     size = len(special) + len(alphabet) + MERGES
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -171,7 +171,7 @@ def train(tokenizer: Tokenizer, special: list[str], alphabet: list[str]) -> Toke
 
 
 def byte_level(special: list[str], pattern: str | None = None) -> Tokenizer:
-    """A trained byte-level BPE tokenizer that splits words by GPT-2's pattern, or by this one."""
+    """Return a trained byte-level BPE tokenizer that splits words by this pattern, or by GPT-2's."""
     tokenizer = Tokenizer(models.BPE())
     split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(False, use_regex=not split)])
@@ -180,7 +180,7 @@ def byte_level(special: list[str], pattern: str | None = None) -> Tokenizer:
 
 
 def sentencepiece_like(special: list[str]) -> Tokenizer:
-    """A trained BPE tokenizer as Gemma's: spaces are characters, bytes stand in for what is not in the vocabulary."""
+    """Return a trained BPE tokenizer like Gemma's: spaces are characters; unknown characters become bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -189,13 +189,13 @@ def sentencepiece_like(special: list[str]) -> Tokenizer:
 
 
 def parts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the constructor of a transformers tokenizer takes."""
+    """Return the arguments for the constructor of a transformers tokenizer."""
     model = json.loads(tokenizer.to_str())["model"]
     return {"vocab": model["vocab"], "merges": [tuple(merge) for merge in model["merges"]]}
 
 
 def real_tokenizer(kind: str) -> PreTrainedTokenizerBase:
-    """A tokenizer of the class and with the special tokens of a kind, without a chat template."""
+    """Return a tokenizer with the class and special tokens of a kind, without a chat template."""
     if kind.startswith("qwen"):
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         tokenizer = Qwen2Tokenizer(
