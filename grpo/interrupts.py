@@ -20,7 +20,6 @@ TIME_IS_UP = 1  # A code below the numbers of the signals, which are 2 and 15: a
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 JOIN_SECONDS = 1.0  # At the end, the thread has this long to print that a signal came.
 REPEAT_SECONDS = 0.3  # Abandonable work that goes on after a signal is signalled again this often.
-_exit = os._exit  # Kept here, because os._exit is replaced while a user's code runs (tasks/common/user_file.py).
 
 
 class Interrupted(KeyboardInterrupt):
@@ -145,7 +144,7 @@ class InterruptHandler:
             if repeats:
                 repeats -= 1
             elif self._is_announced:
-                _exit(128 + byte[0])
+                os._exit(128 + byte[0])
             else:
                 self._is_announced = True
                 self._remember(byte[0])
