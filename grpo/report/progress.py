@@ -23,9 +23,11 @@ def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
         more = f"reward {entry['reward']:.3f}, {more}"
     if entry.get("drift") is not None:
         more += f", drift {nats(entry['drift'])}"
-    for name, figures in few_categories(entry).items():
-        more += f", {printable(name)} {100 * figures['accuracy']:.1f}%"
     say(f"step {entry['step']:>4}  validation {accuracy_text(entry)}, {more}{best}")
+    categories = few_categories(entry)
+    if categories:
+        shares = (f"{printable(name)} {100 * part['accuracy']:.1f}%" for name, part in categories.items())
+        paragraph(f"           {', '.join(shares)}", indent=11)
 
 
 def show_completions(step: int, rollout: Rollout) -> None:

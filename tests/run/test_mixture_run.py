@@ -63,7 +63,7 @@ def test_accuracy_is_that_of_all_and_of_each_task(whole):
         assert sum(one["n"] for one in by_task.values()) == entry["n"]
         right = sum(one["accuracy"] * one["n"] for one in by_task.values())
         assert right / entry["n"] == pytest.approx(entry["accuracy"])
-    assert ", Digits " in out  # during training
+    assert "\n           Digits " in out  # during training
     assert "by category, after " in out  # at the end
     readme = (folder / "saved_model/README.md").read_text(encoding="utf-8")
     [row] = [line for line in readme.splitlines() if line.startswith("| of `Digits` |")]
