@@ -23,21 +23,26 @@ def starter():
     return load_policy(SETTINGS, torch.device("cpu"))
 
 
+FEW = [
+    FEWER,
+    {**FEWER, "beta": 0.0, "num_inner_updates": 1, "loss_average": "token"},
+    {**FEWER, "ratio": "sequence", "epsilon": 1e-3, "loss_average": "constant"},
+]
+ALL = [
+    {},
+    {"beta": 0.0},
+    {"num_inner_updates": 1},
+    {"shots": 2},
+    {"loss_average": "token"},
+    {"loss_average": "constant"},
+    {"ratio": "sequence", "epsilon": 1e-3},
+    {"scale_rewards": "none", "temperature": 0.7},
+    {"epsilon_high": 0.28, "clip_grad_norm": 0.05},
+]
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({}, marks=pytest.mark.slow),
-        FEWER,
-        {**FEWER, "beta": 0.0},
-        {**FEWER, "num_inner_updates": 1},
-        {"batch_size": 4, "num_generations": 4, "shots": 2},
-        {**FEWER, "loss_average": "token"},
-        {**FEWER, "loss_average": "constant"},
-        {**FEWER, "ratio": "sequence", "epsilon": 1e-3},
-        {**FEWER, "scale_rewards": "none", "temperature": 0.7},
-        {**FEWER, "epsilon_high": 0.28, "clip_grad_norm": 0.05},
-    ],
-    ids=str,
+    "changes", [*FEW, *(pytest.param(changes, marks=pytest.mark.slow) for changes in ALL)], ids=str
 )
 def test_plain_and_fast_loop_draw_the_same_completions_and_reach_the_same_weights(starter, changes):
     config = replace(SETTINGS, **changes)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,15 @@ class Tracker:
 
     def __init__(self, name: str) -> None:
         """Import the package. Raises ValueError with the command that installs it if it is missing."""
+        package = None
         try:
-            self.package = None if name == "none" else import_module(name)
+            if name == "wandb":
+                import wandb as package
+            elif name == "trackio":
+                import trackio as package
         except ImportError:
             raise ValueError(f"--track {name} needs {name}: pip install {name}") from None
+        self.package: Any = package
 
     @contextmanager
     def tracking(self, folder: Path, config: Mapping[str, Any]) -> Iterator[None]:

@@ -66,7 +66,7 @@ def test_accuracy_is_that_of_all_and_of_each_task(whole):
     assert "\n           Digits " in out  # during training
     assert "by category, after " in out  # at the end
     readme = (folder / "saved_model/README.md").read_text(encoding="utf-8")
-    [row] = [line for line in readme.splitlines() if line.startswith("| of `Digits` |")]
+    [row] = [line for line in readme.splitlines() if line.startswith("| category `Digits` |")]
     assert f"{100 * record['evals'][-1]['categories']['Digits']['accuracy']:.1f}%" in row
     assert "validation, Digits" in page(record, {}, {})
 
