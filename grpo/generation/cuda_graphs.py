@@ -1,8 +1,8 @@
 """Decoding by a CUDA graph, which is recorded once for each batch of prompts and replayed without Python.
 
-A replay uses the same shapes and memory as the recording: the cache has room for the longest completion, rows that
-have ended stay, and the mask alone tells which keys exist. `probe.py` tries CUDA graphs on a model before a run uses
-them. They have not been run on a GPU yet, so they are off by default.
+A replay uses the same shapes and memory as the recording. So the cache is allocated for the longest possible
+completion, ended rows are not dropped, and the mask hides the part of the cache that is not written yet. `probe.py`
+tries CUDA graphs on a model before a run uses them. They have not been run on a GPU yet, so they are off by default.
 """
 
 import torch
@@ -10,34 +10,35 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
-WARM_UP_TOKENS = 2  # run on a side stream before the recording, so that CUDA's libraries are initialised
+# This many tokens run on a side stream before the recording, to initialise CUDA's libraries.
+WARM_UP_TOKENS = 2
 
 
 class CudaGraphDecoding:
-    """`CachedDecoding` with tensors of constant shape and memory, as a CUDA graph; plain passes on other devices."""
+    """`CachedDecoding` with a CUDA graph and tensors of constant shape; without a graph on other devices."""
 
     can_shrink = False  # rows cannot be dropped
 
     def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, repeats: int, columns: int) -> None:
-        """Start from the cache of N prompts with mask (N, P), each `repeats` times, for at most `columns` tokens."""
+        """Continue N prompts with this cache and mask (N, P), each `repeats` times, by at most `columns` tokens."""
         mask = mask.long().repeat_interleave(repeats, 0)
         self.model = model
         self.graph: torch.cuda.CUDAGraph | None = None
         self.done = 0  # tokens decoded so far
-        # Layers with a sliding window are full too: the mask that the model builds hides what is outside.
+        # Layers with a sliding window get a full cache too: the model's mask hides the tokens outside the window.
         self.cache = Cache(layers=[StaticLayer(max_cache_len=mask.shape[1] + columns) for _ in cache.layers])
         for i, (layer, static) in enumerate(zip(cache.layers, self.cache.layers, strict=True)):
             keys = layer.keys.repeat_interleave(repeats, 0)
             values = layer.values.repeat_interleave(repeats, 0)
             static.lazy_initialization(keys, values)
             self.cache.update(keys, values, i)
-        self.position = mask.sum(-1, keepdim=True)  # (B, 1), of the next token
+        self.position = mask.sum(-1, keepdim=True)  # (B, 1), position of the next token
         self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], columns)], 1)  # (B, P + columns)
         self.tokens = torch.zeros_like(self.position)  # (B, 1)
         self.logits = torch.empty(0)  # (B, V) after the last token; each replay overwrites it
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Return the logits (B, V) after one more token of each row (B,); valid until the next call."""
+        """Append one token (B,) to each row; return the logits (B, V) after it, which the next call overwrites."""
         self.tokens.copy_(tokens[:, None])
         self.done += 1
         if tokens.device.type != "cuda":

@@ -1,6 +1,6 @@
-"""The forward passes of decoding: first over the prompts, then one token a row, with a cache of keys and values.
+"""The forward passes of decoding: first over the prompts, then over one token of each row, with a cache.
 
-`Decoder` has the shortcuts that a model supports; `probe.py` finds out which.
+`Decoder` holds which shortcuts to use; `probe.py` finds out which of them a model supports.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,14 @@ from grpo.scoring.attention.common_prefix import CommonPrefix
 from grpo.scoring.attention.packed import enable
 from grpo.scoring.tokens import common_prefix_length, last_columns, position_ids, shared_from
 
-CAPACITY_STEP = 32  # tokens; the cache grows by this many at a time
+CAPACITY_STEP = 32  # When the cache is full, it grows by this many tokens.
 
 
 def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: int = 0) -> tuple[DynamicCache, Tensor]:
     """Return the cache of N left-padded prompts (N, P), and the logits (N, V) after them.
 
-    The `common_prefix` tokens that all prompts begin with are run once. In float32 only rounding differs.
+    The first `common_prefix` tokens, which must be the same in all prompts, run once. In float32 this changes the
+    results by rounding only.
     """
     cache = cache_behind_padding(model, ids, mask, common_prefix) if common_prefix else DynamicCache()
     out = model(
@@ -41,7 +42,7 @@ def cache_behind_padding(model: PreTrainedModel, ids: Tensor, mask: Tensor, leng
     """Return the cache of the first `length` columns of left-padded prompts that begin with the same tokens."""
     cache = prefill_prefix(model, ids, mask, length)
     padding = (~mask).sum(-1, keepdim=True)
-    source = (torch.arange(length, device=ids.device) - padding).clamp(min=0)  # (N, S); padding is masked
+    source = (torch.arange(length, device=ids.device) - padding).clamp(min=0)  # (N, S); 0 for masked padding
     for layer in cache.layers:
         layer.keys = layer.keys[0][:, source].transpose(0, 1)
         layer.values = layer.values[0][:, source].transpose(0, 1)
@@ -49,7 +50,7 @@ def cache_behind_padding(model: PreTrainedModel, ids: Tensor, mask: Tensor, leng
 
 
 def prefill_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> DynamicCache:
-    """Return the cache, of one row, of the `length` tokens that all left-padded prompts (N, P) begin with."""
+    """Return a cache of one row with the `length` tokens that all left-padded prompts (N, P) begin with."""
     cache = DynamicCache()
     prefix = ids[0, mask[0]][None, :length]  # (1, S)
     model(
@@ -64,20 +65,20 @@ def prefill_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: in
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Layer of a cache with spare capacity, where tokens are appended in place; `DynamicLayer` copies all of it."""
+    """A cache layer with spare capacity, so that tokens are appended without copying the layer."""
 
     def __init__(self, layer: DynamicLayer, repeats: int) -> None:
         """Copy a layer of N rows, (N, heads, length, size), each row `repeats` times."""
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        if layer.device.type != "cpu":  # otherwise transformers reads each mask, to drop one that masks nothing
+        if layer.device.type != "cpu":  # else transformers waits for the device to see whether a mask can be dropped
             self.is_compileable = True
         self._length = layer.keys.shape[-2]
         self._buffers = [reserve(layer.keys, repeats), reserve(layer.values, repeats)]
         self._update_views()
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Append tokens; return the keys and values of all."""
+        """Append the keys and values of new tokens; return the keys and values of all tokens."""
         start = self._length
         end = start + key_states.shape[-2]
         if end > self._buffers[0].shape[-2]:
@@ -89,7 +90,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in the same memory."""
+        """Keep only these rows, moved to the start of the same memory."""
         for x in self._buffers:
             x[: len(indices), :, : self._length] = x[:, :, : self._length][indices]
         self._buffers = [x[: len(indices)] for x in self._buffers]
@@ -100,7 +101,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def reserve(x: Tensor, repeats: int, more: int = 0) -> Tensor:
-    """Copy (N, heads, length, size), each row `repeats` times, with room for CAPACITY_STEP or `more` tokens."""
+    """Copy each row of (N, heads, length, size) `repeats` times; reserve max(CAPACITY_STEP, `more`) more tokens."""
     n, heads, length, size = x.shape
     buffer = x.new_empty(n, repeats, heads, length + max(CAPACITY_STEP, more), size)
     buffer[..., :length, :] = x[:, None]
@@ -108,7 +109,7 @@ def reserve(x: Tensor, repeats: int, more: int = 0) -> Tensor:
 
 
 class CachedDecoding:
-    """The forward passes after the prompts, each from one token of every row (B,) to the logits after it (B, V)."""
+    """The forward passes after the prompts. Each takes one token of every row (B,) and returns logits (B, V)."""
 
     can_shrink = True  # rows can be dropped
 
@@ -121,11 +122,11 @@ class CachedDecoding:
         columns: int,
         prefix: CommonPrefix | None = None,
     ) -> None:
-        """Start from the cache of N prompts with mask (N, P), each `repeats` times, for at most `columns` tokens.
+        """Continue N prompts with this cache and mask (N, P), each `repeats` times, by at most `columns` tokens.
 
-        With `prefix`, which all rows share, cache and mask are those of the tokens after it.
+        With `prefix`, which all rows share, cache and mask hold only the tokens after the prefix.
         """
-        # A layer of another class is the model's own and can repeat its rows itself.
+        # Another class of layer comes from the model, and repeats its rows by its own method.
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
                 cache.layers[i] = PreallocatedLayer(layer, repeats)
@@ -134,11 +135,11 @@ class CachedDecoding:
         mask = mask.long().repeat_interleave(repeats, 0)
         self.model, self.cache, self.prefix = model, cache, prefix
         self.width = mask.shape[1]
-        self.position = mask.sum(-1, keepdim=True) + (prefix.length if prefix else 0)  # (B, 1), of the next token
+        self.position = mask.sum(-1, keepdim=True) + (prefix.length if prefix else 0)  # (B, 1), the next position
         self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], columns)], 1)  # (B, P + columns)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Return the logits (B, V) after one more token of each row (B,)."""
+        """Append one token (B,) to each row; return the logits (B, V) after it."""
         self.width += 1
         attention = {"attention_mask": self.mask[:, : self.width]}
         if self.prefix is not None:
@@ -154,7 +155,7 @@ class CachedDecoding:
         return out.logits[:, -1]
 
     def keep(self, rows: Tensor) -> None:
-        """Continue with these rows only."""
+        """Drop all rows but these."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
         self.position = self.position[rows]
@@ -163,18 +164,18 @@ class CachedDecoding:
 def begin_after_prefix(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, repeats: int, columns: int, length: int
 ) -> tuple[CachedDecoding, Tensor]:
-    """Run N left-padded prompts as `Decoder.begin` does, but hold the `length` tokens that all begin with once.
+    """Run N left-padded prompts as `Decoder.begin` does, with the first `length` tokens, common to all, held once.
 
-    Raises ValueError if the model's layers do more than keep all keys and values.
+    Raises ValueError if a layer of the model's cache is not a plain `DynamicLayer`.
     """
     enable(model)
     layers = prefill_prefix(model, ids, mask, length).layers
     if any(type(layer) is not DynamicLayer for layer in layers):
-        raise ValueError("no common prefix in decoding with such a cache")
+        raise ValueError("a common prefix cannot be held once with this kind of cache")
     prefix = CommonPrefix([layer.keys[0] for layer in layers], [layer.values[0] for layer in layers])
     cache = DynamicCache()
     positions = position_ids(mask)
-    mask = (mask & (positions >= length))[:, length:]  # behind padding, these columns still have tokens of the prefix
+    mask = (mask & (positions >= length))[:, length:]  # padding moves tokens of the prefix into these columns
     causal = torch.ones(2 * mask.shape[1:], dtype=torch.bool, device=mask.device).tril()
     out = model(
         input_ids=ids[:, length:],
@@ -193,26 +194,26 @@ Decoding = CachedDecoding | CudaGraphDecoding
 
 @dataclass(frozen=True)
 class Decoder:
-    """How to decode with a model. The default is right for any model; the fields are shortcuts, and its processes."""
+    """How to decode with a model: which shortcuts to use. Without shortcuts it works with every model."""
 
     expands_cache: bool = False  # run each prompt once, and copy its cache for each completion of its group
-    shares_prefix: bool = False  # run what all prompts begin with once
-    holds_prefix: bool = False  # hold its keys and values once for all rows
+    shares_prefix: bool = False  # run the common beginning of the prompts once
+    holds_prefix: bool = False  # hold the keys and values of the common beginning once for all rows
     uses_cuda_graphs: bool = False
-    ranks: Ranks = ONE  # the processes of a sharded model: they make every pass together
+    ranks: Ranks = ONE  # the processes of a sharded model, which run every pass together
 
     def common_prefix(self, prompts: Sequence[Sequence[int]], least: int = 1) -> int:
-        """Return how many tokens all prompts begin with and are to be run once; 0 if they are fewer than `least`."""
+        """Return how many tokens at the beginning of all prompts to run once; 0 if there are fewer than `least`."""
         common = common_prefix_length(prompts) if self.shares_prefix else 0
-        common = min(self.ranks.gather(common))  # processes that make every pass together run the same tokens once
+        common = min(self.ranks.gather(common))  # the processes of a sharded model must run the same passes
         return common if common >= least else 0
 
     def begin(
         self, model: PreTrainedModel, ids: Tensor, mask: Tensor, repeats: int, columns: int, common_prefix: int = 0
     ) -> tuple[Decoding, Tensor]:
-        """Run N left-padded prompts (N, P); return what decodes after them, and the logits after them (B, V).
+        """Run N left-padded prompts (N, P); return a decoding that continues them, and the logits after them (B, V).
 
-        Each prompt is continued `repeats` times, B = N · `repeats`, by at most `columns` tokens.
+        Each prompt is continued `repeats` times, by at most `columns` tokens: B = N · `repeats`.
         """
         if not self.expands_cache:
             ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)

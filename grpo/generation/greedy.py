@@ -9,7 +9,7 @@ from grpo.runtime.precision import in_precision
 from grpo.runtime.ranks import ONE, Ranks
 from grpo.scoring.tokens import left_pad
 
-ROWS_PER_PASS = 256  # completions decoded together
+ROWS_PER_PASS = 256  # the most completions to decode together
 
 
 def greedy(
@@ -17,12 +17,12 @@ def greedy(
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     rows_per_pass: int = ROWS_PER_PASS,
-    decoder: Decoder = Decoder(),  # noqa: B008, a decoder cannot be changed
+    decoder: Decoder = Decoder(),  # noqa: B008, a decoder is immutable
     ranks: Ranks = ONE,
 ) -> Completions:
     """Return the greedy completion of each prompt. Prompts of similar length run together.
 
-    Each rank decodes its share of the prompts, and all get all completions.
+    Each rank decodes its share of the prompts. All ranks get all completions.
     """
     generator = Generator(lm.model, decoder)
     params = SamplingParams(max_tokens, lm.end_ids)

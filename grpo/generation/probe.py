@@ -1,6 +1,6 @@
-"""Which shortcuts a model supports: each is tried once on prompts of the task and compared with the plain way.
+"""Find out which shortcuts a model supports: try each once on prompts of the task, and compare it with plain passes.
 
-Models with state-space layers or with another kind of attention do not support all of them.
+For example, models with state-space layers or an unusual kind of attention do not support all shortcuts.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,16 @@ from grpo.scoring.tokens import Tokens, common_prefix_length, left_pad
 from tasks.base import Task, prompt_of
 
 PROBED_PROMPTS = 4
-PROBED_GROUP = 2  # completions of each prompt
-PROBED_TOKENS = 8  # of each completion
-GRAPH_TOKENS = WARM_UP_TOKENS + 4  # so the graph is recorded once and replayed four times
-GRAPH_TOLERANCE = {torch.float32: 1e-3}  # nats; in float32 both ways agree within 1e-6
-GRAPH_TOLERANCE_16_BITS = 0.25  # nats; a logit in bfloat16 has 8 bits
+PROBED_GROUP = 2  # completions per prompt
+PROBED_TOKENS = 8  # tokens per completion
+GRAPH_TOKENS = WARM_UP_TOKENS + 4  # After the warm-up the graph is recorded once and replayed four times.
+# Largest difference of a log-probability in nats. In float32, graph and plain passes agree within 1e-6.
+GRAPH_TOLERANCE = {torch.float32: 1e-3}
+GRAPH_TOLERANCE_16_BITS = 0.25  # larger, because a logit in bfloat16 has only 8 significant bits
 
 
 def probe(lm: LanguageModel, task: Task, cuda_graphs: bool = False, ranks: Ranks = ONE) -> tuple[Scorer, Decoder]:
-    """Try a model on the prompts of validation problems; return how to score and how to decode with it.
+    """Try a model on prompts of validation problems; return the fastest scorer and decoder that it supports.
 
     With `cuda_graphs`, CUDA graphs are tried too. `ranks` are the processes of the run.
     """
@@ -42,7 +43,7 @@ def probe(lm: LanguageModel, task: Task, cuda_graphs: bool = False, ranks: Ranks
     ids, mask = left_pad(prompts, lm.pad_id, lm.device)
     scorer = probe_scorer(lm.model, ids, mask)
     packs = scorer.shares_prompts
-    sharded = is_sharded(lm.model)  # its processes communicate in each pass, and a graph cannot record that
+    sharded = is_sharded(lm.model)  # a graph cannot record the communication in a sharded model's passes
     decoder = Decoder(
         expands_cache=supports_cache_expansion(lm.model, ids, mask),
         shares_prefix=supports_common_prefix(lm.model, prompts, lm.pad_id),
@@ -51,13 +52,13 @@ def probe(lm: LanguageModel, task: Task, cuda_graphs: bool = False, ranks: Ranks
         ranks=ranks if sharded else ONE,
     )
     if cuda_graphs and not decoder.uses_cuda_graphs:
-        say("This model or device does not support CUDA graphs: it decodes without them.")
+        say("This model or device does not support CUDA graphs, so --cuda-graphs has no effect.")
     return scorer, decoder
 
 
 @torch.no_grad()
 def probe_scorer(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> Scorer:
-    """Return the fastest scorer that gives the log-probabilities of rows run in full."""
+    """Return the fastest scorer whose log-probabilities agree with those of rows run in full."""
     completion_ids = prompt_ids[:, -PROBED_TOKENS:].repeat_interleave(PROBED_GROUP, 0)  # arbitrary tokens
     tokens = Tokens(prompt_ids, prompt_mask, completion_ids, torch.ones_like(completion_ids, dtype=torch.bool))
     expected = DENSE.logprobs(model, tokens, 1.0)
@@ -67,13 +68,14 @@ def probe_scorer(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor
     is_plain = output_layer.is_plain(model)
     fuses = is_plain and matches_reference(lambda: fused_scores(model, tokens, 1.0)[0], expected)
     if is_plain and not fuses:
-        say("This model changes its logits, so they are all held in memory.")  # by a softcap, for instance
+        # It may have a softcap, for example.
+        say("This model changes its logits, so the logits of all tokens are held in memory.")
     return Scorer(shares_prompts=True, fuses_output=fuses)
 
 
 @torch.no_grad()
 def supports_cache_expansion(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
-    """Return whether a prompt's cache, copied for a group, gives what running the prompt for each row gives."""
+    """Return whether copying a prompt's cache for its group agrees with running the prompt for each row."""
     expected = _next_logprobs(*Decoder().begin(model, ids, mask, PROBED_GROUP, 1))
     expanding = Decoder(expands_cache=True)
     return matches_reference(lambda: _next_logprobs(*expanding.begin(model, ids, mask, PROBED_GROUP, 1)), expected)
@@ -81,7 +83,7 @@ def supports_cache_expansion(model: PreTrainedModel, ids: Tensor, mask: Tensor) 
 
 @torch.no_grad()
 def supports_common_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> bool:
-    """Return whether running what all prompts begin with once gives what running it in each prompt gives."""
+    """Return whether running the common beginning of the prompts once agrees with running it in each prompt."""
     ids, mask = left_pad(prompts, pad_id, model.device)
     common = common_prefix_length(prompts)
     expected = prefill(model, ids, mask)[1].log_softmax(-1)
@@ -90,9 +92,9 @@ def supports_common_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[in
 
 @torch.no_grad()
 def supports_prefix_attention(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: int) -> bool:
-    """Return whether decoding gives the same with what all prompts begin with held once.
+    """Return whether decoding agrees with plain passes if the common beginning of the prompts is held once.
 
-    The model must be able to score packed rows.
+    The model must support packed rows.
     """
     if not common_prefix:
         return False
@@ -104,7 +106,7 @@ def supports_prefix_attention(model: PreTrainedModel, ids: Tensor, mask: Tensor,
 
 @torch.no_grad()
 def supports_cuda_graphs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
-    """Return whether a CUDA graph decodes as plain passes do; False on other devices."""
+    """Return whether decoding with a CUDA graph agrees with plain passes; False if the device is not CUDA."""
     if ids.device.type != "cuda":
         return False
     with in_precision(model):
@@ -116,7 +118,7 @@ def supports_cuda_graphs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> b
 def graph_matches_cached(
     model: PreTrainedModel, cache: DynamicCache, mask: Tensor, repeats: int, logits: Tensor
 ) -> bool:
-    """Return whether a graph and plain passes agree on greedy tokens after `logits` (B, V); `cache` is unchanged."""
+    """Return whether a graph and plain passes decode alike, greedily from `logits` (B, V); `cache` is not changed."""
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return False
     copy = DynamicCache()
@@ -138,5 +140,5 @@ def graph_matches_cached(
 
 
 def _next_logprobs(decoding: CachedDecoding, logits: Tensor) -> Tensor:
-    """Return log-probabilities (B, V) after the likeliest token of `logits` (B, V)."""
+    """Decode the most likely token of `logits` (B, V); return the log-probabilities (B, V) after it."""
     return decoding(logits.argmax(-1)).float().log_softmax(-1)

@@ -18,24 +18,25 @@ from grpo.runtime.microbatch import split_microbatches
 from grpo.scoring.scorer import scaled
 from grpo.scoring.tokens import length_mask, prompts_of
 
-CACHE_PROBABILITIES = 2**17  # probabilities that fit into a CPU's cache, each in float32 and as two integers
-QUANTA = 2**50  # the sum of the integers that probabilities become, but for rounding
-CHECK_EVERY = 4  # tokens between checks for ended rows, on devices where each check makes the host wait
-SHRINK_TO = 3 / 4  # drop ended rows once at most 3/4 of the batch is running; then again at 3/4 of the rest
+# This many probabilities fit into a CPU's cache, each in float32 and as two integers.
+CACHE_PROBABILITIES = 2**17
+QUANTA = 2**50  # Probabilities are multiplied by this and cut to integers, so that their sums are exact.
+CHECK_EVERY = 4  # tokens between checks for ended rows, where a check makes the host wait for the device
+SHRINK_TO = 3 / 4  # Ended rows are dropped once at most 3/4 of the batch is running, and again at 3/4 of the rest.
 
 
 @dataclass(frozen=True)
 class Completions:
-    """Sampled rows, group-major: B = N · G rows, C columns, C the length of the longest completion."""
+    """Sampled completions, group-major: B = N · G rows and C columns. The longest completion has C tokens."""
 
     ids: Tensor  # (B, C) int64, right-padded
-    lengths: Tensor  # (B,) int64, with the end token
+    lengths: Tensor  # (B,) int64, number of tokens, end token included
     ended: Tensor  # (B,) bool: False if the token limit cut the row off
     logprobs: Tensor  # (B, C) float32 at the sampling temperature; 0 on padding and after greedy decoding
 
     @property
     def mask(self) -> Tensor:
-        """Return (B, C) bool: through the first end token, inclusive. It comes from lengths, never from token ids."""
+        """Return the mask (B, C) bool of tokens through the first end token. It depends on lengths, not on ids."""
         return length_mask(self.lengths, self.ids.shape[1])
 
     def rows(self, with_end: bool = True) -> list[list[int]]:
@@ -48,7 +49,7 @@ class Completions:
         return Completions(**{name: values.to(device) for name, values in vars(self).items()})
 
     def pick(self, rows: Sequence[int]) -> "Completions":
-        """Return these rows, in this order, as wide as the longest of them."""
+        """Return these rows, in this order, with as many columns as the longest of them needs."""
         lengths = self.lengths[rows]
         width = int(lengths.max())
         return Completions(self.ids[rows, :width], lengths, self.ended[rows], self.logprobs[rows, :width])
@@ -60,8 +61,8 @@ class SamplingParams:
 
     max_tokens: int
     stop_ids: Sequence[int]  # every id that ends a completion
-    n: int = 1  # completions of each prompt
-    temperature: float = 1.0  # of sampling; greedy decoding has none
+    n: int = 1  # completions per prompt
+    temperature: float = 1.0  # sampling temperature; greedy decoding ignores it
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Generator:
 
     model: PreTrainedModel
     decoder: Decoder = field(default_factory=Decoder)
-    check_every: int = 0  # tokens between checks for ended rows; 0: by device. The completions are the same
+    # Tokens between checks for ended rows; 0: chosen by device. The completions do not depend on it.
+    check_every: int = 0
 
     @torch.no_grad()
     def __call__(
@@ -84,8 +86,8 @@ class Generator:
     ) -> Completions:
         """Return `params.n` completions of each of N left-padded prompts (N, P).
 
-        `uniforms` (N · n, max_tokens) come from `sampling_uniforms`; without them decoding is greedy. At most
-        `rows_per_pass` rows, by default all, run at a time. The first `common_prefix` tokens, which must be the same
+        `uniforms` (N · n, max_tokens) come from `sampling_uniforms`; if they are None, decoding is greedy. At most
+        `rows_per_pass` rows, by default all, run together. The first `common_prefix` tokens, which must be the same
         in all prompts, run once.
         """
         n, device = params.n, prompt_ids.device
@@ -106,8 +108,8 @@ class Generator:
     ) -> Completions:
         """Decode at most `max_tokens` tokens of each row, the first from `logits` (B, V).
 
-        Between two checks for ended rows, nothing makes the host wait for the device. At a check, ended rows are
-        dropped if there are enough to make up for copying the cache of the others.
+        Between two checks for ended rows, the host never waits for the device. At a check, ended rows are dropped if
+        they are so many that this saves more time than copying the cache of the other rows takes.
         """
         rows, columns, device = logits.shape[0], params.max_tokens, logits.device
         ends = torch.tensor(list(params.stop_ids), device=device)
@@ -115,8 +117,8 @@ class Generator:
         ids = torch.zeros(rows, columns, dtype=torch.long, device=device)
         logprobs = torch.zeros(rows, columns, device=device)
         lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        ended = torch.ones(rows, dtype=torch.bool, device=device)  # right for dropped rows; the others are set last
-        decoded = torch.arange(rows, device=device)  # the rows that are not dropped
+        ended = torch.ones(rows, dtype=torch.bool, device=device)  # True for dropped rows; the others are set last
+        decoded = torch.arange(rows, device=device)  # numbers of the rows that have not been dropped
         running = torch.ones_like(ended)  # which of the decoded rows have not ended
         for column in range(columns):
             if uniforms is None:
@@ -146,18 +148,18 @@ class Generator:
 
 
 def sampling_uniforms(seed: int, step: int, rows: int, columns: int, attempt: int = 0) -> Tensor:
-    """Return the uniforms in [0, 1) that decide the tokens of a step, (rows, columns) float64.
+    """Return the uniform numbers in [0, 1) that decide the tokens of a step, (rows, columns) float64.
 
-    They depend only on the seed, the step and `attempt`, which counts how often tied groups of the step were drawn
-    again. The CPU draws them, so they are the same on every device and after a resume.
+    They depend only on the seed, the step and `attempt`: 0 for the first draw, then the number of the redraw of tied
+    groups. They are drawn on the CPU, so they are the same on every device and after a resume.
     """
     return torch.from_numpy(np.random.default_rng([seed, step, attempt]).random((rows, columns)))
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw one token for each row of logits (B, V) at `uniforms` (B,); return tokens and log-probabilities, (B,).
+    """Draw a token for each row of logits (B, V) by `uniforms` (B,); return tokens and log-probabilities, (B,) each.
 
-    A CPU processes a few rows at a time, which fit into its cache.
+    A CPU processes as many rows at a time as fit into its cache.
     """
     rows = max(1, CACHE_PROBABILITIES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
     tokens, logprobs = [], []
@@ -169,23 +171,23 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
 
 
 def sample_inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one token for each row of probabilities (B, V): where their cumulative sum exceeds `uniforms` (B,).
+    """Draw a token for each row of probabilities (B, V): the first with a cumulative sum above `uniforms` (B,).
 
-    Unlike with `torch.multinomial`, a row's token does not depend on the other rows of the batch. The sum is of
-    integers, so it is exact on every device: float32 is off by 1e-3 over a vocabulary of 150,000, MPS has no float64,
-    and CUDA has no deterministic cumulative sum of floats.
+    Unlike with `torch.multinomial`, a row's token does not depend on the other rows of the batch. Integers are
+    summed, which is exact on every device. A sum in float32 would be off by 1e-3 over a vocabulary of 150,000, MPS
+    has no float64, and CUDA has no deterministic cumulative sum of floats.
     """
     cumulative = (probabilities * QUANTA).long().cumsum(-1)  # (B, V)
     total = cumulative[:, -1:]
     target = (uniforms[:, None] * total).long().minimum(total - 1)
-    # Logits that are not finite have no meaningful token, but the clamp makes sure that the token exists.
+    # For logits that are not finite no token is meaningful; the clamp keeps the index inside the vocabulary.
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
 
 
 def shrunk(rows: int, running: int) -> int:
-    """Return how many rows to keep: at least the running ones, and at least one, since other ranks may still run.
+    """Return how many rows to keep: all running ones, and at least one, because other ranks may still need passes.
 
-    There are few different results, because a device's library makes new kernels for each.
+    Few different results are possible, because a device's library makes new kernels for each number of rows.
     """
     while rows > 1 and running <= (fewer := int(rows * SHRINK_TO)):
         rows = fewer
@@ -193,7 +195,7 @@ def shrunk(rows: int, running: int) -> int:
 
 
 def concatenate(parts: Sequence[Completions]) -> Completions:
-    """Join the rows of all parts, padded to the longest."""
+    """Join the rows of all parts, padded to the longest completion."""
     width = max(part.ids.shape[1] for part in parts)
     return Completions(
         ids=torch.cat([pad(part.ids, (0, width - part.ids.shape[1])) for part in parts]),

@@ -1,9 +1,9 @@
-"""RMSNorm and gated MLP, each as one function with a backward pass by hand, for passes in 16 bits.
+"""RMSNorm and gated MLP for passes in 16 bits, each as one function with its own backward pass.
 
 Written out in elementary operations, an RMSNorm keeps its input in float32 and three more tensors until the backward
 pass, which reads or writes them a dozen times; a gated MLP keeps four tensors of its inner size. Here the norm keeps
 its input and one number per token, and the MLP keeps the outputs of its first two projections. The backward pass
-computes the rest again. Float32 passes use the layers of transformers, whose results they keep to the bit.
+computes the rest again. Passes in float32 use the layers of transformers, so their results are the same to the bit.
 """
 
 from types import MethodType
@@ -14,15 +14,16 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # of the trial of a layer, in float32
+# Largest difference between a layer and its fused version, compared in float32.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @torch.no_grad()
 def fuse_layers(model: PreTrainedModel) -> int:
-    """Replace the forward pass of norms and MLPs by the fused one where it computes the same; return their number.
+    """Replace the forward passes of norms and MLPs by fused ones where these compute the same; return how many.
 
-    A layer that looks right is tried on a few numbers, on its device, because some norms scale by 1 + weight and some
-    MLPs have another activation.
+    Each layer with the expected attributes is tried on a few numbers, on its device, because some norms scale by
+    1 + weight and some MLPs have another activation.
     """
     fused = 0
     for module in model.modules():
@@ -37,16 +38,16 @@ def fuse_layers(model: PreTrainedModel) -> int:
         try:
             trial = torch.linspace(-2, 3, 2 * len(layer.weight), device=layer.weight.device).view(2, -1)
             same = torch.allclose(forward(module, trial), module(trial), **TOLERANCE)
-        except Exception:  # a layer of another kind may raise anything
+        except Exception:  # a layer of an unexpected kind may raise any exception
             same = False
         if same:
-            module.forward = MethodType(forward, module)  # a copy of the model binds it to the copied module
+            module.forward = MethodType(forward, module)  # a copy of the model binds a method to the copied layer
             fused += 1
     return fused
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    """Return whether a layer is a plain product, without adapter or bias and not in 4 bits."""
+    """Return whether a layer is a plain matrix product: no adapter, no bias, not in 4 bits."""
     return type(layer) is nn.Linear and layer.bias is None
 
 
@@ -65,7 +66,7 @@ def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
 class RMSNorm(torch.autograd.Function):
     """`RMSNorm.apply(x, weight, epsilon)` returns weight * x / sqrt(mean(x^2) + epsilon), (…, D).
 
-    Everything but the product with the weight is in float32.
+    Everything except the product with the weight is computed in float32.
     """
 
     @staticmethod
@@ -79,9 +80,10 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # With n = x * inverse and v = grad * weight: inverse * (v - n * mean(n * v)) for x, sum(grad * n) for weight.
+        # With n = x * inverse and v = grad * weight, the gradient of x is inverse * (v - n * mean(n * v)), and the
+        # gradient of the weight is sum(grad * n).
         x, weight, inverse = ctx.saved_tensors
-        normal = x * inverse  # in float32 or float64, as `inverse` is
+        normal = x * inverse  # float32 or float64, like `inverse`
         grad = grad.to(normal.dtype)
         wide_weight = weight.to(normal.dtype)
         products = (grad * normal).flatten(0, -2)  # (tokens, D)
@@ -92,7 +94,10 @@ class RMSNorm(torch.autograd.Function):
 
 
 class GatedProduct(torch.autograd.Function):
-    """`GatedProduct.apply(gate, up, weight)` returns (silu(gate) * up) @ weight.T; gate (…, I), weight (D, I)."""
+    """`GatedProduct.apply(gate, up, weight)` returns (silu(gate) * up) @ weight.T, (…, D).
+
+    `gate` and `up` are (…, I), `weight` is (D, I).
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Log-probabilities of tokens from the hidden states before the output layer, without logits of all tokens in memory.
+"""Log-probabilities from the hidden states before the output layer, without holding the logits of all tokens.
 
 A small model has a large vocabulary: with 49,152 entries, the logits of 1,700 tokens take 330 MB in float32, and a
 softmax with its gradient reads or writes them a dozen times. Here output layer, log-softmax and entropy are one
-function with a backward pass by hand. It computes the logits of one block of rows at a time, in the precision of the
+function with its own backward pass. It computes the logits of one block of rows at a time, in the precision of the
 hidden states, and processes a few rows of the block at a time in float32, so that they fit into a CPU's cache. The
-backward pass computes the logits again, since the product takes less time than reading its stored result.
+backward pass computes the logits again, because this takes less time than reading stored logits from memory.
 """
 
 import math
@@ -16,29 +16,31 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-# Logits of one product. Adding a block to the gradient of the weight takes as long with 300 rows as with 1,400.
+# The most logits in a block. Blocks are large because adding one to the gradient of the weight takes as long with 300
+# rows as with 1,400.
 MAX_PRODUCT = 2**27
-ROW_MULTIPLE = 64  # rows are padded to a multiple: oneDNN makes and keeps a kernel of 0.7 MiB for each number of rows
-LOG_OF_ZERO = -1e4  # stands for the logarithm of 0, since -inf times 0 would be NaN
+# Rows are padded to a multiple of this, because oneDNN makes and keeps a kernel of 0.7 MiB for each number of rows.
+ROW_MULTIPLE = 64
+LOG_OF_ZERO = -1e4  # used as the logarithm of 0, because -inf times 0 would be NaN
 CACHE_LOGITS = 2**19  # float32 logits that fit into a CPU's cache: 2 MiB
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a model that computes the hidden states before its output layer."""
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps it
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # only peft's wrapper has it
     return unwrapped.base_model
 
 
 def is_plain(model: PreTrainedModel) -> bool:
-    """Return whether the output layer is a plain product; with an adapter or in 4 bits it has another class."""
+    """Return whether the output layer is a plain nn.Linear, without an adapter and not in 4 bits."""
     return type(model.get_output_embeddings()) is nn.Linear
 
 
 def linear_logprobs(layer: nn.Linear, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return log softmax(layer(hidden) / temperature) of `ids`, and the entropy of each row, nats: (M,) float32.
+    """Return log softmax(layer(hidden) / temperature) of `ids`, and each row's entropy in nats, (M,) float32 each.
 
-    `hidden` is (M, D), `ids` is (M,). The product is in the precision of `hidden`, everything else in float32. Both
-    results have a gradient.
+    `hidden` is (M, D), `ids` is (M,). The product is computed in the precision of `hidden`, everything else in
+    float32. Both results have a gradient.
     """
     rows, filler = len(ids), -len(ids) % ROW_MULTIPLE
     hidden, ids = pad(hidden, (0, 0, 0, filler)), pad(ids, (0, filler))
@@ -63,7 +65,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 total = top - p.gather(-1, top_ids).log()  # log of the sum of exp(logits)
                 logprobs[few] = (block.gather(-1, ids[few, None]) - total).squeeze(-1)
                 entropies[few] = total.squeeze(-1) - torch.linalg.vecdot(p, block)
-        ctx.set_materialize_grads(False)  # the entropy is often not a part of the loss
+        ctx.set_materialize_grads(False)  # often the loss does not depend on the entropy, and its gradient is None
         return logprobs, entropies
 
     @staticmethod
@@ -71,12 +73,12 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(
         ctx: FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of hidden states, weight and bias; the gradients given are (M,) or None."""
+        """Return the gradients of hidden states, weight and bias; each argument is (M,), or None."""
         hidden, weight, bias, ids = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = None
-        wide = torch.promote_types(hidden.dtype, torch.float32)  # sums of many blocks are not taken in 16 bits
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # sums over many blocks need more than 16 bits
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         if grad_logprobs is None:
             grad_logprobs = torch.zeros(len(ids), device=hidden.device)
@@ -91,7 +93,7 @@ class _LinearLogprobs(torch.autograd.Function):
                     weights = weights - (grad_entropy[few, None] / ctx.temperature) * (log_p + entropy)
                 p.mul_(weights)
                 p.scatter_add_(-1, ids[few, None], grad[few, None])
-                few_logits.copy_(p)  # the gradient of the logits takes their place
+                few_logits.copy_(p)  # overwrite the logits with their gradient
             if needs_hidden:
                 torch.mm(logits, weight, out=grad_hidden[rows])
             if needs_weight:
@@ -105,7 +107,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, logits), one block of rows at a time, in the same memory; blocks have the same size."""
+    """Yield (rows, logits), one block of rows at a time. Each block overwrites the one before it in memory."""
     blocks = math.ceil(len(x) / max(1, MAX_PRODUCT // len(weight)))
     size = math.ceil(len(x) / blocks)
     memory = x.new_empty(size, len(weight))

@@ -1,9 +1,10 @@
-"""Log-probabilities of the tokens of completions, column j from the logits of the token before token j.
+"""Log-probabilities of completion tokens. Column j comes from the logits at the token before completion token j.
 
 All G completions of a group share their prompt, and prompts share their beginning: a system prompt, worked examples.
-A scorer that shares prompts runs all real tokens as one packed row: a common beginning of S tokens once, the rest of
-each prompt once. These are S + N · (P − S) + B · C tokens at most, instead of B · (P + C). `attention/packed.py`
-decides which tokens attend to which. Gradients flow through all of them, and in float32 only rounding differs.
+A scorer that shares prompts runs all real tokens as one packed row, in which the common beginning of S tokens and the
+rest of each prompt appear once. The row has at most S + N · (P − S) + B · C tokens, instead of B · (P + C).
+`attention/packed.py` decides which tokens attend to which. Gradients flow through all tokens of the row. In float32
+the results differ from rows run in full by rounding only.
 """
 
 from dataclasses import dataclass
@@ -26,10 +27,10 @@ CHUNK = 2**24
 
 @dataclass(frozen=True)
 class Scorer:
-    """Computes log-probabilities. `probe` tries which shortcuts a model supports."""
+    """Computes log-probabilities of completions. `probe` finds out which shortcuts a model supports."""
 
-    shares_prompts: bool = False  # run all rows as one packed row, and each prompt once
-    fuses_output: bool = False  # with shared prompts: do not hold the logits of all tokens in memory
+    shares_prompts: bool = False  # run all rows as one packed row, in which each prompt appears once
+    fuses_output: bool = False  # do not hold the logits of all tokens in memory; needs `shares_prompts`
 
     def logprobs(self, model: PreTrainedModel, tokens: Tokens, temperature: float) -> Tensor:
         """Return log-probabilities, (B, C) float32; column j scores completion token j; 0 on padding."""
@@ -41,9 +42,9 @@ class Scorer:
     def logprobs_and_entropies(
         self, model: PreTrainedModel, tokens: Tokens, temperature: float, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities, and the entropies of the tokens' distributions in nats, (B, C) float32 each.
+        """Return the log-probability of each token, and the entropy of the distribution that predicts it, in nats.
 
-        Both are 0 on padding. The entropies have a gradient only with `entropy_gradient`.
+        Both are (B, C) float32, and 0 on padding. The entropies have a gradient only with `entropy_gradient`.
         """
         if self._is_fused(model, tokens):
             logprobs, entropies = fused_scores(model, tokens, temperature)
@@ -56,7 +57,7 @@ class Scorer:
         return logprobs, entropies
 
     def _is_fused(self, model: PreTrainedModel, tokens: Tokens) -> bool:
-        """Return whether there are too many logits to hold all of them in memory."""
+        """Return whether to use the fused output layer: if it is supported and there are more than CHUNK logits."""
         if not (self.shares_prompts and self.fuses_output):
             return False
         scored = len(tokens.completion_ids) + int(tokens.completion_mask[:, 1:].sum())
@@ -67,13 +68,14 @@ class Scorer:
         return packed_logits(model, tokens) if self.shares_prompts else dense_logits(model, tokens)
 
 
-DENSE = Scorer()  # runs every row in full, which any model can do
+DENSE = Scorer()  # runs every row in full, which every model supports
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """Return log softmax(logits / temperature) of `ids`, float32, in the shape of `ids`; logits are (…, V).
 
-    Chunks of rows avoid a float32 copy of all logits. The backward pass computes each chunk again.
+    Many logits are processed in chunks of rows, so that no float32 copy of all logits is made. The backward pass
+    computes each chunk again.
     """
     rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
     if rows >= logits.shape[0]:
@@ -93,7 +95,7 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
 
 
 def token_entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Return the entropy of softmax(logits / temperature) in nats, (…, V) to (…), computed in chunks of rows."""
+    """Return the entropy (…) of softmax(logits / temperature) in nats for logits (…, V), in chunks of rows."""
     rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
     parts = [checkpoint(_token_entropy, chunk, temperature, use_reentrant=False) for chunk in logits.split(rows)]
     return torch.cat(parts)
@@ -103,26 +105,28 @@ def _token_entropy(logits: Tensor, temperature: float) -> Tensor:
     logits = scaled(logits, temperature)
     p = logits.softmax(-1)
     if not torch.is_grad_enabled():
-        return torch.special.entr(p).sum(-1)  # 0 for a token of probability 0, whose logit may be -inf
-    # The gradient of `entr` at 0 is infinite.
+        return torch.special.entr(p).sum(-1)  # `entr` is 0 at probability 0, even if the logit is -inf
+    # `entr` is not used here, because its gradient at 0 is infinite.
     return -(p * logits.log_softmax(-1).clamp(min=LOG_OF_ZERO)).sum(-1)
 
 
 def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
-    """Return the arguments of a model that runs prompts and completions as one row. `Layout` defines its order:
+    """Return the keyword arguments of a forward pass over prompts and completions as one packed row.
+
+    `Layout` defines the order of the row:
 
         [common beginning S][filler][prompts without their last token][last token of each prompt][completion tokens]
 
     The last token of a completion is left out because it predicts nothing that is scored.
     """
     ids = tokens.completion_ids[:, :-1]  # (B, C - 1)
-    is_input = tokens.completion_mask[:, 1:]  # (B, C - 1): the tokens that another one follows
+    is_input = tokens.completion_mask[:, 1:]  # (B, C - 1): tokens with another token after them
     is_prompt = tokens.prompt_mask  # (N, P)
     lengths = is_prompt.sum(-1)
     common = shared_beginning(model, tokens.prompt_ids, is_prompt)
     layout = Layout.of(lengths, is_input.sum(-1), common)
     positions = position_ids(is_prompt)
-    follows = (is_prompt & (positions >= common))[:, :-1]  # the common beginning, and is not the last token
+    follows = (is_prompt & (positions >= common))[:, :-1]  # after the common beginning, without the last token
     starts = lengths.repeat_interleave(tokens.num_generations)[:, None]
     completion_positions = starts + torch.arange(ids.shape[1], device=ids.device)  # (B, C - 1)
 
@@ -140,14 +144,14 @@ def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
     return {
         "input_ids": row(tokens.prompt_ids, ids),
         "position_ids": row(positions, completion_positions),
-        "attention_mask": ids.new_zeros(1, 1, 1, 1),  # ignored, but without it the model would build a mask
+        "attention_mask": ids.new_zeros(1, 1, 1, 1),  # ignored; without this argument the model would build a mask
         "use_cache": False,
         "layout": layout,
     }
 
 
 def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Return logits of the first completion tokens (B, V) and of the M other real ones (M, V), from a packed row."""
+    """Return the logits of first completion tokens (B, V) and of the M other real ones (M, V), from a packed row."""
     enable(model)
     prompts = len(tokens.prompt_ids)
     scored = prompts + int(tokens.completion_mask[:, 1:].sum())
@@ -157,7 +161,7 @@ def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tenso
 
 
 def fused_scores(model: PreTrainedModel, tokens: Tokens, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities and entropies, (B, C) each, from the hidden states before the output layer."""
+    """Return log-probabilities and entropies, (B, C) each, from a packed row, without holding all logits."""
     enable(model)
     inputs = packed_inputs(model, tokens)
     ids = tokens.completion_ids
@@ -178,7 +182,7 @@ def fused_scores(model: PreTrainedModel, tokens: Tokens, temperature: float) -> 
 
 
 def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Return logits of the first completion tokens (B, V) and of the others (B, C − 1, V), every row run in full."""
+    """Return the logits of first completion tokens (B, V) and of the others (B, C − 1, V), from rows run in full."""
     inputs = tokens.completion_ids[:, :-1]
     prompt_ids = tokens.prompt_ids.repeat_interleave(tokens.num_generations, 0)
     prompt_mask = tokens.prompt_mask.repeat_interleave(tokens.num_generations, 0)
@@ -194,7 +198,7 @@ def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor
 
 
 def _logprobs_of(first: Tensor, rest: Tensor, tokens: Tokens, temperature: float) -> Tensor:
-    """Return log-probabilities (B, C) from logits of first tokens, (B, V), and of others, (M, V) or (B, C − 1, V)."""
+    """Return log-probabilities (B, C) from the logits of first tokens (B, V) and others, (M, V) or (B, C − 1, V)."""
     ids, mask = tokens.completion_ids, tokens.completion_mask
     rest_ids = ids[:, 1:][mask[:, 1:]] if rest.dim() == 2 else ids[:, 1:]
     first_logprobs = token_logprobs(first, ids[:, 0], temperature)
@@ -202,7 +206,7 @@ def _logprobs_of(first: Tensor, rest: Tensor, tokens: Tokens, temperature: float
 
 
 def _columns(first: Tensor, rest: Tensor, mask: Tensor) -> Tensor:
-    """Join values of first tokens (B,) and of the others, (M,) or (B, C − 1), to (B, C); 0 on padding."""
+    """Join the values of first tokens (B,) and of the others, (M,) or (B, C − 1), into (B, C); 0 on padding."""
     if rest.dim() == 1:
         rest = rest.new_zeros(mask[:, 1:].shape).masked_scatter(mask[:, 1:], rest)
     return torch.where(mask, torch.cat([first[:, None], rest], 1), 0.0)

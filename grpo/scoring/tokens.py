@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from grpo.runtime.precision import precision
 
-# Tokens. Running a shorter common beginning once saves less time than its bookkeeping costs.
+# Tokens. Sharing a shorter common beginning saves less time than the extra indexing costs.
 SHARED_FROM = 64
-# In 16 bits a shorter one is worth it: copying keys and values takes more of the time, and products take less.
+# In 16 bits, sharing saves time from 16 tokens on, because copying keys and values takes a larger part of the time.
 SHARED_FROM_16_BITS = 16
 
 
@@ -39,7 +39,7 @@ class Tokens:
         return Tokens(**{name: values.to(device) for name, values in vars(self).items()})
 
     def slice_rows(self, rows: slice) -> "Tokens":
-        """Return these rows, whole groups or a part of one group, as wide as their longest prompt and completion."""
+        """Return these rows, which are whole groups or a part of one, cut to their longest prompt and completion."""
         groups = prompts_of(rows, self.num_generations)
         left = int(self.prompt_mask[groups].any(0).long().argmax())
         width = max(1, int(self.completion_mask[rows].sum(-1).max()))
@@ -54,7 +54,7 @@ class Tokens:
 def tokens_of(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> Tokens:
-    """Return the padded tokens of prompts with one completion each, given as lists of ids."""
+    """Return the padded tokens of prompts with one completion each; both are given as lists of ids."""
     lengths = torch.tensor([len(ids) for ids in completions], device=device)
     width = int(lengths.max())
     ids = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in completions], device=device)
@@ -75,33 +75,33 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
-    """Return the mask of right-padded rows of these lengths (B,): (B, `width`) bool."""
+    """Return the mask, (B, `width`) bool, of right-padded rows with these lengths (B,)."""
     return torch.arange(width, device=lengths.device) < lengths.unsqueeze(-1)
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Return the positions of left-padded tokens in the shape of `mask`; the first real token and padding have 0."""
+    """Return the position of each left-padded token, in the shape of `mask`; 0 for padding too."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def last_columns(ids: Tensor, number: int) -> Tensor:
     """Return the indices of the last `number` columns of (N, L), to be given to a model as `logits_to_keep`.
 
-    Given the number itself, a model would slice its hidden states, and without a gradient torch would copy the output
-    layer for each row of the slice: 64 rows of smollm2 took 4.8 s and 3.4 GiB.
+    If the number itself were given, the model would slice its hidden states. Without a gradient, torch would then
+    copy the output layer for each row of the slice: 64 rows of smollm2 took 4.8 s and 3.4 GiB.
     """
     return torch.arange(ids.shape[1] - number, ids.shape[1], device=ids.device)
 
 
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with, without the last token of any: its logits are needed."""
-    smallest, largest = min(prompts), max(prompts)  # as lists compare; what both begin with, all prompts do
+    """Return how many tokens all prompts begin with, not counting any last token, because its logits are needed."""
+    smallest, largest = min(prompts), max(prompts)  # in the order of lists; if these two share a beginning, all do
     alike = next((i for i, (x, y) in enumerate(zip(smallest, largest, strict=False)) if x != y), len(smallest))
     return min(alike, min(map(len, prompts)) - 1)
 
 
 def shared_from(model: PreTrainedModel) -> int:
-    """Return the least length, in tokens, of a common beginning that this model should run only once."""
+    """Return the length, in tokens, from which running a common beginning only once saves time with this model."""
     return SHARED_FROM if precision(model) == "float32" else SHARED_FROM_16_BITS
 
 

@@ -1,8 +1,9 @@
-"""Attention, while decoding, to the tokens that all prompts begin with; their keys and values are held once.
+"""Decoding with the keys and values of the tokens that all prompts begin with held once.
 
-With worked examples, most tokens of each prompt are the same. Were their keys and values copied for each row, reading
-them would take as long as reading the weights of a small model. Held once, all rows read them in one product of
-matrices. Attention to the prefix and to the rest of a row is joined exactly, as in Hydragen (arXiv:2402.05099).
+With worked examples, most tokens of each prompt are the same. If their keys and values were copied for each row,
+reading the copies would take as long as reading the weights of a small model. Here they are held once, and one matrix
+product reads them for all rows. Joining the attention to the prefix with the attention to the rest of a row is exact,
+as in Hydragen (arXiv:2402.05099).
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from grpo.scoring.attention.partial import PartialAttention, joined
 
 @dataclass(frozen=True)
 class CommonPrefix:
-    """Keys and values of the S tokens that all rows begin with, at positions 0 to S - 1: (K, S, d) for each layer."""
+    """Keys and values, (K, S, d) for each layer, of the S tokens that all rows begin with, at positions from 0."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -27,19 +28,21 @@ class CommonPrefix:
         return self.keys[0].shape[1]
 
     def arguments(self, seen: Tensor) -> dict[str, Any]:
-        """Return a model's arguments for rows that see these tokens after the prefix, (B, L, T) bool.
+        """Return the keyword arguments of a forward pass over rows that begin with the prefix.
 
-        The model takes the mask for a finished one and passes it on to `attend` as `bias`.
+        `seen` (B, L, T) bool tells which tokens after the prefix each of L new tokens sees. A mask of four dimensions
+        is passed on by the model unchanged, so `attend` gets it as `bias`.
         """
         return {"attention_mask": as_bias(seen, self.keys[0].dtype)[:, None], "common_prefix": self}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
-        """Attend to the prefix and to the rest of each row: query (B, H, L, d), key and value (B, K, T, d).
+        """Return the attention, (B, L, H, d), of each row to the prefix and to the row's own tokens.
 
-        `bias` (B, 1, L, T) is added to the scores of the rest. The result is (B, L, H, d).
+        `query` is (B, H, L, d). `key` and `value` (B, K, T, d) belong to the tokens after the prefix, and `bias`
+        (B, 1, L, T) is added to their scores.
         """
         (b, heads, length, size), key_heads = query.shape, key.shape[1]
-        q = query.reshape(b, key_heads, -1, size)  # the R heads of a key as rows of one matrix
+        q = query.reshape(b, key_heads, -1, size)  # the R query heads of a key head are rows of one matrix
         all_rows = q.transpose(0, 1).reshape(key_heads, -1, size)  # (K, B · R · L, d)
         to_prefix = PartialAttention(all_rows, self.keys[layer], self.values[layer], None, scaling)
         bias = bias.expand(-1, heads, -1, -1).reshape(b * key_heads, -1, key.shape[2])

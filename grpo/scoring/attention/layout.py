@@ -1,4 +1,4 @@
-"""The order of a packed row, and where its tokens go when prompts and completions are taken apart."""
+"""The order of a packed row, and the indices that split it into prompts and completions."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,23 +8,24 @@ from torch import Tensor
 
 from grpo.scoring.tokens import length_mask
 
-COLUMN_MULTIPLE = 8  # the split form of a row with a common beginning has a multiple of 8 columns
+# With a common beginning, prompts and completions are padded to a multiple of 8 columns, so that few shapes occur.
+COLUMN_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
 class VectorIndex:
-    """Where the vectors of M sequences are in a row; each sequence is padded to L tokens and has H heads.
+    """The places in a row of the vectors of M sequences; each sequence is padded to L tokens and has H heads.
 
     A row of T tokens has T · H vectors, the heads of a token side by side. All tensors are int64.
     """
 
-    index: Tensor  # (M · H · L,) index in the row of each vector; any index for padding
-    real: Tensor  # which entries of `index` are not padding, in the order of the row
-    padding: Tensor  # which entries of `index` are padding
+    index: Tensor  # (M · H · L,) where each vector is in the row; an arbitrary index for padding
+    real: Tensor  # numbers of the entries of `index` that are not padding, in the order of the row
+    padding: Tensor  # numbers of the entries of `index` that are padding
 
     @classmethod
     def of(cls, token_index: Tensor, lengths: Tensor, heads: int) -> "VectorIndex":
-        """Make the index of sequences of these lengths (M,), from the index in the row of each token (M, L)."""
+        """Make the index of sequences with `lengths` (M,); `token_index` (M, L) holds each token's place in the row."""
         head = torch.arange(heads, device=lengths.device)[:, None]
         index = (token_index[:, None] * heads + head).flatten()
         is_real = length_mask(lengths, token_index.shape[1])[:, None].expand(-1, heads, -1).flatten()
@@ -32,25 +33,25 @@ class VectorIndex:
         return cls(index, real[index[real].argsort()], (~is_real).nonzero().squeeze(-1))
 
     def gather(self, row: Tensor, padding: float | None = None) -> Tensor:
-        """Return the vectors (M · H · L, …) of a row (T · H, …), with this number or any vector as padding."""
+        """Return the vectors (M · H · L, …) of a row (T · H, …). Padding is set to `padding`, if it is given."""
         vectors = row.index_select(0, self.index)
         return vectors if padding is None else vectors.index_fill_(0, self.padding, padding)
 
 
 @dataclass(frozen=True)
 class IndexMaps:
-    """Indices that take a row of T · H vectors apart into prompts and completions, and join them again."""
+    """Indices that split a row of T · H vectors into prompts and completions, and join them again."""
 
     prompts: VectorIndex
     completions: VectorIndex
-    filler: int  # vectors at the start of the row that belong to neither
+    filler: int  # number of vectors at the start of the row that belong to no prompt or completion
 
     def split(self, row: Tensor, padding: float | None = None) -> tuple[Tensor, Tensor]:
         """Split a row (T · H, …) into prompts (N · H · P, …) and completions (B · H · C, …)."""
         return self.prompts.gather(row, padding), self.completions.gather(row, padding)
 
     def join(self, prompts: Tensor, completions: Tensor, filler: float = 0) -> Tensor:
-        """Join prompts (N · H · P, …) and completions (B · H · C, …) to a row (T · H, …)."""
+        """Join prompts (N · H · P, …) and completions (B · H · C, …) into a row (T · H, …)."""
         first_completion = self.filler + len(self.prompts.real)
         row = prompts.new_empty(first_completion + len(self.completions.real), *prompts.shape[1:])
         row[: self.filler] = filler
@@ -65,25 +66,26 @@ class Layout:
 
         [common beginning S][filler][prompts without their last token][last token of each prompt][completion tokens]
 
-    So the tokens whose logits are needed are at the end. Lengths and indices are those of the row without the common
-    beginning. In the split form, the rest of the prompts (N, P) and the completions (B, C) are padded on the right.
+    So the tokens whose logits are needed are at the end. Lengths and indices do not count the common beginning. When
+    a row is split, prompts without the common beginning (N, P) and completions (B, C) are padded on the right.
 
-    Only a row with a common beginning has filler, at most 1/16 of its tokens. With filler, rows have few different
-    lengths, so a device's allocator can use memory again and fewer kernels are made. A filler token attends to the
+    Only a row with a common beginning has filler, at most 1/16 of its tokens. With filler, few different row lengths
+    occur, so a device's allocator can reuse memory and fewer kernels are made. A filler token attends to the
     common beginning alone, and no token attends to it.
     """
 
-    prompt_lengths: Tensor  # (N,) int64, from 1
-    completion_lengths: Tensor  # (B,) int64, from 0
-    prompt_index: Tensor  # (N, P) int64, index in the row; any index for padding
-    completion_index: Tensor  # (B, C) int64, index in the row; any index for padding
+    prompt_lengths: Tensor  # (N,) int64, at least 1
+    completion_lengths: Tensor  # (B,) int64, at least 0
+    prompt_index: Tensor  # (N, P) int64, where each token is in the row; an arbitrary index for padding
+    completion_index: Tensor  # (B, C) int64, where each token is in the row; an arbitrary index for padding
     common_prefix: int = 0  # S; every prompt has at least one more token
     filler: int = 0
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what all layers of a model need
+    # Index maps, masks and biases, computed once and used by every layer of a model.
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, prompt_lengths: Tensor, completion_lengths: Tensor, common_prefix: int = 0) -> "Layout":
-        """Make the layout of whole prompts (N,) and completions (B,), group-major, of these lengths."""
+        """Make the layout from the lengths of whole prompts (N,) and completions (B,), group-major."""
         prompt_lengths = prompt_lengths - common_prefix
         p, c = prompt_lengths[:, None], completion_lengths[:, None]
         filler = _filler(common_prefix + int(p.sum() + c.sum())) if common_prefix else 0
@@ -96,7 +98,7 @@ class Layout:
         return cls(prompt_lengths, completion_lengths, prompts, completions, common_prefix, filler)
 
     def maps(self, heads: int) -> IndexMaps:
-        """Return the indices of the vectors of `heads` heads."""
+        """Return the index maps of a row in which each token has `heads` vectors."""
         if ("maps", heads) not in self._cache:
             prompts = VectorIndex.of(self.prompt_index, self.prompt_lengths, heads)
             completions = VectorIndex.of(self.completion_index, self.completion_lengths, heads)
@@ -104,9 +106,9 @@ class Layout:
         return self._cache["maps", heads]
 
     def beginning_bias(self, window: int | None, repeats: int) -> Tensor | None:
-        """Return what to add to the attention scores of the common beginning, (1, R · T, S), R = `repeats`.
+        """Return the bias of the attention scores to the common beginning, (1, R · T, S) with R = `repeats`.
 
-        Without a sliding window it is None: all T tokens after the beginning see all of it.
+        Return None without a sliding window: all T tokens after the beginning see the whole beginning.
         """
         if window is None:
             return None
@@ -123,7 +125,8 @@ class Layout:
     def masks(self, window: int | None) -> tuple[Tensor, Tensor]:
         """Return the attention masks of prompts (1, 1, P, P) and of completions (B, 1, C, P + C), bool.
 
-        Padding follows all real tokens, so the masks need to hide it only between a prompt and its completions.
+        Queries see no later tokens, so they see no padding at the end. Only a prompt's padding, which comes before
+        its completions, is masked.
         """
         if ("masks", window) not in self._cache:
             lengths = self.prompt_lengths.repeat_interleave(self.num_generations)[:, None, None]  # (B, 1, 1)
@@ -137,7 +140,7 @@ class Layout:
         return self._cache["masks", window]
 
     def biases(self, window: int | None, heads: int, key_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return both masks as numbers to add to scores, (1, R · P, P) and (B · K, R · C, P + C), R = H / K."""
+        """Return both masks as biases of scores, (1, R · P, P) and (B · K, R · C, P + C) with R = H / K."""
         name = ("biases", window, heads, key_heads, dtype)
         if name not in self._cache:
             prompt_mask, completion_mask = self.masks(window)
@@ -148,7 +151,10 @@ class Layout:
         return self._cache[name]
 
     def after_prompts(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """Join keys or values of prompts (N · K, P, d) and completions (B · K, C, d) to (B · K, P + C, d)."""
+        """Put the keys or values of each prompt (N · K, P, d) before those of its completions (B · K, C, d).
+
+        The result is (B · K, P + C, d).
+        """
         n, g = len(self.prompt_lengths), self.num_generations
         repeated = prompts.unflatten(0, (n, 1, -1)).expand(-1, g, -1, -1, -1)  # (N, G, K, P, d)
         return torch.cat([repeated, completions.unflatten(0, (n, g, -1))], 3).flatten(0, 2)
@@ -160,24 +166,24 @@ class Layout:
 
 
 def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what to add to attention scores, in the shape of `seen`: 0 for a seen key, else the least finite number.
+    """Return the bias of attention scores, in the shape of `seen`: 0 for a seen key, else the lowest finite number.
 
-    It is finite so that the attention of a query that sees no key, such as padding, is not NaN.
+    With -inf instead, the attention of a query that sees no key, such as padding, would be NaN.
     """
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def causal(i: Tensor, reach: float) -> Tensor:
-    """Return which of the positions `i` (L,) each sees, (L, L) bool: itself and the `reach` - 1 before it."""
+    """Return which positions `i` (L,) see which, (L, L) bool: each sees itself and the `reach` - 1 before it."""
     return (i[:, None] >= i) & (i[:, None] - i < reach)
 
 
 def _columns(lengths: Tensor, common_prefix: int) -> Tensor:
-    """Return the column numbers of the split form of sequences of these lengths, at least one column."""
+    """Return the column numbers that sequences with these lengths are padded to, at least one column."""
     multiple = COLUMN_MULTIPLE if common_prefix else 1
     return torch.arange(-(-max(1, int(lengths.max())) // multiple) * multiple, device=lengths.device)
 
 
 def _filler(total: int) -> int:
-    """Return how many tokens fill up a row of `total`, to a multiple of a power of two, 1/32 to 1/16 of the row."""
+    """Return how many tokens fill a row of `total` up to a multiple of a power of 2, which is 1/32 to 1/16 of it."""
     return -total % max(1, 2 ** (total.bit_length() - 5))

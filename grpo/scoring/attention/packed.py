@@ -1,9 +1,10 @@
 """Attention over a packed row: the real tokens of N prompts and of their B = N · G completions, without padding.
 
 The linear layers of a model see each token of the row once. Only attention has to know which tokens belong together:
-`packed_attention`, registered with transformers as "shared_prefix", takes the row apart by its `Layout`, lets prompts
-attend to themselves and completions to their prompt and themselves, and joins the results. With a common beginning,
-`tree.py` does so. Without a layout it is transformers' own attention ("sdpa"), so a model keeps it while it samples.
+`packed_attention`, registered with transformers as "shared_prefix", splits the row by its `Layout`, lets prompts
+attend to themselves and completions to their prompt and themselves, and joins the results. For a row with a common
+beginning, `tree.py` does this. Without a layout, `packed_attention` calls transformers' own attention ("sdpa"), so it
+need not be disabled for sampling.
 """
 
 from typing import Any
@@ -20,17 +21,17 @@ from grpo.scoring.attention.layout import IndexMaps, Layout, causal
 from grpo.scoring.attention.tree import Tree, TreeAttention
 
 NAME = "shared_prefix"
-SCORES = 2**21  # attention scores of a layer that may be in memory, 8 MiB in float32
-IGNORED_ARGUMENTS = {"position_ids", "cache_position", "use_cache"}  # attention does not depend on them
+SCORES = 2**21  # the most attention scores of a layer to hold in memory, 8 MiB in float32
+IGNORED_ARGUMENTS = {"position_ids", "cache_position", "use_cache"}  # attention does not depend on these
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 Vectors = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
 
 
 class _Unpack(torch.autograd.Function):
-    """Split the vectors of a row (1, H, T, d) into prompts (N · H · P, d) and completions (B · H · C, d).
+    """Split the vectors of a packed row (1, H, T, d) into prompts (N · H · P, d) and completions (B · H · C, d).
 
-    Padding gets arbitrary vectors, since nothing attends to it. The gradient is gathered too: indexing would sum it
-    slowly and in no fixed order.
+    Padding gets arbitrary vectors, because no token attends to it. The backward pass gathers the gradient by index
+    too, because autograd's backward pass of indexing would sum it slowly and in no fixed order.
     """
 
     @staticmethod
@@ -48,7 +49,7 @@ class _Unpack(torch.autograd.Function):
 
 
 class _Pack(torch.autograd.Function):
-    """Join prompts (N · H · P, d) and completions (B · H · C, d) to a row (T · H, d)."""
+    """Join the vectors of prompts (N · H · P, d) and completions (B · H · C, d) into one packed row (T · H, d)."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, prompts: Tensor, completions: Tensor, maps: IndexMaps) -> Tensor:
@@ -58,7 +59,7 @@ class _Pack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_row: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *ctx.maps.split(grad_row, padding=0), None  # the results of padding are not used
+        return *ctx.maps.split(grad_row, padding=0), None  # padding is not part of the row, so its gradient is 0
 
 
 def packed_attention(
@@ -74,11 +75,11 @@ def packed_attention(
     common_prefix: CommonPrefix | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over a packed row: query (1, H, T, d), key and value (1, K, T, d) to (1, T, H, d).
+    """Return the attention (1, T, H, d) over a packed row: query (1, H, T, d), key and value (1, K, T, d).
 
-    Models pass on `layout` to score a packed row, or `common_prefix` to decode; `attention_mask` is then added to the
-    scores of each row's tokens after the prefix. Raises ValueError if the model wants something that this attention
-    does not have, such as a softcap.
+    The model passes on `layout` when a packed row is scored. When rows are decoded after a common prefix, it passes
+    on `common_prefix`, and `attention_mask` is added to the scores of the tokens after the prefix. Raises ValueError
+    if the model asks for something that this attention does not have, such as a softcap.
     """
     if layout is None and common_prefix is None:
         more |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
@@ -86,7 +87,7 @@ def packed_attention(
     given = {name for name, argument in more.items() if argument is not None and argument is not False}
     unknown = given - IGNORED_ARGUMENTS
     if unknown or dropout or not getattr(module, "is_causal", True):
-        raise ValueError(f"no shared prefix with {', '.join(sorted(unknown)) or 'such attention'}")
+        raise ValueError(f"packed rows do not work with {', '.join(sorted(unknown)) or 'this kind of attention'}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if common_prefix is not None:
         return common_prefix.attend(module.layer_idx, query, key, value, attention_mask, scaling), None
@@ -95,7 +96,7 @@ def packed_attention(
 
 
 def _attend_tree(module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None) -> Tensor:
-    """Attend over a row with a common beginning: (1, T, H, d)."""
+    """Return the attention (1, T, H, d) over a row with a common beginning."""
     common = layout.common_prefix
     beginning = [x[:, :, :common] for x in row]
     mask = None if window is None else causal(torch.arange(common, device=row[0].device), window)
@@ -106,7 +107,7 @@ def _attend_tree(module: nn.Module, row: Vectors, layout: Layout, scaling: float
 
 
 def _attend_branches(module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None) -> Tensor:
-    """Attend over a row without a common beginning: (1, T, H, d)."""
+    """Return the attention (1, T, H, d) over a row without a common beginning."""
     query, key, value = row
     heads, key_heads = query.shape[1], key.shape[1]
     (n, p), (b, c) = layout.prompt_index.shape, layout.completion_index.shape
@@ -133,17 +134,18 @@ def _attend_branches(module: nn.Module, row: Vectors, layout: Layout, scaling: f
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """Attend with scores in memory: q (M · H, L, d), k and v (M · K, S, d), bias (M · K or 1, R · L, S).
+    """Return the attention of q (M · H, L, d) to k and v (M · K, S, d), with all scores in memory.
 
-    On a CPU this is faster than torch's fused attention for small tensors.
+    `bias` (M · K or 1, R · L, S) is added to the scores. For small tensors on a CPU, this is faster than torch's
+    fused attention.
     """
-    q = q.reshape(-1, bias.shape[1], q.shape[-1])  # (M · K, R · L, d): the R heads of a key are rows of one matrix
+    q = q.reshape(-1, bias.shape[1], q.shape[-1])  # (M · K, R · L, d): the R query heads of a key head
     weights = torch.baddbmm(bias, q * scaling, k.transpose(1, 2)).softmax(-1)
     return weights @ v
 
 
 def _torch_attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attend by torch's fused attention, called through transformers, which knows what each device supports."""
+    """Call torch's fused attention through transformers, which knows what each device supports; (M, H, L, d)."""
     out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling)  # (M, L, H, d)
     return out.transpose(1, 2)
 
@@ -153,15 +155,15 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def enable(model: PreTrainedModel) -> None:
-    """Make a model use `packed_attention`. Raises ValueError if its attention or a layer is of another kind."""
+    """Make a model use `packed_attention`. Raises ValueError if its attention or layers are not supported."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
-        raise ValueError(f"no shared prefix with {model.config._attn_implementation} attention")
+        raise ValueError(f"packed rows do not work with {model.config._attn_implementation} attention")
     # Other layers (chunks, convolutions, state spaces) mix tokens by rules that a packed row does not follow.
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - SUPPORTED_LAYERS
     if kinds:
-        raise ValueError(f"no shared prefix with layers of {', '.join(sorted(kinds))}")
+        raise ValueError(f"packed rows do not work with layers of type {', '.join(sorted(kinds))}")
 
 
 def disable(model: PreTrainedModel) -> None:

@@ -1,8 +1,8 @@
-"""Attention to one part of the keys that a query sees, its gradients, and how two parts are joined.
+"""Attention to a part of the keys that a query sees, the gradients of this attention, and how two parts are joined.
 
-Attention to several sets of keys is the mean of the attention to each, weighted by the sums that their softmaxes
-divide by. Given the joint result and sums, each part computes its gradients alone. The backward pass computes scores
-again. Products are in the precision of the vectors, everything else is in float32.
+Attention to several sets of keys is the mean of the attention to each set. The weight of a set is the sum that its
+softmax divides by. From the joint result and the joint sums, the gradients of each part are computed separately. The
+backward pass computes the scores again. Products are in the precision of the vectors, everything else is in float32.
 """
 
 from collections.abc import Iterator
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold_
 
-SCORES = 2**21  # scores in memory at a time, 8 MiB in float32
-LOWEST_EXPONENT = -80.0  # where many results underflow, a CPU takes 10 to 30 times as long
-# Torch's own attention on a CPU is faster than scores in memory. It returns the sums of the softmax, and its backward
-# pass accepts joint sums. With a bias that pass is slower, so it is not used then (README.md has the times).
+SCORES = 2**21  # the most attention scores to hold in memory at a time, 8 MiB in float32
+# Lower exponents are raised to this, because a CPU takes 10 to 30 times as long for results that underflow.
+LOWEST_EXPONENT = -80.0
+# Torch's own attention on a CPU is faster than holding the scores in memory. It returns the logarithms of the softmax
+# sums, and its backward pass accepts joint ones. With a bias, its backward pass is slower and not used (see
+# README.md).
 FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 FUSED_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 FUSED_TYPES = (torch.bfloat16, torch.float32) if FUSED and FUSED_BACKWARD else ()
@@ -24,18 +26,18 @@ FUSED_TYPES = (torch.bfloat16, torch.float32) if FUSED and FUSED_BACKWARD else (
 
 @dataclass(frozen=True)
 class PartialAttention:
-    """Attention of queries (M, L, d) to a part of the keys that they see, (M, T, d), with their values (M, T, d)."""
+    """Attention of queries (M, L, d) to a part of the keys that they see, (M, T, d), and the values of these keys."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    bias: Tensor | None  # (M or 1, L, T), from `as_bias`, added to the scores
+    bias: Tensor | None  # (M or 1, L, T), made by `as_bias`, added to the scores
     scaling: float
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """Return attention (M, L, d) and the logarithms (M, L) of the sums that its softmax divides by.
+        """Return the attention (M, L, d) and the logarithms (M, L) of the sums that its softmax divides by.
 
-        If a query sees none of the keys, its logarithm is so low that the query's attention has no part in a join.
+        If a query sees none of the keys, its logarithm is so low that `joined` gives this attention a weight of 0.
         """
         if self._is_fused():
             mask = None if self.bias is None else self.bias.to(self.query.dtype)[None]
@@ -50,7 +52,7 @@ class PartialAttention:
         return out, sums
 
     def gradients(self, grad_out: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what this part contributes to the gradients of query, key and value.
+        """Return the gradients of query, key and value that come from this part of the keys.
 
         `out` (M, L, d) is the joint result and `grad_out` its gradient, both contiguous. `sums` (M, L) are the
         logarithms of the joint sums; a query whose `sums` are inf gets no gradient.
@@ -73,7 +75,7 @@ class PartialAttention:
         return grad_query, grad_key, grad_value
 
     def _is_fused(self) -> bool:
-        """Return whether torch's own attention on a CPU can compute this."""
+        """Return whether torch's own attention on a CPU supports these vectors."""
         same_size = self.query.shape[-1] == self.value.shape[-1]
         return self.query.device.type == "cpu" and same_size and self.query.dtype in FUSED_TYPES
 
@@ -90,17 +92,17 @@ class PartialAttention:
 
 
 def joined(out: Tensor, sums: Tensor, other: Tensor, other_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Join the attention (…, d) and sums (…) of two parts; both sums are logarithms, as `run` returns them."""
-    share = torch.sigmoid(other_sums - sums)[..., None]  # of the other part in the joint softmax
+    """Join the attention (…, d) of two parts and the logarithms of their sums (…), as `run` returns them."""
+    share = torch.sigmoid(other_sums - sums)[..., None]  # the weight of the other part in the joint softmax
     return torch.lerp(out, other, share.to(out.dtype)), torch.logaddexp(sums, other_sums)
 
 
 def _weights(scores: Tensor, sums: Tensor) -> Tensor:
-    """Return exp(scores - sums), in the memory of the scores; 0 where the result is less than 4e-35."""
+    """Overwrite the scores with exp(scores - sums) and return them; results below 4e-35 become 0."""
     weights = scores.sub_(sums[..., None]).clamp_(min=LOWEST_EXPONENT).exp_()
     return threshold_(weights, 2 * exp(LOWEST_EXPONENT), 0.0)
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """Return the type that scores and sums have: float32, or float64 for such vectors."""
+    """Return the type of scores and sums: float64 for vectors in float64, else float32."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""Attention of the tokens after a common beginning: each attends to the beginning and to its prompt or completion.
+"""Attention of the tokens after a common beginning.
 
-All tokens after the beginning attend to it in one product of matrices, prompts to themselves, completions to their
-prompt and themselves. One autograd function joins these three parts exactly (`partial.py`).
+It has three parts: all tokens attend to the beginning, in one matrix product; prompts attend to themselves;
+completions attend to their prompt and themselves. One autograd function joins the three parts exactly (`partial.py`).
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from grpo.scoring.attention.partial import PartialAttention, joined
 
 @dataclass(frozen=True)
 class Tree:
-    """How T tokens after a common beginning attend. Queries are (H, T, d), keys and values (K, T, d), R = H / K.
+    """Attention of T tokens after a common beginning. Queries are (H, T, d), keys and values (K, T, d), R = H / K.
 
-    `first_key` and `first_value` (K, S, d) are those of the beginning.
+    `first_key` and `first_value` (K, S, d) are the keys and values of the beginning.
     """
 
     layout: Layout
@@ -28,7 +28,7 @@ class Tree:
     def parts(
         self, query: Tensor, key: Tensor, value: Tensor, first_key: Tensor, first_value: Tensor
     ) -> tuple[PartialAttention, ...]:
-        """Return attention of all tokens to the beginning, of prompts to themselves, of completions to both."""
+        """Return the parts: all tokens to the beginning, prompts to themselves, completions to both."""
         heads, key_heads = len(query), len(key)
         prompt_query, completion_query = self.split(query.transpose(0, 1), key_heads)
         prompt_key, completion_key = self.split(key.transpose(0, 1), key_heads)
@@ -37,7 +37,7 @@ class Tree:
         all_values = self.layout.after_prompts(prompt_value, completion_value)
         beginning_bias = self.layout.beginning_bias(self.window, heads // key_heads)
         prompt_bias, completion_bias = self.layout.biases(self.window, heads, key_heads, query.dtype)
-        rows = query.reshape(key_heads, -1, query.shape[-1])  # the R heads of a key are rows of one matrix
+        rows = query.reshape(key_heads, -1, query.shape[-1])  # the R query heads of a key head are rows of one matrix
         return (
             PartialAttention(rows, first_key, first_value, beginning_bias, self.scaling),
             PartialAttention(prompt_query, prompt_key, prompt_value, prompt_bias, self.scaling),
@@ -45,13 +45,13 @@ class Tree:
         )
 
     def split(self, row: Tensor, key_heads: int, padding: float | None = None) -> tuple[Tensor, Tensor]:
-        """Split values of tokens and heads, (T, H, …), into (N · K, R · P, …) and (B · K, R · C, …)."""
+        """Split (T, H, …), a value per token and head, into (N · K, R · P, …) and (B · K, R · C, …)."""
         prompts, completions = self.layout.maps(row.shape[1]).split(row.flatten(0, 1), padding)
         n, b = len(self.layout.prompt_lengths), len(self.layout.completion_lengths)
         return prompts.view(n * key_heads, -1, *row.shape[2:]), completions.view(b * key_heads, -1, *row.shape[2:])
 
     def join(self, prompts: Tensor, completions: Tensor, heads: int, filler: float = 0) -> Tensor:
-        """Join what `split` returns to (T, H, …)."""
+        """Undo `split`: join prompts and completions into (T, H, …)."""
         size = prompts.shape[2:]
         row = self.layout.maps(heads).join(prompts.reshape(-1, *size), completions.reshape(-1, *size), filler)
         return row.view(-1, heads, *size)
@@ -59,7 +59,8 @@ class Tree:
     def grad_row(self, grad_prompts: Tensor, grad_all: Tensor, key_heads: int) -> Tensor:
         """Return the gradient (K, T, d) of keys or values.
 
-        `grad_prompts` (N · K, P, d) is what the prompts contribute, `grad_all` (B · K, P + C, d) the completions.
+        `grad_prompts` (N · K, P, d) comes from the queries of prompts, `grad_all` (B · K, P + C, d) from those of
+        completions.
         """
         n, g = len(self.layout.prompt_lengths), self.layout.num_generations
         by_group = grad_all.unflatten(0, (n, g, -1))  # (N, G, K, P + C, d)
