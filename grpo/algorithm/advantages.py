@@ -1,14 +1,14 @@
-"""Rewards to advantages: pure functions, in float64, because rewards of 1e8 and 1e8 + 1 are equal in float32."""
+"""Turn rewards into advantages: pure functions, in float64, because in float32 1e8 and 1e8 + 1 are equal."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-STD_FLOOR = 1e-4
+STD_FLOOR = 1e-4  # added to standard deviations, so that the divisor is never 0
 
-# Each returns the divisor of the deviations from the group's mean, (N, 1) or (1, 1), from the rewards (N, G) and a
-# mask of the rewards that apply (N, G).
+# Each function returns what to divide the deviations from the group's mean by, (N, 1) or (1, 1). Its arguments are
+# the rewards (N, G) and a mask (N, G) of the completions that have a reward.
 SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "group": lambda groups, applies: _std(groups, applies, 1) + STD_FLOOR,
     "batch": lambda groups, applies: _std(groups, applies, None) + STD_FLOOR,  # REINFORCE++, arXiv:2501.03262
@@ -17,14 +17,14 @@ SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def group_advantages(rewards: Tensor, num_generations: int, scale: str = "group") -> Tensor:
-    """Return group-relative advantages, (B,) float32, of `rewards` (B,), group-major.
+    """Return the group-relative advantages, (B,) float32, of group-major `rewards` (B,).
 
     (r − mean) / (std + 1e-4) within each group of G, std with G − 1: DeepSeekMath, arXiv:2402.03300, section 4.1.2.
     With `scale` "batch" the std is taken over all B rewards; with "none" nothing is divided.
 
-    A tied group, whose rewards are all equal, gets exactly 0: in floating point the mean of eight rewards of 0.2 is
-    off by one unit in the last place, and a division by 1e-4 would turn that error into a signal. NaN stands for a
-    completion that no reward applies to: it is left out of mean and std, and its advantage is 0.
+    A tied group, whose rewards are all equal, gets exactly 0. In floating point, the mean of eight rewards of 0.2 is
+    off by one unit in the last place, and a division by 1e-4 would turn this error into a signal. A completion that
+    no reward applies to has the reward NaN: it is left out of mean and std, and its advantage is 0.
 
     Raises ValueError for G below 2, where the std is not defined.
     """
@@ -37,10 +37,10 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str = "group"
 
 
 def decoupled_advantages(parts: Tensor, weights: Tensor, num_generations: int, scale: str = "group") -> Tensor:
-    """Return advantages, (B,) float32, of K rewards that are compared within the group one by one.
+    """Return advantages, (B,) float32, for K rewards, each compared separately within its group.
 
-    `parts` (B, K) are the rewards times their `weights` (K,). Each reward without its weight gives a group-relative
-    advantage. The sum of these advantages times the weights is divided by its standard deviation over the batch:
+    `parts` (B, K) are the rewards times their `weights` (K,). Group-relative advantages are computed for each reward
+    without its weight, and added up with the weights. The sum is divided by its standard deviation over the batch:
     GDPO, arXiv:2601.05242, as in TRL. So completions with equal totals but different parts get different advantages.
     """
     total = torch.zeros(len(parts), dtype=torch.float64)
@@ -51,7 +51,7 @@ def decoupled_advantages(parts: Tensor, weights: Tensor, num_generations: int, s
 
 
 def tied_groups(groups: Tensor) -> Tensor:
-    """Return which groups (N, G) have equal rewards, (N,) bool; a NaN, where no reward applies, is left out."""
+    """Return which groups (N, G) have equal rewards, (N,) bool; NaN, for no reward, is left out."""
     return groups.nan_to_num(nan=-torch.inf).amax(1) <= groups.nan_to_num(nan=torch.inf).amin(1)
 
 

@@ -1,8 +1,8 @@
 """One step of GRPO, as in the algorithm box of the paper (DeepSeekMath, arXiv:2402.03300, algorithm 1).
 
-`GRPO.step` samples a group of completions for each prompt, scores them, compares each with its group, and takes a few
-clipped updates against the policy that sampled, with a KL penalty against the frozen reference. `grpo/plain.py` takes
-the same step without a shortcut.
+`GRPO.step` samples a group of completions for each prompt, scores them, and compares each with its group. Then it
+takes a few updates, with a clipped ratio to the policy that sampled and a KL penalty against the frozen reference.
+`grpo/plain.py` takes the same step without shortcuts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,18 +32,18 @@ from tasks.rewards.scoring import RewardFunction, rewards_of
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What happened in a step: what it sampled, trained on and measured."""
+    """What a step sampled, what it trained on, and what its updates measured."""
 
     step: int
     settings: StepSettings
-    drawn: Rollout  # all groups that were sampled
+    drawn: Rollout  # all groups that were sampled, those that were redrawn too
     rollout: Rollout  # the groups that were trained on, with their advantages
     batch: Batch  # this rank's rows of `rollout`, with the log-probabilities of policy and reference
     updates: Sequence[UpdateStats]  # one for each inner update
 
 
 class GRPO:
-    """A policy with its reference and optimizer, and everything else that a step changes."""
+    """A policy with its reference, its optimizer, and everything else that a step changes."""
 
     def __init__(
         self,
@@ -56,11 +56,11 @@ class GRPO:
     ) -> None:
         """Make reference, sampler and optimizer.
 
-        `rewards` are by default the rewards of the settings. `device` is where a sharded model is put.
+        Without `rewards`, those of the settings are used. A sharded model is moved to `device`.
         """
         self.config, self.policy, self.ranks = config, lm.model, ranks
         self.clock = Stopwatch()  # seconds of each phase of a step
-        needs_copy = config.beta > 0 and not has_adapter(lm.model)  # with an adapter, the policy without it serves
+        needs_copy = config.beta > 0 and not has_adapter(lm.model)  # else the policy without adapter serves
         frozen = frozen_copy(lm.model) if needs_copy else None
         if config.shard:
             for model in filter(None, (lm.model, frozen)):
@@ -68,7 +68,7 @@ class GRPO:
         self.schedule = Schedule(config)
         g = max(self.schedule.at(step).num_generations for step in (1, config.num_iterations))  # the largest group
         prompts = min(config.micro_batch_size or config.batch_size, config.batch_size)
-        # The processes of a sharded model make every pass together, so one alone cannot take smaller passes.
+        # The processes of a sharded model run every pass together, so a single process cannot halve its passes.
         self.sample_microbatch = AdaptiveMicrobatch("sampling", config.batch_size * g, g, config.shard)
         self.update_microbatch = AdaptiveMicrobatch("the update", prompts * g, g, config.shard)
         self.scorer, self.decoder = probe(lm, task, config.cuda_graphs, ranks)
@@ -107,9 +107,9 @@ class GRPO:
         return StepOutcome(step, settings, drawn, rollout, batch, updates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what later steps depend on: tensors by name, and numbers; a reference only if it changes in a run.
+        """Return the tensors and numbers that later steps depend on. The reference is included only if it can change.
 
-        All ranks must call this, to put a sharded model together; only rank 0 gets tensors.
+        All ranks must call this, because a sharded model is put together. Only rank 0 gets tensors.
         """
         changes = self.reference.frozen is not None and (self.config.ref_model_sync_steps or self.config.sft_steps)
         return {
@@ -121,11 +121,11 @@ class GRPO:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], keep_limits: bool) -> None:
-        """Restore what `state_dict` returned; the numbers of rows in a pass only with `keep_limits`.
+        """Restore what `state_dict` returned. With `keep_limits`, restore the numbers of rows in a pass too.
 
         Raises ValueError if the state does not fit this model.
         """
-        limits = state.get("limits")  # the first version saved none
+        limits = state.get("limits")  # None in checkpoints of the first version
         check_entries(
             {
                 "beta": is_number(state.get("beta", 0.0)),
@@ -149,23 +149,23 @@ def check_tensor_shapes(state: Mapping[str, Any], parameters: Mapping[str, Tenso
     """Raise ValueError if the tensors of a state do not fit a model with these parameters."""
     shapes = {name: p.shape for name, p in parameters.items()}
     weight_dtypes = {p.dtype for p in parameters.values()}
-    reference_dtypes = {*weight_dtypes, torch.bfloat16}  # a reference is held in the precision of passes
+    reference_dtypes = {*weight_dtypes, torch.bfloat16}  # a reference may be held in bfloat16
     _check_weights("weights", state["policy"], shapes, weight_dtypes)
     if state["reference"] is not None:
         _check_weights("reference", state["reference"], shapes, reference_dtypes)
     optimizer = {key: tensor.shape for key, tensor in state["optimizer"].items()}
     expected = {}
     for index, shape in enumerate(shapes.values()):
-        if f"{index}.step" in optimizer:  # a parameter without a gradient has no moments
+        if f"{index}.step" in optimizer:  # parameters that had no gradient have no moments
             expected |= {f"{index}.step": torch.Size(), f"{index}.exp_avg": shape, f"{index}.exp_avg_sq": shape}
     if optimizer != expected:
-        raise ValueError("its optimizer state cannot be of this model")
+        raise ValueError("its optimizer state cannot belong to this model")
 
 
 def _check_weights(
     kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], dtypes: set[torch.dtype]
 ) -> None:
-    """Raise ValueError unless `tensors` have these shapes, and all the same one of these data types."""
+    """Raise ValueError unless `tensors` have these shapes, by name, and all have the same data type, one of these."""
     present = {tensor.dtype for tensor in tensors.values()}
     if len(present) > 1 or not present <= dtypes or {name: x.shape for name, x in tensors.items()} != shapes:
-        raise ValueError(f"its {kind} cannot be of this model")
+        raise ValueError(f"its {kind} cannot belong to this model")

@@ -4,9 +4,10 @@ Per token (DeepSeekMath, arXiv:2402.03300, equation 3; Schulman's k3 from equati
 
     objective = min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) − β · KL
 
-averaged over a completion's tokens, then over the completions; the loss is its negative. The published variants are
-settings: each is a function here and a choice in `grpo/config.py`. All arguments are (B, C) float32 unless said
-otherwise, all results finite wherever the inputs are. A `mask` (B, C) is True for the tokens that count.
+The objective is averaged over a completion's tokens, then over the completions. The loss is its negative. The
+published variants are settings: each is a function here and a choice in `grpo/config.py`. All arguments are (B, C)
+float32 unless stated otherwise. Results are finite if the arguments are. A `mask` (B, C) is True for the tokens that
+count.
 """
 
 from collections.abc import Callable
@@ -17,34 +18,34 @@ from torch import Tensor
 
 from grpo.config import TrainConfig
 
-MAX_LOG_RATIO = 20.0  # nats; exp(20) = 5e8 is finite, and far beyond what any run survives
+MAX_LOG_RATIO = 20.0  # nats; exp(20) = 5e8 is finite, and no useful run comes near it
 
 
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Return Schulman's k3 for each token: exp(Δ) − Δ − 1 with Δ = ref_logprobs − logprobs; nats, never negative.
 
-    On samples from the policy its mean is KL(policy ‖ reference) (http://joschu.net/blog/kl-approx.html). As a loss,
-    its expected gradient on the first pass is the gradient of KL(reference ‖ policy). With the opposite sign of Δ it
-    would estimate χ² − KL, whose gradient has no bound.
+    The expected value of k3, on samples from the policy, is KL(policy ‖ reference)
+    (http://joschu.net/blog/kl-approx.html). Its expected gradient, in the first inner update, is the gradient of
+    KL(reference ‖ policy). With the opposite sign of Δ it would estimate χ² − KL, whose gradient is unbounded.
 
-    Δ is clamped from above, before the exponential: a clamp after it would give 0 · inf = NaN in the gradient.
-    It is not clamped from below, where the linear term pulls back a token that has become 20 nats more likely.
+    Δ is clamped from above before the exponential, because a clamp after it would give 0 · inf = NaN in the gradient.
+    It is not clamped from below, because there the linear term pulls back a token that has become too likely.
     """
     delta = (ref_logprobs - logprobs).clamp(max=MAX_LOG_RATIO)
     return delta.exp() - delta - 1
 
 
 def corrected_kl(kl: Tensor, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """Return k3 times the ratio to the policy that sampled, with the gradient of both factors.
+    """Return k3 times the ratio to the policy that sampled; gradients flow through both factors.
 
-    Its gradient is an unbiased estimate of the gradient of KL(policy ‖ reference), whichever policy sampled:
-    DeepSeek-V3.2, arXiv:2512.02556, section 3.1, equation 7. On the first pass, where the ratio is 1, the gradient of
-    a token is −Δ.
+    The gradient is an unbiased estimate of the gradient of KL(policy ‖ reference), whichever policy sampled:
+    DeepSeek-V3.2, arXiv:2512.02556, section 3.1, equation 7. In the first inner update, where the ratio is 1, the
+    gradient with respect to a token's log-probability is −Δ.
     """
     return kl * _exp(logprobs - old_logprobs)
 
 
-# Each returns the KL term of the loss from k3, logprobs and old_logprobs.
+# Each function returns the KL term of the loss. Its arguments are k3, logprobs and old_logprobs.
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "k3": lambda kl, logprobs, old_logprobs: kl,
     "k3-corrected": corrected_kl,
@@ -52,14 +53,14 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Return exp(logprobs − old_logprobs) of the policy and the policy that sampled; exactly 1 where they agree."""
+    """Return exp(logprobs − old_logprobs), the ratio to the policy that sampled; exactly 1 where both are equal."""
     return _exp(logprobs - old_logprobs)
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Return the geometric mean of the token ratios of each completion, repeated in every column, (B, C).
+    """Return the geometric mean of each completion's token ratios, the same in every column, (B, C).
 
-    exp of the mean of logprobs − old_logprobs over the completion: GSPO, arXiv:2507.18071, equation 7.
+    It is exp of the mean of logprobs − old_logprobs over the completion: GSPO, arXiv:2507.18071, equation 7.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).sum(-1, keepdim=True)  # (B, 1)
     mean = log_ratio / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -76,9 +77,9 @@ RATIOS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"token": token_
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float) -> Tensor:
     """Return min(ratio · A, clip(ratio, 1 − ε, 1 + ε_high) · A), to be maximised; `advantages` is (B,).
 
-    The minimum serves both signs of A: no gradient where the ratio has left the range in the direction of A, the full
-    gradient where it has left it in the other direction (PPO, arXiv:1707.06347, equation 7). A larger ε_high gives
-    unlikely tokens more room to grow (DAPO, arXiv:2503.14476, section 3.1).
+    A ratio outside the clip range has no gradient if it has moved in the direction of A, and the full gradient if it
+    has moved in the other direction (PPO, arXiv:1707.06347, equation 7). A larger ε_high lets unlikely tokens become
+    likely faster (DAPO, arXiv:2503.14476, section 3.1).
     """
     a = advantages.unsqueeze(-1)  # (B, 1)
     return torch.minimum(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon_high) * a)
@@ -87,8 +88,8 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, epsilon: float, epsilon
 def cispo_surrogate(logprobs: Tensor, ratio: Tensor, advantages: Tensor, epsilon_high: float) -> Tensor:
     """Return sg(min(ratio, 1 + ε_high)) · A · logprobs, to be maximised; `advantages` is (B,).
 
-    sg stops the gradient: the ratio is a weight, so every token has a gradient. CISPO, arXiv:2506.13585, section 3.1,
-    equations 4 and 5, without a lower bound, as in the experiments there.
+    sg stops the gradient, so the ratio only weights the gradient of logprobs, and every token has one. CISPO,
+    arXiv:2506.13585, section 3.1, equations 4 and 5; without a lower bound, as in the paper's experiments.
     """
     return ratio.clamp(max=1 + epsilon_high).detach() * advantages.unsqueeze(-1) * logprobs
 
@@ -96,11 +97,11 @@ def cispo_surrogate(logprobs: Tensor, ratio: Tensor, advantages: Tensor, epsilon
 def gmpo_surrogate(
     log_ratio: Tensor, advantages: Tensor, mask: Tensor, epsilon: float, epsilon_high: float
 ) -> tuple[Tensor, Tensor]:
-    """Return A times the geometric mean of a completion's clipped ratios, in every column, to be maximised.
+    """Return A times the geometric mean of each completion's clipped ratios, to be maximised, and the clipped tokens.
 
-    Also return which tokens are clipped, (B, C) bool. The logarithm of a ratio is clipped to at most ε_high where
-    A > 0 and to at least −ε elsewhere, so --epsilon 0.4 is the paper's range (e^−0.4, e^0.4): GMPO, arXiv:2507.20673,
-    equation 4 and algorithm 1.
+    The first result has the same value in every column of a row, the second is (B, C) bool. The logarithm of a ratio
+    is clipped to at most ε_high if A > 0, else to at least −ε. So --epsilon 0.4 is the paper's range (e^−0.4, e^0.4):
+    GMPO, arXiv:2507.20673, equation 4 and algorithm 1.
     """
     a = advantages.unsqueeze(-1)  # (B, 1)
     clipped = torch.where(a > 0, log_ratio.clamp(max=epsilon_high), log_ratio.clamp(min=-epsilon))
@@ -111,10 +112,10 @@ def gmpo_surrogate(
 
 @dataclass(frozen=True)
 class StepSizes:
-    """Denominators of a whole step, so that 1 micro-batch of B rows and B of 1 row give the same gradient."""
+    """Denominators of a whole step, with which micro-batches of any size add up to the same gradient."""
 
-    num_completions: int  # B, without completions that no reward applies to
-    num_tokens: int  # completion tokens that count
+    num_completions: int  # how many completions have a reward
+    num_tokens: int  # how many completion tokens count
     max_new_tokens: int
 
 
@@ -137,7 +138,7 @@ def _sums(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum(-1)  # (B,)
 
 
-# Each returns the part that these rows add to the step's average of `values` (B, C), a scalar.
+# Each function returns a scalar: what the rows of a micro-batch add to the step's average of `values` (B, C).
 AVERAGES: dict[str, Callable[[Tensor, Tensor, StepSizes], Tensor]] = {
     "completion": average_by_completion,
     "token": average_by_token,
@@ -147,12 +148,14 @@ AVERAGES: dict[str, Callable[[Tensor, Tensor, StepSizes], Tensor]] = {
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The loss of each token and the values to log, (B, C) each; only `loss` has a gradient."""
+    """The loss of each token, and values to log, (B, C) each; only `loss` has a gradient."""
 
-    loss: Tensor  # the negated objective, before it is averaged
+    loss: Tensor  # the negated objective, not yet averaged
     kl: Tensor
     ratio: Tensor
-    clipped: Tensor  # bool: the clipped term is the smaller one, so the token has no gradient (CISPO: a bounded one)
+    # bool: clipped, so no gradient from the surrogate, only from the KL term. CISPO: the ratio exceeds 1 + ε_high,
+    # and the gradient's weight is capped.
+    clipped: Tensor
 
 
 def grpo_loss(
@@ -166,7 +169,7 @@ def grpo_loss(
 ) -> TokenLoss:
     """Return the negated objective of each token; `beta` is the weight of the KL in this step.
 
-    `ref_logprobs` is None without a reference (β = 0); `advantages` is (B,), `completion_mask` (B, C) bool.
+    `ref_logprobs` is None if there is no reference (β = 0). `advantages` is (B,), `completion_mask` is (B, C) bool.
     """
     assert logprobs.shape == old_logprobs.shape == completion_mask.shape
     assert advantages.shape == logprobs.shape[:1]

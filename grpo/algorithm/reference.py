@@ -18,14 +18,14 @@ from grpo.scoring.tokens import Tokens
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a model that is never trained, in the precision of its passes."""
+    """Return a copy of a model in the precision of its passes, without gradients."""
     frozen = copy.deepcopy(model).requires_grad_(False)
     lower_weights(frozen)
     return frozen
 
 
 class Reference:
-    """A frozen copy of the policy, the policy with its adapter off, or none where beta is 0."""
+    """The reference: a frozen copy of the policy, the policy with its adapter off, or none if beta is 0."""
 
     def __init__(
         self,
@@ -36,12 +36,12 @@ class Reference:
         microbatch: AdaptiveMicrobatch,
         clock: Stopwatch,
     ) -> None:
-        """`frozen` is None where the policy has an adapter or beta is 0. The seconds go to `clock`."""
+        """Take a frozen copy, or None if the policy has an adapter or beta is 0. Time goes to `clock`."""
         self.policy, self.frozen, self.config = policy, frozen, config
         self.scorer, self.microbatch, self.clock = scorer, microbatch, clock
 
     def logprobs(self, tokens: Tokens) -> Tensor | None:
-        """Return the reference's log-probabilities of the completion tokens, (B, C); None where beta is 0."""
+        """Return the reference's log-probabilities of the completion tokens, (B, C); None if beta is 0."""
         with self.clock("reference"):
             if self.config.beta == 0:
                 return None
@@ -72,7 +72,7 @@ class Reference:
 def logprobs_in_passes(
     scorer: Scorer, model: PreTrainedModel, tokens: Tokens, temperature: float, rows_per_pass: int
 ) -> Tensor:
-    """Return a model's log-probabilities of the completion tokens, (B, C), without a gradient."""
+    """Return a model's log-probabilities of the completion tokens, (B, C), without gradients."""
     logprobs = torch.zeros(tokens.completion_ids.shape, device=tokens.completion_ids.device)
     for rows in split_microbatches(logprobs.shape[0], tokens.num_generations, rows_per_pass):
         with in_precision(model):

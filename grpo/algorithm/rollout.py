@@ -1,4 +1,4 @@
-"""The data of one step: problems, completions, rewards and advantages, sampled and kept together."""
+"""Sample the problems, completions, rewards and advantages of one step, and keep them together."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,17 +27,18 @@ from tasks.rewards.scoring import RewardFunction, score
 class Rollout:
     """N problems with G completions each, group-major: row i belongs to problem i // G; B = N · G."""
 
-    # from sampling
-    problems: Sequence[Problem]  # N
+    # Set by sampling:
+    problems: Sequence[Problem]  # length N
     tokens: Tokens  # ids and masks of prompts (N, P) and completions (B, C)
     sample_logprobs: Tensor  # (B, C) float32, as the sampler computed them
     truncated: Tensor  # (B,) bool: cut off by the token limit
-    completion_texts: Sequence[str]  # B
-    # from the reward functions
-    rewards: Sequence[Reward] = ()  # B
-    # (B, K) float64: the total reward (K = 1), or each part with --multi-objective-aggregation normalize_then_sum
+    completion_texts: Sequence[str]  # length B
+    # Set by scoring:
+    rewards: Sequence[Reward] = ()  # length B
+    # The rewards to compare, (B, K) float64: the total (K = 1), or each part with
+    # --multi-objective-aggregation normalize_then_sum.
     compared: Tensor = field(default_factory=lambda: torch.zeros(0))
-    # from the comparison of the groups that are trained on
+    # Set for the groups that are trained on:
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,) float32
 
     @property
@@ -58,12 +59,12 @@ class Rollout:
 
     @cached_property
     def correct(self) -> Tensor:
-        """Return which completions are right, by group, (N, G) bool."""
+        """Return which completions are correct, by group, (N, G) bool."""
         return torch.tensor([reward.correct for reward in self.rewards]).view_as(self.totals)
 
     @cached_property
     def tied(self) -> Tensor:
-        """Return which groups have equal rewards, (N,) bool: their advantages are 0, which gives no signal."""
+        """Return which groups have equal rewards, (N,) bool. Nothing is learned from them: their advantages are 0."""
         by_group = self.compared.view(len(self.problems), -1, self.compared.shape[1])  # (N, G, K)
         return torch.stack([tied_groups(column) for column in by_group.unbind(-1)]).all(0)
 
@@ -73,10 +74,10 @@ class Rollout:
         return self.tokens.completion_mask.sum(-1).cpu()
 
     def loss_tokens(self, config: TrainConfig) -> Tokens:
-        """Return the tokens that the loss is averaged over, the others masked.
+        """Return the tokens, with a mask of those that count in the loss.
 
-        Masked are completions that no reward applies to and, with `mask_truncated_completions`, truncated completions
-        (DAPO, section 3.4).
+        Completions that no reward applies to do not count. With `mask_truncated_completions`, truncated ones do not
+        either (DAPO, section 3.4).
         """
         counts = self.applies.to(self.truncated.device)
         if config.mask_truncated_completions:
@@ -84,7 +85,7 @@ class Rollout:
         return replace(self.tokens, completion_mask=self.tokens.completion_mask & counts.unsqueeze(-1))
 
     def pick(self, groups: Sequence[int]) -> "Rollout":
-        """Return these groups, in this order, with as many columns as the longest of their completions has."""
+        """Return these groups, in this order, cut to the length of their longest completion, without advantages."""
         g = self.num_generations
         rows = [group * g + i for group in groups for i in range(g)]
         width = int(self.tokens.completion_mask[rows].sum(-1).max())
@@ -105,7 +106,7 @@ class Rollout:
         )
 
     def to(self, device: torch.device | str) -> "Rollout":
-        """Return a copy with what was sampled on `device`."""
+        """Return a copy whose tensors from sampling are on `device`."""
         return replace(
             self,
             tokens=self.tokens.to(device),
@@ -130,7 +131,7 @@ class Rollout:
         ]
 
     def top_rewarded_wrong(self, count: int = 2) -> list[str]:
-        """Return a line for each of the wrong completions with the highest rewards: question, completion, reward."""
+        """Describe up to `count` of the wrong completions with the highest rewards, one line each."""
         g = self.num_generations
         wrong = [i for i, reward in enumerate(self.rewards) if not reward.correct and reward.total is not None]
         wrong.sort(key=lambda i: -self.rewards[i].total)
@@ -138,11 +139,11 @@ class Rollout:
             f"{self.problems[i // g].question}  {self.completion_texts[i]}  reward {self.rewards[i].total:.2f}, wrong"
             for i in wrong
         ]
-        return list(dict.fromkeys(lines))[:count]  # each line once
+        return list(dict.fromkeys(lines))[:count]  # without duplicates
 
 
 def concatenate(parts: Sequence[Rollout]) -> Rollout:
-    """Join the groups of rollouts of one group size: prompts padded on the left, completions on the right."""
+    """Join the groups of rollouts that have the same G. Prompts are padded on the left, completions on the right."""
     if len(parts) == 1:
         return parts[0]
     prompt_width = max(part.tokens.prompt_ids.shape[1] for part in parts)
@@ -175,8 +176,8 @@ def redraw_tied(
 ) -> tuple[Rollout, list[int]]:
     """Draw tied groups again, with other problems, at most `attempts` times.
 
-    `drawn` has a scored group for each place of a batch; `draw(attempt, places)` draws a new group for each of these
-    places. Returns all groups that were drawn, and for each place the index of the group to train on.
+    `drawn` has a scored group for each place of a batch, and `draw(attempt, places)` draws a new group for each of
+    the given places. Returns all groups that were drawn, and for each place the index of the group to train on.
     """
     kept = list(range(len(drawn.problems)))
     for attempt in range(1, attempts + 1):
@@ -191,7 +192,7 @@ def redraw_tied(
 
 @dataclass(frozen=True)
 class RolloutSampler:
-    """Samples the groups of a step, which depend only on the policy, the seed and the step."""
+    """Samples and scores the groups of a step. What is sampled depends only on the policy, the seed and the step."""
 
     config: TrainConfig
     lm: LanguageModel
@@ -203,7 +204,10 @@ class RolloutSampler:
     ranks: Ranks = ONE
 
     def sample(self, step: int, num_generations: int) -> tuple[Rollout, Rollout]:
-        """Sample, score and compare the groups of a step; return all groups drawn, and the groups to train on."""
+        """Sample and score the groups of a step.
+
+        Return all groups drawn, and the groups to train on with their advantages.
+        """
         c = self.config
 
         def draw(attempt: int, places: Sequence[int]) -> Rollout:
@@ -217,9 +221,9 @@ class RolloutSampler:
         return drawn, replace(rollout, advantages=self._advantages(rollout))
 
     def _sample_across_ranks(self, step: int, attempt: int, places: Sequence[int], num_generations: int) -> Rollout:
-        """Return a group, without rewards, for each of these places of the batch; the ranks share the work.
+        """Sample a group, without rewards, for each of these places of the batch. Each rank samples a part of them.
 
-        Problems and uniforms depend on attempt and place, not on the rank that samples the group.
+        Problems and random numbers depend on attempt and place, not on the rank that samples a group.
         """
         c, g = self.config, num_generations
         padded = self.ranks.padded(places)
@@ -228,7 +232,7 @@ class RolloutSampler:
         problems = [self.task.training_problem(c.seed, step, number) for number in numbers]
         own_rows = slice(own_groups.start * g, own_groups.stop * g)
         uniforms = sampling_uniforms(c.seed, step, own_rows.stop, c.max_new_tokens, attempt)[own_rows]
-        # A rank whose memory runs out repeats its part alone, with fewer rows in a pass.
+        # If memory runs out on a rank, only this rank samples its part again, with fewer rows in a pass.
         local = self.microbatch.run(lambda rows_per_pass: self._sample(problems, uniforms, g, rows_per_pass))
         if self.ranks.size == 1:
             return local
@@ -255,7 +259,7 @@ class RolloutSampler:
             )
 
     def _score(self, rollout: Rollout) -> Rollout:
-        """Return the rollout with its rewards: rank 0 scores all completions of an attempt in one call."""
+        """Return the rollout with its rewards. Rank 0 scores all completions of a draw in one call."""
         with self.clock("reward"):
             rewards = self.ranks.on_main(lambda: self._rewards(rollout))
         if self.config.multi_objective_aggregation == "normalize_then_sum":

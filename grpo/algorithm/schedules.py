@@ -15,7 +15,7 @@ class StepSettings:
     """The settings of one step that may change from step to step."""
 
     learning_rate: float
-    num_generations: int  # completions a prompt, G
+    num_generations: int  # completions per prompt, G
     beta: float  # weight of the KL
 
 
@@ -27,7 +27,7 @@ class Schedule:
         self.beta = config.beta
 
     def at(self, step: int) -> StepSettings:
-        """Return the settings of step number `step`, from 1."""
+        """Return the settings of step number `step`, counted from 1."""
         c = self.config
         group = c.num_generations
         if c.group_schedule:
@@ -36,15 +36,16 @@ class Schedule:
         return StepSettings(rate, group, self.beta)
 
     def adapt(self, kl: float | None) -> None:
-        """Adapt beta to the KL of a step, nats a token, if there is a target for it."""
+        """Adapt beta to the KL of a step, in nats per token, if the KL has a target."""
         if self.config.target_kl:
             self.beta = adapted_beta(self.beta, kl, self.config.target_kl)
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: int, decay: str) -> float:
-    """Return the learning rate of `step` (from 1) of `steps`: linear up to `peak` over `warmup` steps, then `decay`.
+    """Return the learning rate of step number `step`, counted from 1, of a run of `steps` steps.
 
-    `decay` is "none", "linear" or "cosine". A decay would reach 0 one step after the last.
+    It rises linearly to `peak` over `warmup` steps. `decay` is "none", "linear" or "cosine"; a linear or cosine decay
+    would reach 0 one step after the last step.
     """
     if step <= warmup:
         return peak * step / warmup
@@ -55,14 +56,14 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: int, decay: str
 
 
 def group_size_at(step: int, steps: int, first: int, last: int) -> int:
-    """Return the group size of `step` (from 1): linear from `first` in step 1 to `last` in step `steps`."""
+    """Return the group size of `step`: it changes linearly from `first` in step 1 to `last` in step `steps`."""
     return round(first + (last - first) * min(1.0, (step - 1) / max(1, steps - 1)))
 
 
 def adapted_beta(beta: float, kl: float, target: float) -> float:
-    """Return the next weight of the KL: larger if `kl`, nats a token, was above the target, smaller if below.
+    """Return the next weight of the KL: larger if `kl`, in nats per token, was above the target, smaller if below.
 
-    beta · (1 + 0.1 · clip(kl / target − 1, ±0.2)): Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+    It is beta · (1 + 0.1 · clip(kl / target − 1, ±0.2)): Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
     if not isfinite(kl):
         return beta

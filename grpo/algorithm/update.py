@@ -1,4 +1,4 @@
-"""One inner update: the loss of a rollout, its gradient, and the optimizer's step if loss and gradient are finite."""
+"""One inner update: loss, gradient, and the optimizer's step, which is skipped if either is not finite."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,32 +26,32 @@ from grpo.scoring.tokens import Tokens
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of a rollout as an inner update needs them: the whole step, a rank's rows, or a micro-batch."""
+    """The input of an inner update: the rows of a whole step, of one rank, or of a micro-batch."""
 
     tokens: Tokens
     advantages: Tensor  # (B,)
     sizes: StepSizes
-    ref_logprobs: Tensor | None = None  # (B, C); None without a reference
+    ref_logprobs: Tensor | None = None  # (B, C); None if there is no reference
     old_logprobs: Tensor | None = None  # (B, C); None until the first inner update has computed them
 
     @classmethod
     def of_step(
         cls, tokens: Tokens, advantages: Tensor, max_new_tokens: int, num_completions: int | None = None
     ) -> "Batch":
-        """Make a batch of all rows of a step; `num_completions` of the rows count in the loss, by default all."""
+        """Make a batch of all rows of a step. `num_completions` of them count in the loss, by default all."""
         num_tokens = max(1, int(tokens.completion_mask.sum()))
         n = advantages.shape[0] if num_completions is None else max(1, num_completions)
         return cls(tokens, advantages, StepSizes(n, num_tokens, max_new_tokens))
 
     @classmethod
     def from_rollout(cls, rollout: Rollout, config: TrainConfig, ranks: Ranks = ONE) -> "Batch":
-        """Make a batch of this rank's rows of a rollout, with the sizes of the whole step."""
+        """Make a batch of this rank's rows of a rollout. Its denominators are those of the whole step."""
         num_completions = int(rollout.applies.sum())
         batch = cls.of_step(rollout.loss_tokens(config), rollout.advantages, config.max_new_tokens, num_completions)
         return batch.slice_rows(ranks.own_slice(len(rollout.advantages)))
 
     def slice_rows(self, rows: slice) -> "Batch":
-        """Return these rows, whole groups or a part of one, cut to the columns that their tokens fill."""
+        """Return these rows, which are whole groups or a part of one, cut to their longest prompt and completion."""
         tokens = self.tokens.slice_rows(rows)
         width = tokens.completion_ids.shape[1]
         ref = None if self.ref_logprobs is None else self.ref_logprobs[rows, :width]
@@ -61,31 +61,31 @@ class Batch:
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Measurements of one inner update; a mean is over the completion tokens of the step."""
+    """Measurements of one inner update. KL, entropy and clip fraction are means over the step's completion tokens."""
 
     loss: float
     grad_norm: float  # before clipping
-    kl: float | None  # None without a reference
-    entropy: float | None  # in the first inner update only
+    kl: float | None  # None if there is no reference
+    entropy: float | None  # measured in the first inner update only, else None
     clip_fraction: float
-    ratio_min: float  # inf where all completions are masked
-    ratio_max: float  # -inf where all completions are masked
-    applied: bool  # False if loss or gradient was not finite: the weights are unchanged
+    ratio_min: float  # inf if all completions are masked
+    ratio_max: float  # -inf if all completions are masked
+    applied: bool  # False if the weights are unchanged, because loss or gradient was not finite
 
 
 class Totals:
-    """Sums and extremes over the micro-batches of an inner update, on the device."""
+    """Sums, minima and maxima over the micro-batches of an inner update, on the device."""
 
     def __init__(self, completion_ids: Tensor) -> None:
-        """Begin at zero for a batch with these completions, (B, C)."""
+        """Begin with no tokens, for a batch with these completions, (B, C)."""
         device = completion_ids.device
-        self.sums = torch.zeros(4, device=device)  # the loss; kl, entropy and clipped, summed over the tokens
+        self.sums = torch.zeros(4, device=device)  # of the loss, and of kl, entropy and clipped over tokens
         self.ratio_min = torch.full((), torch.inf, device=device)
         self.ratio_max = torch.full((), -torch.inf, device=device)
-        self.logprobs = torch.zeros(completion_ids.shape, device=device)  # (B, C) of the policy before the update
+        self.logprobs = torch.zeros(completion_ids.shape, device=device)  # (B, C), before the update
 
     def add(self, loss: Tensor, tokens: TokenLoss, entropy: Tensor | None, mask: Tensor) -> None:
-        """Add the loss and the tokens of a micro-batch; the tokens where `mask` (B, C) is True count."""
+        """Add the loss of a micro-batch, and the values of the tokens for which `mask` (B, C) is True."""
         entropy = torch.zeros_like(tokens.kl) if entropy is None else entropy
         by_token = (tokens.kl, entropy, tokens.clipped.float())
         self.sums += torch.stack([loss, *(torch.where(mask, x, 0.0).sum() for x in by_token)])
@@ -105,31 +105,31 @@ class Updater:
         clock: Stopwatch,
         ranks: Ranks = ONE,
     ) -> None:
-        """`microbatch` limits the rows of a pass; `clock` adds up the seconds."""
+        """Make the optimizer. `microbatch` limits the rows of a pass; the time of updates is added to `clock`."""
         self.policy, self.config, self.scorer = policy, config, scorer
         self.microbatch, self.clock, self.ranks = microbatch, clock, ranks
         self.optimizer = torch.optim.AdamW(
             trainable(policy).values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
-        self.skipped_in_a_row = 0  # the latest updates, if they were skipped because they were not finite
+        self.skipped_in_a_row = 0  # how many of the latest updates, without a gap, were not finite and skipped
         self.has_begun = False  # True from the first update of a step until the caller has counted the step
 
     def __call__(self, batch: Batch, settings: StepSettings) -> tuple[UpdateStats, Batch]:
-        """Update the policy; return the measurements, and the batch with the `old_logprobs` of the first update."""
+        """Update the policy; return the measurements, and the batch with `old_logprobs` from the first update."""
         self.has_begun = True
         self.optimizer.param_groups[0]["lr"] = settings.learning_rate
         recomputing = self.recompute_activations() if self.config.gradient_checkpointing else nullcontext()
         with self.clock("update"), recomputing:
             stats, logprobs = self.microbatch.run(lambda rows: self.inner_update(batch, settings.beta, rows))
-        self.optimizer.zero_grad(set_to_none=True)  # the next rollout needs the memory of the gradient
+        self.optimizer.zero_grad(set_to_none=True)  # frees memory for the next rollout
         if batch.old_logprobs is None:  # the policy was still the one that sampled
             batch = replace(batch, old_logprobs=logprobs)
         return stats, batch
 
     def inner_update(self, batch: Batch, beta: float, rows_per_pass: int) -> tuple[UpdateStats, Tensor]:
-        """Accumulate the gradient of the whole step over micro-batches, clip it, apply it.
+        """Accumulate the gradient of the whole step over micro-batches, clip it, and apply it.
 
-        Returns the measurements, and the policy's log-probabilities before the update, (B, C).
+        Return the measurements, and the policy's log-probabilities before the update, (B, C).
         """
         self.optimizer.zero_grad(set_to_none=True)
         totals = self._accumulate(batch, beta, rows_per_pass)
@@ -153,7 +153,7 @@ class Updater:
         return stats, totals.logprobs
 
     def _accumulate(self, batch: Batch, beta: float, rows_per_pass: int) -> Totals:
-        """Run each micro-batch forward and backward; the gradients stay in the policy."""
+        """Run each micro-batch forward and backward; the gradients add up in the policy's parameters."""
         c = self.config
         first = batch.old_logprobs is None
         average = AVERAGES[c.loss_average]
@@ -179,9 +179,9 @@ class Updater:
         return totals
 
     def apply_gradient(self, figures: Sequence[Tensor]) -> tuple[list[float], bool]:
-        """Sum the gradient over the ranks, clip its norm, and apply it if it and the loss are finite.
+        """Sum the gradient over the ranks, clip its norm, and apply it if gradient and loss are finite.
 
-        `figures` are tensors on the device, the loss first. Returns their numbers, followed by the norm before
+        `figures` are tensors on the device, the loss first. Return their values, followed by the norm before
         clipping, and whether the gradient was applied.
         """
         self.ranks.sum_gradients(self.policy.parameters())
@@ -194,7 +194,7 @@ class Updater:
         return numbers, applied
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of policy and optimizer. All ranks must call this; only rank 0 gets them."""
+        """Return the tensors of policy and optimizer. All ranks must call this; only rank 0 gets the tensors."""
         moments = (
             (f"{index}.{name}", value)
             for index, entry in self.optimizer.state_dict()["state"].items()
@@ -222,7 +222,7 @@ class Updater:
 
     @contextmanager
     def recompute_activations(self) -> Iterator[None]:
-        """Recompute activations in the block: transformers does so in train mode only."""
+        """Recompute activations in the block. Transformers does so in train mode only."""
         with suppress_warnings():  # transformers 5.23 renames this function; 5.21 has no other
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy.train()

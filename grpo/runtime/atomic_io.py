@@ -1,4 +1,4 @@
-"""Write files so that a crash or a full disk leaves the old content or the new, never a part of it."""
+"""Write files so that a crash or a full disk leaves either the old content or the new, never a mixture or a part."""
 
 import errno
 import os
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def fsync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
+    """Flush a file, or the list of the files in a folder, to the disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder; it flushes the entries itself
+        return  # Windows cannot open a folder, and flushes this list itself
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,9 +20,9 @@ def fsync(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes, durable: bool = False) -> None:
-    """Replace the content of `path` by `data`, whole or not at all; with `durable`, flush it to the disk first.
+    """Replace the content of `path` by `data`, completely or not at all. With `durable`, flush it to the disk first.
 
-    Raises OSError that names the file.
+    Raises an OSError that names the file.
     """
     temporary = path.with_name(f".{path.name}.new")
     try:
@@ -40,7 +40,7 @@ def write_atomic(path: Path, data: bytes, durable: bool = False) -> None:
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
-    """Raise OSError, which names `what`, if the disk of a folder has fewer than `needed` bytes free."""
+    """Raise an OSError that names `what` if fewer than `needed` bytes are free on the disk of a folder."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -51,7 +51,7 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 
 @contextmanager
 def name_in_errors(path: Path, kinds: type[Exception] = OSError) -> Iterator[None]:
-    """Add the path to an error of the block, as the system's error for a full disk names no file.
+    """Add the path to errors raised in the block, because the system's error for a full disk names no file.
 
     Exceptions of `kinds` become an OSError. An OSError that already names a file passes through.
     """
@@ -65,7 +65,7 @@ def name_in_errors(path: Path, kinds: type[Exception] = OSError) -> Iterator[Non
 
 
 def restore_interrupted_swap(folder: Path) -> None:
-    """Rename `.NAME.old` back to NAME if a process ended between the two renames that replace a folder."""
+    """Rename `.NAME.old` back to NAME, if a process was killed between the two renames that replace a folder."""
     earlier = folder.with_name(f".{folder.name}.old")
     if earlier.is_dir() and not folder.exists():
         earlier.rename(folder)

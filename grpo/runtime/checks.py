@@ -1,4 +1,4 @@
-"""Checks of values from files: a checkpoint or a metrics file may be damaged, or written by another program."""
+"""Checks of values read from files. A checkpoint or a metrics file may be damaged, or written by another program."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ LARGEST_NUMBER = 10**300  # JSON may hold integers that are too large for a floa
 
 
 def is_count(value: Any) -> bool:
-    """Return whether a value is an integer from 0, such as a number of steps."""
+    """Return whether a value can be a count, such as a number of steps: an integer, 0 or more."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_NUMBER
 
 
@@ -22,6 +22,6 @@ def is_list_of(is_item: Callable[[Any], bool], value: Any) -> bool:
 
 
 def check_entries(passed: Mapping[str, bool]) -> None:
-    """Raise ValueError that names the entries with False, which did not pass their check."""
+    """Raise a ValueError that names the entries that did not pass their check, whose value is False."""
     if wrong := [name for name, is_valid in passed.items() if not is_valid]:
         raise ValueError(f"its {', '.join(wrong)} cannot be right")

@@ -1,4 +1,4 @@
-"""Seconds of each phase of a step."""
+"""Measure the seconds of each phase of a step."""
 
 import time
 from collections.abc import Iterator
