@@ -1,4 +1,4 @@
-"""What the metrics of a run say about its health: what was measured, what it means, what to change.
+"""Check the metrics of a run for problems. A finding says what was measured, what it means and what to change.
 
 `findings` reads the record of `grpo_metrics.json` and nothing else, so a file gives the same findings as the run did.
 """
@@ -16,7 +16,7 @@ CHECKS: dict[str, Callable[[RunSnapshot], CheckResult]] = {
     for name, check in vars(module).items()
     if getattr(check, "__module__", "") == module.__name__ and not name.startswith("_")
 }
-# These findings need to know which answers are right. They are left out where the mean reward chooses the policy.
+# These findings need to know which answers are right. They are left out if the mean reward chooses the policy.
 NEED_ACCURACY = {"unsolved_category", "collapsed", "reward_hacking", "format_only", "overfitting", "past_peak"}
 NEED_ACCURACY |= {"falling_category"}
 SHOW_EXAMPLES = ("reward_hacking",)  # These findings quote wrong completions that have high rewards.
@@ -24,7 +24,7 @@ SHOW_EXAMPLES = ("reward_hacking",)  # These findings quote wrong completions th
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a run, at the step where it first shows."""
+    """A problem of a run, with the step at which it was first found."""
 
     name: str
     step: int
@@ -33,7 +33,7 @@ class Finding:
 
 
 def findings(record: Mapping[str, Any]) -> list[Finding]:
-    """Return all findings of a run, each at the first step where it holds."""
+    """Return all findings of a run, each with the first step at which its check reports it."""
     by_name: dict[str, Finding] = {}
     for run in _snapshots(record):
         by_name |= {finding.name: finding for finding in _check(run, by_name)}
@@ -41,7 +41,7 @@ def findings(record: Mapping[str, Any]) -> list[Finding]:
 
 
 def new_findings(record: Mapping[str, Any], earlier: Collection[str]) -> list[Finding]:
-    """Return the findings at the end of a record whose names are not in `earlier`; called after each step."""
+    """Check a record as it is after its last step; return the findings whose names are not in `earlier`."""
     return _check(_end(record), earlier)
 
 
@@ -57,13 +57,14 @@ def _end(record: Mapping[str, Any]) -> RunSnapshot:
     environment = record.get("environment") or {}
     validations = [e for e in record["evals"] if e.get("split") == "validation"]
     tests = [e for e in record["evals"] if e.get("split") == "test"]
-    # Earlier versions did not write the precision. They computed in float32 on a CPU, and in bfloat16 on some cards.
+    # Earlier versions did not record the precision. They used float32 on a CPU and bfloat16 on some GPUs. Assume
+    # bfloat16 off the CPU, because its limits are looser.
     precision = environment.get("precision") or ("float32" if environment.get("device") == "cpu" else "bfloat16")
     return RunSnapshot(record["config"], record["steps"], validations, tests, precision, record.get("outlook"))
 
 
 def _snapshots(record: Mapping[str, Any]) -> Iterator[RunSnapshot]:
-    """Yield the run after each step and each evaluation, and last with the test of the saved policy."""
+    """Yield snapshots of a run: before the first step, after each step and each evaluation, and at the end."""
     end = _end(record)
     yield replace(end, steps=[], evals=[], tests=[])
     for n, row in enumerate(end.steps, 1):

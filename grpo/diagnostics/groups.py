@@ -7,13 +7,13 @@ from statistics import fmean
 
 from grpo.diagnostics.snapshot import HARDLY_ANY, NEARLY_ALL, CheckResult, RunSnapshot, lower_bound, percent
 
-OUTLOOK_MIN_COMPLETIONS = 16  # Fewer completions do not show that the form is missing, or that none ends.
+OUTLOOK_MIN_COMPLETIONS = 16  # Fewer completions may lack the form, or all be cut off, by chance.
 OUTLOOK_MIN_GRADED = 128  # Fewer completions may all be right, or all wrong, by chance.
-UNSOLVED_MAX_CI_HIGH = 0.15  # The 95% interval of a category without a right answer is lower from 22 problems on.
-ALL_OR_NOTHING_MIN_SHARE = 0.15  # Groups that are all right, or all wrong, are common from this share on.
-TIED_MIN_SHARE = 0.5  # From this share of groups on, most of the sampling is wasted.
+UNSOLVED_MAX_CI_HIGH = 0.15  # Largest upper end of the 95% interval: 0 right answers of 22 are below it.
+ALL_OR_NOTHING_MIN_SHARE = 0.15  # All-right and all-wrong groups must each have at least this share.
+TIED_MIN_SHARE = 0.5  # If at least this share of the groups is tied, much of the sampling is wasted.
 TIED_MIN_SHARE_SMALL_GROUPS = 0.7  # Groups of 2 or 3 completions are often tied by chance.
-IDLE_MIN_EXCESS = 0.1  # Idle steps are reported from this share of steps above what ties of single groups explain.
+IDLE_MIN_EXCESS = 0.1  # The share of idle steps must exceed what ties of single groups explain by this much.
 IDLE_MIN_STEPS = 40  # Idle steps are counted over at least this number of steps.
 
 
@@ -89,10 +89,10 @@ def unsolved_category(run: RunSnapshot) -> CheckResult:
         return None
     figure = max(best[name] for name in unsolved)
     return figure, (
-        f"Never solved: in each of {len(run.evals)} evaluations at most {percent(figure)} of the held-out answers to "
+        f"Never solved: in each of {len(run.evals)} evaluations at most {percent(figure)} of the held-out answers in "
         f"{', '.join(unsolved)} were right, while {percent(run.evals[-1]['accuracy'])} of all answers are right now. "
-        "Groups that are all wrong with equal rewards give no learning signal. Take easier problems of this category "
-        "or none, or a --reward that also rewards coming closer."
+        "Groups that are all wrong with equal rewards give no learning signal. Take easier problems in these "
+        "categories, leave the categories out, or add a --reward that also rewards coming closer."
     )
 
 
@@ -109,7 +109,7 @@ def constant_reward(run: RunSnapshot) -> CheckResult:
 
 
 def all_or_nothing(run: RunSnapshot) -> CheckResult:
-    """Report that nearly all groups are tied, partly all right and partly all wrong."""
+    """Report that nearly all groups are tied: some are all right, the others all wrong."""
     right = run.mean("tied_all_right_fraction")
     wrong = run.mean("tied_all_wrong_fraction")
     common = min(right, wrong) >= ALL_OR_NOTHING_MIN_SHARE
@@ -117,14 +117,14 @@ def all_or_nothing(run: RunSnapshot) -> CheckResult:
         return None
     return right + wrong, (
         f"All or nothing: in the last {run.window} steps {percent(right)} of the groups were all right and "
-        f"{percent(wrong)} all wrong; only {percent(1 - right - wrong)} could be compared. The problems are either "
-        "too easy or too hard. Take problems in between, more completions a prompt (--num-generations), a higher "
-        "--temperature, or --resample-tied 3."
+        f"{percent(wrong)} all wrong; only the other {percent(1 - right - wrong)} can have a learning signal. The "
+        "problems are either too easy or too hard. Take problems of medium difficulty, more completions a prompt "
+        "(--num-generations), a higher --temperature, or --resample-tied 3."
     )
 
 
 def tied_groups(run: RunSnapshot) -> CheckResult:
-    """Report that half of the groups are tied, most of them not because all their completions are right."""
+    """Report that at least half of the groups are tied, and that most tied groups are not all right."""
     window = run.long_window
     tied = run.mean("tied_groups_fraction", window)
     right = run.mean("tied_all_right_fraction", window)
@@ -132,14 +132,14 @@ def tied_groups(run: RunSnapshot) -> CheckResult:
     if not (tied >= least and right < tied / 2 and run.at_least("tied_groups_fraction", least - 0.1, window)):
         return None
     return tied, (
-        f"Ties: {percent(tied)} of the groups that were drawn in the last {window} steps had equal rewards "
-        f"({percent(right)} all right), which give no learning signal. Add --resample-tied 3, a --reward that tells "
-        "wrong answers apart, easier problems, or more completions a prompt (--num-generations)."
+        f"Ties: {percent(tied)} of the groups that were drawn in the last {window} steps had equal rewards, "
+        f"so no learning signal ({percent(right)} of all groups were all right). Add --resample-tied 3, a --reward "
+        "that tells wrong answers apart, easier problems, or more completions a prompt (--num-generations)."
     )
 
 
 def idle_steps(run: RunSnapshot) -> CheckResult:
-    """Report that all groups of a step are tied far more often than ties of single groups explain."""
+    """Report that steps with only tied groups are far more frequent than ties of single groups explain."""
     tied = run.values("tied_groups_fraction", max(IDLE_MIN_STEPS, run.long_window))
     if not tied:
         return None
@@ -149,11 +149,12 @@ def idle_steps(run: RunSnapshot) -> CheckResult:
         return None
     return idle, (
         f"Idle steps: in {percent(idle)} of the last {len(tied)} steps every group was tied, so that all advantages "
-        f"were 0; ties of single groups ({percent(fmean(tied))}) explain {percent(expected)}. Check whether the "
-        "reward (--reward) depends on something that changes from step to step."
+        f"were 0. If ties were independent ({percent(fmean(tied))} of the groups are tied), {percent(expected)} of "
+        "the steps would be idle. Check whether the reward (--reward) depends on something that changes from step "
+        "to step."
     )
 
 
 def _has_been_right(run: RunSnapshot) -> bool:
-    """Return whether in any evaluation more than hardly any answers were right."""
+    """Return whether the accuracy of any evaluation was above HARDLY_ANY."""
     return any(e["accuracy"] > HARDLY_ANY for e in (*run.evals, *run.tests))

@@ -1,4 +1,4 @@
-"""Checks of what a run learns: rewards, held-out accuracy, what is forgotten."""
+"""Checks of what a run learns and forgets: rewards, held-out accuracy, abilities outside the task."""
 
 from math import log, sqrt
 from statistics import fmean, variance
@@ -6,43 +6,43 @@ from statistics import fmean, variance
 from grpo.diagnostics.snapshot import NEARLY_ALL, CheckResult, Row, RunSnapshot, noise, percent, upper_bound
 from grpo.evaluation.intervals import Z
 
-BLIND_MIN_SHARE = 0.1  # A reward for being right gives no group equal rewards for right and wrong completions.
+BLIND_MIN_SHARE = 0.1  # Share of tied groups with right and wrong completions; 0 if right answers get more.
 RISE_MIN_ERRORS = 4.0  # A metric rises if its last window is this number of standard errors above its first.
 REWARD_RISE_MIN_STDS = 0.5  # A reward must also rise by this part of the standard deviation in a group.
 FORM_MIN_RISE = 0.2  # The form is learned if the share of well-formed answers rises by this much.
 FORM_MAX_ACCURACY_RISE = 0.3  # Only the form is learned if accuracy rises by less than this part of the form's rise.
 OVERFITTING_MIN_GAP = 0.15  # Accuracy rises by this much more on training problems than on held-out ones.
-COLLAPSE_MIN_ACCURACY = 0.2  # An accuracy below this is not worth a warning when it is lost.
+COLLAPSE_MIN_ACCURACY = 0.2  # The loss of an accuracy below this is not worth a warning.
 COLLAPSE_MAX_REMAINING = 0.25  # After a collapse less than this part of the best accuracy is left.
-COLLAPSE_MIN_GROUPS = 24  # Between evaluations a collapse is judged by the completions of this number of groups.
-FORGETTING_MIN_DRIFT = 0.5  # nats a token: on average a token of the start's answers is 40% less likely.
+COLLAPSE_MIN_GROUPS = 24  # Between evaluations, the completions of at least this number of groups show a collapse.
+FORGETTING_MIN_DRIFT = 0.5  # nats a token: on average a token of the starting model's answers is 40% less likely.
 SKILL_MIN_LOSS = 0.05  # A skill is lost if accuracy on it falls by this much.
-SKILL_MIN_HALF_WIDTHS = 1.7  # The fall must also be this number of half-widths of its 95% interval.
+SKILL_MIN_HALF_WIDTHS = 1.7  # The fall must also be at least this number of half-widths of its 95% interval.
 PART_MIN_RELATIVE_STD = 0.03  # A part that differs less than this, relative to the largest part, has no effect.
-UNSCALED_MIN_STD = 0.01  # Without division by the std, --beta is meant for rewards that differ by about 1.
-UNSCALED_MAX_STD = 10.0  # The same for rewards that differ too much.
-SCALED_MIN_STD = 1e-3  # With division by the std, the 1e-4 that is added to it makes advantages 10% smaller here.
+UNSCALED_MIN_STD = 0.01  # Without division by the std, the default --beta suits rewards that differ by about 1.
+UNSCALED_MAX_STD = 10.0  # Rewards with a larger standard deviation are too large for the default --beta.
+SCALED_MIN_STD = 1e-3  # At this std, the 1e-4 that is added to it before the division makes advantages 10% smaller.
 
 
 def _is_better(first: Row, second: Row, candidates: int = 1) -> bool:
     """Return whether the first evaluation is better than the second, beyond the noise of their 95% intervals.
 
-    `candidates` is the number of evaluations of which `first` is the best: by chance alone the best of n is
-    √(2 ln n) standard deviations too high.
+    `first` is the best of `candidates` evaluations. By chance alone, the best of n is about √(2 ln n) standard
+    deviations too high, so the difference must be larger by that.
     """
     selection = sqrt(2 * log(candidates)) / (Z * sqrt(2))
     return first["accuracy"] - second["accuracy"] > noise(first, second) * (1 + selection)
 
 
 def _form_rise(run: RunSnapshot) -> float:
-    """Return the rise of the share of well-formed answers since the start; 0 if it is not known."""
+    """Return by how much the share of well-formed answers has risen since the start; 0 if this is not known."""
     first = run.evals[0].get("well_formed")
     last = run.evals[-1].get("well_formed")
     return 0.0 if first is None or last is None else last - first
 
 
 def _rise(run: RunSnapshot, name: str) -> tuple[float, float]:
-    """Return the rise of a metric from the first window to the last, and its standard error; NaN if not known."""
+    """Return a metric's rise from the first window to the last, and the rise's standard error; NaN if not known."""
     first = run.values(name, first=True)
     last = run.values(name)
     if not first or not last or len(run.steps) < 2 * run.window:
@@ -51,7 +51,7 @@ def _rise(run: RunSnapshot, name: str) -> tuple[float, float]:
 
 
 def collapsed(run: RunSnapshot) -> CheckResult:
-    """Report that the held-out or sampled accuracy that the run had is lost."""
+    """Report that the held-out or sampled accuracy has fallen far below its best."""
     best = max(run.evals, key=lambda e: e["accuracy"], default=None)
     if best is None:
         return None
@@ -60,7 +60,7 @@ def collapsed(run: RunSnapshot) -> CheckResult:
     if run.evaluated and was_able and last["ci_high"] < 2 * COLLAPSE_MAX_REMAINING * best["accuracy"]:
         return _collapse("held-out accuracy", best["accuracy"], last["accuracy"], best)
     if isinstance(run.config.get("task"), list):
-        return None  # In a mixture the shares of easy and hard tasks differ from step to step.
+        return None  # In a mixture, a step with more hard problems looks like a collapse.
     steps = max(3, -(-COLLAPSE_MIN_GROUPS // run.batch))
     highest = max(run.earlier_blocks("accuracy", run.window), default=0.0)
     right = run.mean("accuracy", steps)
@@ -72,8 +72,8 @@ def collapsed(run: RunSnapshot) -> CheckResult:
 
 def _collapse(what: str, highest: float, accuracy: float, best: Row) -> CheckResult:
     return accuracy, (
-        f"Collapsed: {what} fell from {percent(highest)} to {percent(accuracy)}. The policy has lost what it could "
-        f"do, and seldom recovers. saved_model/ has the best policy, of step {best['step']} "
+        f"Collapsed: {what} fell from {percent(highest)} to {percent(accuracy)}. Policies seldom "
+        f"recover from this. saved_model/ has the best policy, of step {best['step']} "
         f"({percent(best['accuracy'])} of the held-out answers right). Stop, and start again with a lower "
         "--learning-rate, a larger --beta or fewer --num-inner-updates."
     )
@@ -110,7 +110,7 @@ def reward_hacking(run: RunSnapshot) -> CheckResult:
 
 
 def format_only(run: RunSnapshot) -> CheckResult:
-    """Report that the form is learned and right answers are not."""
+    """Report that answers have become well-formed but not right."""
     if len(run.evals) < 3:
         return None
     first, last = run.evals[0], run.evals[-1]
@@ -123,8 +123,8 @@ def format_only(run: RunSnapshot) -> CheckResult:
     return last["accuracy"], (
         f"The form is learned, the task is not: {percent(last['well_formed'])} of the answers are well-formed "
         f"({percent(first['well_formed'])} at the start), {percent(last['accuracy'])} right "
-        f"({percent(first['accuracy'])}). Reward the form less (--reward format=0.1 --reward exact=1), sample more "
-        "completions a prompt (--num-generations), or take easier problems."
+        f"({percent(first['accuracy'])} at the start). Reward the form less (--reward format=0.1 --reward exact=1), "
+        "sample more completions a prompt (--num-generations), or take easier problems."
     )
 
 
@@ -140,9 +140,9 @@ def overfitting(run: RunSnapshot) -> CheckResult:
         return None
     return gap, (
         f"Learned by heart: {percent(run.mean('accuracy'))} of the completions to training problems are right "
-        f"({percent(run.mean('accuracy', first=True))} at first), but {percent(last['accuracy'])} of the held-out "
-        f"answers ({percent(first['accuracy'])}). Train on more different problems, for fewer steps, or with a "
-        "larger --beta."
+        f"({percent(run.mean('accuracy', first=True))} at first), but only {percent(last['accuracy'])} of the "
+        f"held-out answers ({percent(first['accuracy'])} at first). Train on more different problems, for "
+        "fewer steps, or with a larger --beta."
     )
 
 
@@ -156,13 +156,13 @@ def past_peak(run: RunSnapshot) -> CheckResult:
     what = "Past its peak" if best["step"] else "Worse than the start"
     return last["accuracy"], (
         f"{what}: held-out accuracy was {percent(best['accuracy'])} at step {best['step']} and is "
-        f"{percent(last['accuracy'])}. More steps often make it worse. saved_model/ has the best policy; stop in "
-        "time with --patience 3, lower --learning-rate, or use --learning-rate-decay linear."
+        f"{percent(last['accuracy'])}. More steps often make it worse. saved_model/ has the best policy. Stop "
+        "earlier with --patience 3, lower --learning-rate, or use --learning-rate-decay linear."
     )
 
 
 def falling_category(run: RunSnapshot) -> CheckResult:
-    """Report categories whose last two held-out accuracies are lower than before, while accuracy of all is not."""
+    """Report categories whose last two held-out accuracies have fallen, while the accuracy of all has not."""
     if len(run.evals) < 3 or past_peak(run) or collapsed(run):
         return None
     candidates = len(run.evals) * len(run.categories)
@@ -176,8 +176,8 @@ def falling_category(run: RunSnapshot) -> CheckResult:
     if not falls:
         return None
     return max(falls), (
-        f"A category of problems falls: in held-out accuracy {', '.join(texts)}. The best policy is chosen by all "
-        "problems together. Train on more problems of this category (of a task among several: --task NAME=WEIGHT), "
+        f"The held-out accuracy of a category falls: {', '.join(texts)}. The best policy is chosen by all problems "
+        "together. Train on more problems of this category (if it is a task of a mixture: --task NAME=WEIGHT), "
         "lower --learning-rate, or raise --beta."
     )
 
@@ -199,22 +199,22 @@ def forgetting(run: RunSnapshot) -> CheckResult:
     if not texts:
         return None
     return max(losses), (
-        f"It forgets: {'; '.join(texts)}. Training took away abilities outside the task. Lower --learning-rate, "
+        f"It forgets: {'; '.join(texts)}. Training has reduced abilities outside the task. Lower --learning-rate, "
         "raise --beta, train for fewer steps, or use --lora-rank 16."
     )
 
 
 def reward_scale(run: RunSnapshot) -> CheckResult:
-    """Report that a reward part differs far less than another, or all rewards too little or too much."""
+    """Report that a reward part varies far less than another, or that all rewards vary too little or too much."""
     parts = {name.removeprefix("reward_std/") for row in run.steps[-1:] for name in row if "reward_std/" in name}
     stds = {part: run.mean(f"reward_std/{part}", run.long_window) for part in sorted(parts)}
     stds = {part: std for part, std in stds.items() if std > 0}
     small, large = min(stds, key=stds.get, default=""), max(stds, key=stds.get, default="")
     if stds and stds[small] < PART_MIN_RELATIVE_STD * stds[large]:
         return stds[small], (
-            f"Reward parts of different scales: in the groups where {small} differs its standard deviation is "
-            f"{stds[small]:.2g}, that of {large} is {stds[large]:.2g}. Where both differ {small} has no effect; "
-            f"where {large} is tied the division by the group's std makes {small} all that counts. Give the parts "
+            "Reward parts of different scales: in groups where a part differs, its standard deviation is "
+            f"{stds[small]:.2g} for {small} and {stds[large]:.2g} for {large}. Where both parts differ, {small} has "
+            f"no effect. Where {large} is tied, {small} alone decides, divided by the group's std. Give the parts "
             "similar weights (--reward), or divide by the standard deviation of the batch (--scale-rewards batch)."
         )
     untied = 1 - run.mean("tied_groups_fraction", run.long_window)
@@ -228,7 +228,7 @@ def reward_scale(run: RunSnapshot) -> CheckResult:
     if not (0 < std < low or std > high):
         return None
     return std, (
-        f"Rewards of an unfit scale: in groups that are not tied their standard deviation is {std:.2g}, which is too "
-        f"{'small' if std < low else 'large'} compared with {compared}. Change the weights (--reward NAME=WEIGHT) so "
-        "that completions differ by about 1."
+        f"The scale of the rewards does not fit: in groups that are not tied, their standard deviation is {std:.2g}, "
+        f"which is too {'small' if std < low else 'large'} compared with {compared}. Change the weights "
+        "(--reward NAME=WEIGHT) so that completions differ by about 1."
     )

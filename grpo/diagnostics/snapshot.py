@@ -1,6 +1,6 @@
-"""A run at one moment, as the checks of its health see it: windows of steps, and evaluations.
+"""A run at one moment, as the checks see it: windows of steps, and evaluations.
 
-Every public function of `groups.py`, `learning.py` and `stability.py` is a check, with the name of its finding.
+Every public function of `groups.py`, `learning.py` and `stability.py` is a check, named like its finding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,19 @@ from typing import Any
 
 from grpo.evaluation.intervals import wilson
 
-WINDOW_MIN_GROUPS = 40  # A window has the same certainty with 1 prompt a step as with 16.
+WINDOW_MIN_GROUPS = 40  # A mean over these groups is as certain with 1 prompt a step as with 16.
 WINDOW_MIN_STEPS = 10
-LONG_WINDOW = 2  # windows, for figures that are rarer or noisier
+LONG_WINDOW = 2  # Rare or noisy figures are means over this number of windows.
 NEARLY_ALL = 0.9  # From this share of groups or completions on, messages say "nearly all".
 HARDLY_ANY = 0.02  # Up to this share of completions, less than 1 of 48, messages say "hardly any".
 
 Row = Mapping[str, Any]
-CheckResult = tuple[float, str] | None  # the figure and the text of the finding; None if the run does not have it
+CheckResult = tuple[float, str] | None  # the figure and the text of the finding; None if there is no finding
 
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """The record of a run up to some moment."""
+    """The record of a run up to one moment."""
 
     config: Mapping[str, Any]
     steps: Sequence[Row]
@@ -47,17 +47,17 @@ class RunSnapshot:
 
     @cached_property
     def window(self) -> int:
-        """Return the number of steps that a figure is averaged over."""
+        """Return the number of steps over which a figure is averaged."""
         return max(WINDOW_MIN_STEPS, -(-WINDOW_MIN_GROUPS // self.batch))
 
     @property
     def long_window(self) -> int:
-        """Return the number of steps that a rarer or noisier figure is averaged over."""
+        """Return the number of steps over which a rare or noisy figure is averaged."""
         return LONG_WINDOW * self.window
 
     @property
     def evaluated(self) -> bool:
-        """Return whether the current policy has been evaluated: an earlier evaluation says nothing of later steps."""
+        """Return whether the last evaluation was made after the last step, so that it measured the current policy."""
         return bool(self.evals and self.steps) and self.evals[-1]["step"] == self.steps[-1]["step"]
 
     @property
@@ -80,12 +80,12 @@ class RunSnapshot:
         return values if len(rows) == window and 2 * len(values) > window else []
 
     def mean(self, name: str, window: int | None = None, first: bool = False) -> float:
-        """Return the mean of `values`; NaN, which passes no threshold, if there are none."""
+        """Return the mean of `values`; if there are none, NaN, which is neither above nor below any threshold."""
         values = self.values(name, window, first)
         return fmean(values) if values else float("nan")
 
     def at_least(self, name: str, threshold: float, window: int | None = None, first: bool = False) -> bool:
-        """Return whether the 95% interval of a mean share, with n the groups of its window, is above `threshold`."""
+        """Return whether the 95% interval of a mean share lies at or above `threshold`; n is the number of groups."""
         return lower_bound(self.mean(name, window, first), self.groups(window)) >= threshold
 
     def groups(self, window: int | None = None) -> int:
@@ -100,20 +100,20 @@ class RunSnapshot:
 
 
 def lower_bound(share: float, n: int) -> float:
-    """Return the lower end of the 95% interval of a share of n; NaN for NaN."""
+    """Return the lower end of the 95% interval of a share of n cases; NaN for a share of NaN."""
     return wilson(share, n)[0]
 
 
 def upper_bound(share: float, n: int) -> float:
-    """Return the upper end of the 95% interval of a share of n; NaN for NaN."""
+    """Return the upper end of the 95% interval of a share of n cases; NaN for a share of NaN."""
     return wilson(share, n)[1]
 
 
 def noise(first: Row, second: Row) -> float:
-    """Return the half-width of the 95% interval of the difference of two evaluations."""
+    """Return the half-width of the 95% interval of the difference between two evaluations' accuracies."""
     return hypot(first["ci_high"] - first["ci_low"], second["ci_high"] - second["ci_low"]) / 2
 
 
 def percent(share: float) -> str:
-    """Format a share: 42%."""
+    """Format a share from 0 to 1 as a percentage, such as 42%."""
     return f"{100 * share:.0f}%"

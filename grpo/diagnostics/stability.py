@@ -6,28 +6,28 @@ from grpo.diagnostics.snapshot import CheckResult, RunSnapshot, lower_bound, per
 
 KL_MIN = 1.0  # nats a token: on average a token is e times as likely as under the reference.
 KL_SPIKE_MIN_RATIO = 10.0  # A spike is this many times the median of the earlier KL.
-KL_SPIKE_MIN = 0.5  # nats a token: early medians are near 0, so that a ratio alone says little.
+KL_SPIKE_MIN = 0.5  # nats a token: early medians are near 0, so a large ratio alone says little.
 KL_SPIKE_MIN_COMPLETIONS = 32  # The KL is a mean over this many completions, so that one rare token is no spike.
 KL_SPIKE_MIN_BLOCKS = 7  # A spike is compared with at least this many earlier blocks of steps.
-KL_SPIKE_MIN_STEPS = 20  # These blocks have at least this many steps, so that a fast start is no spike.
+KL_SPIKE_MIN_STEPS = 20  # The earlier blocks have at least this many steps, so that a fast start is no spike.
 ENTROPY_MAX_REMAINING = 0.35  # A collapsed entropy is below this part of the entropy of the first steps.
 ENTROPY_MAX = 0.08  # nats a token: a collapsed entropy is also below this value.
-ENTROPY_MIN_TIED_SHARE = 0.75  # Copied tokens have no entropy in a healthy run either, but its groups are not tied.
+ENTROPY_MIN_TIED_SHARE = 0.75  # Healthy runs can have little entropy too, if they copy, but fewer ties.
 ENTROPY_MAX_ACCURACY = 0.8  # A policy that is right this often may have little entropy.
 LENGTH_MIN_RATIO = 4.0  # Completions grow if they have this many times the tokens of the first steps.
-LENGTH_MIN_RATIO_IF_BETTER = 10.0  # The same where accuracy has risen, since longer completions may be the reason.
-LENGTH_MIN_GROWTH = 20  # tokens: short completions multiply their length easily.
-MOST_MIN_SHARE = 0.5  # From this share of completions on, messages speak of most of them.
-NEVER_ENDS_MIN_SHARE = 0.95  # From this share of truncated completions on, the model does not end its turns.
-REPEATED_MIN_SHARE = 0.1  # A model that has learned where to stop has no completion with a repeated ending.
-GRADIENT_SPIKE_MIN_RATIO = 10.0  # A spike is this many times the median norm and --clip-grad-norm.
+LENGTH_MIN_RATIO_IF_BETTER = 10.0  # The ratio if accuracy has risen, perhaps because completions are longer.
+LENGTH_MIN_GROWTH = 20  # tokens: a few more tokens multiply the length of a short completion.
+MOST_MIN_SHARE = 0.5  # From this share of completions on, messages say "most".
+NEVER_ENDS_MIN_SHARE = 0.95  # If at least this share is truncated, the model does not end its turns.
+REPEATED_MIN_SHARE = 0.1  # Share of completions; a model that has learned where to stop repeats no ending.
+GRADIENT_SPIKE_MIN_RATIO = 10.0  # A spike is more than this many times the median norm, and --clip-grad-norm.
 GRADIENT_MIN_SPIKES = 3  # One spike is harmless.
 GRADIENT_MIN_STEPS = 20  # Fewer untied steps do not show which norm is usual.
 GRADIENT_MAX_STEPS = 50  # Older steps say little about the policy of today.
 CLIPPED_MIN_SHARE = 0.3  # Clipping is for outliers; 0.05 to 0.2 of the tokens is usual in PPO.
-MOVED_MIN_SHARE = 0.1  # Float32 at a sensible rate moves nearly all weights; bfloat16 at 1e-7 moved 2 to 8%.
-DISTANCE_MIN = 1e-6  # nats a token: a policy that is closer to its start cannot be told from it.
-DISTANCE_MIN_STEPS = 50  # A policy has this many steps to move.
+MOVED_MIN_SHARE = 0.1  # A step moves nearly all float32 weights; at a rate of 1e-7 it moved 2 to 8% in bfloat16.
+DISTANCE_MIN = 1e-6  # nats a token: a policy closer to its start has hardly changed.
+DISTANCE_MIN_STEPS = 50  # The distance is not judged before this many steps.
 GAP_MIN_FLOAT32 = 0.01  # nats: rounding in float32 explains 1e-5.
 GAP_MIN_BFLOAT16 = 1.0  # nats: rounding in bfloat16 explains a few tenths on a rare token.
 
@@ -141,8 +141,9 @@ def repeated_endings(run: RunSnapshot) -> CheckResult:
         return None
     return share, (
         f"Repeated endings: in {percent(share)} of the completions of the last {run.window} steps a closing tag or "
-        "an end marker appears more than once. The model does not stop after its answer, or more text has a higher "
-        "reward. Add --reward one_ending=0.2, and check that the model has the chat template that it was made with."
+        "an end marker appears more than once. The model does not stop after its answer, or rewards prefer "
+        "more text. Add --reward one_ending=0.2, and check that the model has the chat template that it was trained "
+        "with."
     )
 
 
@@ -162,8 +163,9 @@ def gradient_spikes(run: RunSnapshot) -> CheckResult:
         return None
     return max(spikes), (
         f"The gradient spikes: its norm was at least {min(spikes):.3g} in {len(spikes)} of the last {len(norms)} "
-        f"steps that were not tied, {usual:.2g} in their median. Clipping makes such a step shorter but does not "
-        "correct it. Lower --learning-rate, or use larger groups (--num-generations) or batches (--batch-size)."
+        f"steps with untied groups; its median is {usual:.2g}. Clipping makes such a step shorter but does not "
+        "correct its direction. Lower --learning-rate, or use larger groups (--num-generations) or batches "
+        "(--batch-size)."
     )
 
 
@@ -185,8 +187,8 @@ def clipping(run: RunSnapshot) -> CheckResult:
     if not clipped >= CLIPPED_MIN_SHARE:
         return None
     return clipped, (
-        f"Much is clipped: {percent(clipped)} of the tokens in the inner update of a step that clips most, over the "
-        f"last {run.window} steps (5 to 20% is usual), so the policy moves far from the one that sampled. Lower "
+        f"Much is clipped: {percent(clipped)} of the tokens in the inner update that clips most, on average over the "
+        f"last {run.window} steps (5 to 20% is usual). The policy moves far from the policy that sampled. Lower "
         f"--learning-rate or --num-inner-updates (now {run.config.get('num_inner_updates')})."
     )
 
@@ -198,7 +200,7 @@ def learning_rate_small(run: RunSnapshot) -> CheckResult:
     if not rates or min(rates) < rate / 2:
         return None  # The rate is still rising or already decaying.
     if not run.mean("grad_norm") > 0 or run.mean("skipped_updates") > 0:
-        return None  # There is nothing to learn from, or updates were not applied.
+        return None  # There is no learning signal, or updates were not applied.
     moved = run.mean("weights_moved")
     if moved < MOVED_MIN_SHARE:
         return moved, (
@@ -208,7 +210,7 @@ def learning_rate_small(run: RunSnapshot) -> CheckResult:
     distance = _distance(run)
     if distance < DISTANCE_MIN and len(run.steps) >= DISTANCE_MIN_STEPS:
         return distance, (
-            f"The policy stands still: after {len(run.steps)} steps it is {distance:.1g} nats a token from its "
+            f"The policy hardly changes: after {len(run.steps)} steps it is {distance:.1g} nats a token from its "
             f"start. Raise --learning-rate (now {rate:g}; 1e-7 to 1e-5 is usual, 1e-4 with --lora-rank)."
         )
     return None
@@ -234,6 +236,6 @@ def sampler_gap(run: RunSnapshot) -> CheckResult:
         return None
     return gap, (
         f"Sampling and scoring disagree: by up to {gap:.2g} nats on the log-probability of the same token, where "
-        f"rounding explains {limit:g}, so the ratio is to another policy than the one that sampled. Check that "
+        f"rounding explains {limit:g}, so the ratio does not compare with the policy that sampled. Check that "
         "this model has no dropout and treats positions and masks as usual, try --deterministic, and report it."
     )

@@ -7,7 +7,8 @@ so that no second model is needed. The drift is the mean over the tokens of the 
 
 It is 0 at the start, and above 0 once the policy finds the answers less likely. If the answers were samples, this
 would be an unbiased estimate of KL(start ‖ policy) per token. Greedy answers make it repeatable, but they cover only
-the likeliest tokens. So it is no KL: it is below 0 for a policy that only becomes surer of the same answers.
+the likeliest tokens. So the drift is not a KL divergence: a policy that only becomes surer of the same answers has a
+drift below 0.
 """
 
 import math
@@ -26,7 +27,7 @@ from grpo.runtime.precision import in_precision
 from grpo.scoring.scorer import DENSE
 from grpo.scoring.tokens import tokens_of
 
-MAX_ANSWER_TOKENS = 24
+MAX_ANSWER_TOKENS = 24  # Answers to the unrelated questions are cut here.
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class DriftBaseline:
     """The starting model's answers: token ids of prompts and answers, and log-probabilities of the answers."""
 
     prompts: list[list[int]]
-    answers: list[list[int]]  # with the end token
+    answers: list[list[int]]  # including the end token
     logprobs: list[list[float]]  # a float32 value for each token of each answer
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,7 +46,7 @@ class DriftBaseline:
     def record(
         cls, lm: LanguageModel, questions: Sequence[str], decoder: Decoder, rows_per_pass: int
     ) -> "DriftBaseline":
-        """Return the baseline of a model: its greedy answers to the questions."""
+        """Record a model's greedy answers to the questions, with the log-probabilities of the answers' tokens."""
         prompts = plain_prompts(lm, questions)
         answers = greedy(lm, prompts, MAX_ANSWER_TOKENS, rows_per_pass, decoder).rows()
         return cls(prompts, answers, answer_logprobs(lm, prompts, answers, rows_per_pass))
@@ -59,7 +60,7 @@ class DriftBaseline:
 
     @staticmethod
     def is_state(value: Any) -> bool:
-        """Return whether a value has the entries, types and lengths of what `to_dict` returns."""
+        """Return whether a value has the structure that `to_dict` returns: keys, types and matching list lengths."""
         if not isinstance(value, Mapping) or set(value) != {"prompts", "answers", "logprobs"}:
             return False
         prompts = value["prompts"]
@@ -82,7 +83,7 @@ def plain_prompts(lm: LanguageModel, questions: Sequence[str]) -> list[list[int]
 def answer_logprobs(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows_per_pass: int
 ) -> list[list[float]]:
-    """Return the log-probability of each token of each answer at temperature 1, by dense rows."""
+    """Return the log-probability of each token of each answer at temperature 1, from padded rows."""
     rows: list[list[float]] = []
     for start in range(0, len(prompts), rows_per_pass):
         batch = answers[start : start + rows_per_pass]

@@ -24,10 +24,10 @@ from tasks.base import Attempt, Problem, Task, prompt_of
 from tasks.rewards.scoring import RewardFunction, score
 from tasks.unrelated import QUESTIONS
 
-TEST_PROBLEMS = 1000  # at most, in the test split
-SKILL_PROBLEMS = 100  # for each skill; a loss that matters is many points large
-SAMPLES_PER_K = 2  # pass@k is estimated from this many times k samples of each problem
-EVALUATION_ATTEMPT = 10**6  # training never draws random numbers with this `attempt`
+TEST_PROBLEMS = 1000  # The test split has at most this many problems.
+SKILL_PROBLEMS = 100  # Problems of each skill; few, because only a loss of many points matters.
+SAMPLES_PER_K = 2  # pass@k is estimated from 2k samples of each problem.
+EVALUATION_ATTEMPT = 10**6  # Training never reaches this `attempt`, so evaluations draw other random numbers.
 
 
 @dataclass(frozen=True)
@@ -79,42 +79,42 @@ class Evaluator:
     task: Task
     skills: Mapping[str, Task]  # neighbouring skills that the starting model has, by name
     decoder: Decoder
-    rewards: Sequence[RewardFunction] = ()  # if there are any, the mean reward chooses the best policy
+    rewards: Sequence[RewardFunction] = ()  # if there are any, the mean reward chooses the policy to save
     ranks: Ranks = ONE
-    start: DriftBaseline | None = field(default=None, init=False)  # what drift is measured from, if known
+    start: DriftBaseline | None = field(default=None, init=False)  # answers of the starting model, if known
     _problems: dict[tuple[str, str, int], list[Problem]] = field(default_factory=dict, init=False)
     _prompts: dict[tuple[str, str, str], list[int]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        """Begin with the default number of rows in a pass."""
+        """Set the number of rows in a pass to its default."""
         self.microbatch = AdaptiveMicrobatch("the evaluation", ROWS_PER_PASS, 1, self.config.shard)
 
     def remember_start(self, lm: LanguageModel) -> None:
-        """Record the starting model's answers to the unrelated questions: drift is measured from them."""
+        """Record the starting model's answers to the unrelated questions, from which drift is measured."""
         decoder = Decoder(ranks=self.decoder.ranks)  # the plain decoder, without shortcuts
         self.start = self.microbatch.run(lambda rows: DriftBaseline.record(lm, QUESTIONS, decoder, rows))
 
     def validate(self, lm: LanguageModel) -> dict[str, Any]:
-        """Return the figures on the validation problems, which choose the saved policy, and the drift."""
+        """Return the drift and the figures on the validation problems. These figures choose the policy to save."""
         evaluation = self.evaluate(lm, self.task, self.problems("validation"))
         return {**evaluation.to_dict(), **self._reward(evaluation), "drift": self.drift(lm)}
 
     def test(self, lm: LanguageModel) -> dict[str, Any]:
-        """Return the figures on the test problems, which reports quote, and on the skills; also drift and pass@k."""
+        """Return what reports quote: the figures on test problems and skills, drift, pass@k and maj@k."""
         figures, *of_skills = (evaluation.to_dict() for evaluation in self.by_name(lm, "test").values())
         skills = dict(zip(self.skills, of_skills, strict=True))
         return {**figures, "drift": self.drift(lm), **self.sampled(lm, "test"), "skills": skills}
 
     def drift(self, lm: LanguageModel) -> float | None:
-        """Return the drift of a policy from the start, nats a token; None if the start is not known."""
+        """Return the drift of a policy, nats a token; None if the starting model's answers are not known."""
         return None if self.start is None else self.microbatch.run(lambda rows: self.start.drift(lm, rows))
 
     def problems(self, split: str) -> list[Problem]:
-        """Return the problems of the task on which a split is measured."""
+        """Return the task's problems in a split, at most as many as an evaluation measures."""
         return self._held_out(self.task, split, TEST_PROBLEMS if split == "test" else self.config.eval_problems)
 
     def by_name(self, lm: LanguageModel, split: str) -> dict[str, Evaluation]:
-        """Return the evaluation of the task on a split, under its name, then of each skill, as "skill: NAME"."""
+        """Return evaluations by name: first of the task on a split, then of each skill, named "skill: NAME"."""
         evaluations = {self.task.name: self.evaluate(lm, self.task, self.problems(split))}
         for name, skill in self.skills.items():
             problems = self._held_out(skill, "test", SKILL_PROBLEMS)
@@ -136,7 +136,7 @@ class Evaluator:
     def sampled(self, lm: LanguageModel, split: str) -> dict[str, dict[str, float]]:
         """Return pass@j and maj@j on a split for j = 1, 2, 4, …, k, from 2k samples of each problem; {} if k is 0.
 
-        The ranks share the problems out, and every rank gets all samples.
+        Each rank samples a part of the problems, then every rank gets all samples.
         """
         k = self.config.pass_at_k
         if not k:
@@ -162,7 +162,7 @@ class Evaluator:
         return {"evaluate_limit": self.microbatch.rows, "start": self.start and self.start.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned. Raises ValueError, naming them, if entries are damaged."""
+        """Restore a state that `state_dict` returned. Raises ValueError that names the damaged entries, if any."""
         start = state.get("start")
         limit = state.get("evaluate_limit", ROWS_PER_PASS)
         check_entries({"evaluate_limit": is_count(limit), "start": start is None or DriftBaseline.is_state(start)})
@@ -172,9 +172,9 @@ class Evaluator:
     def _samples(
         self, lm: LanguageModel, problems: Sequence[Problem], places: Sequence[int], n: int, rows_per_pass: int
     ) -> list[list[str]]:
-        """Return the texts of `n` samples, at temperature 1, for the problem at each of `places` in the list.
+        """Return the texts of `n` samples, at temperature 1, of each problem whose index is in `places`.
 
-        The samples of a problem are a function of the seed and its place.
+        The samples of a problem are a function of the seed and the problem's index.
         """
         c = self.config
         params = SamplingParams(c.max_new_tokens, lm.end_ids, n)
@@ -194,7 +194,7 @@ class Evaluator:
         return samples
 
     def _reward(self, evaluation: Evaluation) -> dict[str, float]:
-        """Return the mean reward of the answers, 0 if no reward applies to any answer; {} if accuracy chooses."""
+        """Return the mean reward of the answers, 0 if none applies; {} if accuracy chooses the policy."""
         if not self.rewards:
             return {}
         ids = {"completion_ids": evaluation.completion_ids}

@@ -1,4 +1,4 @@
-"""Estimate a proportion, a paired difference and a mean with 95% intervals, and pass@k and maj@k. Pure functions."""
+"""Estimate proportions, paired differences and means with 95% intervals, and pass@k and maj@k; pure functions."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -13,7 +13,7 @@ T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764)  # 97.5% quantiles of Student's 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Return the Wilson 95% interval of a proportion, inside [0, 1] and accurate near its ends: low, high.
 
-    E. B. Wilson (1927), J. Am. Stat. Assoc. 22, 209. Raises ValueError if this is not a proportion.
+    E. B. Wilson (1927), J. Am. Stat. Assoc. 22, 209. Raises ValueError unless 0 <= successes <= n and n > 0.
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes in {n} trials is not a proportion")
@@ -22,7 +22,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the Wilson 95% interval of a share of n: low, high. `share` · n may be any number; NaN gives NaN."""
+    """Return the Wilson 95% interval of a share of n: low, high. `share` · n need not be whole; NaN gives NaN."""
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * sqrt(max(0.0, share * (1 - share)) / n + Z**2 / (4 * n**2))
     return centre - half, centre + half
@@ -36,13 +36,13 @@ def paired_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[floa
         low  = p2 − p1 − √((p2 − l2)² − 2φ(p2 − l2)(u1 − p1) + (u1 − p1)²)
         high = p2 − p1 + √((u2 − p2)² − 2φ(u2 − p2)(p1 − l1) + (p1 − l1)²)
 
-    φ = (ad − bc) / √((a + b)(c + d)(a + c)(b + d)), for a problems that both have right, b only the first, c only the
-    second, and d neither. A positive numerator is lowered by n/2, but not below 0. φ = 0 if the root is 0. Raises
-    ValueError if there are no answers, or not equally many.
+    φ = (ad − bc) / √((a + b)(c + d)(a + c)(b + d)), where a problems are right in both, b only in the first, c only
+    in the second, and d in neither. A positive numerator is lowered by n/2, but not below 0. φ = 0 if the root is 0.
+    Raises ValueError if there are no answers, or if their numbers differ.
     """
     n = len(first)
     if n == 0 or len(second) != n:
-        raise ValueError(f"{n} and {len(second)} answers are not of the same problems")
+        raise ValueError(f"cannot compare {n} and {len(second)} answers: both models must answer the same problems")
     a = sum(x and y for x, y in zip(first, second, strict=True))
     b = sum(first) - a
     c = sum(second) - a
@@ -74,22 +74,22 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def accuracy_text(entry: Mapping[str, Any]) -> str:
-    """Format an accuracy with its interval and n: 97.2% [95.4, 98.3], n = 500."""
+    """Format an accuracy with its interval and n, such as 97.2% [95.4, 98.3], n = 500."""
     low, high = 100 * entry["ci_low"], 100 * entry["ci_high"]
     return f"{100 * entry['accuracy']:.1f}% [{low:.1f}, {high:.1f}], n = {entry['n']}"
 
 
 def majority(answers: Sequence[Hashable | None]) -> int | None:
-    """Return the index of the answer that most samples gave, of a tie the earliest; None if no sample gave one."""
+    """Return the index of the most frequent answer, in a tie the earliest; None if no sample has an answer."""
     votes = Counter(answer for answer in answers if answer is not None)
     return answers.index(max(votes, key=votes.__getitem__)) if votes else None
 
 
 def maj_at_k(answers: Sequence[Hashable | None], right: Sequence[bool], k: int) -> float:
-    """Return how often the majority answer of k samples is right (Wang et al., arXiv:2203.11171); None is no vote.
+    """Return how often the majority answer of k samples is right (Wang et al., arXiv:2203.11171).
 
-    This is the mean over n // k groups: the first k of the n samples, the next k, and so on. Raises ValueError if
-    k > n.
+    An answer of None has no vote. The result is the mean over n // k groups: the first k of the n samples, the next
+    k, and so on. Raises ValueError if k > n.
     """
     if not 1 <= k <= len(answers) or len(answers) != len(right):
         raise ValueError(f"maj@{k} cannot be estimated from {len(answers)} answers")
@@ -106,9 +106,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def t_quantile(degrees: int) -> float:
-    """Return the 97.5% quantile of Student's t, exact up to 4 degrees of freedom, within 0.2% above.
+    """Return the 97.5% quantile of Student's t for a number of degrees of freedom.
 
-    Above, it is the expansion 26.7.5 of Abramowitz and Stegun.
+    It is exact up to 4. For more, it is the expansion 26.7.5 of Abramowitz and Stegun, with errors within 0.2%.
     """
     if degrees <= len(T_QUANTILES):
         return T_QUANTILES[degrees - 1]

@@ -1,4 +1,4 @@
-"""Compare models on the same held-out problems, measured as a training run measures its policy."""
+"""Compare models on the same held-out problems, measured in the way a training run measures its policy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from tasks.unrelated import QUESTIONS
 
 LABEL_WIDTH = 20  # characters
 COLUMN_WIDTH = 34  # characters
-ACCURACY_WIDTH = 29  # characters of the longest accuracy with its interval
+ACCURACY_WIDTH = 29  # characters that the longest accuracy with its interval takes
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Measured:
     """The figures of one model."""
 
     name: str
-    evaluations: Mapping[str, Evaluation]  # of the task first, then of the skills
+    evaluations: Mapping[str, Evaluation]  # by name: first the task, then the skills
     sampled: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # pass_at_k and maj_at_k, by k
-    drift: float | None = None  # from the first model, on unrelated questions, nats a token
+    drift: float | None = None  # distance from the first model, on unrelated questions, nats a token
 
 
 def measure(
@@ -36,8 +36,8 @@ def measure(
 ) -> list[Measured]:
     """Measure each model with the prompts and limits of `config`; only one model is in memory at a time.
 
-    Drift is None for a model that encodes the questions into other ids than the first model does. Raises ValueError
-    if a model cannot be loaded, or has too few positions for a problem.
+    Drift is None for the first model, and for a model whose tokenizer gives the questions other ids. Raises
+    ValueError if a model cannot be loaded, or has too few positions for a problem.
     """
     measured: list[Measured] = []
     start = None
@@ -59,9 +59,9 @@ def measure(
 
 
 def table(measured: Sequence[Measured], split: str, columns: int | None) -> list[str]:
-    """Return the lines of a table: a row for each figure, a column for each model, and one for their difference.
+    """Return the lines of a table: a row per figure, a column per model and, for two models, one for the difference.
 
-    Where a terminal has too few columns for the table, each figure has a line for each model.
+    If a terminal has too few columns for the table, each cell is on a line of its own.
     """
     heads = [shortened(model.name, COLUMN_WIDTH - 2) for model in measured] + ["difference"] * (len(measured) == 2)
     rows = figures(measured, split)
@@ -81,7 +81,10 @@ def table(measured: Sequence[Measured], split: str, columns: int | None) -> list
 
 
 def figures(measured: Sequence[Measured], split: str) -> list[tuple[str, list[str]]]:
-    """Return the rows of the table: a label and a cell for each model, of two accuracies also the difference."""
+    """Return the rows of the table: a label and one cell per model.
+
+    With two models, rows of accuracies get a third cell, the difference.
+    """
     task, *skills = measured[0].evaluations
     evaluations = [model.evaluations[task] for model in measured]
     rows = [(split, accuracies([e.right for e in evaluations]))]
@@ -101,7 +104,7 @@ def figures(measured: Sequence[Measured], split: str) -> list[tuple[str, list[st
 
 
 def accuracies(rights: Sequence[Sequence[bool]]) -> list[str]:
-    """Format accuracies with Wilson intervals; of two accuracies, also the paired difference in percentage points."""
+    """Format accuracies with Wilson intervals; for two, add the paired difference in percentage points."""
     cells = [accuracy_text(proportion(right)) for right in rights]
     if len(rights) == 2:
         difference, low, high = paired_interval(*rights)
@@ -110,7 +113,10 @@ def accuracies(rights: Sequence[Sequence[bool]]) -> list[str]:
 
 
 def as_json(measured: Sequence[Measured]) -> dict[str, Any]:
-    """Return the figures of the table as JSON values, accuracies from 0 to 1; of two models with the difference."""
+    """Return the figures of the table as JSON values, with accuracies from 0 to 1.
+
+    With exactly two models, add their differences.
+    """
     task, *skills = measured[0].evaluations
     models = [
         {

@@ -1,4 +1,4 @@
-"""Make every model's chat template take a system text and a question, and find the ids that end a turn."""
+"""Make sure that a model's chat template takes a system text and a question; find the ids that end a turn."""
 
 from contextlib import suppress
 
@@ -28,7 +28,7 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Give a base model a plain chat template, and a template without a system role a place for the system text.
 
     The tokenizer keeps the template, so that a saved model gets the same prompts. Returns a remark on what was done,
-    or "". Raises ValueError if the template is no text, or leaves the user's message out.
+    or "" if nothing was. Raises ValueError if the template is not a text, or leaves the user's message out.
     """
     if not isinstance(tokenizer.chat_template or "", (str, dict)):
         raise ValueError(f"the model's chat template is {type(tokenizer.chat_template).__name__}, not a text")
@@ -53,7 +53,7 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return every id that ends a turn: by the tokenizer, by the generation config and by the chat template.
 
-    The chat template counts too, because Gemma 3 ends a turn with <end_of_turn>, which is not its EOS token.
+    The chat template is needed because Gemma 3 ends a turn with <end_of_turn>, which is not its EOS token.
     """
     ids = {tokenizer.eos_token_id, template_end_id(tokenizer)}
     configured = model.generation_config.eos_token_id if model.generation_config else None

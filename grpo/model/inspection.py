@@ -1,4 +1,4 @@
-"""Inspect the files of an unknown model before it is built: a few bytes in them could take all memory.
+"""Inspect the files of an unknown model before it is built, because a few bytes in them could claim all memory.
 
 The model that config.json or a GGUF header describes is compared with the headers of the weights.
 """
@@ -25,12 +25,12 @@ from grpo.model_card import CARD, STARTER
 from grpo.runtime.console import printable, suppress_warnings
 
 MAX_JSON_BYTES = 16 * 2**20
-MAX_HEADER_BYTES = 100_000_000  # in a safetensors file, as in the safetensors library
-MAX_NUMBER = 10**10  # in a configuration; the largest in use are context lengths of about 10^7
-SPARE_LAYERS = 500  # more layers or experts than the files have tensors: experts can share a tensor
-NUMBERS_PER_ELEMENT = 8  # weights in an element of a file: a 32-bit element can hold 8 weights of 4 bits
-SPARE_NUMBERS = 50_000_000  # in tables that a model computes and no file holds
-NOT_OF_TOKENIZER = {"config.json", "generation_config.json", CARD, "README.md"}
+MAX_HEADER_BYTES = 100_000_000  # The safetensors library has the same limit on a file's header.
+MAX_NUMBER = 10**10  # Limit of a configuration's integers; the largest in use are context lengths of 10^7.
+SPARE_LAYERS = 500  # Layers or experts beyond the number of tensors: experts can share a tensor.
+NUMBERS_PER_ELEMENT = 8  # A 32-bit element of a file can hold 8 weights of 4 bits.
+SPARE_NUMBERS = 50_000_000  # A model may compute tables of this size that no file holds.
+NOT_TOKENIZER_FILES = {"config.json", "generation_config.json", CARD, "README.md"}
 
 
 def check_folder(folder: Path) -> int:
@@ -55,7 +55,7 @@ def check_config(value: Any, place: str, tensors: int) -> None:
             is_int = type(item) is int  # in Python, a bool is an int too
             is_count = is_int and re.search("(layers?|experts)$", name)
             if is_count and not -1 <= item <= tensors + SPARE_LAYERS:
-                raise ValueError(f"{place} has {str(item)[:40]} as {name!r}; the weights have {tensors} tensors")
+                raise ValueError(f"{place} has {str(item)[:40]} as {name!r}, which does not fit {tensors} tensors")
             if name.endswith("attn_implementation") and isinstance(item, str) and not re.fullmatch(r"\w+", item):
                 raise ValueError(f"{place} has {item[:80]!r} as {name!r}: code that a model brings is never run")
             if is_int and abs(item) > MAX_NUMBER:
@@ -69,13 +69,13 @@ def check_config(value: Any, place: str, tensors: int) -> None:
 def read_headers(folder: Path) -> list[list[int]]:
     """Return the shape of each tensor in the safetensors files of a folder.
 
-    Raises ValueError if there is no such file, if one is damaged, or if an index names any other file.
+    Raises ValueError if there is no such file, if one is damaged, or if an index names another kind of file.
     """
     for path in folder.glob("*.safetensors.index.json"):
         names = _read_json(path).get("weight_map")
         for name in set(names.values()) if isinstance(names, dict) else {None}:
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{path.name} names {str(name)[:80]!a}, which is no safetensors file of the folder")
+                raise ValueError(f"{path.name} names {str(name)[:80]!a}, which is not a safetensors file here")
     shapes = [shape for path in sorted(folder.glob("*.safetensors")) for shape in _read_header(path)]
     if not shapes:
         raise ValueError("it has no weights in safetensors files")
@@ -102,7 +102,7 @@ def _read_header(path: Path) -> list[list[int]]:
 
 
 def read_gguf(path: Path) -> tuple[PreTrainedConfig, int]:
-    """Return the configuration in a GGUF file, and the file's size in bytes, as the number of its elements.
+    """Return the configuration in a GGUF file, and the file's size in bytes, taken as its number of elements.
 
     Raises ValueError, in one line, if the header has a number that is too large for the file.
     """
@@ -114,21 +114,23 @@ def read_gguf(path: Path) -> tuple[PreTrainedConfig, int]:
 
 
 def check_size(config: PreTrainedConfig, numbers: int) -> None:
-    """Raise ValueError if a configuration describes a model much larger than the `numbers` of elements in its files.
+    """Raise ValueError if a configuration describes a model far too large for files with `numbers` elements.
 
-    The model is built on the meta device, where tensors have shapes but take no memory. Names and shapes of single
-    weights are left to transformers, which renames and merges the weights of older files.
+    The model is built on the meta device, where tensors have shapes but take no memory. Names and shapes of
+    single weights are not compared here, because transformers renames and merges the weights of older files.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if described > NUMBERS_PER_ELEMENT * numbers + SPARE_NUMBERS:
-        raise ValueError(f"its configuration describes a model of {described:,} numbers; its files have {numbers:,}")
+        raise ValueError(
+            f"its configuration describes a model of {described:,} numbers, too many for files of {numbers:,}"
+        )
 
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Suppress the log of transformers: it quotes a model's files, and any escape sequences in them."""
+    """Suppress the log of transformers, because it quotes a model's files with any escape sequences in them."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
@@ -139,9 +141,9 @@ def silent() -> Iterator[None]:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise ValueError with the name of the first weight that has a NaN or an infinite number, if there is one."""
+    """Raise ValueError if a weight has a NaN or an infinite number; the error names the first such weight."""
     for name, weight in model.named_parameters():
-        # The sum takes one pass and no copy. It may overflow for large finite numbers, so all are then looked at.
+        # The sum takes one pass and no copy. It may overflow for large finite numbers, so all are then checked.
         if weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all():
             bad = int((~weight.isfinite()).sum())
             raise ValueError(f"{bad:,} of {weight.numel():,} numbers of the weight {name} are NaN or infinite")
@@ -162,7 +164,7 @@ def check_tokenizer(folder: Path) -> None:
 
 def _tokenizer_files(folder: Path) -> list[Path]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
-    return [path for path in files if path.name not in NOT_OF_TOKENIZER]
+    return [path for path in files if path.name not in NOT_TOKENIZER_FILES]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

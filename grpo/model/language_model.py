@@ -12,8 +12,8 @@ from grpo.config import TrainConfig
 from grpo.runtime.console import printable
 from tasks.base import Message, Task
 
-MAX_CHARACTERS_PER_TOKEN = 64  # a question is cut to this length for each position of the model
-MAX_NAMED_QUESTIONS = 5  # in an error
+MAX_CHARACTERS_PER_TOKEN = 64  # A question is cut to this many characters per position.
+MAX_NAMED_QUESTIONS = 5  # An error names at most this many questions.
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class LanguageModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    end_ids: tuple[int, ...]  # every id that ends a turn
+    end_ids: tuple[int, ...]  # every token id that ends a turn
     pad_id: int
-    notes: tuple[str, ...] = ()  # remarks on its prompts, shown at the start of a run
+    notes: tuple[str, ...] = ()  # remarks on the model's prompts, printed at the start of a run
     dropout: dict[str, float] = field(default_factory=dict)  # rates in its config.json; dropout is switched off
 
     @property
@@ -34,7 +34,7 @@ class LanguageModel:
 
     @property
     def positions(self) -> int | None:
-        """Return how many tokens prompt and completion may have together; None if the configuration has no limit."""
+        """Return the number of tokens that prompt and completion may have together; None if there is no limit."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -46,7 +46,9 @@ class LanguageModel:
         prompts = [encode_chat(self.tokenizer, chat) for chat in chats]
         rows = self.model.get_input_embeddings().weight.shape[0]
         if (largest := max(map(max, filter(None, prompts)), default=0)) >= rows:
-            raise ValueError(f"the model's tokenizer makes the token id {largest}; its embedding has {rows} rows")
+            raise ValueError(
+                f"the tokenizer produces token id {largest}, but the model's embedding has only {rows} rows"
+            )
         return prompts
 
     def completion(self, text: str) -> list[int]:
@@ -56,7 +58,9 @@ class LanguageModel:
         """
         end_id = template_end_id(self.tokenizer)
         if end_id is None:
-            raise ValueError("the model's tokenizer has no token that ends a turn, so no completion can be taught")
+            raise ValueError(
+                "the model's tokenizer has no token that ends a turn, so the model cannot learn completions"
+            )
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [*ids, end_id]
 
@@ -84,7 +88,7 @@ def template_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], **options: Any) -> Any:
-    """Return a chat rendered by the template. Raises ValueError, in one printable line, if the template refuses."""
+    """Render a chat by the template. Raises ValueError, in one printable line, if the template refuses the chat."""
     try:
         return tokenizer.apply_chat_template(list(chat), **({"tokenize": False} | options))
     except TemplateError as error:
@@ -110,20 +114,20 @@ def switch_off_dropout(model: PreTrainedModel) -> dict[str, float]:
 
 
 def check_room(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise ValueError if the longest prompt and a completion have more tokens than the model has positions."""
+    """Raise ValueError if the longest prompt with a completion has more tokens than the model has positions."""
     longest = max(map(len, prompts))
     if lm.positions is not None and longest + max_new_tokens > lm.positions:
         raise ValueError(
-            f"a question with its prompt has {longest:,} tokens and its answer up to {max_new_tokens:,}: more than "
-            f"the {lm.positions:,} positions of the model; shorten the question or lower --max-new-tokens"
+            f"the longest prompt has {longest:,} tokens and a completion up to {max_new_tokens:,}, together more "
+            f"than the model's {lm.positions:,} positions; shorten the question or lower --max-new-tokens"
         )
 
 
 def check_prompts_fit(lm: LanguageModel, task: Task, config: TrainConfig) -> None:
-    """Raise ValueError, with the place in the file, if a prompt and a completion have more tokens than positions.
+    """Raise ValueError if a prompt with a completion has more tokens than the model has positions.
 
-    A task that draws its problems is judged by one of them. Since a token has at least one byte, only questions with
-    more bytes than there is room for tokens are encoded.
+    The error names the question's place in its file. A task that draws its problems is checked with one of them. A
+    token has at least one byte, so only questions with more bytes than tokens are left for them are encoded.
     """
     if lm.positions is None:
         return
@@ -153,5 +157,5 @@ def check_prompts_fit(lm: LanguageModel, task: Task, config: TrainConfig) -> Non
         advice += f" (and {len(too_long) - 1} more: {', '.join(places)})"
     raise ValueError(
         f"{place}the prompt{examples} has {at_least}{tokens:,} tokens, and --max-new-tokens is "
-        f"{config.max_new_tokens}: more than the {lm.positions:,} positions of {config.model}; {advice}"
+        f"{config.max_new_tokens}: together more than the {lm.positions:,} positions of {config.model}; {advice}"
     )

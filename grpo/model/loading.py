@@ -48,8 +48,8 @@ from tasks.common.user_file import dangling
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 # The files of a Hub model that are downloaded. Weights come from safetensors files only.
 HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
-HUB_FILES_LEFT_OUT = ("*/*", "consolidated*")  # the same weights in other formats
-GGUF_PACKAGES = ("gguf>=0.10", "accelerate>=1.0")  # transformers needs them to read a GGUF file
+HUB_FILES_LEFT_OUT = ("*/*", "consolidated*")  # These files hold the same weights in other formats.
+GGUF_PACKAGES = ("gguf>=0.10", "accelerate>=1.0")  # Transformers needs these packages to read a GGUF file.
 
 # Reading and writing weights shows no progress bars. `disable_progress_bar` would also remove the bars of downloads.
 transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **(kwargs | {"disable": True})))
@@ -60,7 +60,7 @@ def load(
 ) -> LanguageModel:
     """Load "starter", "smollm2", a folder, a GGUF file or a Hub model: float32, eval mode, all dropout switched off.
 
-    `precision` is the precision of passes, see `grpo.runtime.precision`. With `sharded`, the weights stay on the CPU,
+    `precision` is the precision of passes: see `grpo.runtime.precision`. With `sharded`, the weights stay on the CPU,
     because their shards go to `device` later. `quantization` has the options of `grpo.model.lora.four_bits`, if any.
     Raises ValueError, in one line, if the model cannot be loaded or has no usable chat template or end token.
     """
@@ -81,7 +81,7 @@ def _load_files(name: str, **quantization: Any) -> Loaded:
     if folder := model_folder(name):
         try:
             return _load_folder(str(folder), folder, **quantization)
-        except Exception as error:  # the libraries raise a dozen kinds
+        except Exception as error:  # the libraries raise many kinds of errors
             raise ValueError(f"cannot load the model in folder {printable(name)}: {_reason(error)}") from error
     if gone := dangling(name):
         raise ValueError(f"cannot load model {printable(name)}: {gone}")
@@ -91,16 +91,16 @@ def _load_files(name: str, **quantization: Any) -> Loaded:
 
 
 def _load_gguf(name: str, path: Path, **quantization: Any) -> Loaded:
-    """Load a file of llama.cpp's format, which holds weights, tokenizer and chat template; dequantise to float32.
+    """Load a GGUF file, llama.cpp's format with weights, tokenizer and chat template; dequantise to float32.
 
-    Raises ValueError, in one line, if that fails.
+    Raises ValueError, in one line, if the file cannot be loaded.
     """
     if quantization:
         raise ValueError(f"--load-in-4bit cannot be combined with {printable(name)}: a GGUF file has its own format")
     if missing := [package for package in GGUF_PACKAGES if not _is_installed(package.partition(">")[0])]:
         raise ValueError(f"a GGUF file needs pip install {' '.join(map(repr, missing))}")
     try:
-        # transformers draws progress bars that stay on the terminal for seconds
+        # Transformers draws progress bars here that stay on the terminal for seconds.
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), silent():
             config, numbers = read_gguf(path)
             where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -110,7 +110,7 @@ def _load_gguf(name: str, path: Path, **quantization: Any) -> Loaded:
             with TemporaryDirectory() as folder:
                 tokenizer.save_pretrained(folder)
                 check_tokenizer(Path(folder))
-    except Exception as error:  # the libraries raise a dozen kinds
+    except Exception as error:  # the libraries raise many kinds of errors
         raise ValueError(
             f"cannot load the GGUF file {printable(name)} (cut short, of a kind that transformers does not "
             f"read, or without a tokenizer?): {_reason(error)}"
@@ -131,7 +131,7 @@ def _load_from_hub(name: str, **quantization: Any) -> Loaded:
         if not offline:
             snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT_OUT)
         return _load_folder(name, folder, local_files_only=offline, **quantization)
-    except Exception as error:  # the libraries raise a dozen kinds
+    except Exception as error:  # the libraries raise many kinds of errors
         if unavailable:
             reason = f"there is no such folder here, and {unavailable}; --model starter needs no network"
             raise ValueError(f"cannot load model {printable(name)}: {reason}") from error
@@ -153,12 +153,12 @@ def _prepare(
     except Exception as error:  # an unknown model's files may hold values of any type
         raise ValueError(f"model {name} cannot be prompted: {_reason(error)}") from error
     if not end_ids:
-        raise ValueError(f"model {name} names no token that ends a turn; completions would never end")
+        raise ValueError(f"model {name} names no token that ends a turn, so completions would never end")
     pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = model.get_input_embeddings().weight.shape[0]
     for what, i in (*(("the end of a turn", end) for end in end_ids), ("padding", pad_id)):
         if not isinstance(i, int) or not 0 <= i < rows:
-            raise ValueError(f"model {name} has {str(i)[:40]!r} as the id of {what}; its embedding has {rows} rows")
+            raise ValueError(f"model {name} has {str(i)[:40]!r} as the id of {what}, but only {rows} embeddings")
     return note, end_ids, pad_id
 
 
@@ -201,10 +201,10 @@ def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrained
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # the error below names them
+        ignore_mismatched_sizes=True,  # The error below names them.
         **options,
     )
-    if loading["missing_keys"] or loading["mismatched_keys"]:  # these weights are random numbers now
+    if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers made these weights random
         lacking = ", ".join(sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))[:3])
         raise ValueError(f"weights are missing, or of another shape than config.json says ({lacking}, ...)")
     check_finite(model)
@@ -212,7 +212,7 @@ def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrained
 
 
 def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same weights whose configuration is not that of a quantised model, so it can be saved."""
+    """Return a model with the same weights and no quantisation in its configuration, so that it can be saved."""
     entries = model.config.to_dict()
     entries.pop("quantization_config", None)
     plain = type(model)(type(model.config).from_dict(entries))
@@ -228,10 +228,10 @@ def _reason(error: Exception) -> str:
 
 
 def _why_not_on_the_hub(name: str) -> str:
-    """Return why a model cannot be loaded from the Hub; "" if it seems that it can.
+    """Return why a model cannot be loaded from the Hub; "" if it seems possible.
 
-    This makes one request and, if that fails, another one a second later; `from_pretrained` would try twelve times in
-    50 s without a network. Each request waits for HF_HUB_ETAG_TIMEOUT seconds (10, unless the environment sets it).
+    This makes one request and, if it fails, another one a second later. Without a network, `from_pretrained` would
+    try twelve times in 50 s. Each request waits for HF_HUB_ETAG_TIMEOUT seconds (10, unless the environment sets it).
     """
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
@@ -241,9 +241,9 @@ def _why_not_on_the_hub(name: str) -> str:
         except GatedRepoError:
             return "its page on the Hugging Face Hub has terms to accept first; then log in: hf auth login"
         except RepositoryNotFoundError:
-            return "the Hugging Face Hub has none either (misspelled, or private: hf auth login)"
+            return "the Hugging Face Hub has no such model (misspelled, or private: hf auth login)"
         except HFValidationError:
-            return "it is no name of the Hugging Face Hub either"
+            return "it is not a valid name on the Hugging Face Hub"
         except HfHubHTTPError:  # the Hub can be reached, and `from_pretrained` handles its status
             return ""
         except Exception:  # the HTTP library of huggingface_hub, and so the type of its errors, varies by version

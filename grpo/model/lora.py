@@ -1,4 +1,4 @@
-"""Train a few added weights over a frozen base (LoRA, arXiv:2106.09685), which may be held in 4 bits. Needs peft.
+"""Add trainable weights to a frozen model (LoRA, arXiv:2106.09685), which may be held in 4 bits. Needs peft.
 
 The reference is the policy with its adapter off, so no second model is held.
 """
@@ -18,9 +18,9 @@ ADAPTER = "adapter"  # the folder of the adapter inside saved_model/
 
 
 def four_bits(device: torch.device) -> dict[str, Any]:
-    """Return the options of `from_pretrained` that hold the linear layers in 4 bits (NF4: QLoRA, arXiv:2305.14314).
+    """Return options for `from_pretrained` to hold the linear layers in 4 bits (NF4: QLoRA, arXiv:2305.14314).
 
-    Raises ValueError, with the command that installs it, if bitsandbytes is missing.
+    Raises ValueError, with the command to install bitsandbytes, if it is missing.
     """
     try:
         with suppress_warnings():
@@ -56,7 +56,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
         task_type="CAUSAL_LM",
     )
     for layer in model.modules():
-        # On a CPU, the first pass would repack 4-bit layers for inference for good, and they would have no gradient.
+        # On a CPU, the first pass would repack 4-bit layers for inference; from then on they have no gradient.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     torch.manual_seed(config.seed)  # one of the two factors starts as random numbers, the other as zeros
@@ -96,7 +96,7 @@ def merged(model: nn.Module, ranks: Ranks = ONE) -> PreTrainedModel:
     )
     plain.load_state_dict(weights, strict=False, assign=True)
     plain.tie_weights()
-    for name, buffer in base.named_buffers():  # such as rotary frequencies, which no file holds
+    for name, buffer in base.named_buffers():  # Buffers, such as rotary frequencies, are in no file.
         layer, _, leaf = name.rpartition(".")
         plain.get_submodule(layer).register_buffer(leaf, buffer, persistent=False)
     plain.generation_config = copy.deepcopy(base.generation_config)

@@ -44,11 +44,11 @@ def _replace_folder(
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        with name_in_errors(folder, Exception):  # safetensors and tokenizers have their own exceptions
+        with name_in_errors(folder, Exception):  # safetensors and tokenizers raise exceptions of their own
             plain.save_pretrained(fresh)
             if adapter:
                 lm.model.save_pretrained(fresh / ADAPTER, state_dict=dict(adapter))
-                (fresh / ADAPTER / "README.md").unlink(missing_ok=True)  # peft writes a form without content
+                (fresh / ADAPTER / "README.md").unlink(missing_ok=True)  # an empty template of peft
             lm.tokenizer.save_pretrained(fresh)
         with name_in_errors(folder):
             _complete_files(fresh, lm.tokenizer.name_or_path, lm.end_ids, lm.dropout)
@@ -68,9 +68,9 @@ def _replace_folder(
 
 
 def _complete_files(folder: Path, source: str, end_ids: Sequence[int], dropout: Mapping[str, float]) -> None:
-    """Write entries into the folder's files that other programs would otherwise silently replace by their defaults.
+    """Write entries that other programs would silently replace by their own defaults if they were missing.
 
-    `source` is the folder or Hub model of the tokenizer, `end_ids` has every id that ends a turn, and `dropout` has
+    The tokenizer comes from `source`, a folder or Hub model. `end_ids` has every id that ends a turn. `dropout` has
     the rates that go back into config.json.
     """
     config = _read_json(folder / "config.json")
@@ -80,12 +80,12 @@ def _complete_files(folder: Path, source: str, end_ids: Sequence[int], dropout: 
 
     if (folder / "generation_config.json").is_file():
         generation = _read_json(folder / "generation_config.json")
-        generation.pop("_from_model_config", None)  # it lets transformers replace this file by config.json
+        generation.pop("_from_model_config", None)  # This entry lets transformers replace the file by config.json.
         generation["eos_token_id"] = list(end_ids) if len(end_ids) > 1 else end_ids[0]
         _write_json(folder / "generation_config.json", generation)
 
     tokenizer = _read_json(folder / "tokenizer_config.json")
-    for name in ("is_local", "local_files_only"):  # how the tokenizer was loaded here
+    for name in ("is_local", "local_files_only"):  # These entries say how the tokenizer was loaded here.
         tokenizer.pop(name, None)
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"

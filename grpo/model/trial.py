@@ -1,7 +1,7 @@
 """Try the tokenizer and chat template of an unknown model in a child process with limits of time and memory.
 
-A chat template is a program, and so, in effect, is a tokenizer's chain of replacements: a few bytes of either can
-take all time and memory. A tokenizer that passes the trial is used in the training process from then on.
+A chat template is a program, and a tokenizer's chain of replacements works like one. A few bytes of either can take
+all time and memory. A tokenizer that passes the trial is used in the training process from then on.
 
 The child process runs this file as a script. It does not import torch, so it starts in a second and takes 70 MB.
 """
@@ -14,17 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-SECONDS = 5  # of computing in the whole trial
+SECONDS = 5  # CPU time of the whole trial
 SECONDS_PER_MB = 4  # added for each MB of the tokenizer's files
 MEMORY = 600 * 2**20  # bytes
 MEMORY_PER_BYTE = 12  # bytes added for each byte of the tokenizer's files
-MAX_FILE_BYTES = 512 * 2**20  # of a tokenizer; Gemma 3 has 33 MB
-MAX_CHAT_CHARACTERS = 2**20  # a chat rendered by the template
+MAX_FILE_BYTES = 512 * 2**20  # A larger tokenizer is refused; Gemma 3's has 33 MB.
+MAX_CHAT_CHARACTERS = 2**20  # The template may not render a chat as a longer text.
 MAX_TOKENS_PER_CHARACTER = 100
 TEXT = "What is (4 - 9) * 6? a\u0301 \u5317\u4eac \U0001f600\n\t<answer>-30</answer>  " + "word " * 200
 QUESTION = [{"role": "system", "content": "Answer in one line."}, {"role": "user", "content": TEXT}]
 CHATS = [QUESTION, QUESTION[1:], [*QUESTION[1:], {"role": "assistant", "content": TEXT}]]
-# Each thread takes address space, which is limited.
+# The child uses one thread, because each thread takes address space, which is limited.
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 ONE_THREAD |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -65,14 +65,14 @@ def use(tokenizer: Any) -> None:
 
     ids = tokenizer(TEXT)["input_ids"]
     if len(ids) > MAX_TOKENS_PER_CHARACTER * len(TEXT):
-        raise ValueError(f"{len(TEXT)} characters become {len(ids):,} tokens")
+        raise ValueError(f"{len(TEXT)} characters become {len(ids):,} tokens, which is too many")
     tokenizer(TEXT, add_special_tokens=False, split_special_tokens=True)
     tokenizer.batch_decode([ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     for chat in CHATS if tokenizer.chat_template else ():
         with suppress(TemplateError):  # a template may refuse a system message, see `ensure_chat_template`
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             if len(text) > MAX_CHAT_CHARACTERS:
-                raise ValueError(f"a chat becomes a text of {len(text):,} characters")
+                raise ValueError(f"a chat becomes a text of {len(text):,} characters, which is too long")
             options = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
             tokenizer.apply_chat_template(chat, add_generation_prompt=True, **options)
 
@@ -81,10 +81,10 @@ def main(folder: str, memory: int, seconds: float) -> None:
     """Try the tokenizer of a folder; exit with status 1 after printing the reason if it fails."""
     out = os.dup(1)
     os.dup2(2, 1)  # standard output carries the reason only, not what libraries print
-    sys.modules["torch"] = None  # an import of torch fails, and transformers goes on without it
+    sys.modules["torch"] = None  # importing torch fails now, and transformers works without it
     from transformers import AutoTokenizer
 
-    with suppress(ImportError, OSError, ValueError):  # only Linux tells the address space in use and can limit it
+    with suppress(ImportError, OSError, ValueError):  # only Linux reports and limits the address space
         import resource
 
         with open("/proc/self/statm", encoding="ascii") as file:
@@ -94,7 +94,7 @@ def main(folder: str, memory: int, seconds: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the child, even if the training process is gone
     try:
         use(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
-    except BaseException as error:  # the panics of tokenizers are no Exception
+    except BaseException as error:  # a panic inside tokenizers is not an Exception
         os.write(out, f"{type(error).__name__}: {error}"[:2000].encode(errors="replace"))
         os._exit(1)
 

@@ -74,7 +74,7 @@ def test_the_paired_interval_holds_the_difference_in_the_corners(cells):
 
 @pytest.mark.parametrize(("one", "two"), [([], []), ([True], []), ([True], [True, False])])
 def test_answers_to_other_problems_are_refused(one, two):
-    with pytest.raises(ValueError, match="not of the same problems"):
+    with pytest.raises(ValueError, match="must answer the same problems"):
         paired_interval(one, two)
 
 

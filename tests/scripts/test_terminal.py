@@ -103,7 +103,7 @@ def test_questions_are_asked_for_and_answered_until_an_empty_line(end, tmp_path,
 def test_a_question_that_is_too_long_does_not_end_the_conversation(tmp_path):
     result = invoke(inference.main, folder=tmp_path, input=f"{'1 + ' * 600}1\n{QUESTION}\n")
     assert result.exit_code == 0
-    assert "Error: a question with its prompt has" in result.stderr
+    assert "Error: the longest prompt has" in result.stderr
     assert "[answer " in result.stdout
 
 
