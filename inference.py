@@ -7,8 +7,8 @@
     python inference.py < questions.txt                          one question a line
     python inference.py --evaluate --compare                     accuracy on held-out problems, before and after
 
-The model is saved_model/ if it is there, else the bundled starter, or any model with --model. --evaluate measures as
-a training run does. With --compare, both models get the task, prompt and token limit of the trained one.
+Without --model, the model is saved_model/ if it is there, else the bundled starter. --evaluate measures as a
+training run does. With --compare, both models get the task, prompt and token limit of the trained one.
 """
 
 import json
@@ -40,8 +40,8 @@ from tasks.registry import TASKS, task_options
 if TYPE_CHECKING:
     from grpo.model.language_model import LanguageModel
 
-MIN_TEMPERATURE = 1e-3  # logits divided by a smaller temperature may overflow float32
-DEFAULT_MAX_NEW_TOKENS = 128  # for a model without a grpo.json
+MIN_TEMPERATURE = 1e-3  # Logits divided by a smaller temperature may overflow float32.
+DEFAULT_MAX_NEW_TOKENS = 128  # The limit for a model without a grpo.json.
 
 
 def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -66,8 +66,8 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--task",
     multiple=True,
-    help=f"task to --evaluate on: {', '.join(TASKS)} or FILE.py:NAME; of a mixture, the task whose prompt is used "
-    "[default: the model's own]",
+    help=f"task to --evaluate on: {', '.join(TASKS)} or FILE.py:NAME; to ask a model of several tasks, "
+    "the task whose prompt is used  [default: the model's own]",
 )
 @click.option("--task-arg", multiple=True, help="key=value, an argument of the --task in your file")
 @task_setting_options
@@ -103,7 +103,7 @@ def main(
     if evaluate and (questions or temperature != 0 or samples > 1 or vote):
         raise click.UsageError("--evaluate answers greedily: leave out questions, --temperature, --samples, --vote")
     if compare and len(models) > 1:
-        raise click.UsageError("--compare finds the model before training by itself; give one --model")
+        raise click.UsageError("--compare finds the model before training by itself, so give only one --model")
     asks_as = given.pop("task", ()) if not evaluate else ()
     if not evaluate and (given or len(models) > 1):
         options = ", ".join(f"--{option.replace('_', '-')}" for option in given) or "--model given twice"
@@ -138,16 +138,20 @@ def main(
     except (ValueError, OSError) as error:
         raise click.ClickException(printable(str(error))) from None
     except KeyboardInterrupt:
-        say("", sys.stderr)  # the shell's prompt begins on a line of its own
+        say("", sys.stderr)  # so that the shell's prompt begins on a new line
         sys.exit(130)
 
 
 def examine(names: Sequence[str], given: dict[str, Any]) -> None:
-    """Measure models as a run of the last one measures, and print a table or JSON. Raises ValueError."""
+    """Measure models as a training run of the last one would, and print a table or JSON.
+
+    Raises ValueError if a model cannot be measured or the answers cannot be written.
+    """
     split = given.pop("split", "test")
     is_json = given.pop("json", False)
     file = given.pop("answers", None)
-    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):  # checked before the work
+    # Check the file before the models are measured, which takes long.
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
         raise ValueError(f"--answers {printable(str(file))} cannot be written; give a file in a writable folder")
     with mistakes_are_wrong_usage():
         config = resolve({"model": names[-1], "pass_at_k": 0, **given})
@@ -158,7 +162,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 
     task = make_task(config)
     card = read_card(names[-1])
-    if not {"task", "shots", "prompt_style"} & set(given):  # the run's examples, even if its data changed
+    if not {"task", "shots", "prompt_style"} & set(given):  # Use the run's examples, even if its data has changed.
         task = with_examples(task, card)
 
     from grpo.evaluation.model_comparison import answers, as_json, measure, table
@@ -201,7 +205,7 @@ class Sampling:
 
 
 def load_model(name: str, card: Mapping[str, Any], device: str) -> "LanguageModel":
-    """Load a model in the precision of the card's settings. Raises ValueError if it cannot be loaded."""
+    """Load a model in the precision that its card names. Raises ValueError if the model cannot be loaded."""
     from grpo.model.loading import load
     from grpo.runtime.device import choose_device
 
@@ -241,14 +245,14 @@ def complete(
 
 
 def on_terminal() -> bool:
-    """Return whether standard input and output are a terminal, so that questions can be asked for."""
+    """Return whether standard input and output are a terminal, so that the user can be asked for questions."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def converse(models: Sequence["LanguageModel"], card: Mapping[str, Any], sampling: Sampling, vote: bool) -> None:
     """Ask for questions and answer each, until an empty line or Ctrl-D."""
-    with suppress(ImportError):  # Windows has no readline
-        import readline  # noqa: F401, it lets the user edit lines and call back earlier ones
+    with suppress(ImportError):  # Windows has no readline.
+        import readline  # noqa: F401, lets the user edit lines and recall earlier ones
 
     say(f"Ask a question, such as: {EXAMPLE} An empty line or Ctrl-D ends.", sys.stderr)
     for number in count():
@@ -277,7 +281,7 @@ def show(answers: Sequence[Sequence[str]], card: Mapping[str, Any], vote: bool) 
 
 
 def vote_of(texts: Sequence[str], kind: str) -> str:
-    """Return the answer that most completions give and how many give it, as a text to show."""
+    """Return a text to show: the answer that most completions give, and how many give it."""
     answers = [parse_answer(text, kind) for text in texts]
     place = majority(answers)
     if place is None:
@@ -287,7 +291,7 @@ def vote_of(texts: Sequence[str], kind: str) -> str:
 
 
 def parsed(text: str, style: str, kind: str) -> str:
-    """Return the answer parsed from a completion, as a text to show; it says if the form is not that of the style."""
+    """Return the answer parsed from a completion as a text to show, with a remark if the style's form is missing."""
     answer = parse_answer(text, kind)
     form = "" if has_form(text, style) else f", not in the form of style {style}"
     return "no answer" if answer is None else f"answer {printable(str(answer))}{form}"

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, and verified before they are used. README.md lists their files."""
+"""Write checkpoints, which are never half written, and verify them before use. README.md lists their files."""
 
 import hashlib
 import json
@@ -16,8 +16,10 @@ from grpo.runtime.atomic_io import check_room, fsync
 from grpo.runtime.checks import is_count
 
 FOLDER = "checkpoints"
-KEPT = 2  # checkpoints
-FORMAT = 2  # It also changes where problems are split or graded differently, because such a run cannot continue.
+KEPT = 2  # Only the last two checkpoints are kept.
+# Raise it when the files change, and also when problems are split or graded differently, because an older run cannot
+# continue then.
+FORMAT = 2
 POLICY = "policy.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 METRICS = "metrics.json"
@@ -30,7 +32,7 @@ RECOVERY_HINT = "--fresh moves the run to earlier_runs/ and starts over, --outpu
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that the rest of a run depends on, after `step` steps."""
+    """Everything that a run needs to continue after `step` steps."""
 
     step: int
     policy: Mapping[str, Tensor]
@@ -41,14 +43,14 @@ class Checkpoint:
 
 
 class IncompatibleCheckpoint(ValueError):
-    """A checkpoint that is whole but cannot be used: it has another format, or reading it is not permitted."""
+    """Raised for an intact checkpoint that cannot be used: it has another format, or may not be read."""
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint of the run in `folder`, then remove all but the last two; return its folder.
 
-    A whole checkpoint of the same step is kept, as a run is a function of its settings; it is replaced if the step
-    has been evaluated since. Raises OSError, and leaves earlier checkpoints as they were, if it cannot be written.
+    An intact checkpoint of the same step is kept, because equal settings give equal checkpoints. It is replaced only
+    if the step has been evaluated since. Raises OSError if the checkpoint cannot be written; earlier ones stay then.
     """
     parent = folder / FOLDER
     parent.mkdir(exist_ok=True)
@@ -86,10 +88,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint that is as it was written, and a line about each newer, damaged checkpoint.
+    """Return the newest intact checkpoint, None if there is none, and a line about each damaged newer checkpoint.
 
-    A damaged checkpoint is renamed to `<name>.damaged-<n>`, never deleted. Raises IncompatibleCheckpoint, and
-    changes nothing more, if a checkpoint is whole but cannot be used.
+    A damaged checkpoint is renamed to `<name>.damaged-<n>`, never deleted. Raises IncompatibleCheckpoint,
+    and changes nothing more, if a checkpoint is intact but cannot be used.
     """
     problems = []
     for path in reversed(_checkpoints(folder / FOLDER)):
@@ -103,7 +105,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Verify every byte of a checkpoint and load it. Raises ValueError, in one line, if it is not as written."""
+    """Verify every byte of a checkpoint and load it. Raises ValueError, in one line, if it is damaged."""
     try:
         if not _is_whole(path):
             raise ValueError("its content does not match its SHA-256 sums")
@@ -148,12 +150,12 @@ def _is_whole(path: Path) -> bool:
 
 
 def _evaluations(path: Path) -> int:
-    """Return the number of evaluations in a whole checkpoint."""
+    """Return the number of evaluations in an intact checkpoint."""
     return len(json.loads((path / METRICS).read_bytes()).get("evals", ()))
 
 
 def _make_room(parent: Path, final: Path, checkpoint: Checkpoint) -> None:
-    """Remove all checkpoints but the last if the disk is too full for another. Raises OSError if it still is."""
+    """Remove all checkpoints but the last if the disk is too full. Raises OSError if it still is too full."""
     tensors = [*checkpoint.policy.values(), *checkpoint.optimizer.values(), *(checkpoint.reference or {}).values()]
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if shutil.disk_usage(parent).free < needed:

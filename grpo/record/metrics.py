@@ -1,4 +1,4 @@
-"""The metrics file of a run. It is always whole, so it can be read while the run goes on."""
+"""Write and read the metrics file of a run. It is never half written, so it can be read during the run."""
 
 import json
 import math
@@ -12,14 +12,14 @@ from grpo.runtime.atomic_io import write_atomic
 from grpo.runtime.checks import check_entries, is_list_of
 
 FILE_NAME = "grpo_metrics.json"
-WRITE_EVERY = 5.0  # seconds; after an evaluation the file is written at once
+WRITE_EVERY = 5.0  # seconds between writes during steps; an evaluation is written at once
 
 
 class Metrics:
     """The record of a run: settings, environment, an entry for each step and each evaluation, findings."""
 
     def __init__(self, folder: Path | None, config: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Keep the record in memory, and write it to `folder` if there is one: only rank 0 has one."""
+        """Keep the record in memory, and write it to `folder`, which is None for all ranks but rank 0."""
         self.path = folder / FILE_NAME if folder else None
         self.record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -42,7 +42,7 @@ class Metrics:
     def load_state_dict(self, state: Mapping[str, Any], step: int, sft_step: int = 0) -> None:
         """Restore what `state_dict` returned after `step` steps and `sft_step` supervised steps.
 
-        Raises ValueError if the state cannot have been returned then.
+        Raises ValueError if the state is damaged or does not belong to these numbers of steps.
         """
         state = {"before_sft": None, "sft": [], "outlook": None, **state}  # Earlier versions did not write these.
         passed = {name: FORMATS[name](state.get(name)) for name in self.state_dict()}
@@ -53,7 +53,7 @@ class Metrics:
         self.record |= {name: state[name] for name in self.state_dict()}
 
     def add_step(self, entry: dict[str, Any], kind: str = "steps") -> None:
-        """Append the entry of a step, or of a supervised step (kind "sft"); the file follows in a few seconds."""
+        """Append the entry of a step, or of a supervised step (kind "sft"); the file is written every few seconds."""
         self.record[kind].append(_finite(entry))
         if time.monotonic() - self._written > WRITE_EVERY:
             self.write()
@@ -116,13 +116,13 @@ def ended_with(folder: Path, step: int, metrics: dict[str, Any]) -> dict[str, An
     try:
         written = load_metrics(folder)
     except ValueError:
-        return None  # It is damaged or missing. The checkpoint has everything but the ending.
+        return None  # The file is damaged or missing. The checkpoint has everything but the ending.
     same = same_rows(written["steps"], metrics["steps"]) and same_rows(written["evals"][:-1], metrics["evals"])
     return written if same and (written.get("finished") or {}).get("step") == step else None
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry without its times, which differ between equal runs."""
+    """Return an entry without its times, which differ between otherwise equal runs."""
     return {name: value for name, value in row.items() if not name.startswith("time/")}
 
 

@@ -1,4 +1,4 @@
-"""Sampled completions in grpo_samples.jsonl, one JSON object a line; README.md lists its entries."""
+"""Write sampled completions to grpo_samples.jsonl, one JSON object a line; README.md lists its entries."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,15 +8,15 @@ from typing import Any
 from grpo.runtime.atomic_io import name_in_errors, write_atomic
 
 FILE_NAME = "grpo_samples.jsonl"
-EVERY = 5  # steps; step 1 is recorded too
-GROUPS = 2  # The first groups of a step are recorded.
+EVERY = 5  # Samples of step 1 and of every fifth step are recorded.
+GROUPS = 2  # The first two groups of such a step are recorded.
 
 
 class Samples:
     """The file of samples of a run: whole groups every few steps."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Write to `folder` if there is one: only rank 0 has one."""
+        """Write to `folder`, which is None for all ranks but rank 0."""
         self.path = folder / FILE_NAME if folder else None
 
     def wants(self, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""The format of `grpo_metrics.json`, and whether a value that was read from a file has it."""
+"""Check that what was read from a file has the format of `grpo_metrics.json`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ MAX_SHOWN_CATEGORIES = 6  # More categories do not fit into a line or a legend.
 
 
 def check_record(record: Any, path: Path) -> None:
-    """Raise ValueError if `record`, read from `path`, is not what a run writes."""
+    """Raise ValueError if `record`, read from `path`, does not have the format that a run writes."""
     if not isinstance(record, dict) or "schema_version" not in record:
         raise ValueError(f"{path} was not written by this program; give the grpo_metrics.json of a run")
     if record["schema_version"] != SCHEMA_VERSION:
@@ -49,7 +49,7 @@ def is_finding(value: Any) -> bool:
 
 
 def is_outlook(value: Any) -> bool:
-    """Return whether a value has the two counts and the shares that are measured before the first step."""
+    """Return whether a value has the counts and shares of an outlook, which is measured before the first step."""
     if not isinstance(value, dict) or not all(is_count(value.get(name)) for name in ("groups", "num_generations")):
         return False
     shares = [
@@ -70,7 +70,7 @@ def _is_measured(value: Any) -> bool:
 
 
 def _is_ending(value: Any) -> bool:
-    """Return whether a value has the last step of a run and the reason of its end."""
+    """Return whether a value has the last step of a run and the reason why the run ended."""
     return isinstance(value, dict) and is_count(value.get("step")) and "reason" in value
 
 
@@ -88,7 +88,7 @@ def _is_table(name: str, table: Any) -> bool:
     )
 
 
-# The parts of the file, each with the check of its value. A file may have other parts as well.
+# Each part of the file with the function that checks its value. A file may have other parts as well.
 FORMATS: dict[str, Callable[[Any], bool]] = {
     "config": lambda value: isinstance(value, dict),
     "before_sft": lambda value: value is None or is_evaluation(value),
@@ -99,5 +99,5 @@ FORMATS: dict[str, Callable[[Any], bool]] = {
     "findings": lambda value: is_list_of(is_finding, value),
     "finished": lambda value: value is None or _is_ending(value),
 }
-# Earlier versions did not write these parts, and read as if they had written these values.
+# Earlier versions did not write these parts. Their files are read as if they had these values.
 DEFAULTS: dict[str, Any] = {"before_sft": None, "sft": [], "outlook": None, "findings": [], "finished": None}

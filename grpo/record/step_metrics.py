@@ -1,4 +1,4 @@
-"""The metrics of a step, in one table: the metrics file, the plots and the table in README.md come from it.
+"""Define the metrics of a step in one table, from which the metrics file, the plots and README.md take them.
 
 This module does not import torch, so that plots start quickly.
 """
@@ -25,7 +25,7 @@ class StepResult:
 
     step: int
     settings: "StepSettings"  # the learning rate, group size and beta of this step
-    drawn: "Rollout"  # all groups that were drawn, with the tied groups that were drawn again
+    drawn: "Rollout"  # all groups that were drawn, also tied groups that other groups replaced
     rollout: "Rollout"  # the groups that were trained on
     updates: Sequence["UpdateStats"]
     sampler_gap: float
@@ -35,7 +35,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepMetric:
-    """A metric of a step. If the name ends in `/*`, the formula returns values by the names that stand for `*`."""
+    """A metric of a step. If the name ends in `/*`, the formula returns a dictionary: the names to put for `*`."""
 
     name: str
     meaning: str
@@ -64,7 +64,7 @@ def step_metrics(result: StepResult) -> dict[str, Value]:
 
 
 def _by_part(rollout: "Rollout", figure: Callable[[Sequence[Value]], Value]) -> dict[str, Value]:
-    """Return a figure of the rewards, (B,), of each part; they are None where the part does not apply."""
+    """Return a figure for each part of the reward, from its values, (B,), which are None where it does not apply."""
     rewards = rollout.rewards
     return {name: figure([reward.parts[name] for reward in rewards]) for name in rewards[0].parts}
 
@@ -81,13 +81,13 @@ def _finite(value: Any) -> float | None:
 
 
 def _group_std(groups: Sequence[Sequence[float]]) -> float | None:
-    """Return the mean std of the groups with at least two finite rewards; None if there are none."""
+    """Return the std in a group, mean over the groups with two or more finite rewards; None if there are none."""
     applied = [[r for r in group if isfinite(r)] for group in groups]
     return _mean([stdev(group) for group in applied if len(group) > 1])
 
 
 def _spread(part: Sequence[Value], groups: int) -> float | None:
-    """Return the mean over groups of the std of a part, (B,), where it is not 0; None if it is 0 in all groups."""
+    """Return the std of a part, (B,), in a group, mean over the groups where it is not 0; None if there are none."""
     g = len(part) // groups
     applied = [[v for v in part[i : i + g] if v is not None] for i in range(0, len(part), g)]
     return _mean([stdev(group) for group in applied if len(group) > 1 and min(group) < max(group)])
@@ -110,13 +110,14 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="reward/*",
-        meaning="weighted mean of each part over the completions it applies to, null if none; parts that all apply "
-        "add up to `reward_mean`",
+        meaning="mean of each weighted part over the completions to which it applies, null if there are none; parts "
+        "that apply to all completions add up to `reward_mean`",
         formula=lambda s: _by_part(s.drawn, _mean),
     ),
     StepMetric(
         name="reward_std/*",
-        meaning="standard deviation of each part in a group, mean over the groups where it is not 0, null if none",
+        meaning="standard deviation of each part in a group, mean over the groups where it is not 0, null if there "
+        "are none",
         formula=lambda s: _by_part(s.drawn, lambda part: _spread(part, len(s.drawn.problems))),
     ),
     StepMetric(
@@ -129,14 +130,15 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="kl",
-        meaning="k3 against the reference, mean over the tokens, first inner update; null without a reference",
+        meaning="KL to the reference (k3), mean over the tokens, in the first inner update; null without a reference",
         formula=lambda s: s.updates[0].kl,
         title="KL to the reference",
         unit="nats a token",
     ),
     StepMetric(
         name="entropy",
-        meaning="entropy of the distribution each token was drawn from, mean over the tokens, first inner update",
+        meaning="entropy of the distribution from which a token was drawn, mean over the tokens, in the first inner "
+        "update",
         formula=lambda s: s.updates[0].entropy,
         title="Entropy",
         unit="nats a token",
@@ -212,7 +214,7 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="clip_fraction",
-        meaning="share of tokens whose gradient the clipping removes, largest of the inner updates",
+        meaning="share of tokens whose gradient the clipping removes, in the inner update where it is largest",
         formula=lambda s: max(u.clip_fraction for u in s.updates),
         title="Clipped",
         unit="% of tokens",
@@ -240,7 +242,8 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="weights_moved",
-        meaning="share of about 10,000 fixed trainable weights whose value the step changed",
+        meaning="share of weights that the step changed, in a sample of about 10,000 trainable weights, which is the "
+        "same in all steps",
         formula=lambda s: s.weights_moved,
     ),
     StepMetric(

@@ -48,19 +48,20 @@ def _first_and_last_test(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], 
 
 
 def _say_accuracies(rows: Sequence[tuple[str, Any, Any]], before_sft: Mapping[str, Any] | None) -> None:
-    """Print accuracies before and after: on the line of their name if every line fits the terminal, else below it."""
+    """Print accuracies before and after, beside their name if all lines fit the terminal, else below the name."""
     table = [(printable(name), accuracy_text(was), f"  ->  {accuracy_text(now)}") for name, was, now in rows]
     table += [("before fine-tuning", accuracy_text(before_sft), "")] if before_sft else []
     lines = [f"  {name:<18} {was:>32}{now}" for name, was, now in table]
     if max(map(len, lines)) >= width():
-        # With one space behind it, an arrow stays with its figure where a line is broken.
+        # `say` breaks long lines at double spaces. A single space after the arrow keeps it on the line of
+        # the accuracy that follows.
         lines = [f"  {name}\n    {was}{now.replace('->  ', '-> ')}" for name, was, now in table]
     for line in lines:
         say(line)
 
 
 def show_interruption(folder: Path, place: str, reason: str) -> None:
-    """Print after a signal what was saved and how to continue; `place` is where the run stopped: "step 25"."""
+    """Print after a signal what was saved and how to continue. The run stopped at `place`, such as "step 25"."""
     optional = {"plots": "grpo_overview.png", f"{SAVED_MODEL}/": SAVED_MODEL}
     *saved, last = ["Checkpoint", "metrics", *(what for what, name in optional.items() if (folder / name).exists())]
     say(f"\nStopped after {place} ({reason}). {', '.join(saved)} and {last} are in {printable(str(folder))}/.")
@@ -68,7 +69,7 @@ def show_interruption(folder: Path, place: str, reason: str) -> None:
 
 
 def show_already_finished(folder: Path, record: Mapping[str, Any]) -> None:
-    """Print what a run that is already finished reached, and the two ways to continue."""
+    """Print the result of a run that is already finished, and the two ways to continue."""
     before, after = _first_and_last_test(record)
     ending = record["finished"]
     say(f"The run in {printable(str(folder.resolve()))} is finished: {ending['reason']} (step {ending['step']}).")
@@ -85,7 +86,7 @@ def _list_findings(record: Mapping[str, Any]) -> None:
 
 
 def _say_times(record: Mapping[str, Any]) -> None:
-    """Print the time of each phase in all launches, the tokens a second, and the peak memory of the last launch."""
+    """Print the time of each phase over all launches, tokens a second, and the last launch's peak memory."""
     phases = seconds_by_phase(record)
     total = sum(phases.values())
     shown = [f"{name} {spent:.1f} s ({100 * spent / total:.0f}%)" for name, spent in phases.items() if spent > 0.05]
@@ -96,7 +97,7 @@ def _say_times(record: Mapping[str, Any]) -> None:
 
 
 def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Format the accuracies before and after of at most twelve categories, the lowest after training."""
+    """Format accuracies before and after training of the twelve categories with the lowest accuracy after it."""
     now = after.get("categories", {})
     shown = sorted(sorted(now, key=lambda name: now[name]["accuracy"])[:12])
     if not shown:
@@ -109,7 +110,7 @@ def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 
 
 def sampled(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Format pass@k and maj@k before and after; return no line if they were not measured."""
+    """Format pass@k and maj@k before and after training; return no line if they were not measured."""
     lines = []
     for name in ("pass", "maj"):
         was, now = before.get(f"{name}_at_k", {}), after.get(f"{name}_at_k", {})
@@ -119,7 +120,7 @@ def sampled(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 
 def drifted(after: Mapping[str, Any]) -> list[str]:
-    """Format the drift of the saved policy from the start; return no line if it was not measured."""
+    """Format the drift of the saved policy from the starting model; return no line if it was not measured."""
     drift = after.get("drift")
     return [] if drift is None else [f"drift              {nats(drift)} nats a token on unrelated questions"]
 
@@ -135,7 +136,7 @@ def seconds_by_phase(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tokens_per_second(record: Mapping[str, Any]) -> float:
-    """Return the prompt and completion tokens that were trained on, for each second of the steps."""
+    """Return how many prompt and completion tokens were trained on per second of the steps."""
     return _sum(record["steps"], "tokens") / max(1e-9, _sum(record["steps"], "time/total"))
 
 

@@ -23,7 +23,7 @@ def introduce(
     decoder: Decoder,
     task_notes: Sequence[str] = (),
 ) -> None:
-    """Print the model, the device, the resolved settings, and what cannot be shared with this model."""
+    """Print the model, the device, the resolved settings, and whether groups cannot share their prompts."""
     millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
     where = environment["device"]
     if lm.device.type == "cpu":
@@ -43,9 +43,7 @@ def introduce(
     _say_settings(config)
     shared = {"the update": scorer.shares_prompts, "sampling": decoder.expands_cache}
     if unshared := " and ".join(phase for phase, is_shared in shared.items() if not is_shared):
-        say(
-            f"This model's prompts cannot be shared by a group: {unshared} computes each once for every completion.\n"
-        )
+        say(f"With this model, completions of a group cannot share their prompt: {unshared} computes it for each.\n")
 
 
 def _say_settings(config: TrainConfig) -> None:
@@ -79,14 +77,14 @@ def show_continuation(place: str, threads_then: int, threads_now: int) -> None:
 
 
 def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory: int | None) -> None:
-    """Print the outlook, the expected seconds of a step and of all `steps`, and the memory so far (bytes)."""
+    """Print the outlook, the expected time of a step and of all `steps`, and the memory used so far (bytes)."""
     show_shares(outlook)
     memory_text = f", {memory / 2**20:,.0f} MiB of memory so far" if memory else ""
     say(f"  about {seconds:.2g} s a step, {duration(seconds * steps)} for all steps{memory_text}\n")
 
 
 def show_shares(outlook: Mapping[str, Any]) -> None:
-    """Print what the completions that were sampled before the first step are like."""
+    """Print the outlook: how good and how varied completions were that were sampled before the first step."""
     g = outlook["num_generations"]
     groups = outlook["groups"]
     mixed = round(outlook["teaching"] * groups)

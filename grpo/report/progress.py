@@ -10,7 +10,7 @@ from grpo.evaluation.intervals import accuracy_text
 from grpo.record.schema import few_categories
 from grpo.runtime.console import fitted, paint, paragraph, printable, say, width
 
-SHOWN_COMPLETIONS = 4  # of one step
+SHOWN_COMPLETIONS = 4  # At most this many completions of a step are printed.
 MIN_COLUMNS_BESIDE_PARTS = 62  # With fewer columns left, the parts of the reward are not shown.
 MIN_QUESTION_COLUMNS = 4  # A question is never cut to fewer columns.
 
@@ -31,7 +31,7 @@ def show_evaluation(entry: Mapping[str, Any], improved: bool) -> None:
 
 
 def show_completions(step: int, rollout: Rollout) -> None:
-    """Print the first completion of each of the first groups, with its reward, and the parts of it if they fit."""
+    """Print one completion for each of the first groups, with its reward and, if they fit, the reward's parts."""
     columns = width() - 1
     names = list(rollout.rewards[0].parts)
     if columns - sum(max(5, len(name)) + 2 for name in names) < MIN_COLUMNS_BESIDE_PARTS:
@@ -67,5 +67,5 @@ def show_finding(finding: Mapping[str, Any]) -> None:
 
 
 def nats(value: float) -> str:
-    """Format a value in nats with three decimals, without a minus before zero."""
+    """Format a value in nats with three decimals; zero has no minus sign."""
     return f"{round(value, 3) + 0.0:.3f}"

@@ -30,9 +30,9 @@ from tasks.common.prompts import system_prompt
 from tasks.skills import SKILLS
 
 STEPS = 3700
-DIRECT_FROM = 3300  # the first step that has direct answers
-DIRECT_SHARE = 0.7  # share of the arithmetic problems that are answered directly from then on
-WARM_UP = 200  # steps in which the learning rate rises
+DIRECT_FROM = 3300  # the first training step that has direct answers
+DIRECT_SHARE = 0.7  # from then on, the share of arithmetic problems with direct answers
+WARM_UP = 200  # The learning rate rises during this many steps.
 LEARNING_RATE = (2e-3, 2e-4)  # from WARM_UP to DIRECT_FROM, falling linearly
 DIRECT_LEARNING_RATE = (3e-4, 2e-5)  # from DIRECT_FROM to the end, falling linearly
 WEIGHT_DECAY = 0.1
@@ -52,8 +52,8 @@ CHAT_TEMPLATE = (
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build a byte-level tokenizer with a token for each word of the prompts and for each tag.
 
-    There are no merges: a word that is not in the vocabulary is spelled byte by byte, so any text can be written, and
-    the letters of an invented word are tokens.
+    There are no merges: a word that is not in the vocabulary is spelled byte by byte. So the tokenizer can encode any
+    text, and each letter of an invented word is a token.
     """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
@@ -104,7 +104,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def batch(lm: LanguageModel, step: int) -> Tokens:
-    """Return the tokens of a step, the rows sorted by length, so that a micro-batch has little padding."""
+    """Return the tokens of a step, with rows sorted by length so that a micro-batch has little padding."""
     direct_share = DIRECT_SHARE if step >= DIRECT_FROM else 0.0
     examples = [example(step, row, direct_share) for row in range(BATCH)]
     prompts = lm.prompts([chat for chat, _ in examples])
@@ -114,7 +114,7 @@ def batch(lm: LanguageModel, step: int) -> Tokens:
 
 
 def learning_rate(step: int) -> float:
-    """Return the learning rate of a step: a linear warm-up, then a linear decay before and one after DIRECT_FROM."""
+    """Return the learning rate of a step: it rises, falls until DIRECT_FROM, and falls again from there, linearly."""
     if step < WARM_UP:
         return LEARNING_RATE[0] * (step + 1) / WARM_UP
     is_direct = step >= DIRECT_FROM

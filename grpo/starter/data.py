@@ -1,8 +1,8 @@
 """Draw the training data of the starter model: chats and completions of training problems from `tasks/`.
 
 Most are problems of the default task, with the prompt of `python train_grpo.py` and with all other prompts of the
-project. The rest are neighbouring skills. Problems that carry are drawn far more often than by chance, because a
-model of this size gets them wrong.
+project. The rest are neighbouring skills. Problems with a carry are drawn far more often than by chance, because
+a model of this size often gets them wrong.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Draw = TypeVar("Draw")
 SEED = 0
 BATCH = 96  # rows a step
 SKILL_SHARE = 0.35  # share of the rows that train a skill; the other rows are arithmetic
-ANY_PROMPT_SHARE = 0.35  # share of the arithmetic rows with any of PROMPTS; the other rows have the first
+ANY_PROMPT_SHARE = 0.35  # share of the arithmetic rows with a random one of PROMPTS; the others have the first
 CARRY_SHARE = 0.4  # share of the arithmetic rows that are drawn again until the last operation carries
 SINGLE_CARRY_SHARE = 0.5  # share of the rows of `single` that are drawn again until the operation carries
 WIDE_SHARE = 0.6  # share of the rows of `single` with larger numbers than its test problems have
@@ -30,11 +30,11 @@ WIDE_SHARE = 0.6  # share of the rows of `single` with larger numbers than its t
 def example(step: int, row: int, direct_share: float) -> tuple[list[Message], str]:
     """Return a row of training data, a chat and its completion, as a pure function of the arguments.
 
-    `direct_share` of the arithmetic completions are the answer alone, without the first step before it.
+    A share of `direct_share` of the arithmetic completions has the answer alone, without the first step.
     """
     draw = seeded_rng("starter", SEED, step, row)
     if draw.random() < SKILL_SHARE:
-        name = draw.choice(["single", *SKILLS])  # `single` is there twice because it is the hardest
+        name = draw.choice(["single", *SKILLS])  # `single` is in the list twice because it is the hardest
         skill = SKILLS[name]
         carry = False
         if name == "single":
