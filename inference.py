@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from grpo.model.language_model import LanguageModel
 
 MIN_TEMPERATURE = 1e-3  # Logits divided by a smaller temperature may overflow float32.
-DEFAULT_MAX_NEW_TOKENS = 128  # The limit for a model without a grpo.json.
+DEFAULT_MAX_NEW_TOKENS = 128  # This is the limit for a model without a grpo.json.
 
 
 def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -143,7 +143,7 @@ def main(
 
 
 def examine(names: Sequence[str], given: dict[str, Any]) -> None:
-    """Measure models as a training run of the last one would, and print a table or JSON.
+    """Measure models with the settings of the last one, as a training run does, and print a table or JSON.
 
     Raises ValueError if a model cannot be measured or the answers cannot be written.
     """
@@ -181,7 +181,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 
 
 def read_questions(questions: Sequence[str]) -> list[str]:
-    """Return the questions of the command line, else of standard input. Raises ValueError if a question is empty."""
+    """Return the questions from the command line, else from standard input. Raises ValueError if one is empty."""
     if not questions:
         if sys.stdin.isatty():
             raise ValueError(f'give a question, such as "{EXAMPLE}", or one a line on standard input')
@@ -196,7 +196,7 @@ def read_questions(questions: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to generate completions: greedily at temperature 0, else samples that are a function of the seed."""
+    """Settings of generation: greedy at temperature 0, else samples that are a function of the seed."""
 
     temperature: float
     samples: int
@@ -270,7 +270,7 @@ def converse(models: Sequence["LanguageModel"], card: Mapping[str, Any], samplin
 
 
 def show(answers: Sequence[Sequence[str]], card: Mapping[str, Any], vote: bool) -> None:
-    """Print the completions of one question by each model or, with `vote`, the answer that most of them give."""
+    """Print each model's completions of one question or, with `vote`, the answer that most completions give."""
     style, kind = card.get("prompt_style", "answer"), card.get("kind", "integer")
     labels = ["before: ", "after:  "] if len(answers) > 1 else [""]
     for label, texts in zip(labels, answers, strict=True):

@@ -9,7 +9,7 @@ from grpo.diagnostics.snapshot import HARDLY_ANY, NEARLY_ALL, CheckResult, RunSn
 
 OUTLOOK_MIN_COMPLETIONS = 16  # Fewer completions may lack the form, or all be cut off, by chance.
 OUTLOOK_MIN_GRADED = 128  # Fewer completions may all be right, or all wrong, by chance.
-UNSOLVED_MAX_CI_HIGH = 0.15  # Largest upper end of the 95% interval: 0 right answers of 22 are below it.
+UNSOLVED_MAX_CI_HIGH = 0.15  # The upper end of the 95% interval must be below this, as for 0 right of 22.
 ALL_OR_NOTHING_MIN_SHARE = 0.15  # All-right and all-wrong groups must each have at least this share.
 TIED_MIN_SHARE = 0.5  # If at least this share of the groups is tied, much of the sampling is wasted.
 TIED_MIN_SHARE_SMALL_GROUPS = 0.7  # Groups of 2 or 3 completions are often tied by chance.
@@ -18,7 +18,7 @@ IDLE_MIN_STEPS = 40  # Idle steps are counted over at least this number of steps
 
 
 def nothing_to_learn(run: RunSnapshot) -> CheckResult:
-    """Report that before the first step no group has rewards that differ."""
+    """Report that before the first step all groups are tied, so that there is no learning signal."""
     outlook = run.outlook
     completions = outlook["groups"] * outlook["num_generations"] if outlook else 0
     if completions < OUTLOOK_MIN_COMPLETIONS or outlook["teaching"] > 0:
@@ -54,7 +54,7 @@ def too_easy(run: RunSnapshot) -> CheckResult:
 
 
 def too_hard(run: RunSnapshot) -> CheckResult:
-    """Report that nearly all groups have always been all wrong, or at the end that hardly any completion is right."""
+    """Report that nearly all groups have always been all wrong, or that hardly any completion is right at the end."""
     ended = len(run.tests) > 1
     window = -(-len(run.steps) // 2) if ended else run.long_window
     tied = run.mean("tied_all_wrong_fraction", window)

@@ -6,14 +6,14 @@ from statistics import fmean, variance
 from grpo.diagnostics.snapshot import NEARLY_ALL, CheckResult, Row, RunSnapshot, noise, percent, upper_bound
 from grpo.evaluation.intervals import Z
 
-BLIND_MIN_SHARE = 0.1  # Share of tied groups with right and wrong completions; 0 if right answers get more.
+BLIND_MIN_SHARE = 0.1  # Least share of tied groups with both right and wrong completions.
 RISE_MIN_ERRORS = 4.0  # A metric rises if its last window is this number of standard errors above its first.
 REWARD_RISE_MIN_STDS = 0.5  # A reward must also rise by this part of the standard deviation in a group.
 FORM_MIN_RISE = 0.2  # The form is learned if the share of well-formed answers rises by this much.
 FORM_MAX_ACCURACY_RISE = 0.3  # Only the form is learned if accuracy rises by less than this part of the form's rise.
 OVERFITTING_MIN_GAP = 0.15  # Accuracy rises by this much more on training problems than on held-out ones.
 COLLAPSE_MIN_ACCURACY = 0.2  # The loss of an accuracy below this is not worth a warning.
-COLLAPSE_MAX_REMAINING = 0.25  # After a collapse less than this part of the best accuracy is left.
+COLLAPSE_MAX_REMAINING = 0.25  # After a collapse, less than this part of the best accuracy is left.
 COLLAPSE_MIN_GROUPS = 24  # Between evaluations, the completions of at least this number of groups show a collapse.
 FORGETTING_MIN_DRIFT = 0.5  # nats a token: on average a token of the starting model's answers is 40% less likely.
 SKILL_MIN_LOSS = 0.05  # A skill is lost if accuracy on it falls by this much.
@@ -60,7 +60,7 @@ def collapsed(run: RunSnapshot) -> CheckResult:
     if run.evaluated and was_able and last["ci_high"] < 2 * COLLAPSE_MAX_REMAINING * best["accuracy"]:
         return _collapse("held-out accuracy", best["accuracy"], last["accuracy"], best)
     if isinstance(run.config.get("task"), list):
-        return None  # In a mixture, a step with more hard problems looks like a collapse.
+        return None  # In a mixture, a step with more problems of a hard task would look like a collapse.
     steps = max(3, -(-COLLAPSE_MIN_GROUPS // run.batch))
     highest = max(run.earlier_blocks("accuracy", run.window), default=0.0)
     right = run.mean("accuracy", steps)
@@ -101,7 +101,7 @@ def reward_hacking(run: RunSnapshot) -> CheckResult:
     rise, error = _rise(run, "accuracy")
     learns_otherwise = _form_rise(run) >= FORM_MIN_RISE or rise > RISE_MIN_ERRORS * error
     if learns_otherwise and not _is_better(run.evals[0], run.evals[-1]):
-        return None  # The run learns the form, or the training problems by heart.
+        return None  # The reward rises because the run learns the form, or the training problems by heart.
     return run.evals[-1]["accuracy"] - run.evals[0]["accuracy"], (
         f"Reward hacking: the reward rose from {run.mean('reward_mean', first=True):.2f} to "
         f"{run.mean('reward_mean'):.2f} while {held_out}, {percent(run.evals[0]['accuracy'])} at the start. Wrong "

@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo.evaluation.intervals import wilson
 
-WINDOW_MIN_GROUPS = 40  # A mean over these groups is as certain with 1 prompt a step as with 16.
+WINDOW_MIN_GROUPS = 40  # A window has this many groups, so that means of small batches are as certain.
 WINDOW_MIN_STEPS = 10
 LONG_WINDOW = 2  # Rare or noisy figures are means over this number of windows.
 NEARLY_ALL = 0.9  # From this share of groups or completions on, messages say "nearly all".
@@ -30,8 +30,8 @@ class RunSnapshot:
     steps: Sequence[Row]
     evals: Sequence[Row]  # on validation problems
     tests: Sequence[Row]  # on test problems
-    precision: str  # of forward and backward passes
-    outlook: Row | None  # what was measured before the first step
+    precision: str  # the precision of forward and backward passes
+    outlook: Row | None  # what was measured on completions before the first step
 
     @cached_property
     def categories(self) -> dict[str, list[Row]]:
@@ -93,7 +93,7 @@ class RunSnapshot:
         return (window or self.window) * self.batch
 
     def earlier_blocks(self, name: str, length: int) -> list[float]:
-        """Return the means of a metric over blocks of `length` steps, without the last block and blocks of nulls."""
+        """Return the means of a metric over blocks of `length` steps, except the last and blocks of nulls."""
         blocks = [self.steps[i : i + length] for i in range(0, len(self.steps) - length + 1, length)][:-1]
         values = [[row[name] for row in block if row.get(name) is not None] for block in blocks]
         return [fmean(block) for block in values if block]

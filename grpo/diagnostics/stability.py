@@ -12,18 +12,18 @@ KL_SPIKE_MIN_BLOCKS = 7  # A spike is compared with at least this many earlier b
 KL_SPIKE_MIN_STEPS = 20  # The earlier blocks have at least this many steps, so that a fast start is no spike.
 ENTROPY_MAX_REMAINING = 0.35  # A collapsed entropy is below this part of the entropy of the first steps.
 ENTROPY_MAX = 0.08  # nats a token: a collapsed entropy is also below this value.
-ENTROPY_MIN_TIED_SHARE = 0.75  # Healthy runs can have little entropy too, if they copy, but fewer ties.
+ENTROPY_MIN_TIED_SHARE = 0.75  # A healthy policy that copies text has little entropy too, but fewer ties.
 ENTROPY_MAX_ACCURACY = 0.8  # A policy that is right this often may have little entropy.
 LENGTH_MIN_RATIO = 4.0  # Completions grow if they have this many times the tokens of the first steps.
-LENGTH_MIN_RATIO_IF_BETTER = 10.0  # The ratio if accuracy has risen, perhaps because completions are longer.
+LENGTH_MIN_RATIO_IF_BETTER = 10.0  # The ratio if accuracy has risen: longer completions may be the reason.
 LENGTH_MIN_GROWTH = 20  # tokens: a few more tokens multiply the length of a short completion.
 MOST_MIN_SHARE = 0.5  # From this share of completions on, messages say "most".
 NEVER_ENDS_MIN_SHARE = 0.95  # If at least this share is truncated, the model does not end its turns.
-REPEATED_MIN_SHARE = 0.1  # Share of completions; a model that has learned where to stop repeats no ending.
-GRADIENT_SPIKE_MIN_RATIO = 10.0  # A spike is more than this many times the median norm, and --clip-grad-norm.
+REPEATED_MIN_SHARE = 0.1  # Least share of completions; a model that stops at the right place repeats none.
+GRADIENT_SPIKE_MIN_RATIO = 10.0  # A spike is more than this many times both the median norm and --clip-grad-norm.
 GRADIENT_MIN_SPIKES = 3  # One spike is harmless.
 GRADIENT_MIN_STEPS = 20  # Fewer untied steps do not show which norm is usual.
-GRADIENT_MAX_STEPS = 50  # Older steps say little about the policy of today.
+GRADIENT_MAX_STEPS = 50  # Older steps say little about the current policy.
 CLIPPED_MIN_SHARE = 0.3  # Clipping is for outliers; 0.05 to 0.2 of the tokens is usual in PPO.
 MOVED_MIN_SHARE = 0.1  # A step moves nearly all float32 weights; at a rate of 1e-7 it moved 2 to 8% in bfloat16.
 DISTANCE_MIN = 1e-6  # nats a token: a policy closer to its start has hardly changed.
@@ -148,7 +148,7 @@ def repeated_endings(run: RunSnapshot) -> CheckResult:
 
 
 def gradient_spikes(run: RunSnapshot) -> CheckResult:
-    """Report that the norm of the gradient jumps again and again, in steps with a group that is not tied.
+    """Report that the norm of the gradient jumps again and again in steps in which not all groups are tied.
 
     Steps whose groups are all tied are left out, since their gradient is the gradient of the KL alone.
     """

@@ -1,4 +1,4 @@
-"""Drift: how far a policy has moved from the model its run started from, on prompts it is not trained on.
+"""Measure drift: how far a policy has moved from the starting model of its run, on prompts outside its training.
 
 The starting model answers a few unrelated questions once, greedily. Its answers and their log-probabilities are kept,
 so that no second model is needed. The drift is the mean over the tokens of the answers of
@@ -36,7 +36,7 @@ class DriftBaseline:
 
     prompts: list[list[int]]
     answers: list[list[int]]  # including the end token
-    logprobs: list[list[float]]  # a float32 value for each token of each answer
+    logprobs: list[list[float]]  # one float32 value per token of an answer
 
     def to_dict(self) -> dict[str, Any]:
         """Return the baseline as JSON values; floats survive JSON to the bit."""
@@ -75,7 +75,7 @@ class DriftBaseline:
 
 
 def plain_prompts(lm: LanguageModel, questions: Sequence[str]) -> list[list[int]]:
-    """Return the prompts of questions without a system prompt."""
+    """Return the prompts of questions, as token ids, without a system prompt."""
     return lm.prompts([[{"role": "user", "content": question}] for question in questions])
 
 

@@ -32,11 +32,11 @@ EVALUATION_ATTEMPT = 10**6  # Training never reaches this `attempt`, so evaluati
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's answers to problems, graded."""
+    """A model's answers to problems, with grades."""
 
     problems: Sequence[Problem]
     attempts: Sequence[Attempt]  # one for each problem
-    completion_ids: Sequence[Sequence[int]] = ()  # with the end tokens
+    completion_ids: Sequence[Sequence[int]] = ()  # including end tokens
 
     @cached_property
     def right(self) -> list[bool]:
@@ -50,7 +50,7 @@ class Evaluation:
 
     @property
     def categories(self) -> dict[str, list[bool]]:
-        """Return, for each category of the task, sorted by name, whether each answer in it is right."""
+        """Return, by category in the order of names, whether each answer to its problems is right."""
         categories: dict[str, list[bool]] = {}
         for problem, right in zip(self.problems, self.right, strict=True):
             if problem.category:
@@ -81,7 +81,7 @@ class Evaluator:
     decoder: Decoder
     rewards: Sequence[RewardFunction] = ()  # if there are any, the mean reward chooses the policy to save
     ranks: Ranks = ONE
-    start: DriftBaseline | None = field(default=None, init=False)  # answers of the starting model, if known
+    start: DriftBaseline | None = field(default=None, init=False)  # the starting model's answers, if known
     _problems: dict[tuple[str, str, int], list[Problem]] = field(default_factory=dict, init=False)
     _prompts: dict[tuple[str, str, str], list[int]] = field(default_factory=dict, init=False)
 
@@ -147,7 +147,7 @@ class Evaluator:
         places = padded[self.ranks.own_slice(len(padded))]
         local = self.microbatch.run(lambda rows: self._samples(lm, problems, places, n, rows))
         samples = [texts for part in self.ranks.gather(local) for texts in part][: len(problems)]
-        votes = []  # for each problem, the answers of its samples, and whether each is right
+        votes = []  # for each problem: its samples' answers, and whether each answer is right
         for problem, texts in zip(problems, samples, strict=True):
             attempts = [self.task.grade(problem, text) for text in texts]
             votes.append(([attempt.answer for attempt in attempts], [attempt.correct for attempt in attempts]))

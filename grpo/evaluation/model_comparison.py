@@ -16,8 +16,8 @@ from grpo.runtime.device import choose_device
 from tasks.base import Task
 from tasks.unrelated import QUESTIONS
 
-LABEL_WIDTH = 20  # characters
-COLUMN_WIDTH = 34  # characters
+LABEL_WIDTH = 20  # characters of a row's label
+COLUMN_WIDTH = 34  # characters of a model's column
 ACCURACY_WIDTH = 29  # characters that the longest accuracy with its interval takes
 
 
@@ -34,7 +34,7 @@ class Measured:
 def measure(
     names: Sequence[str], config: TrainConfig, task: Task, skills: Mapping[str, Task], split: str
 ) -> list[Measured]:
-    """Measure each model with the prompts and limits of `config`; only one model is in memory at a time.
+    """Measure each model with the prompts and limits of `config`, with only one model in memory at a time.
 
     Drift is None for the first model, and for a model whose tokenizer gives the questions other ids. Raises
     ValueError if a model cannot be loaded, or has too few positions for a problem.
@@ -164,6 +164,6 @@ def answers(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def shortened(name: str, longest: int) -> str:
-    """Return the end of a model's name, at most `longest` characters."""
+    """Return a model's name; of a longer name, … and the end, with `longest` characters in all."""
     name = printable(name)
     return name if len(name) <= longest else f"…{name[1 - longest :]}"

@@ -26,8 +26,8 @@ from grpo.runtime.console import printable, suppress_warnings
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 100_000_000  # The safetensors library has the same limit on a file's header.
-MAX_NUMBER = 10**10  # Limit of a configuration's integers; the largest in use are context lengths of 10^7.
-SPARE_LAYERS = 500  # Layers or experts beyond the number of tensors: experts can share a tensor.
+MAX_NUMBER = 10**10  # A larger integer in a configuration is refused; context lengths reach 10^7.
+SPARE_LAYERS = 500  # There may be this many more layers or experts than tensors: experts can share one.
 NUMBERS_PER_ELEMENT = 8  # A 32-bit element of a file can hold 8 weights of 4 bits.
 SPARE_NUMBERS = 50_000_000  # A model may compute tables of this size that no file holds.
 NOT_TOKENIZER_FILES = {"config.json", "generation_config.json", CARD, "README.md"}
@@ -52,7 +52,7 @@ def check_config(value: Any, place: str, tensors: int) -> None:
     """Raise ValueError if a configuration has a number too large for `tensors` tensors, or names code to run."""
     if isinstance(value, dict):
         for name, item in value.items():
-            is_int = type(item) is int  # in Python, a bool is an int too
+            is_int = type(item) is int  # This excludes bool, which is a subclass of int in Python.
             is_count = is_int and re.search("(layers?|experts)$", name)
             if is_count and not -1 <= item <= tensors + SPARE_LAYERS:
                 raise ValueError(f"{place} has {str(item)[:40]} as {name!r}, which does not fit {tensors} tensors")
@@ -124,7 +124,7 @@ def check_size(config: PreTrainedConfig, numbers: int) -> None:
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if described > NUMBERS_PER_ELEMENT * numbers + SPARE_NUMBERS:
         raise ValueError(
-            f"its configuration describes a model of {described:,} numbers, too many for files of {numbers:,}"
+            f"its configuration describes a model of {described:,} numbers, but its files hold only {numbers:,}"
         )
 
 

@@ -12,7 +12,7 @@ from grpo.config import TrainConfig
 from grpo.runtime.console import printable
 from tasks.base import Message, Task
 
-MAX_CHARACTERS_PER_TOKEN = 64  # A question is cut to this many characters per position.
+MAX_CHARACTERS_PER_TOKEN = 64  # Before it is encoded, a question is cut to this many per position.
 MAX_NAMED_QUESTIONS = 5  # An error names at most this many questions.
 
 
@@ -25,7 +25,7 @@ class LanguageModel:
     end_ids: tuple[int, ...]  # every token id that ends a turn
     pad_id: int
     notes: tuple[str, ...] = ()  # remarks on the model's prompts, printed at the start of a run
-    dropout: dict[str, float] = field(default_factory=dict)  # rates in its config.json; dropout is switched off
+    dropout: dict[str, float] = field(default_factory=dict)  # rates in config.json; dropout itself is switched off
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +76,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message]) -> 
 
 
 def template_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of the special token that the chat template puts after an assistant's turn, else the EOS id."""
+    """Return the id of the special token with which the chat template ends an assistant's turn, else the EOS id."""
     completion = "c0mpl3ti0n"
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": completion}]
     _, separator, after = render(tokenizer, chat).rpartition(completion)
@@ -97,7 +97,7 @@ def render(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], **option
 
 
 def switch_off_dropout(model: PreTrainedModel) -> dict[str, float]:
-    """Set all dropout to 0, so that train mode computes what eval mode does; return the rates in the configuration.
+    """Set all dropout to 0, so that train mode computes the same as eval mode; return the configured rates.
 
     GPT-2 has dropout modules. Other models keep the rate as a number in a module, or read it from the configuration.
     """

@@ -46,7 +46,7 @@ from grpo.scoring.layers import fuse_layers
 from tasks.common.user_file import dangling
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-# The files of a Hub model that are downloaded. Weights come from safetensors files only.
+# Only these files of a Hub model are downloaded. Weights come from safetensors files only.
 HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 HUB_FILES_LEFT_OUT = ("*/*", "consolidated*")  # These files hold the same weights in other formats.
 GGUF_PACKAGES = ("gguf>=0.10", "accelerate>=1.0")  # Transformers needs these packages to read a GGUF file.
@@ -75,7 +75,7 @@ def load(
 
 
 def _load_files(name: str, **quantization: Any) -> Loaded:
-    """Load model, in float32, and tokenizer from the source that a name means. Raises ValueError, in one line."""
+    """Load a float32 model and its tokenizer from the source that `name` means. Raises ValueError, in one line."""
     if name in PACKAGED:
         return _load_gguf(name, _packaged_file(name), **quantization)
     if folder := model_folder(name):
@@ -119,7 +119,7 @@ def _load_gguf(name: str, path: Path, **quantization: Any) -> Loaded:
 
 
 def _load_from_hub(name: str, **quantization: Any) -> Loaded:
-    """Load a model of the Hugging Face Hub, or of its cache on this machine. Raises ValueError, in one line."""
+    """Load a model from the Hugging Face Hub or its cache on this machine. Raises ValueError, in one line."""
     if os.path.sep in name and (name.startswith((".", os.path.sep)) or name.count("/") > 1):
         raise ValueError(f"cannot load model {printable(name)}: there is no such folder")
     unavailable = _why_not_on_the_hub(name)
@@ -158,12 +158,14 @@ def _prepare(
     rows = model.get_input_embeddings().weight.shape[0]
     for what, i in (*(("the end of a turn", end) for end in end_ids), ("padding", pad_id)):
         if not isinstance(i, int) or not 0 <= i < rows:
-            raise ValueError(f"model {name} has {str(i)[:40]!r} as the id of {what}, but only {rows} embeddings")
+            raise ValueError(
+                f"model {name} has {str(i)[:40]!r} as the id of {what}, but its embedding has only {rows} rows"
+            )
     return note, end_ids, pad_id
 
 
 def _packaged_file(name: str) -> Path:
-    """Return the GGUF file in a model's package. Raises ValueError, with two ways to get it, if it is missing."""
+    """Return the GGUF file in a model's package. Raises ValueError, with two ways to get one, if it is missing."""
     package, version, hub = PACKAGED[name]
     if _is_installed(package):
         for file in distribution(package).files or ():
@@ -193,7 +195,7 @@ def _load_folder(source: str, folder: Path, local_files_only: bool = True, **qua
 
 
 def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrainedModel:
-    """Load a model whose files hold `numbers` weights. Raises ValueError if they do not fit the configuration."""
+    """Load a model whose files hold `numbers` weights. Raises ValueError if the weights do not fit `config`."""
     check_size(config, numbers)
     model, loading = AutoModelForCausalLM.from_pretrained(
         config=config,
@@ -204,7 +206,7 @@ def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrained
         ignore_mismatched_sizes=True,  # The error below names them.
         **options,
     )
-    if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers made these weights random
+    if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers has filled these weights at random
         lacking = ", ".join(sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))[:3])
         raise ValueError(f"weights are missing, or of another shape than config.json says ({lacking}, ...)")
     check_finite(model)

@@ -14,7 +14,7 @@ from grpo.config import TrainConfig
 from grpo.runtime.console import suppress_warnings
 from grpo.runtime.ranks import ONE, Ranks, full_tensor
 
-ADAPTER = "adapter"  # the folder of the adapter inside saved_model/
+ADAPTER = "adapter"  # The adapter is in this folder inside saved_model/.
 
 
 def four_bits(device: torch.device) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
         # On a CPU, the first pass would repack 4-bit layers for inference; from then on they have no gradient.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-    torch.manual_seed(config.seed)  # one of the two factors starts as random numbers, the other as zeros
+    torch.manual_seed(config.seed)  # An adapter has two factors: one starts random, the other as zeros.
     try:
         with suppress_warnings():
             return get_peft_model(model, lora).eval()
@@ -68,7 +68,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Return whether `add_adapter` made this model."""
+    """Return whether a model has an adapter, as `add_adapter` returns it."""
     return hasattr(model, "peft_config")
 
 

@@ -1,4 +1,4 @@
-"""Save a model folder that transformers 4 and 5, vLLM and the converters of llama.cpp can load."""
+"""Save a model folder in the form that transformers 4 and 5, vLLM and llama.cpp's converters read."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def _replace_folder(
             plain.save_pretrained(fresh)
             if adapter:
                 lm.model.save_pretrained(fresh / ADAPTER, state_dict=dict(adapter))
-                (fresh / ADAPTER / "README.md").unlink(missing_ok=True)  # an empty template of peft
+                (fresh / ADAPTER / "README.md").unlink(missing_ok=True)  # peft writes an empty form
             lm.tokenizer.save_pretrained(fresh)
         with name_in_errors(folder):
             _complete_files(fresh, lm.tokenizer.name_or_path, lm.end_ids, lm.dropout)
@@ -104,15 +104,15 @@ def _sentencepiece(source: str) -> Path | None:
         return path if path.is_file() else None
     try:
         cached = try_to_load_from_cache(source, SENTENCEPIECE)
-    except ValueError:  # not the name of a Hub model
+    except ValueError:  # `source` is not the name of a Hub model
         return None
     return Path(cached) if isinstance(cached, str) else None
 
 
 def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings in `rope_parameters` of a config.json, under their names in transformers 4."""
+    """Return the rotary settings in a config.json's `rope_parameters`, under their names in transformers 4."""
     rope = config.get("rope_parameters") or {}
-    sliding = rope.get("sliding_attention")  # Gemma 3 has settings for both kinds of attention
+    sliding = rope.get("sliding_attention")  # Gemma 3 has separate settings for full and for sliding attention.
     rope = rope.get("full_attention", rope)
     older = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     if sliding:

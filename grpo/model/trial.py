@@ -14,12 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-SECONDS = 5  # CPU time of the whole trial
-SECONDS_PER_MB = 4  # added for each MB of the tokenizer's files
-MEMORY = 600 * 2**20  # bytes
-MEMORY_PER_BYTE = 12  # bytes added for each byte of the tokenizer's files
+SECONDS = 5  # seconds of CPU time that the whole trial may take
+SECONDS_PER_MB = 4  # seconds of CPU time added for each MB of the tokenizer's files
+MEMORY = 600 * 2**20  # bytes that the trial may use
+MEMORY_PER_BYTE = 12  # bytes of memory added for each byte of the tokenizer's files
 MAX_FILE_BYTES = 512 * 2**20  # A larger tokenizer is refused; Gemma 3's has 33 MB.
-MAX_CHAT_CHARACTERS = 2**20  # The template may not render a chat as a longer text.
+MAX_CHAT_CHARACTERS = 2**20  # A chat that the template renders as a longer text is refused.
 MAX_TOKENS_PER_CHARACTER = 100
 TEXT = "What is (4 - 9) * 6? a\u0301 \u5317\u4eac \U0001f600\n\t<answer>-30</answer>  " + "word " * 200
 QUESTION = [{"role": "system", "content": "Answer in one line."}, {"role": "user", "content": TEXT}]
@@ -46,7 +46,7 @@ def try_tokenizer(folder: Path, size: int) -> None:
         env={**os.environ, **ONE_THREAD},
         encoding="utf-8",
         errors="replace",
-        start_new_session=True,  # so that Ctrl-C reaches the training process only
+        start_new_session=True,  # Ctrl-C then reaches the training process only.
         check=False,
     )
     if child.returncode == -getattr(signal, "SIGPROF", 0):

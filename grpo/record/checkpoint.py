@@ -17,8 +17,8 @@ from grpo.runtime.checks import is_count
 
 FOLDER = "checkpoints"
 KEPT = 2  # Only the last two checkpoints are kept.
-# Raise it when the files change, and also when problems are split or graded differently, because an older run cannot
-# continue then.
+# Raise the format when the files change, and also when problems are split or graded differently, because an older run
+# cannot continue then.
 FORMAT = 2
 POLICY = "policy.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -133,7 +133,7 @@ def _checkpoints(parent: Path) -> list[Path]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the system's text for an error, without the path, or the error's own text."""
+    """Return the operating system's text for an error, without the path; else the error's own text."""
     return str(getattr(error, "strerror", None) or error)
 
 

@@ -27,11 +27,11 @@ class Metrics:
             "environment": environment,
             "before_sft": None,  # the test before supervised steps, if the run has them
             "sft": [],  # an entry for each supervised step
-            "outlook": None,  # what was measured before the first step
+            "outlook": None,  # figures of completions sampled before the first step
             "steps": [],
             "evals": [],
             "findings": [],
-            "finished": None,  # at the end: the last step and the reason
+            "finished": None,  # set at the end: the last step and why the run ended
         }
         self._written = 0.0
 
@@ -44,7 +44,7 @@ class Metrics:
 
         Raises ValueError if the state is damaged or does not belong to these numbers of steps.
         """
-        state = {"before_sft": None, "sft": [], "outlook": None, **state}  # Earlier versions did not write these.
+        state = {"before_sft": None, "sft": [], "outlook": None, **state}  # Earlier versions lack these parts.
         passed = {name: FORMATS[name](state.get(name)) for name in self.state_dict()}
         passed["evals"] = is_list_of(is_evaluation, state.get("evals"))
         for name, count in (("sft", sft_step), ("steps", step)):
@@ -70,7 +70,7 @@ class Metrics:
         self.write()
 
     def write(self) -> None:
-        """Replace the file by a whole new file."""
+        """Replace the file by a new one in a single step."""
         if self.path is None:
             return
         text = json.dumps(self.record, allow_nan=False, separators=(",", ":")) + "\n"

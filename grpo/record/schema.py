@@ -8,7 +8,7 @@ from grpo.runtime.checks import LARGEST_NUMBER, is_count, is_list_of
 
 SCHEMA_VERSION = 1
 MEASURED = ("accuracy", "n", "ci_low", "ci_high")  # Every evaluation has these numbers.
-TABLES = ("tasks", "categories", "pass_at_k", "maj_at_k")  # Some evaluations have them; "tasks" is no longer written.
+TABLES = ("tasks", "categories", "pass_at_k", "maj_at_k")  # Only some evaluations have these; none has "tasks" now.
 NOT_NUMBERS = ("split", "skills", *TABLES)
 MAX_SHOWN_CATEGORIES = 6  # More categories do not fit into a line or a legend.
 
@@ -59,7 +59,7 @@ def is_outlook(value: Any) -> bool:
 
 
 def few_categories(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the accuracies by category of an evaluation; {} if there are too many to show."""
+    """Return an evaluation's accuracies by category; {} if there are too many categories to show."""
     categories = entry.get("categories", {})
     return categories if len(categories) <= MAX_SHOWN_CATEGORIES else {}
 

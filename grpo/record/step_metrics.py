@@ -1,4 +1,4 @@
-"""Define the metrics of a step in one table, from which the metrics file, the plots and README.md take them.
+"""Define the metrics of a step in one table. The metrics file, the plots and README.md use this table.
 
 This module does not import torch, so that plots start quickly.
 """
@@ -21,11 +21,11 @@ Value = float | int | None
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the metrics of a step are computed from."""
+    """The result of a step, from which its metrics are computed."""
 
     step: int
     settings: "StepSettings"  # the learning rate, group size and beta of this step
-    drawn: "Rollout"  # all groups that were drawn, also tied groups that other groups replaced
+    drawn: "Rollout"  # all groups that were drawn, including tied groups that were then replaced
     rollout: "Rollout"  # the groups that were trained on
     updates: Sequence["UpdateStats"]
     sampler_gap: float
@@ -35,7 +35,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepMetric:
-    """A metric of a step. If the name ends in `/*`, the formula returns a dictionary: the names to put for `*`."""
+    """A metric of a step. If the name ends in `/*`, the formula returns values by the names to put for `*`."""
 
     name: str
     meaning: str
@@ -64,7 +64,7 @@ def step_metrics(result: StepResult) -> dict[str, Value]:
 
 
 def _by_part(rollout: "Rollout", figure: Callable[[Sequence[Value]], Value]) -> dict[str, Value]:
-    """Return a figure for each part of the reward, from its values, (B,), which are None where it does not apply."""
+    """Return `figure` of each reward part's values, (B,); a value is None where the part does not apply."""
     rewards = rollout.rewards
     return {name: figure([reward.parts[name] for reward in rewards]) for name in rewards[0].parts}
 

@@ -97,7 +97,7 @@ def _say_times(record: Mapping[str, Any]) -> None:
 
 
 def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Format accuracies before and after training of the twelve categories with the lowest accuracy after it."""
+    """Format the accuracies before and after of up to twelve categories, those with the lowest accuracy after."""
     now = after.get("categories", {})
     shown = sorted(sorted(now, key=lambda name: now[name]["accuracy"])[:12])
     if not shown:
@@ -126,7 +126,7 @@ def drifted(after: Mapping[str, Any]) -> list[str]:
 
 
 def seconds_by_phase(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of each phase of a run; no second is counted in two phases."""
+    """Return the seconds that each phase of a run took; no second counts for two phases."""
     steps, evals = record["steps"], record["evals"]
     phases = {"fine-tuning": _sum(record.get("sft", []), "time/total")}
     phases |= {name: _sum(steps, f"time/{phase}") for phase, name in PHASES.items()}

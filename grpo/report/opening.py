@@ -84,7 +84,7 @@ def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory:
 
 
 def show_shares(outlook: Mapping[str, Any]) -> None:
-    """Print the outlook: how good and how varied completions were that were sampled before the first step."""
+    """Print figures of the completions sampled before the first step: mixed groups, right, well-formed, cut off."""
     g = outlook["num_generations"]
     groups = outlook["groups"]
     mixed = round(outlook["teaching"] * groups)

@@ -1,4 +1,4 @@
-"""The README.md of the model that a run saves."""
+"""Compose the README.md of the model that a run saves."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -31,10 +31,10 @@ from tasks.skills import SKILLS
 
 STEPS = 3700
 DIRECT_FROM = 3300  # the first training step that has direct answers
-DIRECT_SHARE = 0.7  # from then on, the share of arithmetic problems with direct answers
+DIRECT_SHARE = 0.7  # share of the arithmetic problems with direct answers from then on
 WARM_UP = 200  # The learning rate rises during this many steps.
-LEARNING_RATE = (2e-3, 2e-4)  # from WARM_UP to DIRECT_FROM, falling linearly
-DIRECT_LEARNING_RATE = (3e-4, 2e-5)  # from DIRECT_FROM to the end, falling linearly
+LEARNING_RATE = (2e-3, 2e-4)  # It falls linearly from WARM_UP to DIRECT_FROM.
+DIRECT_LEARNING_RATE = (3e-4, 2e-5)  # It falls linearly from DIRECT_FROM to the end.
 WEIGHT_DECAY = 0.1
 VOCABULARY = 336
 MAX_NEW_TOKENS = read_card("starter")["settings"]["max_new_tokens"]
@@ -114,7 +114,7 @@ def batch(lm: LanguageModel, step: int) -> Tokens:
 
 
 def learning_rate(step: int) -> float:
-    """Return the learning rate of a step: it rises, falls until DIRECT_FROM, and falls again from there, linearly."""
+    """Return the learning rate of a step: a linear rise, a linear fall to DIRECT_FROM, and another to the end."""
     if step < WARM_UP:
         return LEARNING_RATE[0] * (step + 1) / WARM_UP
     is_direct = step >= DIRECT_FROM
