@@ -7,8 +7,9 @@
 
 Writes saved_model/ (the policy that is best on validation problems), grpo_metrics.json, grpo_samples.jsonl,
 grpo_overview.png, grpo_training_curve.png, grpo_kl_divergence.png and checkpoints/ into --output-dir. The same
-command continues a run that was stopped. It departs from the published recipe in the direction of the KL, in exact
-zeros for tied groups, and in keeping the best policy instead of the last; README.md says why.
+command continues a run that was stopped. Three things differ from the published recipe: the direction of the KL,
+advantages of exactly 0 in tied groups, and the saved policy, which is the best and not the last. The reasons are in
+grpo/algorithm/README.md.
 """
 
 import signal
@@ -43,15 +44,15 @@ if TYPE_CHECKING:
 @setting_options
 @click.option("--config", "file", type=click.Path(path_type=Path), help="JSON file of settings; options override it")
 @click.option("--check", is_flag=True, help="show a prompt, rewards, expected time and memory; train nothing")
-@click.option("--seeds", help="one run for each of several seeds, such as 0,1,2, in folders seed-0/ and so on")
+@click.option("--seeds", help="one run for each of these seeds, such as 0,1,2, in the folders seed-0/ and so on")
 @click.option("--fresh", is_flag=True, help="start over; what an earlier run wrote is moved to earlier_runs/")
 @help_all_option
 @click.pass_context
 def main(ctx: click.Context, file: Path | None, check: bool, seeds: str | None, fresh: bool, **settings: Any) -> None:
     """Train a small instruct model with GRPO, on arithmetic or another task.
 
-    The default model, the starter, changes some defaults: see "starter" below. So may other models; a run prints the
-    settings that it uses.
+    The default model, the starter, changes some defaults: see "starter" below. Other models may change some too. A
+    run prints the settings that it uses.
     """
     launched = time.monotonic()
     given = given_settings(ctx, settings)

@@ -1,9 +1,9 @@
 """Declare every setting of a run, with its default, its unit and its meaning.
 
 A field of `TrainConfig` is the option of the same name (`learning_rate` is `--learning-rate`) and an entry of
-`config` in the metrics file. The options of the tasks are fields too, and each task declares its own
-(`tasks/registry.py`). The defaults are the published settings of the arithmetic experiment that this project
-rebuilds. A model's card may change defaults (`grpo/model_card.py`); the command line overrides both.
+`config` in the metrics file. Each task declares its own options (`tasks/registry.py`); they are fields too. The
+defaults are the published settings of the arithmetic experiment that this project rebuilds. A model's card may change
+defaults (`grpo/model_card.py`). The command line overrides the card and the defaults.
 """
 
 from collections.abc import Mapping
@@ -42,16 +42,17 @@ MACHINE = ("device", "deterministic", "cuda_graphs", "shard")
 COMPUTING = (*MACHINE, "precision", "gradient_checkpointing", "micro_batch_size")
 STOPPING = ("num_iterations", "time_limit", "patience", "target_accuracy")
 REPORTING = ("output_dir", "save_every", "show_every", "track")
-# These settings decide nothing about what is learned from a step.
+# A launch that continues a run may change these settings: none of them defines what a step learns.
 CHANGEABLE_ON_RESUME = (*COMPUTING, *STOPPING, *REPORTING)
-# A run that starts from a saved model does not take these settings from the model's card. The card may come from
-# anybody, so it must not name a file; and the weights have already been through the supervised steps.
+# A run that starts from a saved model does not take these settings from the model's card. Anybody may have written
+# the card, so it must not name a file. The supervised steps are already part of the weights, so they are not
+# repeated.
 NOT_INHERITED = (
     *(*MACHINE, "model", "task_arg", "seed", "sft_steps", "output_dir", "time_limit", "track"),
     *(name for name, option in task_options().items() if not option.inheritable),
 )
 OLD_NAMES = {"refresh_reference_every": "ref_model_sync_steps", "mask_truncated": "mask_truncated_completions"}
-REMOVED = "curriculum"  # a setting of older versions; today every run behaves as with its default, False
+REMOVED = "curriculum"  # a setting that only older versions had; without it, a run behaves as with False, its default
 
 
 TaskOptions = make_dataclass(
@@ -78,7 +79,7 @@ class TrainConfig(TaskOptions):
         "precision of forward and backward; auto: bfloat16 where the hardware supports it",
         choices=PRECISIONS,
     )
-    deterministic: bool = setting(False, MODEL, "make runs on CUDA repeat bit for bit; slower")
+    deterministic: bool = setting(False, MODEL, "give the same bits in every run on CUDA; slower")
     cuda_graphs: bool = setting(False, MODEL, "sample with CUDA graphs, to launch fewer kernels; not tested on a GPU")
     lora_rank: int = setting(0, MODEL, "rank of a LoRA adapter (peft); 0: train all weights", least=0, common=True)
     lora_alpha: float = setting(32.0, MODEL, "LoRA scale: updates are multiplied by alpha / rank", least=1e-9)
@@ -93,7 +94,7 @@ class TrainConfig(TaskOptions):
         f"{', '.join(TASKS)}, or FILE.py:NAME for your own; for a mixture, one --task NAME=WEIGHT each",
         common=True,
     )
-    task_arg: tuple[str, ...] = setting((), TASK, "KEY=VALUE, an argument of the --task in your file; repeatable")
+    task_arg: tuple[str, ...] = setting((), TASK, "KEY=VALUE, an argument for the task in your file; repeatable")
     prompt_style: str = setting("answer", TASK, "answer format that the prompt asks for", choices=STYLES, common=True)
     system_prompt: str = setting("", TASK, "system prompt, instead of the prompt style's")
     shots: int = setting(0, TASK, "solved training problems in the prompt", least=0, most=10**4, common=True)
@@ -104,7 +105,7 @@ class TrainConfig(TaskOptions):
     num_iterations: int = setting(
         2000,
         ALGORITHM,
-        "steps, of one rollout and its updates each (TRL's num_iterations: see --num-inner-updates)",
+        "number of steps; each is one rollout and its updates (TRL's num_iterations is --num-inner-updates)",
         least=1,
         common=True,
     )
@@ -119,13 +120,13 @@ class TrainConfig(TaskOptions):
         common=True,
     )
     temperature: float = setting(
-        1.0, ALGORITHM, "sampling temperature; log-probabilities are computed at it too", least=1e-3, most=100.0
+        1.0, ALGORITHM, "sampling temperature, also used for log-probabilities", least=1e-3, most=100.0
     )
     learning_rate: float = setting(1e-7, ALGORITHM, "learning rate of AdamW", least=0.0, common=True)
     beta: float = setting(0.04, ALGORITHM, "weight of the KL to the reference; 0: no KL", least=0.0, common=True)
     epsilon: float = setting(0.2, ALGORITHM, "clip range: the ratio is clipped to 1 ± epsilon", least=1e-6)
     num_inner_updates: int = setting(5, ALGORITHM, "updates per rollout (TRL: num_iterations)", least=1, common=True)
-    clip_grad_norm: float = setting(0.5, ALGORITHM, "norm that larger gradients are scaled down to", least=1e-9)
+    clip_grad_norm: float = setting(0.5, ALGORITHM, "largest gradient norm; larger ones are scaled down", least=1e-9)
     micro_batch_size: int = setting(0, ALGORITHM, "prompts per forward pass, to save memory; 0: all at once", least=0)
     seed: int = setting(0, ALGORITHM, "seed of problems and sampling", least=0, most=10**18, common=True)
 
@@ -145,13 +146,13 @@ class TrainConfig(TaskOptions):
     )
     ratio: str = setting("token", VARIANTS, "ratio per token, or per completion (sequence: GSPO)", choices=RATIOS)
     kl_estimator: str = setting(
-        "k3", VARIANTS, "KL term of the loss; k3-corrected: times the ratio (DeepSeek-V3.2)", choices=KL_ESTIMATORS
+        "k3", VARIANTS, "KL term; k3-corrected: multiplied by the ratio (DeepSeek-V3.2)", choices=KL_ESTIMATORS
     )
     epsilon_high: float = setting(
         0.0, VARIANTS, "upper clip range, such as 0.28 (DAPO); 0: same as --epsilon", least=0.0
     )
     scale_rewards: str = setting(
-        "group", VARIANTS, "standard deviation that divides advantages; none: Dr. GRPO", choices=SCALES
+        "group", VARIANTS, "which standard deviation divides advantages; none: Dr. GRPO", choices=SCALES
     )
     multi_objective_aggregation: str = setting(
         "sum_then_normalize",
@@ -159,18 +160,20 @@ class TrainConfig(TaskOptions):
         "order of adding and normalizing several rewards; normalize_then_sum: GDPO",
         choices=AGGREGATIONS,
     )
-    entropy_bonus: float = setting(0.0, VARIANTS, "weight of the entropy bonus in the loss (nats per token)")
+    entropy_bonus: float = setting(
+        0.0, VARIANTS, "weight of the entropy bonus in the loss; the entropy is in nats per token"
+    )
     overlong_buffer: int = setting(
-        0, VARIANTS, "a reward falls from 0 to -1 over this many tokens before the limit (DAPO); 0: none", least=0
+        0, VARIANTS, "reward falling from 0 to -1 over this many tokens before the limit (DAPO); 0: none", least=0
     )
     mask_truncated_completions: bool = setting(
         False, VARIANTS, "leave completions cut off by the token limit out of the loss"
     )
     resample_tied: int = setting(
-        0, VARIANTS, "redraw groups whose rewards are all equal, at most this often", least=0, common=True
+        0, VARIANTS, "redraw groups whose rewards are all equal, at most this many times", least=0, common=True
     )
     target_kl: float = setting(
-        0.0, VARIANTS, "adapt beta to hold the KL here (nats per token); 0: constant beta", least=0.0
+        0.0, VARIANTS, "KL in nats per token that beta is adapted to; 0: constant beta", least=0.0
     )
     warmup_steps: int = setting(0, VARIANTS, "steps of linear warm-up of the learning rate", least=0)
     learning_rate_decay: str = setting(
@@ -184,7 +187,7 @@ class TrainConfig(TaskOptions):
     eval_every: int = setting(50, OUTPUT, "steps between evaluations on validation problems", least=1, common=True)
     eval_problems: int = setting(500, OUTPUT, "validation problems per evaluation", least=1, most=10**5)
     pass_at_k: int = setting(
-        0, OUTPUT, "also sample the test problems for pass@k and maj@k, with this k; 0: do not", least=0, most=10**4
+        0, OUTPUT, "k of pass@k and maj@k, measured by sampling the test problems; 0: do not", least=0, most=10**4
     )
     save_every: int = setting(25, OUTPUT, "steps between checkpoints", least=1)
     patience: int = setting(0, OUTPUT, "stop after this many evaluations without a new best; 0: never", least=0)
@@ -239,10 +242,10 @@ class TrainConfig(TaskOptions):
             raise ValueError(f"--warmup-steps is {self.warmup_steps}; it must be below --num-iterations")
 
     def conflicting_settings(self, earlier: Mapping[str, Any]) -> list[str]:
-        """Return the changes of settings since an earlier launch of the run that do not allow to continue it."""
+        """Return, in words, the changed settings that prevent this launch from continuing an earlier one."""
         earlier = {**TrainConfig().to_dict(), **with_new_names(earlier)}  # an older version lacks newer settings
         may_change = set(CHANGEABLE_ON_RESUME)
-        if self.group_schedule or self.learning_rate_decay != "none":  # a step depends on the number of steps
+        if self.group_schedule or self.learning_rate_decay != "none":  # a step depends on their number
             may_change.remove("num_iterations")
         return [
             f"{as_typed(name)} {_shown(earlier[name])} (now {_shown(value)})"

