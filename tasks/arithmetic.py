@@ -2,8 +2,8 @@
 
     What is (4 - 9) * 6?      <answer>-30</answer>
 
-Operands are integers from `min_operand` to `max_operand`; a negative operand stands in brackets, as (4 - (-9)) * 6.
-Operators are +, - and *. The category of a problem is its two operators: `-*` for the example above.
+Operands are integers from `min_operand` to `max_operand`; a negative operand is written in brackets, as (4 - (-9)) *
+6. Operators are +, - and *. The category of a problem is its two operators: `-*` for the example above.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from tasks.base import Option, Problem, seeded_rng, split_of
 from tasks.common.qa_task import QATask
 
 OPERATORS = ("+", "-", "*")
-LARGEST_OPERAND = 100_000  # a product of three has at most 16 digits; the parser reads 18
+LARGEST_OPERAND = 100_000  # A product of three has at most 16 digits, and the parser accepts 18.
 HINTS = {
     "too_easy": "Raise --max-operand.",
     "too_hard": "Lower --max-operand.",
@@ -23,7 +23,7 @@ HINTS = {
 
 
 def apply(operator: str, a: int, b: int) -> int:
-    """Return a op b for one of OPERATORS."""
+    """Return a op b; the operator is one of OPERATORS."""
     if operator == "+":
         return a + b
     return a - b if operator == "-" else a * b
@@ -79,7 +79,7 @@ class Expression:
 
 
 def operand(value: int) -> str:
-    """Return a number as it stands in an expression: a negative one in brackets, so that no two signs meet."""
+    """Return a number as it is written in an expression: in brackets if negative, so that no two signs meet."""
     return f"({value})" if value < 0 else str(value)
 
 
@@ -106,16 +106,16 @@ class Arithmetic(QATask):
 
     @property
     def operands(self) -> range:
-        """Return the numbers that the expressions are made of."""
+        """Return the range of the operands."""
         return range(self.min_operand, self.max_operand + 1)
 
     @property
     def size(self) -> int:
-        """Return the number of expressions; spellings of one problem count separately."""
+        """Return the number of expressions; different spellings of the same problem count separately."""
         return len(self.operands) ** 3 * len(OPERATORS) ** 2
 
     def expression(self, index: int) -> Expression:
-        """Return the expression of an index from 0 to size - 1."""
+        """Return expression number `index`, from 0 to size - 1."""
         numbers = self.operands
         n = len(numbers)
         index, c = divmod(index, n)
@@ -125,7 +125,7 @@ class Arithmetic(QATask):
         return Expression(numbers[a], OPERATORS[op], numbers[b], OPERATORS[op2], numbers[c])
 
     def training_expression(self, *place: object) -> Expression:
-        """Sample an expression of the training split uniformly, as a pure function of `place`."""
+        """Sample a training expression uniformly, as a pure function of `place`, such as seed, step and row."""
         rng = seeded_rng("arithmetic", *place)
         while True:
             expression = self.expression(rng.randrange(self.size))
@@ -139,7 +139,7 @@ class Arithmetic(QATask):
     def held_out(self, split: str, limit: int) -> list[Problem]:
         """Return up to `limit` problems of a held-out split. Raises ValueError if the split has none.
 
-        No two of the problems are spellings of one problem.
+        No two of them are different spellings of the same problem.
         """
         order = seeded_rng("arithmetic", split).sample(range(self.size), min(self.size, 40 * limit + 1000))
         chosen: dict[str, Problem] = {}

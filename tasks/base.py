@@ -1,6 +1,6 @@
-"""The interface of a task: problems split by a hash, prompts for them, and a judgement of each completion.
+"""The interface of a task: it makes problems, splits them by a hash, asks them, and grades completions.
 
-No file of tasks/ imports torch: a task is strings and numbers only, so that a reward can be read, changed and tested
+No file of tasks/ imports torch: a task has only strings and numbers, so that a reward can be read, changed and tested
 without a model.
 """
 
@@ -25,8 +25,8 @@ class Option:
 
     meaning: str  # the text in --help
     least: float | None = None  # the smallest allowed value
-    inheritable: bool = True  # whether a saved model keeps it; False for a file, which no model may name
-    common: bool = False  # whether --help lists it; --help-all lists all options
+    inheritable: bool = True  # whether a saved model keeps the option; False if it names a file: a card must not
+    common: bool = False  # whether --help lists the option; --help-all lists all options
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Problem:
     answer: str
     columns: Mapping[str, Any] = field(default_factory=dict)
     category: str = ""  # accuracy is also reported by category; in a mixture it is the name of the problem's task
-    working: str = ""  # how to get to the answer, for worked examples; "" if the task does not know it
+    working: str = ""  # the working that leads to the answer, for worked examples; "" if not known
     place: str = field(default="", compare=False)  # FILE:LINE that the problem was read from; "" if none
 
 
@@ -49,9 +49,9 @@ class Attempt:
     completion: str
     kind: str  # the kind of the answer, one of KINDS
     prompt: Sequence[Message]
-    answer: Answer | None  # the parsed answer; None if the completion gives none of the right kind
+    answer: Answer | None  # the parsed answer; None if the completion has no answer of the right kind
     gold: Answer | None  # the problem's own answer, parsed in the same way
-    correct: bool  # whether the task calls the answer right; accuracy counts this, whatever the form
+    correct: bool  # whether the task calls the answer right; accuracy is the share of right answers
     close: bool  # whether the task calls the answer nearly right
     well_formed: bool  # whether the completion gives an answer in the form that the prompt asked for
 
@@ -65,8 +65,8 @@ class Reward:
 
     total: float | None  # the sum of the parts that apply; None if no reward function applies
     parts: Mapping[str, float | None]  # by reward function, times its weight; None if the function does not apply
-    correct: bool  # as in the attempt
-    well_formed: bool  # as in the attempt
+    correct: bool  # as in the `Attempt`
+    well_formed: bool  # as in the `Attempt`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Task:
     system_prompt: str = ""
     examples: Sequence[Message] = ()  # worked examples, as turns between the system prompt and the question
     example: str = "..."  # a question to try on the trained model
-    files: Mapping[str, str] = field(default_factory=dict)  # the SHA-256 of each file that it is made from
+    files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by path, of the files with the problems
     notes: Sequence[str] = ()  # remarks on the problems, printed at the start of a run
     hints: Mapping[str, str] = field(default_factory=dict)  # advice to add to a finding, by the name of the finding
     knows_right: bool = True  # False if `correct` only compares with one reference answer of possibly many
@@ -103,7 +103,7 @@ class Task:
         """Parse and grade `completion`. Accepts any string, never raises, runs in linear time."""
 
     def listed(self) -> Iterable[Problem]:
-        """Return all problems of a task that lists them, as in a file; none for a task that makes them up."""
+        """Return all problems of a task with a list of problems, such as a file; else nothing."""
         return ()
 
     def messages(self, question: str) -> list[Message]:
@@ -117,17 +117,17 @@ def chat(question: str, system_prompt: str, examples: Sequence[Message] = ()) ->
 
 
 def task_of(task: Task, problem: Problem) -> Task:
-    """Return the task that a problem belongs to: the one of a mixture that made it, or else `task` itself."""
+    """Return the task that a problem belongs to: in a mixture, the task that made it; else `task` itself."""
     return task.parts[problem.category] if task.parts else task
 
 
 def prompt_of(task: Task, problem: Problem) -> list[Message]:
-    """Return the chat that asks a problem as its own task does."""
+    """Return the chat that asks a problem, with the prompt of the task that it belongs to."""
     return task_of(task, problem).messages(problem.question)
 
 
 def asked(task: Task) -> dict[str, Any]:
-    """Return how a task asks, as a model's card stores it; for a mixture, also how each of its tasks asks."""
+    """Return the entries of a card that describe a task's prompt; for a mixture, also the prompts of its tasks."""
     how = {
         "kind": task.kind,
         "prompt_style": task.style,

@@ -2,8 +2,8 @@
 
     Make 46 from 25, 3 and 7, each once, with + - * / and brackets.      <answer>25 + 3 * 7</answer>
 
-A problem is made from a random expression, so it has a solution. An answer is text of a model, so Python never runs
-it: the functions below split it into tokens and evaluate it in exact fractions.
+A problem is made from a random expression, so it has a solution. A model wrote the answer, so Python never runs it as
+code: the functions below split it into tokens and evaluate it in exact fractions.
 """
 
 import re
@@ -17,9 +17,9 @@ from tasks.common.drawn_task import DrawnTask
 from tasks.common.qa_task import CLOSE_ENOUGH
 
 LARGEST_TARGET = 100
-MAX_NUMBERS = 8  # in a problem
-MAX_CHARACTERS = 300  # of an answer; an expression of 8 numbers, each in brackets, has about 100
-MAX_DIGITS = 6  # of a number in an answer
+MAX_NUMBERS = 8  # the most numbers that a problem gives
+MAX_CHARACTERS = 300  # A longer answer is wrong; an expression of 8 numbers, each in brackets, has about 100.
+MAX_DIGITS = 6  # A number with more digits makes an answer wrong.
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 SPELLINGS = str.maketrans("×·÷−–", "**/--")
 TOKENS_BEGIN_WITH = "0123456789+-*/()"
@@ -57,11 +57,11 @@ class Countdown(DrawnTask):
         return f"{problem.columns['target']} of {sorted(problem.columns['numbers'])}"
 
     def is_correct(self, problem: Problem, answer: Answer) -> bool:
-        """Return whether an expression has all the numbers, each once, and the value of the target."""
+        """Return whether an expression uses each number exactly once and has the target as its value."""
         return value(str(answer), problem.columns["numbers"]) == problem.columns["target"]
 
     def is_close(self, problem: Problem, answer: Answer) -> bool:
-        """Return whether an expression has all the numbers, each once, and a value within ±1 of the target."""
+        """Return whether an expression uses each number exactly once and has a value within ±1 of the target."""
         result = value(str(answer), problem.columns["numbers"])
         return result is not None and abs(result - problem.columns["target"]) <= CLOSE_ENOUGH
 
@@ -69,7 +69,7 @@ class Countdown(DrawnTask):
 def value(text: str, numbers: list[int]) -> Fraction | None:
     """Return the value of an expression of exactly these numbers; None for any other text.
 
-    `=` and the right value may follow the expression. Takes time linear in the length, without recursion.
+    `=` and the right value may follow the expression. The time is linear in the length; there is no recursion.
 
     >>> value("25 + 3 * 7", [3, 7, 25])
     Fraction(46, 1)
@@ -91,9 +91,9 @@ def value(text: str, numbers: list[int]) -> Fraction | None:
 
 
 def _evaluate(tokens: list[str]) -> Fraction | None:
-    """Return the value of tokens in the usual order of operations; None if they are no expression.
+    """Evaluate tokens in the usual order of operations; return None if they are not a valid expression.
 
-    Dijkstra's shunting-yard algorithm: an operator is evaluated as soon as the next one does not bind tighter.
+    Dijkstra's shunting-yard algorithm: an operator is applied as soon as the next operator does not bind tighter.
     """
     values: list[Fraction] = []
     waiting: list[str] = []  # operators and opening brackets
@@ -135,13 +135,13 @@ def _apply(left: Fraction, operator: str, right: Fraction) -> Fraction:
 
 
 def _random_expression(rng: Random, numbers: list[int]) -> tuple[str, Fraction, list[str]]:
-    """Return a random expression of the numbers, its value, and its steps, such as `3 * 7 = 21`."""
+    """Return a random expression that uses the numbers, its value, and its steps, such as `3 * 7 = 21`."""
     parts = [(str(n), Fraction(n), 3) for n in numbers]  # text, value, precedence: a number binds tightest
     steps = []
     while len(parts) > 1:
         left, a, left_level = parts.pop(rng.randrange(len(parts)))
         right, b, right_level = parts.pop(rng.randrange(len(parts)))
-        # Only quotients that are whole, so that every step is in whole numbers.
+        # Division is allowed only if the quotient is whole, so that every step has whole numbers.
         operator = rng.choice([o for o in PRECEDENCE if o != "/" or (b != 0 and (a / b).denominator == 1)])
         level = PRECEDENCE[operator]
         result = _apply(a, operator, b)

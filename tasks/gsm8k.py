@@ -4,7 +4,7 @@
 
 `--data FILE` is a file in that format, split by a hash of the question. Without it, the optional package datasets
 loads the problems from the Hugging Face Hub: the official test problems are the test split, and a hash puts a tenth
-of the official training problems into validation. The full answer is the column `solution`.
+of the official training problems into validation. The column `solution` has the full answer.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from tasks.common.rows import Row, Rows, kind_of_all, normal, notes_on, read_row
 
 HUB = "openai/gsm8k"
 MARK = "####"
-_CALCULATION = re.compile(r"<<[^<>]*>>")  # a mark for a calculator, as in 9 * 2 = <<9*2=18>>18
+_CALCULATION = re.compile(r"<<[^<>]*>>")  # a calculator mark, such as <<9*2=18>> in 9 * 2 = <<9*2=18>>18
 
 
 def load(
@@ -26,7 +26,7 @@ def load(
     style: str = "answer",
     system_prompt: str = "",
 ) -> Rows:
-    """Load the task from the file `data`, or from the Hub if that is empty. Raises ValueError, in one line."""
+    """Load the task from the file `data`, or from the Hub if `data` is empty. Raises ValueError, in one line."""
     if data:
         problems, sha256 = read_rows(data, problem_of)
         by_split = split_rows(problems, data)

@@ -1,10 +1,10 @@
-"""The task of a file: `--task jsonl --data FILE`, JSON Lines with question and answer, or prompt and response.
+"""Problems from a file: `--task jsonl --data FILE`, JSON Lines with question and answer, or prompt and response.
 
     {"question": "What is the capital of France?", "answer": "Paris", "level": "easy"}
 
-An answer that is a number is compared as a number (1,234 and 1234.0 are the same), any other as text. A column
-`solution` is the working that stands before the answer in worked examples. All columns but question and answer go to
-the user's rewards. A hash of the question holds out a tenth for validation and another tenth for test. If a question
+An answer that is a number is compared as a number (1,234 and 1234.0 are the same), any other answer as text. Worked
+examples show the column `solution` before the answer. All columns but question and answer are passed to the user's
+rewards. A hash of the question holds out a tenth for validation and another tenth for test. If a question
 has many right answers, `--correct FILE.py:FUNCTION` judges them (`tasks/common/user_file.py`); the answer in the file
 must be one of them.
 """
@@ -29,7 +29,7 @@ def load(
         str, Option("FILE.py:FUNCTION that judges answers, instead of equality with the reference", inheritable=False)
     ] = "",
 ) -> Rows:
-    """Load the task of a file. Raises ValueError, in one line, if the file is malformed or too small."""
+    """Load the task from a file. Raises ValueError, in one line, if the file is malformed or too small."""
     if not data:
         raise ValueError("--task jsonl needs --data FILE: JSON Lines with question and answer")
     judge = Judge.load(correct) if correct else None
@@ -56,7 +56,7 @@ def problem_of(row: Row, style: str, judge: Judge | None = None) -> Problem:
     kind = kind_of(problem.answer)
     gold = PARSERS[kind](problem.answer)
     if gold is None or parse_answer(ideal_completion(problem.answer, style), kind) != gold:
-        raise ValueError(f"{answer!r} is a text that cannot stand between the tags <answer> and </answer>")
+        raise ValueError(f"{answer!r} is a text that cannot be parsed between the tags <answer> and </answer>")
     if judge is not None and not judge(problem, gold):
-        raise ValueError(f"{answer!r} is not right by --correct {judge.name!r}")
+        raise ValueError(f"--correct {judge.name!r} rejects the {answer!r} in the file; it must accept that")
     return problem

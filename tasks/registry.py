@@ -1,4 +1,4 @@
-"""The tasks of --task, one line each, their options, and how the task of a run is made."""
+"""List the tasks of --task with their options, and make the task of a run."""
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
@@ -27,7 +27,7 @@ DEFAULT_TASK = "arithmetic"
 
 
 class TaskSettings(Protocol):
-    """The settings that every task is made from; `grpo.config.TrainConfig` has them and the options of all tasks."""
+    """The settings that are common to all tasks; `grpo.config.TrainConfig` has them and the options of all tasks."""
 
     task: Sequence[str]
     task_arg: Sequence[str]
@@ -46,7 +46,7 @@ class TaskOption(Option):
 
 
 def task_options() -> dict[str, TaskOption]:
-    """Return the options of all tasks by name. The first of the tasks that share an option describes it."""
+    """Return the options of all tasks by name. If tasks share an option, the first of them describes it."""
     declared = {task: _declared_options(make) for task, make in TASKS.items()}
     options = {}
     for name in dict.fromkeys(name for parameters in declared.values() for name in parameters):
@@ -68,8 +68,8 @@ def task_shares(specs: str | Sequence[str]) -> list[Share]:
             raise ValueError(f"--task is {share.spec!r}; it must be one of {', '.join(TASKS)}, or FILE.py:NAME")
     for name, option in task_options().items():
         sharing = [share.spec for share in shares if share.spec in option.tasks]
-        if len(sharing) > 1 and not option.inheritable:  # it names a file, and both tasks would read the same one
-            raise ValueError(f"tasks {' and '.join(sharing)} share {_flag(name)}, so a mixture can have one of them")
+        if len(sharing) > 1 and not option.inheritable:  # Both tasks would read the file that it names.
+            raise ValueError(f"tasks {' and '.join(sharing)} share {_flag(name)}, so only one of them can be mixed")
     return shares
 
 
@@ -88,7 +88,7 @@ def make_task(settings: TaskSettings) -> Task:
         # An inheritable option may come from the card of a model that was trained on another task.
         if given and not specs & set(option.tasks) and not option.inheritable:
             raise ValueError(
-                f"--task {' --task '.join(map(str, shares))} has no use for {_flag(name)}, which is for --task "
+                f"--task {' --task '.join(map(str, shares))} does not use {_flag(name)}, which is for --task "
                 f"{' and '.join(option.tasks)}"
             )
     if len(shares) == 1:

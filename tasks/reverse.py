@@ -3,7 +3,7 @@
     Spell batori backwards.      <answer>irotab</answer>
 
 A model that reads whole pieces of words as one token does not see the letters that it is asked to reverse. The
-words are made up, 4 to 8 letters with consonants and vowels in turn, so that no model knows them by heart.
+words are made up, with 4 to 8 letters, alternately consonants and vowels, so that no model knows them by heart.
 """
 
 from collections.abc import Mapping
@@ -36,12 +36,12 @@ class Reverse(DrawnTask):
         return Problem(f"Spell {word} backwards.", word[::-1])
 
     def key(self, problem: Problem) -> str:
-        """Return a text that is the same for a word and the word spelled backwards."""
+        """Return the same text for a word and for that word spelled backwards, so that both are in one split."""
         return min(problem.answer, problem.answer[::-1])
 
 
 def made_up_word(rng: Random) -> str:
-    """Sample a word of 4 to 8 letters, consonants and vowels in turn, that is not the same backwards."""
+    """Sample a word of 4 to 8 letters, alternately consonants and vowels, that is not a palindrome."""
     while True:
         letters = (CONSONANTS, VOWELS) if rng.random() < 0.5 else (VOWELS, CONSONANTS)
         word = "".join(rng.choice(letters[i % 2]) for i in range(rng.randint(MIN_LETTERS, MAX_LETTERS)))

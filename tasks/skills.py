@@ -1,7 +1,7 @@
 """Skills that the starter has besides `arithmetic`, as small tasks.
 
-GRPO does not train them, but training on `arithmetic` may spoil them, so a run measures them. Each has training
-problems, for `grpo/starter/build.py`, and held-out problems; a hash keeps them apart.
+GRPO does not train these skills, but training on `arithmetic` may spoil them, so a run measures them. Each skill has
+training problems, for `grpo/starter/build.py`, and held-out problems; a hash decides which problems are held out.
 
     single     What is -5 * 6?                         <answer>-30</answer>
     larger     Which is larger, 47 or 83?               <answer>83</answer>
@@ -26,7 +26,8 @@ class Skill(DrawnTask):
 
     name: str
     make: Callable[[Random], Problem]  # makes a problem of any split
-    tagged: bool  # whether the system prompt of the `answer` style is used, and the answer stands in its tags
+    # True: the prompt has the system prompt of the `answer` style, and the answer is expected in <answer> tags.
+    tagged: bool
     _: KW_ONLY
     kind: str = "text"
     system_prompt: str = system_prompt("answer")
@@ -36,7 +37,7 @@ class Skill(DrawnTask):
         return self.make(rng)
 
     def key(self, problem: Problem) -> str:
-        """Return a text that is the same for questions with the same letters, such as `47 or 83` and `83 or 47`."""
+        """Return the same text for questions with the same characters, such as `47 or 83` and `83 or 47`."""
         return "".join(sorted(problem.question))
 
     def messages(self, question: str) -> list[Message]:
@@ -57,7 +58,7 @@ class Skill(DrawnTask):
 
 
 def _single(rng: Random) -> Problem:
-    """Sample an operation on numbers as in the second step of `(a op b) op c`."""
+    """Sample a problem with one operation, on numbers as in the second step of `(a op b) op c`."""
     operator = rng.choice(OPERATORS)
     a = rng.randint(-10, 100)
     b = rng.randint(0, 10)

@@ -1,4 +1,4 @@
-"""The base of a task that makes up its problems: `draw` makes a problem, and a hash of it decides the split."""
+"""The base of a task that makes up its problems: `draw` makes a problem, and a hash decides its split."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from tasks.base import Problem, seeded_rng, split_of
 from tasks.common.qa_task import QATask
 from tasks.common.rows import normal
 
-# Draws after which a task is taken to have no training problem: usually 8 of 10 problems are one.
+# After so many draws without a training problem, the task has none: usually 8 of 10 draws give one.
 MAX_DRAWS_FOR_TRAINING = 10_000
-# Draws for each held-out problem that is wanted: about 1 in 10 problems belongs to the split.
+# At most this many draws for each held-out problem: about 1 in 10 draws gives a problem of the split.
 DRAWS_PER_HELD_OUT = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnTask(QATask):
-    """A task (`tasks.base.Task`) whose problems are random ones from `draw`."""
+    """A task (`tasks.base.Task`) whose problems are drawn at random by `draw`."""
 
     @abstractmethod
     def draw(self, rng: Random) -> Problem:

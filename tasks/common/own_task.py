@@ -14,8 +14,8 @@ from tasks.common.prompts import ideal_completion
 from tasks.common.qa_task import QATask
 from tasks.common.user_file import as_bool, contained, load_file, place_of
 
-PROBLEMS_TRIED = 8  # of each split, before a model is loaded
-# Parameters that --task-arg does not set: most of them have an option, such as --prompt-style.
+PROBLEMS_TRIED = 8  # problems of each split that are tried before a model is loaded
+# Parameters that --task-arg does not set: most of them have an option of their own, such as --prompt-style.
 RESERVED = {f.name for f in fields(QATask)}
 # Kinds of parameters that cannot be given as KEY=VALUE.
 NOT_NAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
@@ -34,7 +34,7 @@ def load_task(spec: str, given: Sequence[str], style: str, system_prompt: str) -
     make = file.maker(name)
     try:
         parameters = inspect.signature(make, eval_str=True).parameters
-    except Exception as error:  # annotations of the user's are evaluated
+    except Exception as error:  # evaluating the user's annotations may raise anything
         raise ValueError(f"--task {name!r}: {one_line(error)} ({place_of(error, path)})") from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     settings = {"style": style, "system_prompt": system_prompt}
@@ -55,7 +55,7 @@ def load_task(spec: str, given: Sequence[str], style: str, system_prompt: str) -
 
 
 def arguments(name: str, parameters: Mapping[str, inspect.Parameter], given: Sequence[str]) -> dict[str, Any]:
-    """Return the texts `key=value` as arguments of a task. Raises ValueError for one that the task does not take."""
+    """Return the texts `key=value` as arguments of a task. Raises ValueError if one is wrong or missing."""
     values: dict[str, Any] = {}
     settable = {key: p for key, p in parameters.items() if key not in RESERVED and p.kind not in NOT_NAMED}
     for spec in given:
@@ -88,12 +88,12 @@ def _converted(spec: str, text: str, parameter: inspect.Parameter) -> Any:
 def try_out(task: Task) -> None:
     """Make a few problems and grade their answers.
 
-    Raises what the task raises, and TypeError or ValueError if a problem or a grade is not as it must be.
+    Raises what the task raises, and TypeError or ValueError if a problem or a grade is invalid.
     """
     training = [task.training_problem(0, 1, row) for row in range(PROBLEMS_TRIED)]
     if training != [task.training_problem(0, 1, row) for row in range(PROBLEMS_TRIED)]:
         raise ValueError(
-            "training_problem gives another problem when it is called again; a resumed run needs the same"
+            "training_problem gives another problem when it is called again; a resumed run needs the same problem"
         )
     held_out = []
     for split in ("validation", "test"):
@@ -105,11 +105,11 @@ def try_out(task: Task) -> None:
         _check(task, problem)
     asked = {problem.question for problem in training}
     if both := [problem.question for problem in held_out if problem.question in asked]:
-        raise ValueError(f"{both[0][:80]!a} is a training problem and held out")
+        raise ValueError(f"{both[0][:80]!a} is both a training problem and a held-out problem")
 
 
 def _check(task: Task, problem: Any) -> None:
-    """Raise TypeError if this is no problem, or ValueError if the task does not call its own answer right."""
+    """Raise TypeError if `problem` is not a Problem, or ValueError if the task grades its own answer as wrong."""
     if not isinstance(problem, Problem):
         raise TypeError(f"a problem is {shown(problem)}, not a tasks.base.Problem")
     if not (isinstance(problem.question, str) and problem.question.strip() and isinstance(problem.answer, str)):
@@ -118,4 +118,4 @@ def _check(task: Task, problem: Any) -> None:
         attempt = task.grade(problem, completion)
         right = as_bool(attempt.correct if isinstance(attempt, Attempt) else attempt)
         if completion and not right:
-            raise ValueError(f"its own answer {problem.answer[:80]!a} to {problem.question[:80]!a} is not right")
+            raise ValueError(f"it grades its answer {problem.answer[:80]!a} to {problem.question[:80]!a} as wrong")

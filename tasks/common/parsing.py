@@ -2,16 +2,16 @@
 
 A model learns to write whatever is rewarded, so a completion counts as an answer only if a person would read it as
 one. It must hold exactly one answer block, with an answer of the right kind in it and nothing but white space after
-it. Accuracy is about that answer alone. The completion is well-formed if, in addition, the text before the block has
-the form of the style: any text in the `answer` style, one think block in the `think` style, one reasoning block in
-the `reasoning` style.
+it. Accuracy depends on that answer alone. The completion is well-formed if, in addition, the text before the block
+has the form of the style: any text in the `answer` style, one think block in the `think` style, one reasoning block
+in the `reasoning` style.
 
 An answer has one of three kinds: `number`, which may have a sign, a dollar sign, thousands separators and decimals,
 and is compared exactly; `integer`, a whole number; `text`, which must not be empty.
 
-Every function accepts any string without an exception and takes time linear in its length. For that reason they use
-`str.count` and `str.find`: the pattern `<answer>(.*?)</answer>` takes 14 s on 20,000 unclosed tags. Text is never
-evaluated.
+Every function accepts any string without an exception and takes time linear in its length. Therefore they use
+`str.count` and `str.find`, because the pattern `<answer>(.*?)</answer>` takes 14 s on 20,000 unclosed tags. No text
+is evaluated as code.
 """
 
 import re
@@ -62,7 +62,7 @@ def has_form(completion: str, style: str) -> bool:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """Return the number that a text is, or None: at most 18 digits, thousands in groups of three, 9 decimals.
+    """Parse a number of at most 18 digits, with thousands in groups of three, and 9 decimals; None for other text.
 
     >>> [str(parse_number(text)) for text in ("-1,234.50", "-$18", "18.", ".5", "1 000")]
     ['-1234.50', '-18', '18', '0.5', '1000']
@@ -77,7 +77,7 @@ def parse_number(text: str) -> Decimal | None:
 
 
 def parse_integer(text: str) -> int | None:
-    """Return the integer that a text is, such as -5, +5, 5.0 or 1,000; None if it is no whole number."""
+    """Parse an integer, such as -5, +5, 5.0 or 1,000; return None if the text is not a whole number."""
     number = parse_number(text)
     return None if number is None or number % 1 else int(number)
 
@@ -92,6 +92,6 @@ PARSERS = {"integer": parse_integer, "number": parse_number, "text": parse_text}
 
 
 def parse_answer(completion: str, kind: str = "integer") -> Answer | None:
-    """Return the answer of this kind that a completion gives, whatever stands before it; None if it gives none."""
+    """Return the answer of this kind in a completion, whatever text precedes it; None if there is none."""
     text = answer_text(completion)
     return None if text is None else PARSERS[kind](text)

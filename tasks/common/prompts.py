@@ -27,7 +27,7 @@ def system_prompt(style: str, kind: str = "integer") -> str:
 
 
 def ideal_completion(answer: str, style: str, working: str = "") -> str:
-    """Return a completion that the style asks for, with or without working before the answer.
+    """Return a completion in the form that the style asks for, with or without working before the answer.
 
     >>> ideal_completion("-30", "answer", "4 - 9 = -5")
     '4 - 9 = -5\\n<answer>-30</answer>'

@@ -8,15 +8,15 @@ from tasks.common.parsing import PARSERS, has_form, parse_answer
 from tasks.common.prompts import STYLES, system_prompt
 from tasks.rewards.functions import DEMO, SHAPED
 
-CLOSE_ENOUGH = 1  # a number that is off by at most this is close
+CLOSE_ENOUGH = 1  # A number is close if it differs from the right number by at most this.
 
 
 @dataclass(frozen=True, kw_only=True)
 class QATask(Task):
-    """A task that grades the answer of each completion. Its default system prompt is the one of style and kind.
+    """A task that grades the answer of each completion. Style and kind define its default system prompt.
 
     A subclass adds `training_problem` and `held_out`. It overrides `is_correct` and `is_close` if answers other than
-    the problem's own can be right.
+    the problem's own answer can be right.
     """
 
     def __post_init__(self) -> None:
@@ -27,7 +27,7 @@ class QATask(Task):
 
     @property
     def default_rewards(self) -> Mapping[str, float]:
-        """Return the weights of the rewards that apply unless --reward is given, by name."""
+        """Return the weights, by name, of the rewards that apply unless --reward is given."""
         if self.style != "reasoning":
             return SHAPED
         return {name: weight for name, weight in DEMO.items() if name != "integer" or self.kind != "text"}
@@ -66,7 +66,7 @@ class QATask(Task):
         return abs(answer - gold) <= CLOSE_ENOUGH
 
     def gold(self, problem: Problem) -> Answer | None:
-        """Return the problem's own answer, parsed as an answer of a completion is."""
+        """Return the problem's own answer, parsed in the same way as the answer of a completion."""
         return PARSERS[self.kind_of(problem)](problem.answer)
 
     def kind_of(self, problem: Problem) -> str:

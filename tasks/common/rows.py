@@ -20,7 +20,7 @@ from tasks.common.parsing import PARSERS, parse_number
 from tasks.common.qa_task import QATask
 from tasks.common.user_file import Judge
 
-LINES_NAMED = 5  # at most, in an error or a remark
+LINES_NAMED = 5  # the largest number of lines that an error or a remark names
 MAX_LINE_BYTES = 32 * 2**20  # a longer line would fill the memory
 Row = Mapping[str, Any]
 
@@ -31,7 +31,7 @@ class Rows(QATask):
 
     problems: Mapping[str, Sequence[Problem]]  # by split
     files: Mapping[str, str]  # the SHA-256 of the source of the problems and of the judge's file, by path
-    judge: Judge | None = None  # decides which answers are right; None: those that equal the problem's own answer
+    judge: Judge | None = None  # decides which answers are right; None: an answer must equal the problem's own
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
         """Sample the training problem of a row of a step uniformly."""
@@ -62,7 +62,7 @@ def kind_of(answer: str) -> str:
 
 
 def kind_of_all(problems: Iterable[Problem]) -> str:
-    """Return the kind of a task with these problems: integer or number if all answers are, else text."""
+    """Return the kind of a task with these problems: integer or number if all answers are of that kind, else text."""
     answers = [problem.answer for problem in problems]
     for kind in ("integer", "number"):
         if all(PARSERS[kind](answer) is not None for answer in answers):
@@ -73,8 +73,8 @@ def kind_of_all(problems: Iterable[Problem]) -> str:
 def notes_on(problems: Sequence[Problem], compare_answers: bool = True) -> list[str]:
     """Return remarks on lines of a file that may be mistakes.
 
-    One remark is about a minority of answers that decides the kind of all answers. The other, if `compare_answers`,
-    is about questions that occur again with another answer.
+    One remark names a minority of answers that changes the kind of all answers, such as a text among integers. The
+    other, if `compare_answers`, names questions that occur again with another answer.
     """
     notes = []
     task_kind = kind_of_all(problems)
@@ -82,7 +82,7 @@ def notes_on(problems: Sequence[Problem], compare_answers: bool = True) -> list[
         others = [problem for problem in problems if PARSERS[kind](problem.answer) is None]
         if 0 < len(others) < len(problems) / 2:
             lines = _listed(f"{problem.place} {problem.answer[:20]!a}" for problem in others)
-            count = f"{len(others)} of {len(problems)}"
+            count = f"{len(others)} of {len(problems)} answers"
             notes.append(f"The kind of the answers is {task_kind}, not {kind}, because of {count}: {lines}.")
             break
     if compare_answers:
@@ -93,7 +93,7 @@ def notes_on(problems: Sequence[Problem], compare_answers: bool = True) -> list[
                 f"{again.place} {again.answer[:20]!a} (before: {before.place} {before.answer[:20]!a})"
                 for before, again in differing
             )
-            notes.append(f"Asked again with another answer, in {len(differing)} lines: {lines}.")
+            notes.append(f"Questions asked again with another answer, in {len(differing)} lines: {lines}.")
     return notes
 
 
@@ -108,7 +108,7 @@ def _listed(lines: Iterable[str]) -> str:
 
 
 def normal(question: str) -> str:
-    """Return one text for all spellings of a question that differ only in case and white space."""
+    """Return a question in lower case with single spaces: the same text for spellings that differ only in these."""
     return " ".join(question.casefold().split())
 
 
@@ -125,11 +125,11 @@ def split_rows(problems: Iterable[Problem], source: str) -> dict[str, list[Probl
         few = f"too few problems ({total})"
         if len(questions) < total:
             question, times = questions.most_common(1)[0]
-            repeated = f"{question[:60]!a} comes {times} times"
+            repeated = f"{question[:60]!a} occurs {times} times"
             few = f"too few different questions: {len(questions)} in {total} rows; {repeated}"
         raise ValueError(
-            f"{source} has {few}. A hash of the question puts a tenth each aside for validation and test, and leaves "
-            f"none for {' and '.join(missing)}; provide a few hundred different ones"
+            f"{source} has {few}. A hash of the question puts a tenth into validation and a tenth into test; "
+            f"it leaves none for {' and '.join(missing)}. Provide a few hundred different questions"
         )
     return by_split
 
@@ -137,7 +137,7 @@ def split_rows(problems: Iterable[Problem], source: str) -> dict[str, list[Probl
 def read_rows(path: str, problem_of: Callable[[Row], Problem]) -> tuple[list[Problem], str]:
     """Read the problems in a JSON Lines file; also return the SHA-256 of what was read.
 
-    `problem_of` makes a problem of a row, or raises ValueError with the reason why it cannot. Raises ValueError, in
+    `problem_of` makes a problem from a row, or raises ValueError with the reason. This function raises ValueError, in
     one line: `file:line: reason` for the first malformed line, then the numbers of a few more malformed lines. Blank
     lines are skipped; a byte order mark and CRLF are allowed.
     """
@@ -194,7 +194,7 @@ def parse_row(line: bytes) -> Row:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
-        raise ValueError("a key comes twice")
+        raise ValueError("a key occurs twice")
     return row
 
 

@@ -6,15 +6,15 @@ from tasks.base import Problem, Task, task_of
 from tasks.common.prompts import ideal_completion
 from tasks.common.qa_task import QATask
 
-MAX_TRIES = 50  # training problems that are tried for each example before it is given up
-ROWS_BETWEEN_TRIES = 10**6  # more than a batch has rows, so that two rows never try the same problems
+MAX_TRIES = 50  # the largest number of training problems that are tried for one example
+ROWS_BETWEEN_TRIES = 10**6  # more than the rows of a batch, so that two rows never try the same problems
 
 
 def solution(task: Task, problem: Problem) -> str | None:
     """Return a right completion in the style of the problem's task, with the problem's working if possible.
 
-    The working is left out if the task does not call the completion right with it; it may hold a tag. Return None if
-    the task does not call the bare answer right either.
+    The working is left out if the task grades the completion with it as wrong, for example because it has a tag in
+    it. Return None if the task grades the bare answer as wrong too.
     """
     style = task_of(task, problem).style
     for working in dict.fromkeys((problem.working, "")):
@@ -28,7 +28,8 @@ def solution(task: Task, problem: Problem) -> str | None:
 def with_shots(task: QATask, shots: int) -> QATask:
     """Return the task with `shots` solved training problems before each question, always the same ones.
 
-    They are problems of step -1, because the steps of a run begin at 1. Raises ValueError if too few are found.
+    They are the problems of step -1, which no run trains on: its steps begin at 1. Raises ValueError if too few are
+    found.
     """
     solutions: dict[str, str] = {}  # by question
     for row in range(MAX_TRIES * shots):
@@ -47,7 +48,7 @@ def with_shots(task: QATask, shots: int) -> QATask:
 
 
 def solved_problem(task: Task, seed: int, step: int, row: int) -> tuple[Problem, str]:
-    """Return a training problem and a right completion of it, as a pure function of the three numbers.
+    """Return a training problem and a right completion for it, as a pure function of the three numbers.
 
     Problems without a right completion are skipped. Raises ValueError if none of MAX_TRIES problems has one.
     """
@@ -56,4 +57,4 @@ def solved_problem(task: Task, seed: int, step: int, row: int) -> tuple[Problem,
         completion = solution(task, problem)
         if completion is not None:
             return problem, completion
-    raise ValueError("no training problem was found that the task knows a right completion of")
+    raise ValueError(f"the task knows no right completion for any of {MAX_TRIES} training problems")

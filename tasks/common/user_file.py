@@ -6,12 +6,12 @@ The signature of a reward is TRL's, so that functions written for TRL work uncha
     def mentions_steps(prompts, completions, **columns):
         return [float("step" in completion[0]["content"]) for completion in completions]
 
-`prompts` are lists of messages, `completions` lists of one assistant message; `columns` are question, answer, the
-other columns of the data, and completion_ids. A function returns a number for each completion, or None where it does
-not apply. A judge is called for each answer; see `Judge`.
+Each of `prompts` is a list of messages, each of `completions` a list of one assistant message; `columns` are
+question, answer, the other columns of the data, and completion_ids. A function returns a number for each completion,
+or None where the reward does not apply. A judge is called for each answer; see `Judge`.
 
 This is the only place where the project runs code that is not its own, and it runs only files that the command line
-names. A model's folder can name none (grpo/config.py).
+names. A model's card must not name such a file (grpo/model_card.py).
 """
 
 import hashlib
@@ -30,29 +30,29 @@ from typing import Any
 
 from tasks.base import Answer, Problem, one_line, shown
 
-PREFIX = "user_file_"  # of the names of the modules
+PREFIX = "user_file_"  # Prefix of the module name under which a user's file is put in sys.modules.
 
 
 @dataclass(frozen=True)
 class UserFile:
-    """A file that was run, and the SHA-256 of its text at that moment."""
+    """A user's file that was run, and the SHA-256 of its text at that moment."""
 
     path: str
     module: ModuleType
     sha256: str
 
     def function(self, name: str) -> Callable[..., Any]:
-        """Return a function of the file. Raises ValueError if the name is that of a class or an async function."""
+        """Return a function of the file. Raises ValueError if the name belongs to a class or an async function."""
         function = self.maker(name)
         if inspect.isclass(function):
             raise ValueError(f"{self.path}:{name} is a class, not a function; name a function, or an object of it")
-        calls = (function, getattr(function, "__call__", None))  # noqa: B004, the method of an object may be async
+        calls = (function, getattr(function, "__call__", None))  # noqa: B004, an object's method may be async
         if any(inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call) for call in calls):
             raise ValueError(f"{self.path}:{name} is asynchronous and would never run; write def, not async def")
         return function
 
     def maker(self, name: str) -> Callable[..., Any]:
-        """Return a function or a class of the file. Raises ValueError if the file has none of that name."""
+        """Return a function or a class of the file. Raises ValueError if the file has no such name."""
         maker = getattr(self.module, name, None)
         if not callable(maker):
             names = [n for n, value in vars(self.module).items() if callable(value) and not n.startswith("_")]
@@ -66,7 +66,7 @@ def names_a_file(spec: str) -> bool:
 
 
 class _Source(SourceFileLoader):
-    """Loads a module from the text that was hashed. It reads no bytecode, which may be stale, and writes none."""
+    """Load a module from the text that was hashed. Bytecode is not read, because it may be stale, nor written."""
 
     def __init__(self, name: str, path: str, text: bytes) -> None:
         super().__init__(name, path)
@@ -89,14 +89,14 @@ def contained() -> Iterator[None]:
             os.chdir(folder)
     if folder_after != folder:
         raise RuntimeError(
-            f"it changed the current folder to {folder_after!a}, where the run would go on; change it back"
+            f"it changed the current folder to {folder_after!a} and left it there; change it back before returning"
         )
 
 
 def dangling(path: str) -> str:
     """Return a sentence about a symbolic link whose target is missing; "" for any other path."""
     if os.path.islink(path) and not os.path.exists(path):
-        return f"it is a symbolic link to {os.readlink(path)!a}, and nothing is there"
+        return f"it is a symbolic link to {os.readlink(path)!a}, which does not exist"
     return ""
 
 
@@ -122,7 +122,10 @@ def load_file(path: str) -> UserFile:
 
 
 def place_of(error: BaseException, path: str) -> str:
-    """Return `file:line` of an exception in the user's file; else the path; without a path, the innermost line."""
+    """Return where in the user's file an exception was raised: `file:line`, or the path if no line of it is known.
+
+    Without a path, return the innermost `file:line`.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     in_file = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename == path]
     return in_file[-1] if in_file else path or f"{frames[-1].filename}:{frames[-1].lineno}"
@@ -130,7 +133,7 @@ def place_of(error: BaseException, path: str) -> str:
 
 @contextmanager
 def naming_own_code() -> Iterator[None]:
-    """Turn an exception that comes through a user's code into a ValueError, in one line with file and line."""
+    """Turn an exception from a user's code into a ValueError, in one line with file and line."""
     try:
         yield
     except Exception as error:
@@ -182,7 +185,7 @@ class Judge:
 
 
 def as_bool(verdict: Any) -> bool:
-    """Return a verdict as a bool; it may be one of numpy. Raises TypeError for anything else, such as 1.0 or None."""
+    """Return a bool of Python or numpy as a bool. Raises TypeError for any other verdict, such as 1.0 or None."""
     if type(verdict).__name__ not in ("bool", "bool_"):
         raise TypeError(f"it returned {shown(verdict)}, not True or False")
     return bool(verdict)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from tasks.base import Answer, Attempt
 from tasks.common.parsing import BLOCKS, CLOSE, OPEN, PARSERS
 
-LENGTH_WITHOUT_REWARD = 1000  # characters of a completion for which the reward `length` is 0
+LENGTH_WITHOUT_REWARD = 1000  # The reward `length` is 0 for a completion of at least this many characters.
 REASONING_OPEN, REASONING_CLOSE = BLOCKS["reasoning"]
 TAGS = (OPEN, CLOSE, *BLOCKS["think"], *BLOCKS["reasoning"])
 END_MARKERS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
@@ -33,7 +33,7 @@ def _last_answer(attempt: Attempt) -> Answer | None:
 
 
 def correctness(attempt: Attempt) -> float:
-    """Return 1 if the last answer block holds the problem's own answer, whatever is around it."""
+    """Return 1 if the last answer block holds the problem's own answer, whatever text is around the block."""
     answer = _last_answer(attempt)
     return float(answer is not None and answer == attempt.gold)
 
@@ -48,7 +48,7 @@ def integer(attempt: Attempt) -> float:
 
 
 def strict_format(attempt: Attempt) -> float:
-    r"""Return 1 for `<reasoning>\n…\n</reasoning>\n<answer>\n…\n</answer>`, a line feed after it or not."""
+    r"""Return 1 for `<reasoning>\n…\n</reasoning>\n<answer>\n…\n</answer>`, and perhaps a line feed after it."""
     text = attempt.completion.removesuffix("\n")
     middle = f"\n{REASONING_CLOSE}\n{OPEN}\n"
     once = all(text.count(tag) == 1 for tag in (REASONING_OPEN, REASONING_CLOSE, OPEN, CLOSE, middle))
@@ -83,7 +83,7 @@ def _script(letter: str) -> str:
 
 
 def language(attempt: Attempt) -> float:
-    """Return the share of the completion's letters, tags aside, in the scripts that the question is written in.
+    """Return the share of the completion's letters, without tags, that are in a script of the question.
 
     Return 1 if the question or the completion has no letters.
     """
@@ -97,7 +97,7 @@ def language(attempt: Attempt) -> float:
 
 
 def one_ending(attempt: Attempt) -> float:
-    """Return 1 if the completion ends in `</answer>`, holds no tag twice, and no end marker such as <|im_end|>."""
+    """Return 1 if the completion ends in `</answer>`, repeats no tag, and has no end marker such as <|im_end|>."""
     text = attempt.completion.rstrip()
     repeated = any(text.count(tag) > 1 for tag in TAGS) or any(marker in text for marker in END_MARKERS)
     return float(text.endswith(CLOSE) and not repeated)
@@ -109,7 +109,7 @@ def repeats_an_ending(completion: str) -> bool:
 
 
 def length(attempt: Attempt) -> float:
-    """Return 1 − characters / 1000, at least 0; 0 if the completion is not well-formed."""
+    """Return 1 − characters / 1000, but never less than 0; 0 if the completion is not well-formed."""
     return max(0.0, 1 - len(attempt.completion) / LENGTH_WITHOUT_REWARD) if attempt.well_formed else 0.0
 
 

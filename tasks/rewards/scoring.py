@@ -13,16 +13,16 @@ from tasks.common.user_file import UserFile, contained, load_file, place_of
 from tasks.rewards.functions import REWARDS
 
 OVERLONG = "overlong"  # the name of the part that --overlong-buffer adds
-PROBLEMS_TRIED = 4  # before a model is loaded, with three completions each
-WRONG_COMPLETION = "It is 1, I think."  # a completion of the trial, in no required form
-LARGEST_REWARD = 1e12  # with its weight; float32 and the variance of a group overflow far above it
+PROBLEMS_TRIED = 4  # problems that are tried before a model is loaded, with three completions each
+WRONG_COMPLETION = "It is 1, I think."  # a completion for the trial that does not have the required form
+LARGEST_REWARD = 1e12  # largest reward times weight; float32 and a group's variance overflow only far above it
 
 Columns = Mapping[str, Sequence[Any]]  # one value for each completion, by name
 Values = Sequence[float | None]
 
 
 class RewardSettings(Protocol):
-    """The settings that the rewards of a run are made from; `grpo.config.TrainConfig` has them."""
+    """The settings that define the rewards of a run; `grpo.config.TrainConfig` has them."""
 
     reward: Sequence[str]
     overlong_buffer: int
@@ -36,12 +36,12 @@ class RewardFunction:
     name: str
     weight: float
     function: Callable[[Sequence[Attempt], Columns], Values]  # scores a batch
-    path: str = ""  # the user's file that the function is from; "" if it is the project's
-    sha256: str = ""  # of that file
+    path: str = ""  # the user's file that has the function; "" for a function of the project
+    sha256: str = ""  # the SHA-256 of that file; "" for a function of the project
 
 
 def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[RewardFunction]:
-    """Return the rewards of `NAME=WEIGHT` and `FILE.py:FUNCTION=WEIGHT`; without `specs`, those of the defaults.
+    """Return the rewards in specs `NAME=WEIGHT` and `FILE.py:FUNCTION=WEIGHT`; without specs, the default rewards.
 
     Raises ValueError, in one line, if a reward is malformed, unknown, missing in its file, or given twice.
     """
@@ -75,7 +75,7 @@ def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[R
 def overlong(limit: int, buffer: int, attempts: Sequence[Attempt], columns: Columns) -> Values:
     """Return 0 for completions of at most `limit` − `buffer` tokens, falling to −1 at `limit` in a straight line.
 
-    The soft overlong punishment of DAPO, arXiv:2503.14476, equation 13.
+    This is the soft overlong punishment of DAPO, arXiv:2503.14476, equation 13.
     """
     over = (len(ids) - (limit - buffer) for ids in columns["completion_ids"])
     return [-min(max(0, tokens), buffer) / buffer for tokens in over]
@@ -97,12 +97,12 @@ def rewards_of(settings: RewardSettings, task: Task) -> list[RewardFunction]:
 
 
 def join_rewards(by_task: Mapping[str, Sequence[RewardFunction]]) -> list[RewardFunction]:
-    """Return the rewards of a mixture, made of the rewards of each task by the task's name.
+    """Join the rewards of tasks, given by the task's name, into the rewards of a mixture.
 
-    A reward applies only to problems of the tasks that have it. Tasks share a reward of one name, weight and file; if
-    they differ in weight or file, the mixture has a reward NAME/TASK for each of them.
+    A reward applies only to problems of the tasks that have it. If a reward has the same weight and file in all tasks
+    that have it, it is one shared reward. If weight or file differ, the mixture has a reward NAME/TASK for each task.
     """
-    versions: dict[str, set[tuple[float, str]]] = {}  # weight and file of the rewards of a name
+    versions: dict[str, set[tuple[float, str]]] = {}  # the pairs of weight and file, by the reward's name
     for rewards in by_task.values():
         for reward in rewards:
             versions.setdefault(reward.name, set()).add((reward.weight, reward.path))
@@ -118,7 +118,7 @@ def join_rewards(by_task: Mapping[str, Sequence[RewardFunction]]) -> list[Reward
 
 
 def _in_tasks(reward: RewardFunction, tasks: Set[str], attempts: Sequence[Attempt], columns: Columns) -> Values:
-    """Call a reward for the problems of some tasks of a mixture; it does not apply to other problems."""
+    """Call a reward for the problems of some tasks of a mixture. Return None for other problems."""
     rows = [row for row, attempt in enumerate(attempts) if attempt.problem.category in tasks]
     values: list[float | None] = [None] * len(attempts)
     if rows:
@@ -134,8 +134,8 @@ def _in_tasks(reward: RewardFunction, tasks: Set[str], attempts: Sequence[Attemp
 def decides_by_reward(rewards: Sequence[RewardFunction], task: Task) -> bool:
     """Return whether the mean reward, instead of accuracy, chooses the best policy.
 
-    It does if all rewards are a user's functions and the task only compares answers with the reference answers in the
-    user's data, of which there may be others.
+    This is so if all rewards are a user's functions, and the task only compares answers with the reference answers in
+    the user's data although other answers may be right too.
     """
     return all(reward.path for reward in rewards if reward.name != OVERLONG) and not task.knows_right
 
@@ -154,7 +154,7 @@ def _of_user(function: Callable[..., Any], attempts: Sequence[Attempt], columns:
     keywords["prompts"] = [[dict(message) for message in attempt.prompt] for attempt in attempts]
     keywords["completions"] = [[{"role": "assistant", "content": attempt.completion}] for attempt in attempts]
     with contained():
-        return list(function(**keywords))  # `list`, so that a generator of the user's runs here
+        return list(function(**keywords))  # `list` runs the function here if it is a generator
 
 
 def score(
@@ -166,7 +166,7 @@ def score(
     """Return the reward of each attempt. Each function runs over the whole batch, timed as `reward/<name>`.
 
     `columns` are passed on to users' functions. Raises ValueError, in one line that names the function, if a function
-    raises an exception, or returns something else than one finite number or None for each attempt.
+    raises an exception, or does not return one finite number or None for each attempt.
     """
     parts: list[dict[str, float | None]] = [{} for _ in attempts]
     for reward in rewards:

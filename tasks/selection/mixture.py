@@ -1,6 +1,6 @@
 """Several tasks as one: `--task arithmetic=0.7 --task countdown=0.3`.
 
-Each problem belongs to one task, which asks, grades and rewards it; the problem's category is the name of that task.
+Each problem belongs to one task, which asks, grades and rewards the problem; its category is the name of that task.
 The task of each row of a step is drawn by weight, as a function of seed, step and row. Held-out problems come from
 all tasks in the same shares.
 """
@@ -24,7 +24,7 @@ class Share:
 
     @property
     def name(self) -> str:
-        """Return the name of the task in the metrics; of a task in a file, its NAME."""
+        """Return the name of the task in the metrics; for FILE.py:NAME, it is NAME."""
         return self.spec.rpartition(":")[2]
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class Share:
 
 
 def parse_shares(specs: str | Sequence[str]) -> list[Share]:
-    """Return the tasks of --task: a single one, or several, each NAME=WEIGHT.
+    """Return the tasks of --task: a single task, or several, each as NAME=WEIGHT.
 
     Raises ValueError, in one line, if a weight is missing or not a positive number, or if a task is named twice.
     """
@@ -41,7 +41,7 @@ def parse_shares(specs: str | Sequence[str]) -> list[Share]:
         raise ValueError("--task is empty; name a task")
     if len(shares) == 1 and shares[0].weight is not None:
         raise ValueError(
-            f"--task is {specs[0]!r}, alone; weights are for several tasks, as in --task A=0.7 --task B=0.3"
+            f"--task is {specs[0]!r}, a single task; only several need weights, as in --task A=0.7 --task B=0.3"
         )
     if len(shares) > 1:
         for share in shares:
@@ -71,9 +71,9 @@ def _parse(spec: str) -> Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(QATask):
-    """Several tasks as one. Fields of which there is only one, such as the style, are those of the first task."""
+    """Several tasks as one. A field that cannot differ by problem, such as the style, has the first task's value."""
 
-    parts: Mapping[str, Task] = field()  # by name; field() leaves out the empty default of the base
+    parts: Mapping[str, Task] = field()  # by name; `field()` makes it required, unlike in the base class
     weights: Mapping[str, float]  # by name
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
@@ -82,9 +82,9 @@ class Mixture(QATask):
         return replace(self.parts[name].training_problem(seed, step, row), category=name)
 
     def held_out(self, split: str, limit: int) -> list[Problem]:
-        """Return about `limit` problems in the shares of the tasks: at least one of each task.
+        """Return about `limit` problems, divided among the tasks by weight, with at least one problem of each task.
 
-        A task that holds out fewer problems than its share gives all that it has.
+        If a task has fewer held-out problems than its share, all its problems are returned.
         """
         total = fsum(self.weights.values())
         problems = []
@@ -98,7 +98,7 @@ class Mixture(QATask):
         return [replace(problem, category=name) for name, part in self.parts.items() for problem in part.listed()]
 
     def messages(self, question: str) -> list[Message]:
-        """Return the chat that asks `question` as the first task does."""
+        """Return the chat that asks `question` with the first task's prompt."""
         return next(iter(self.parts.values())).messages(question)
 
     def grade(self, problem: Problem, completion: str) -> Attempt:
@@ -108,7 +108,7 @@ class Mixture(QATask):
 
 
 def mixture_of(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Mixture:
-    """Return the mixture of some tasks; parts and weights are by the name of the task."""
+    """Return the mixture of several tasks, given as parts and weights by the task's name."""
     first = next(iter(parts.values()))
     hints: dict[str, str] = {}
     for name, part in parts.items():

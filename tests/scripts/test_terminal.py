@@ -170,7 +170,7 @@ def test_check_and_seeds_do_not_go_together(tmp_path):
 @pytest.mark.usefixtures("no_plots")
 def test_check_of_problems_without_a_known_solution(tmp_path, monkeypatch):
     def unknown(*args):
-        raise ValueError("no training problem was found that the task knows a right completion of")
+        raise ValueError("the task knows no right completion for any of 50 training problems")
 
     monkeypatch.setattr("grpo.launch.check.solved_problem", unknown)
     result = invoke(train_grpo.main, *TINY, "--check", folder=tmp_path)

@@ -192,7 +192,7 @@ BAD_TASKS = [
     (["--task", "jsonl", "--data", "bad.jsonl"], "bad.jsonl:2: not JSON"),
     (["--task", "gsm8k", "--data", "plain.jsonl"], "plain.jsonl:1: no #### in 'answer'"),
     (["--task", "jsonl", "--data", "plain.jsonl"], "too few problems (1)"),
-    (["--data", "plain.jsonl"], "--task arithmetic has no use for --data"),
+    (["--data", "plain.jsonl"], "--task arithmetic does not use --data"),
     (["--task", "reverse", "--data", "plain.jsonl"], "no use for --data, which is for --task gsm8k and jsonl"),
     (["--min-operand", 11], "--min-operand"),
     (["--task", "sums"], "--task is 'sums'; it must be one of"),

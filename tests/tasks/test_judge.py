@@ -84,7 +84,7 @@ def test_true_and_false_are_verdicts_of_numpy_too(verdict, colours, tmp_path):
         ("def same_words(given, **columns):\n    pass\n", ["returned None"]),
         ("def same_words():\n    return True\n", ["TypeError", "judge.py"]),
         ("import sys\ndef same_words(**known):\n    sys.exit(3)\n", ["SystemExit", "judge.py:3"]),
-        ("def same_words(given, **columns):\n    return False\n", ["'answer' is not right by --correct"]),
+        ("def same_words(given, **columns):\n    return False\n", ["--correct 'same_words' rejects the 'answer'"]),
         ("def other(given, **columns):\n    return True\n", ["has no function 'same_words'; it has other"]),
         ("def same_words(given\n", ["cannot run", "SyntaxError"]),
     ],

@@ -93,9 +93,9 @@ MALFORMED = [
     (b'{"question": "q", "answer": "a", "x": ' + b'{"x":' * 50_000 + b"1" + b"}" * 50_001, "nested too deeply"),
     (b'{"question": "q", "question": "r", "answer": "a"}', "twice"),
     (b'{"question": "q", "answer": "a", "x": {"y": 1, "y": 2}}', "twice"),
-    (b'{"question": "q", "answer": "..."}', "cannot stand between the tags"),
-    (b'{"question": "q", "answer": "</answer>"}', "cannot stand between the tags"),
-    (b'{"question": "q", "answer": "a <answer> b"}', "cannot stand between the tags"),
+    (b'{"question": "q", "answer": "..."}', "cannot be parsed between the tags"),
+    (b'{"question": "q", "answer": "</answer>"}', "cannot be parsed between the tags"),
+    (b'{"question": "q", "answer": "a <answer> b"}', "cannot be parsed between the tags"),
 ]
 
 
@@ -257,7 +257,7 @@ def test_words_and_numbers_alike_get_no_remark(tmp_path):
 def test_many_copies_of_one_question_are_said_to_be_one(tmp_path):
     data = write(tmp_path / "d.jsonl", [{"question": "What?", "answer": "5"}] * 300 + [NUMBERS[0]])
     text = refusal(jsonl.load, data)
-    assert "2 in 301 rows; 'what?' comes 300 times" in text
+    assert "2 in 301 rows; 'what?' occurs 300 times" in text
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
