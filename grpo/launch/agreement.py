@@ -1,7 +1,7 @@
 """Check that the processes of one run have the same settings, files, program and output folder.
 
-This happens before anything is computed or written: processes that differ would train together in silence, or wait
-for each other.
+This happens before anything is computed or written: processes that differ would otherwise train together without a
+message, or wait for each other forever.
 """
 
 import hashlib
@@ -25,16 +25,17 @@ from tasks.base import Task
 from tasks.registry import make_task
 
 ROOT = Path(__file__).parents[2]
-TOKEN_FILE = ".grpo.shared"  # rank 0 writes it, and the other processes look for it
-LOCK_PATIENCE = 10.0  # seconds: the earlier process of a restart may take a moment to end
-SIGHT_PATIENCE = 5.0  # seconds: a network disk may show a new file late
+TOKEN_FILE = ".grpo.shared"  # rank 0 writes this file, and the other processes look for it
+LOCK_PATIENCE = 10.0  # seconds to wait for the lock: after a restart, the previous process may take a moment to exit
+SIGHT_PATIENCE = 5.0  # seconds to look for the token file: a network disk may show a new file late
 MAX_DIFFERENCES_SHOWN = 5
 
 
 def agree(settle: Callable[[], TrainConfig], ranks: Ranks) -> tuple[TrainConfig, Task, Meeting]:
     """Return the settings, the task, and the meeting with the other processes, once all processes agree.
 
-    Raises the same ValueError on all processes if they differ, if one has a mistake, or if one does not join in time.
+    `settle` returns the settings of this process. Raises the same ValueError on all processes if they differ, if one
+    of them has a mistake, or if one of them does not join in time.
     """
     statement = {"host": socket.gethostname()}
     try:
@@ -92,10 +93,10 @@ def _has_token(path: Path, token: str) -> bool:
 
 
 def _content(config: TrainConfig, task: Task, device: str) -> dict[str, str]:
-    """Return everything that decides the result of a run, as text by the label that an error message shows."""
+    """Return everything that decides the result of a run: texts, by the label that an error message shows."""
     settings = config.to_dict()
     del settings["output_dir"]  # the path of the shared folder may differ between machines
-    # A reward file is read but not run here, as running it may load a model.
+    # A reward file is read but not run here, because running it may load a model.
     paths = [spec.rpartition("=")[0].rpartition(":")[0] for spec in config.reward]
     hashes = {**task.files, **{path: _sha256(path) for path in paths if path}}
     hashes |= {f"the version of {name}": version(name) for name in ("torch", "transformers")}
@@ -117,7 +118,7 @@ def _sha256(path: str | Path) -> str:
 
 
 def _refuse_errors(statements: Sequence[Mapping[str, Any]]) -> None:
-    """Raise the first error that a process states; the message names the processes unless all state this error."""
+    """Raise ValueError with the first error that a process reports, and its processes unless all report it."""
     errors = {rank: statement["error"] for rank, statement in enumerate(statements) if "error" in statement}
     if errors:
         first = next(iter(errors.values()))
@@ -146,6 +147,6 @@ def _refuse_differences(statements: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _processes(ranks: Sequence[int], statements: Sequence[Mapping[str, Any]]) -> str:
-    """Return processes in words, with their machines: "process 1, 2 (host)"."""
+    """Return a text that names processes and their machines: "process 1, 2 (host)"."""
     hosts = dict.fromkeys(printable(statements[rank]["host"]) for rank in ranks)
     return f"process {', '.join(map(str, ranks))} ({', '.join(hosts)})"

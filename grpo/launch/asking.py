@@ -1,4 +1,4 @@
-"""Ask a model as its training did: with the task and the worked examples on its card."""
+"""Ask a model as it was asked in training: with the task and the worked examples on its card."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from tasks.base import Task
 
 
 def with_examples(task: Task, card: Mapping[str, Any]) -> Task:
-    """Return the task with the worked examples of a card, if any; in a mixture, each task with its own."""
+    """Return the task with the worked examples of a card, if any; in a mixture, each task gets its own examples."""
     if task.parts:
         cards = card.get("tasks", {})
         parts = {name: with_examples(part, cards.get(name, {})) for name, part in task.parts.items()}
@@ -21,10 +21,10 @@ def with_examples(task: Task, card: Mapping[str, Any]) -> Task:
 
 
 def as_task(card: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
-    """Return a card with the prompt and examples of the task in `names`; without names, the card as it is.
+    """Return a card with the prompt and examples of the task in `names`; without names, the unchanged card.
 
-    On standard error, say which task of a mixture a card without names asks as. Raises UsageError if `names` is not
-    one task of the model's mixture.
+    The unchanged card of a mixture has the prompt of its first task; a line on standard error says so. Raises
+    UsageError if `names` is not one task of the model's mixture.
     """
     tasks = card.get("tasks", {})
     if len(names) > 1 or any(name not in tasks for name in names):

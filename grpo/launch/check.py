@@ -1,7 +1,7 @@
 """`train_grpo.py --check`: print the settings, a prompt, rewards, and the expected time and memory of a run.
 
-Time and memory are measured: one step of GRPO, and one of SFT if the run has any, are taken and thrown away, and some
-validation problems are evaluated. Nothing is written.
+To measure time and memory, it takes one step of GRPO, and one step of SFT if the run has SFT, and evaluates some
+validation problems. The steps are thrown away, and nothing is written.
 """
 
 import time
@@ -42,8 +42,8 @@ def check(grpo: GRPO, evaluator: Evaluator, environment: Mapping[str, Any], star
     say(f"  a step {parts['steps'] / grpo.config.num_iterations:.2g} s")
     say(f"  the run about {duration(sum(parts.values()))}:  {details}")
     if memory := peak_memory(lm.device):
-        say(f"  at most {memory / 2**20:,.0f} MiB of memory so far")
-    say("Later steps are slower where completions grow longer. Nothing was trained, and nothing was written.")
+        say(f"  the largest amount of memory so far: {memory / 2**20:,.0f} MiB")
+    say("Later steps are slower if completions become longer. Nothing was trained, and nothing was written.")
 
 
 def show_examples(grpo: GRPO) -> None:
@@ -51,7 +51,7 @@ def show_examples(grpo: GRPO) -> None:
     lm, task, seed = grpo.sampler.lm, grpo.sampler.task, grpo.config.seed
     try:
         problem, solution = solved_problem(task, seed, 1, 0)
-    except ValueError:  # the problems may have no known answer
+    except ValueError:  # perhaps no problem has a known answer
         problem, solution = task.training_problem(seed, 1, 0), None
     [prompt] = lm.prompts([task.messages(problem.question)])
     say(f"A prompt, {len(prompt)} tokens:")
@@ -76,7 +76,7 @@ def wrong_answer(task: Task, problem: Problem) -> str | None:
 
 
 def _length_and_reward(grpo: GRPO, problem: Problem, completion: str) -> str:
-    """Return in words the length of a completion in tokens, and its reward by part."""
+    """Return a text with the length of a completion in tokens, its reward, and the parts of the reward."""
     limit = grpo.config.max_new_tokens
     ids = grpo.sampler.lm.completion(completion)
     attempts = [grpo.sampler.task.grade(problem, completion)]
@@ -88,9 +88,9 @@ def _length_and_reward(grpo: GRPO, problem: Problem, completion: str) -> str:
 
 
 def expected_seconds(grpo: GRPO, evaluator: Evaluator) -> dict[str, float]:
-    """Return the expected seconds of a run by part, measured by taking one step and evaluating some problems.
+    """Return the expected seconds of each part of a run; to measure them, take a step and evaluate some problems.
 
-    The step changes the policy: call this last.
+    The step changes the policy, so call this function last.
     """
     c, lm, task = grpo.config, grpo.sampler.lm, grpo.sampler.task
     expected = {}
@@ -104,7 +104,7 @@ def expected_seconds(grpo: GRPO, evaluator: Evaluator) -> dict[str, float]:
     seconds = _seconds(lambda: evaluator.evaluate(lm, task, timed))
 
     def evaluation(problems: int) -> float:
-        """Return the seconds of an evaluation: proportional to rows on a CPU, to passes on an accelerator."""
+        """Return the seconds of an evaluation: proportional to its rows on a CPU, else to its passes."""
         return seconds * (problems / len(timed) if lm.device.type == "cpu" else -(-problems // ROWS_PER_PASS))
 
     evaluations = 1 + -(-c.num_iterations // c.eval_every)

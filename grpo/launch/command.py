@@ -1,4 +1,4 @@
-"""Run the command of a script, with help and errors that break between words. Imports nothing heavy."""
+"""Run the command of a script; lines of help and errors break between words. Imports nothing heavy."""
 
 import atexit
 import os
@@ -12,12 +12,12 @@ import click
 
 from grpo.runtime.console import folded, for_terminal
 
-EXAMPLE = "What is (4 - 9) * 6?"  # a question to inference.py
-OPTION_COLUMNS = 30  # a longer option gets a line for itself
+EXAMPLE = "What is (4 - 9) * 6?"  # an example of a question for inference.py
+OPTION_COLUMNS = 30  # An option that is longer gets its own line in --help.
 
 
 class Help(click.HelpFormatter):
-    """Format help that breaks at spaces only; click breaks at hyphens, and does not break options at all."""
+    """Format help whose lines break only at spaces; click breaks at hyphens too, and never breaks options."""
 
     def write_text(self, text: str) -> None:
         """Write the paragraphs of a text."""
@@ -25,7 +25,7 @@ class Help(click.HelpFormatter):
         self.write("\n\n".join(self._indented(paragraph, self.width) for paragraph in paragraphs) + "\n")
 
     def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = OPTION_COLUMNS, col_spacing: int = 2) -> None:
-        """Write options and their meanings side by side; an option that is too long gets a line for itself."""
+        """Write options and their meanings side by side; an option that is too long gets its own line."""
         left = min(col_max, self.width // 3, max(len(term) for term, _ in rows)) + col_spacing + self.current_indent
         for term, meaning in rows:
             first = self._indented(term, self.width)
@@ -62,14 +62,14 @@ class Script(click.Command):
 def run_script(command: click.Command) -> None:
     """Run a script and end the process with its exit status.
 
-    The process ends without taking torch down, which would keep a stopped run for one to three seconds.
+    The process ends without torch's own cleanup, which would delay the end of a stopped run by one to three seconds.
     """
     try:
         command()
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             atexit._run_exitfuncs()
-            with suppress(OSError):  # Python itself reports a stream that cannot be written
+            with suppress(OSError):  # If a stream cannot be written, Python reports it below.
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(end.code or 0)
@@ -78,7 +78,7 @@ def run_script(command: click.Command) -> None:
 
 @contextmanager
 def errors_that_fit() -> Iterator[None]:
-    """Break the message of a click error between words."""
+    """Wrap the message of a click error between words, to the width of the terminal."""
     try:
         yield
     except click.ClickException as error:
@@ -92,7 +92,7 @@ class Asking(Script):
     """Run a command that recognizes a question typed without quotes."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments. Raises UsageError with a hint if -5 in a question was read as an option."""
+        """Parse the arguments. Raises UsageError with a hint if a number such as -5 was read as an option."""
         words = [arg for arg in args if not arg.startswith("--")]
         try:
             return super().parse_args(ctx, args)
@@ -103,6 +103,6 @@ class Asking(Script):
 
 
 def without_quotes(words: Sequence[str]) -> str:
-    """Return the error for a question that the shell has split, or in which it replaced a * by names of files."""
+    """Return the error for a question that the shell split, or in which the shell replaced a * by file names."""
     question = EXAMPLE if any(os.path.exists(word) for word in words) else " ".join(words)
     return f"this looks like a question without quotes; write: python inference.py {shlex.quote(question)}"

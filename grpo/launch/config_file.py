@@ -15,7 +15,7 @@ from grpo.setting import check_setting
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the settings in a JSON file, which is an object of settings or the `grpo_metrics.json` of a run.
 
-    Raises ValueError, in one line that names the file and the entry, if an entry is no valid setting.
+    Raises ValueError, in one line that names the file and the entry, if an entry is not a valid setting.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Make the options of `train_grpo.py` from the settings, and its --help. Imports nothing heavy."""
+"""Make the options and the --help of `train_grpo.py` from the settings. Imports nothing heavy."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from grpo.runtime.console import say
 from grpo.setting import as_typed
 
 OTHER = "Other"  # the heading of the options that are not settings
-SHOWS_ALL = "grpo.launch.options.help_all"  # the key in `meta` of a context that shows all settings
+SHOWS_ALL = "grpo.launch.options.help_all"  # a key in the `meta` of click's context: --help-all was given
 
 
 class TrainCommand(Script):
@@ -50,7 +50,7 @@ class TrainCommand(Script):
 
 
 def default_text(default: Any, starter: Any) -> str:
-    """Return the end of a setting's help: its default, and its value for the starter if that value differs."""
+    """Return the end of a setting's help: its default, and its value for the starter if this differs."""
     texts = [_value_text(default)]
     if starter != default:
         texts.append(f"starter {_value_text(starter)}")
@@ -100,7 +100,7 @@ def help_all_option(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def given_settings(ctx: click.Context, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that were typed, under today's names; warn on standard error about old names."""
+    """Return the settings given on the command line, under today's names; warn about old names on standard error."""
     default = ParameterSource.DEFAULT
     given = {name: value for name, value in settings.items() if ctx.get_parameter_source(name) is not default}
     for old, new in OLD_NAMES.items():

@@ -1,4 +1,4 @@
-"""Estimate, from one rollout of the starting model, what GRPO has to work with and how long a step takes."""
+"""Estimate from one rollout of the starting model how many groups have mixed rewards, and the time of a step."""
 
 import time
 from dataclasses import replace
@@ -17,8 +17,8 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
     """Return shares of a rollout by name, and the expected seconds of a step.
 
     The problems belong to step 0, which no run trains on, and the training does not depend on the outlook. `teaching`
-    is the share of groups with mixed rewards. The seconds are measured sampling, plus measured forward passes in the
-    number that the reference and the updates of a step take.
+    is the share of groups with mixed rewards. The seconds are those of sampling, plus those of a forward pass times
+    the number of passes that the reference and the updates of a step take.
     """
     num_generations = grpo.schedule.at(1).num_generations
     groups = config.batch_size if config.shard else min(GROUPS, config.batch_size)
@@ -42,7 +42,7 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
 
 
 def _forward_seconds(grpo: GRPO, config: TrainConfig, rollout: Rollout) -> float:
-    """Return the seconds of a forward pass over a rollout; a pass over the first group warms up before."""
+    """Return the seconds of a forward pass over a rollout, after a pass over the first group as warm-up."""
     first_group = rollout.tokens.slice_rows(slice(0, rollout.num_generations))
     seconds = 0.0
     for tokens in (first_group, rollout.tokens):

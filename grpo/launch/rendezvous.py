@@ -1,9 +1,9 @@
 """Find the other processes of a launch, also after a restart, and notice when one of them no longer answers.
 
-torchrun gives each process its rank and the address of a store of keys and values. All processes see the store, and
-it lives as long as torchrun does on the first machine. After a restart it still holds what the earlier processes
-wrote, and the number of restarts differs between machines. So every process draws a random name, and a round is the
-list of the names that all its processes have confirmed.
+torchrun gives each process its rank and the address of a store of keys and values. All processes see the store, which
+exists as long as torchrun runs on the first machine. After a restart the store still holds what the earlier processes
+wrote, and the number of restarts differs between machines. So every process draws a random name. A round is a list of
+such names, one for each rank, that all processes in the list have confirmed.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ BEGUN = "begun"  # the key of the time at which the launch first began to train
 
 @dataclass(frozen=True)
 class Meeting:
-    """Hold what a process knows of its round, once all processes have joined."""
+    """Hold what a process knows about its round, once all processes have joined."""
 
     round_name: str
-    rank: int  # of this process
-    statements: list[dict[str, Any]]  # what each process states, by rank
-    store: dist.Store  # outlives the round; keys of the round alone begin with its name
+    rank: int  # the rank of this process
+    statements: list[dict[str, Any]]  # the statement of each process, by rank
+    store: dist.Store  # shared by all rounds; a key that belongs to one round begins with `round_name`
 
     def seconds_before(self) -> float | None:
         """Return the seconds since the launch first began to train; None if this is not a restart."""
@@ -69,10 +69,10 @@ def meet(statement: Mapping[str, Any], ranks: Ranks) -> Meeting:
 
 
 class Heartbeat:
-    """Count a heartbeat every few seconds, and end this process when another process no longer does so.
+    """Count a heartbeat every few seconds, and end this process when another process stops counting.
 
-    The death of a process breaks its connections, which ends the other processes. A process that is stopped, or whose
-    machine is off, breaks no connection: the other processes would wait for it as long as for slow work. Heartbeats
+    If a process dies, its connections break, which ends the other processes. If a process is stopped, or its machine
+    is off, no connection breaks: the other processes would wait for it as long as they wait for slow work. Heartbeats
     are counted, not seconds, so that processes that were all stopped together continue together.
     """
 
@@ -119,8 +119,8 @@ class Heartbeat:
             seen = self._seen
             if max(silent) >= SILENT_BEATS:
                 rank = silent.index(max(silent))
-                # If this process does not see its own heartbeats either, the store is silent. Half the beats decide,
-                # because the last read before the silence may have missed a heartbeat of another process.
+                # If this process does not see its own heartbeats either, the store does not answer. Half the beats
+                # are enough to tell, because the last read may have missed a heartbeat of another process.
                 store_is_silent = silent[self.rank] > SILENT_BEATS // 2
                 self._end(f"torchrun at {_address()}" if store_is_silent else f"process {rank} on {self.hosts[rank]}")
 
@@ -128,7 +128,7 @@ class Heartbeat:
         """Print which process is silent, and end this process."""
         prefix = f"process {self.rank}: " if self.rank else ""
         fault = f"{silent} has not answered for {SILENT_BEATS * BEAT:.0f} s; it, or its machine, was stopped"
-        # The main thread waits for the silent process, and `sys.stderr` may be redirected.
+        # The main thread cannot do this, because it waits for the silent process. `sys.stderr` may be redirected.
         print(f"Error: {prefix}{fault}. {self.hint}", file=sys.__stderr__, flush=True)
         os._exit(1)
 
@@ -151,18 +151,18 @@ def _agree_on_round(store: dist.Store, rank: int, size: int, member: str) -> tup
         if len(members) == size and members[rank] == member:
             name = f"round-{hashlib.sha256(''.join(members).encode()).hexdigest()[:16]}"
             store.set(f"{name}/here/{rank}", "")
-            if store.check([f"{name}/here/{r}" for r in range(size)]):  # an earlier process cannot confirm
+            if store.check([f"{name}/here/{r}" for r in range(size)]):  # a process from before a restart cannot do so
                 return name, members
         time.sleep(POLL)
     absent = [r for r in range(size) if not store.check([f"{name}/here/{r}" if name else f"come/{r}"])] or [0]
     raise ValueError(
-        f"{len(absent)} of {size} processes did not join within {JOIN_TIMEOUT:.0f} s: number "
+        f"{len(absent)} of {size} processes did not join within {JOIN_TIMEOUT:.0f} s: rank "
         f"{', '.join(map(str, absent))}. Read their last messages, and start torchrun on every machine"
     )
 
 
 def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
-    """Wait until every process is here. Rank 0, which may serve the store, waits until every process knows this."""
+    """Wait until every process is here. Rank 0 may serve the store, so it also waits until every process knows."""
     for key in ("all", "gone"):
         if store.add(f"{key}/count", 1) == size:
             store.set(key, "")
@@ -171,7 +171,7 @@ def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
 
 
 def _peek(store: dist.Store, key: str) -> bytes | None:
-    """Return a value of the store, or None if the key is missing: `get` would wait for it."""
+    """Return a value of the store, or None if the key is missing, for which `get` would wait."""
     return store.get(key) if store.check([key]) else None
 
 

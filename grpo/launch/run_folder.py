@@ -23,7 +23,7 @@ WRITTEN = (  # what runs write to the output folder
 )
 OPTIONAL = ("grpo_sft_curve.png", "grpo_report.html")  # Only runs with SFT, or plot_metrics.py, write these files.
 LOCK = ".grpo.lock"
-PROCESS = ".grpo.pid"  # holds the id of the process that has the lock
+PROCESS = ".grpo.pid"  # a file with the id of the process that has the lock
 EARLIER = "earlier_runs"
 
 
@@ -83,12 +83,12 @@ def _holder(folder: Path) -> str:
 
 
 def _move_aside(config: TrainConfig, folder: Path) -> None:
-    """Move an earlier run to a new folder in `EARLIER`. Raises ValueError if the new run starts from its model."""
+    """Move an earlier run to a new folder in `EARLIER`. Raises ValueError if it would move the new run's model."""
     if not any((folder / name).exists() for name in WRITTEN):
         return
     start = model_folder(config.model)
     if start is not None and start.resolve() == (folder / "saved_model").resolve():
-        raise ValueError(f"--fresh would move {config.model} aside, which you train from; give --output-dir NEW")
+        raise ValueError(f"--fresh would move {config.model} aside, but this run starts there; give --output-dir NEW")
     aside = next(path for n in range(1, 10**6) if not (path := folder / EARLIER / str(n)).exists())
     aside.mkdir(parents=True)
     for name in (*WRITTEN, *OPTIONAL):

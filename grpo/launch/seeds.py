@@ -1,7 +1,7 @@
 """Train once for each of several seeds, then compare the runs: `train_grpo.py --seeds 0,1,2`.
 
-Each seed is a launch in a folder of its own, so it stops, continues and fails as any run does. The same command
-continues with the seeds that are left.
+Each seed is a run of its own, in a folder of its own, so it stops, continues and fails as any run does. The same
+command continues with the seeds that have not finished.
 """
 
 import signal
@@ -33,7 +33,7 @@ def run_seeds(script: str, seeds: Sequence[int], given: Mapping[str, Any], fresh
     ValueError under torchrun.
     """
     if is_one_of_several():
-        raise ValueError("--seeds starts a run for each seed; under torchrun give --seed, one launch for each")
+        raise ValueError("--seeds cannot be used under torchrun; start torchrun once for each seed, with --seed")
     folder = Path(given.get("output_dir", "."))
     folders = [folder / f"seed-{seed}" for seed in seeds]
     for seed, seed_folder in zip(seeds, folders, strict=True):
@@ -60,7 +60,7 @@ def _run(command: Sequence[str]) -> int:
 
 
 def as_arguments(given: Mapping[str, Any]) -> list[str]:
-    """Return settings as they are written on the command line."""
+    """Return settings as arguments for the command line."""
     arguments = []
     for name, value in given.items():
         option = as_typed(name)

@@ -21,8 +21,8 @@ from grpo.runtime.device import choose_device
 from grpo.runtime.failures import RESUME_HINT, failures_in_words
 from grpo.runtime.ranks import Ranks
 
-# The other ranks wait this long while rank 0 writes or scores. A process that was stopped ends the run sooner: see
-# `Heartbeat`.
+# The other ranks wait at most this long while rank 0 writes or scores. If a process was stopped, `Heartbeat` ends the
+# run sooner.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -49,7 +49,7 @@ def train_together(
                 with nullcontext() if check else claim_shared_folder(config, meeting, ranks, fresh):
                     meeting.begin()
                     status = train(config, task, ranks, earlier or 0.0)
-                ranks.barrier()  # If one process failed after another has ended, torchrun could not restart both.
+                ranks.barrier()  # torchrun cannot restart all processes if one fails after another has ended
     except (ValueError, OSError) as error:
         if ranks.is_main:
             raise
@@ -65,7 +65,7 @@ def connect(meeting: Meeting, ranks: Ranks, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = dist.PrefixStore(meeting.round_name, meeting.store)
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=ranks.rank, world_size=ranks.size)
-    ranks.barrier()  # A process that ended with an error now would break the connection of one that still joins.
+    ranks.barrier()  # so that a process that fails now does not break the connection of one that still joins
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from grpo.plots.style import COLOURS, GREY, LARGE, LINE, RAW, SMALL, TEXT, THIN,
 from grpo.record.step_metrics import STEP_METRICS, metric_title
 
 COMPARISON = "grpo_comparison.png"
-# heights in inches
+# Heights of parts of the figure, in inches.
 ROW = 1.55
 FOOT = 0.45
 TEXT_LINE = 0.19
@@ -39,7 +39,7 @@ def draw_comparison(groups: Sequence[Group], folder: Path) -> list[Path]:
 
 
 def comparison(groups: Sequence[Group]) -> Figure:
-    """Draw each metric that any run has over the steps, with a colour for each group."""
+    """Draw each metric that at least one run has, over the steps, with a colour for each group."""
     panels = [panel for panel in PANELS if _is_measured(groups, panel[1])] or list(PANELS[:1])
     rows = -(-len(panels) // 2)
     head = 0.8 + TEXT_LINE * len(groups)
@@ -69,7 +69,7 @@ def _is_measured(groups: Sequence[Group], metric: Metric) -> bool:
 
 
 def _panel(axes: Axes, groups: Sequence[Group], metric: Metric, scale: str) -> str:
-    """Draw one metric of all groups; return a remark on the scale for the title."""
+    """Draw one metric of all groups; return a remark about the scale, for the title."""
     series = [[_series(record, metric) for record in group.records] for group in groups]
     is_step_metric = isinstance(metric, str)
     raw = [values for group in series for _, values in group]
@@ -108,7 +108,7 @@ def _smoothed(values: np.ndarray, axes: Axes | None = None) -> np.ndarray:
 def _curve(
     axes: Axes, series: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, dashes: str, marker: str | None
 ) -> None:
-    """Draw mean and range of several runs; the line is thin at steps where not all runs have a value."""
+    """Draw mean and range of several runs; the line is thin at steps where some runs have no value."""
     series = [(steps, values) for steps, values in series if np.isfinite(values).any()]
     if not series:
         return
@@ -124,7 +124,7 @@ def _curve(
 
 
 def _at_the_same_steps(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Interpolate the evaluations of runs to all steps at which any run was evaluated."""
+    """Interpolate the evaluations of each run to all steps at which at least one run was evaluated."""
     known = [(steps[np.isfinite(values)], values[np.isfinite(values)]) for steps, values in series]
     known = [(steps, values) for steps, values in known if len(steps)]
     every = np.unique(np.concatenate([np.empty(0), *(steps for steps, _ in known)]))
@@ -145,7 +145,7 @@ def _look(number: int) -> tuple[str, str]:
 
 
 def _explain(figure: Figure, groups: Sequence[Group], height: float) -> None:
-    """Write the title, a legend that describes the runs of each colour, and what bars and bands show."""
+    """Write the title, a legend that describes the runs of each colour, and the meaning of bars and bands."""
     runs = sum(len(group.records) for group in groups)
     figure.text(0.02, 1 - 0.10 / height, f"GRPO: {runs} runs compared", fontsize=LARGE, weight="bold", va="top")
     handles, labels = [], []
@@ -163,7 +163,7 @@ def _explain(figure: Figure, groups: Sequence[Group], height: float) -> None:
 
 
 def _description(group: Group) -> str:
-    """Return in words the number of runs, their seeds and steps, and their test accuracy after training."""
+    """Return a text with the number of runs, their seeds and steps, and their test accuracy after training."""
     seeds = ", ".join(dict.fromkeys(style.plain(str(seed), 12) for seed in group.seeds))
     steps = sorted({record["steps"][-1]["step"] if record["steps"] else 0 for record in group.records})
     length = f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"

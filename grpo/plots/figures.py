@@ -19,7 +19,7 @@ OVERVIEW = "grpo_overview.png"
 SFT = "grpo_sft_curve.png"  # only for runs with supervised steps
 NO_STEPS = "no steps yet"
 
-# heights in the overview, in inches
+# Heights of parts of the overview, in inches.
 TOP = 0.5
 TITLE = 0.24
 LEGEND_LINE = 0.16
@@ -28,11 +28,11 @@ NUMBERS = 0.25
 GAP = 0.2
 TEXT_LINE = 0.165
 FOOT = 0.05
-# widths in the overview, in inches
+# Widths of parts of the overview, in inches.
 LEFT = 0.85
 PANEL_WIDTH = 3.5
 BETWEEN = 0.85
-LETTERS = 145  # in a line of text below the panels
+TEXT_COLUMNS = 145  # Lines of text below the panels wrap at this many characters.
 MOST_FINDINGS = 12
 NEAR = 0.035  # Findings that are closer than this share of all steps get a common label.
 
@@ -114,22 +114,22 @@ def _legend(axes: Axes) -> None:
 
 
 def _smoothed(record: Record, label: str) -> str:
-    """Return the label of a line, which says if the line is smoothed."""
+    """Return the label of a line; the label says so if the line is smoothed."""
     return f"{label}, smoothed" if len(record["steps"]) >= SMOOTHED_FROM else label
 
 
 def overview(record: Record) -> Figure:
-    """Draw every metric of a run over its steps; findings are numbered lines, with their text below."""
+    """Draw every metric of a run over its steps; numbered lines mark the findings, whose texts are below."""
     text_lines = _findings_in_words(record)
     figure = plt.figure(figsize=(WIDTH, 1))
     panels, flat = _panels(figure, record)
     if flat:
-        text_lines = [*textwrap.wrap(f"Not drawn, because always 0: {', '.join(flat)}.", LETTERS), *text_lines]
+        text_lines = [*textwrap.wrap(f"Not drawn, because always 0: {', '.join(flat)}.", TEXT_COLUMNS), *text_lines]
     last = max([1, *(s["step"] for s in record["steps"]), *(e["step"] for e in record["evals"])])
     over_steps = [(number, axes) for number, (axes, _, has_steps) in enumerate(panels) if has_steps]
     lowest = {number % 2: axes for number, axes in over_steps}.values()  # the lowest panel of each column
     for _, axes in over_steps:
-        margin = 0.35 if last < SMOOTHED_FROM else 0.01 * last  # half of a bar, if there are few steps
+        margin = 0.35 if last < SMOOTHED_FROM else 0.01 * last  # few steps may be drawn as bars
         axes.set_xlim(-margin, last + margin)
         style.whole_steps(axes)
         axes.tick_params(labelbottom=axes in lowest)
@@ -144,7 +144,7 @@ def overview(record: Record) -> Figure:
 def _panels(figure: Figure, record: Record) -> tuple[list[tuple[Axes, str, bool]], list[str]]:
     """Draw the panels that have values; return them, and the titles of the panels whose metric is always 0.
 
-    A panel is its axes, its title, and whether its x axis is the steps.
+    A panel is returned as its axes, its title, and whether its x axis shows the steps.
     """
     panels = []
     flat = []
@@ -169,11 +169,11 @@ def _panels(figure: Figure, record: Record) -> tuple[list[tuple[Axes, str, bool]
 
 
 def _arrange(figure: Figure, panels: Sequence[tuple[Axes, str, bool]], below: float) -> float:
-    """Place panels in two columns, with room for the legends of each row; return the figure's height in inches.
+    """Place panels in two columns, with space for the legends of each row; return the figure's height in inches.
 
     `below` is the height of the text below the panels.
     """
-    rows = []  # lines of legend above each row, and inches below it
+    rows = []  # for each row of panels, the lines of legend above it and the inches below it
     for i in range(0, len(panels), 2):
         row = [axes for axes, *_ in panels[i : i + 2]]
         numbered = any(axes.xaxis.get_tick_params()["labelbottom"] for axes in row)
@@ -221,14 +221,14 @@ def _findings_in_words(record: Record) -> list[str]:
     for number, finding in enumerate(entries[:MOST_FINDINGS], 1):
         text = f"{number}  step {finding['step']}: {' '.join(finding['text'].split())}"
         limits = {"subsequent_indent": "     ", "max_lines": 3, "placeholder": " …", "break_on_hyphens": False}
-        lines += textwrap.wrap(text, LETTERS, **limits)
+        lines += textwrap.wrap(text, TEXT_COLUMNS, **limits)
     if len(entries) > MOST_FINDINGS:
         lines.append(f"{len(entries) - MOST_FINDINGS} more in the metrics file")
-    return [style.plain(text, 2 * LETTERS) for text in lines]
+    return [style.plain(text, 2 * TEXT_COLUMNS) for text in lines]
 
 
 def _mark(axes: Axes, entries: Sequence[Record], last: int) -> None:
-    """Draw a thin line with a number at the step of each finding; findings close together share a label."""
+    """Draw a thin numbered line at the step of each finding; findings that are close together share a label."""
     groups: list[tuple[int, list[int]]] = []  # the first step of each label, and the numbers on it
     for number, finding in enumerate(entries, 1):
         step = finding["step"]
@@ -248,7 +248,7 @@ def _mark(axes: Axes, entries: Sequence[Record], last: int) -> None:
 
 
 def _head(axes: Axes, title: str, lines: int) -> None:
-    """Write the panel's title, and between title and axes its legend, which takes `lines` lines."""
+    """Write the title of a panel, and its legend between title and axes, in `lines` lines."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         spacing = {"borderaxespad": 0.1, "handlelength": 1.3, "columnspacing": 1, "labelspacing": 0.2}

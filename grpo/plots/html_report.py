@@ -1,7 +1,7 @@
 """Write a self-contained page about a run: pictures, findings, evaluations, completions, settings.
 
 The page shows text that a model wrote, which is not trusted: jinja2 escapes the text, the page has no script, and a
-content security policy forbids to load anything.
+content security policy forbids it to load anything.
 """
 
 import base64
@@ -21,9 +21,9 @@ from grpo.runtime.console import printable
 
 PAGE = "grpo_report.html"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-SHOWN_STEPS = 60
-SHOWN_COMPLETIONS = 16  # of a step
-SHOWN_LETTERS = 2000  # of a text
+SHOWN_STEPS = 60  # the most steps whose completions are shown
+SHOWN_COMPLETIONS = 16  # the most completions that are shown for a step
+SHOWN_LETTERS = 2000  # A longer text is cut to this many characters.
 KEYS = ("step", "prompt", "completion", "rewards", "reward", "advantage", "correct")
 CAPTIONS = {
     "grpo_overview.png": "Every metric of the run; numbered lines are the findings below",
@@ -68,7 +68,7 @@ def page(
     samples: Mapping[int, Sequence[Mapping[str, Any]]],
     damaged: int = 0,
 ) -> str:
-    """Return the page as HTML, from PNGs by name, completions by step, and the number of damaged lines of them."""
+    """Return the page as HTML, from pictures by file name, completions by step, and the number of damaged lines."""
     config = record["config"]
     shown = [*(name for name in CAPTIONS if name in pictures), *(name for name in pictures if name not in CAPTIONS)]
     template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(
@@ -102,7 +102,7 @@ def _number(value: Any, digits: int = 2) -> str:
 
 
 def _state(record: Record) -> str:
-    """Return in words whether the run has finished."""
+    """Return a sentence that says whether the run has finished."""
     if ending := record.get("finished"):
         return f"Finished after step {ending['step']}: {_text(ending['reason'])}."
     done = record["steps"][-1]["step"] if record["steps"] else 0
@@ -175,7 +175,7 @@ def _cells(row: Mapping[str, Any], parts: Iterable[str]) -> list[Cell]:
 
 
 def _spread(items: Sequence[int], most: int) -> list[int]:
-    """Return at most `most` items, evenly spread, with the first and the last item."""
+    """Return at most `most` items, evenly spread, including the first and the last item."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

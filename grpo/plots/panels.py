@@ -1,7 +1,7 @@
 """Draw the panels of the overview: each draws one aspect of a run and returns a remark for its title.
 
-A panel without values returns None, and a panel whose share is always 0 returns ZERO; the overview leaves both out. A
-metric of `STEP_METRICS` that has a title, but is not in `DRAWN`, gets a panel automatically.
+A function without values to draw returns None; if its share is always 0, it returns ZERO. The overview leaves out
+both panels. A metric of `STEP_METRICS` that has a title, but is not in `DRAWN`, gets a panel automatically.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ from grpo.plots.style import AMBER, BLACK, BLUE, COLOURS, GREEN, GREY, LINE, ORA
 from grpo.record.schema import few_categories
 from grpo.record.step_metrics import STEP_METRICS, metric_title
 
-MOST_PARTS = 11  # of a reward
-STYLES = ("-", "--")  # the second style is for parts of a reward whose colour is already taken
-LEAST_LAYER = 0.005  # A layer that is never above this share of the stack is invisible, and left out of the legend.
+MOST_PARTS = 11  # Of a reward with more parts, only this many are drawn.
+STYLES = ("-", "--")  # The second style is for parts of a reward whose colour is already taken.
+LEAST_LAYER = 0.005  # A layer that is never above this share of the stack would be invisible, so it is left out.
 ZERO = "always 0"
 Panel = Callable[[Axes, Record], str | None]
 
@@ -52,7 +52,7 @@ def _number(name: str, colour: str, axes: Axes, record: Record) -> str | None:
 
 
 def _share(name: str, colour: str, axes: Axes, record: Record) -> str | None:
-    """Draw a metric from 0 to 1, in %; the axis is shorter if all values are small."""
+    """Draw a metric from 0 to 1 in %. The y axis ends at 1, 10 or 100%, whichever holds all values."""
     drawn = style.line(axes, record, name, colour)
     style.fitting_shares(axes, column(record, name))
     if not drawn:
@@ -66,7 +66,7 @@ def _ratio(axes: Axes, record: Record) -> str | None:
     far = len(known) > 0 and known.max() > 10
     low = style.setting(record, "epsilon")
     high = style.setting(record, "epsilon_high") or low
-    if far:  # The limits are set before anything is drawn, or matplotlib 3.11 warns about an axis of no height.
+    if far:  # Limits are set before drawing; else matplotlib 3.11 warns about an axis without height.
         axes.set_yscale("log")
         axes.set_ylim(min([max(0.1, 1 - 1.3 * low), *(known / 1.3)]), 1.3 * known.max())
     drawn = style.line(axes, record, "ratio_max", BLUE, "largest")
@@ -154,12 +154,12 @@ def skills(axes: Axes, record: Record) -> str | None:
 
 
 def short(name: str) -> str:
-    """Return a name shortened for a legend, from which matplotlib leaves out names that begin with an underscore."""
+    """Return a short name for a legend. A space precedes an underscore, or matplotlib would leave the name out."""
     return style.plain(name if not name.startswith("_") else " " + name, 16)
 
 
 def _stack(axes: Axes, record: Record, layers: Sequence[tuple[str, np.ndarray, str]]) -> bool:
-    """Draw layers (name, values, colour) on top of each other, as areas or, for few steps, bars; return if any is."""
+    """Stack layers (name, values, colour), as bars if there are few steps, else as areas; return if any is drawn."""
     steps = column(record, "step")
     layers = [(name, style.drawable(values), colour) for name, values, colour in layers]
     top = sum(np.nan_to_num(values) for _, values, _ in layers).max(initial=0.0)
@@ -198,7 +198,7 @@ def _by_category(axes: Axes, record: Record) -> str | None:
     return "" if names else None
 
 
-# the metrics that the panels below draw
+# The metrics that the functions above draw.
 DRAWN = {"reward_mean", "accuracy", "kl", "entropy", "clip_fraction", "completion_length", "truncated_fraction"}
 DRAWN |= {"grad_norm", "tied_groups_fraction"}
 PANELS: tuple[tuple[str, Panel], ...] = (

@@ -10,7 +10,7 @@ import numpy as np
 from grpo.config import CHANGEABLE_ON_RESUME, TrainConfig, with_new_names
 
 SMOOTHED_FROM = 10  # A run with fewer steps is drawn as markers.
-# A run may change these settings when it continues, but they change its curve: the numbers or the length.
+# A run may change these settings when it continues, but they change the values or the length of its curve.
 CHANGES_A_CURVE = ("precision", "num_iterations", "patience", "target_accuracy")
 Record = Mapping[str, Any]
 
@@ -22,7 +22,7 @@ def column(record: Record, name: str) -> np.ndarray:
 
 
 def window_for(steps: int) -> int:
-    """Return the width of the smoothing in steps: a fifteenth of the run, at least 11, an odd number."""
+    """Return the width of the smoothing window in steps: 1/15 of the run, but at least 11, and an odd number."""
     return max(11, steps // 15) | 1
 
 
@@ -74,7 +74,7 @@ def findings(record: Record) -> list[Mapping[str, Any]]:
 
 @dataclass
 class Group:
-    """Hold runs that are drawn as one curve: they have the same label, or the same settings and different seeds."""
+    """Hold runs that are drawn as one curve: runs with the same label, or with the same settings except the seed."""
 
     label: str
     records: list[Record] = field(default_factory=list)
@@ -102,7 +102,7 @@ class Spread:
 
 
 def over_runs(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> Spread:
-    """Return mean and range of runs of (steps, values); at each step, of those runs that have a value there."""
+    """Return mean and range of runs, each given as (steps, values); each step counts the runs with a value there."""
     steps = np.unique(np.concatenate([s for s, _ in series])) if series else np.array([])
     table = np.full((max(1, len(series)), len(steps)), np.nan)
     for row, (run_steps, values) in zip(table, series, strict=False):
@@ -116,10 +116,10 @@ def over_runs(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> Spread:
 
 
 def group_runs(paths: Sequence[Path], records: Sequence[Record], labels: Sequence[str]) -> list[Group]:
-    """Group runs by label; without labels, group the runs whose curves can differ by their seed alone.
+    """Group runs by label; without labels, group runs that have the same settings except the seed.
 
-    Settings that do not change a curve, such as the output folder, are not compared. A single run is labelled by its
-    path and the settings that differ between the groups. `labels` is empty, or as long as `paths`.
+    Settings that do not change a curve, such as the output folder, are not compared. A group of one run is labelled
+    by the run's path and the settings that differ between the groups. `labels` is empty, or as long as `paths`.
     """
     if labels:
         groups = {label: Group(label) for label in labels}
@@ -142,7 +142,7 @@ def group_runs(paths: Sequence[Path], records: Sequence[Record], labels: Sequenc
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    """Return the settings, other than the seed, that change a curve; the precision is the one that "auto" chose."""
+    """Return the settings, other than the seed, that change a curve; "auto" is replaced by the precision chosen."""
     config = {**TrainConfig().to_dict(), **with_new_names(record["config"])}  # an older record lacks newer settings
     environment = record.get("environment")
     if isinstance(environment, Mapping):  # a damaged or older record may have none

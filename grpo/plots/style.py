@@ -1,4 +1,4 @@
-"""Define what all figures share: colours, sizes, lines, scales, and how foreign text is made safe to draw."""
+"""Define what all figures share: colours, sizes, lines, scales, and a function that escapes text to be drawn."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,18 +31,18 @@ SKY = "#56B4E9"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY)
 BLACK = "#222222"
 GREY = "#666666"
-# widths of lines, in points
+# Widths of lines, in points.
 LINE = 2.4  # a curve
-RAW = 1.2  # single steps
-THIN = 1.4  # a level to compare with
-# heights of letters, in points
+RAW = 1.2  # the values of single steps
+THIN = 1.4  # a horizontal line, such as a limit
+# Font sizes, in points.
 SMALL = 7.5
 TEXT = 8.5
 LARGE = 11
-WIDTH = 8.8  # inches: a README shows this width as 880 pixels
+WIDTH = 8.8  # the width of a figure in inches, which a README shows as 880 pixels
 LARGEST_DRAWN = 1e100  # The arithmetic of matplotlib overflows above this value.
-LONGEST_NAME = 60  # characters
-SPIKE = 50  # A scale is logarithmic if the largest value is above this many medians.
+LONGEST_NAME = 60  # A longer name is cut to this many characters.
+SPIKE = 50  # A scale is logarithmic if the largest value is more than this many times the median.
 
 
 def plain(text: str, longest: int = LONGEST_NAME) -> str:
@@ -97,7 +97,7 @@ def fitting_shares(axes: Axes, values: np.ndarray) -> None:
 
 
 def rewards(axes: Axes, values: np.ndarray) -> None:
-    """Scale the y axis for rewards: from 0 to 1, or further if the weights of the rewards lead beyond."""
+    """Scale the y axis for rewards: from 0 to 1, or wider if a reward is below 0 or above 1."""
     known = drawable(values)[np.isfinite(drawable(values))]
     axes.set_ylim(min([0, *(1.05 * known)]), max([1.05, *(1.05 * known)]))
 
@@ -108,7 +108,7 @@ def drawable(values: np.ndarray) -> np.ndarray:
 
 
 def smooth_as_drawn(axes: Axes, values: np.ndarray) -> np.ndarray:
-    """Smooth values on the scale of the axes, because on a logarithmic scale a spike must not become a hill."""
+    """Smooth values as they are scaled on the axes: on a logarithmic scale, a spike must not become a hill."""
     window = window_for(len(values))
     transform = axes.yaxis.get_transform()
     if axes.get_yscale() == "linear":
@@ -121,7 +121,7 @@ def smooth_as_drawn(axes: Axes, values: np.ndarray) -> np.ndarray:
 def line(axes: Axes, record: Record, name: str, colour: str, label: str | None = None, style: str = "-") -> bool:
     """Draw a metric over the steps; return whether it has any value.
 
-    Many steps give a smoothed line over faint raw values, few steps give markers.
+    Many steps are drawn as a smoothed line over faint raw values, few steps as markers.
     """
     steps, values = column(record, "step"), drawable(column(record, name))
     if not np.isfinite(values).any():
@@ -132,7 +132,7 @@ def line(axes: Axes, record: Record, name: str, colour: str, label: str | None =
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=RAW)
     axes.plot(steps, smooth_as_drawn(axes, values), color=colour, linewidth=LINE, linestyle=style, label=label)
     gap = np.pad(~np.isfinite(values), 1, constant_values=True)
-    alone = ~gap[1:-1] & gap[:-2] & gap[2:]  # a single step between two gaps has no line
+    alone = ~gap[1:-1] & gap[:-2] & gap[2:]  # A value between two gaps has no line, so it gets a marker.
     if alone.any():
         axes.plot(steps[alone], values[alone], color=colour, linestyle="none", marker="o", markersize=3)
     return True
@@ -158,10 +158,10 @@ def with_intervals(entries: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np
 
 
 def from_zero(axes: Axes, values: np.ndarray, shown: np.ndarray | None = None) -> str:
-    """Scale the y axis from 0, or from the least negative value; return a remark on the scale for the title.
+    """Scale the y axis from 0, or from the smallest value if it is negative; return a remark about it for the title.
 
-    The scale is logarithmic if single values would flatten all others. `shown` are the values that will be drawn, if
-    they are not `values`.
+    The scale is logarithmic if a few large values would flatten all others. `shown` are the values that will be
+    drawn, if these differ from `values`.
     """
     positive = _positive(values)
     drawn = values if shown is None else shown
@@ -187,7 +187,7 @@ def _positive(values: np.ndarray) -> np.ndarray:
 
 
 def title_of(record: Record) -> str:
-    """Return a title: the model, the seed, and how many of the steps are done."""
+    """Return the title of a figure: the model, the seed, and how many of the steps are done."""
     config, steps = record["config"], record["steps"]
     done = steps[-1]["step"] if steps else 0
     planned = config.get("num_iterations", "?")
@@ -197,7 +197,7 @@ def title_of(record: Record) -> str:
 
 
 def setting(record: Record, name: str) -> float:
-    """Return the number that a setting has in a run, or the default if the record has no valid number."""
+    """Return the value of a numeric setting in a run, or its default if the record has no valid number."""
     value = record["config"].get(name)
     sound = isinstance(value, (int, float)) and 0 <= value < LARGEST_DRAWN
     return float(value if sound else getattr(TrainConfig(), name))

@@ -101,7 +101,7 @@ def test_one_that_does_not_come_is_named(model, tmp_path, monkeypatch):
     )
     (status, _, said), (gone, _, _) = ends_of(forks)
     assert (status, gone) == (1, 3)
-    assert "1 of 2 processes did not join within 1 s: number 1." in said
+    assert "1 of 2 processes did not join within 1 s: rank 1." in said
     assert said.count("\n") == 1
 
 
