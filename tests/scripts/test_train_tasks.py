@@ -193,7 +193,7 @@ BAD_TASKS = [
     (["--task", "gsm8k", "--data", "plain.jsonl"], "plain.jsonl:1: no #### in 'answer'"),
     (["--task", "jsonl", "--data", "plain.jsonl"], "too few problems (1)"),
     (["--data", "plain.jsonl"], "--task arithmetic does not use --data"),
-    (["--task", "reverse", "--data", "plain.jsonl"], "no use for --data, which is for --task gsm8k and jsonl"),
+    (["--task", "reverse", "--data", "plain.jsonl"], "does not use --data, which is for --task gsm8k and jsonl"),
     (["--min-operand", 11], "--min-operand"),
     (["--task", "sums"], "--task is 'sums'; it must be one of"),
     (["--task", "missing.py:Sums"], "cannot read the rewards, judge or task in 'missing.py': No such file"),

@@ -138,7 +138,7 @@ def test_a_task_of_a_file_goes_by_its_name_there_with_its_arguments(mine, tmp_pa
 @pytest.mark.parametrize(
     ("specs", "said"),
     [
-        (["arithmetic=0.7"], "alone"),
+        (["arithmetic=0.7"], "a single task"),
         (["arithmetic", "reverse"], "'arithmetic' has no weight"),
         (["arithmetic=1", "reverse"], "'reverse' has no weight"),
         (["arithmetic=-1", "reverse=1"], "weight -1"),

@@ -62,7 +62,7 @@ def test_a_run_makes_the_task_with_its_style_prompt_and_examples(sums):
     [(path, sha256)] = task.files.items()
     assert path == sums.rpartition(":")[0]
     assert len(sha256) == 64
-    with pytest.raises(ValueError, match="no use for --data"):
+    with pytest.raises(ValueError, match="does not use --data"):
         make_task(SimpleNamespace(**{**vars(settings), "data": "x.jsonl"}))
 
 
@@ -112,7 +112,7 @@ BAD = [
     (changed("a, b = rng", "a, b = 1 / 0, rng"), "ZeroDivisionError", 7),
     (changed("return Problem", "return str"), "raised TypeError", None),
     (changed("str(a + b)", "a + b"), "must be texts", None),
-    (changed("str(a + b)", "'many'"), "its own answer 'many' to 'Add", None),
+    (changed("str(a + b)", "'many'"), "it grades its answer 'many' to 'Add", None),
     (changed("rng.randrange(100), rng", "__import__('random').random(), rng"), "a resumed run needs the same", None),
     (changed("rng.randrange(100), rng.randrange(100)", "1, 2"), "", None),
     (changed("def key", NOT_A_VERDICT), "None, not True or False", None),

@@ -228,12 +228,12 @@ NUMBERS = [{"question": f"How many are {i}?", "answer": i} for i in range(300)]
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"question": "q", "answer": 1e300}, "is text, not integer, because of 1 of 301: {0}:4 '1000"),
+        ({"question": "q", "answer": 1e300}, "is text, not integer, because of 1 of 301 answers: {0}:4 '1000"),
         (
             {"question": "q", "answer": "\x1b[2Jmany"},
-            "is text, not integer, because of 1 of 301: {0}:4 '\\x1b[2Jmany'.",
+            "is text, not integer, because of 1 of 301 answers: {0}:4 '\\x1b[2Jmany'.",
         ),
-        ({"question": "q", "answer": 0.5}, "is number, not integer, because of 1 of 301: {0}:4 '0.5'."),
+        ({"question": "q", "answer": 0.5}, "is number, not integer, because of 1 of 301 answers: {0}:4 '0.5'."),
         ({"question": " how many ARE 2?", "answer": 3}, "{0}:4 '3' (before: {0}:3 '2')."),
         ({"question": "How many are 2?", "answer": "2.0"}, None),  # the same number
         ({"question": "q", "answer": 5}, None),
