@@ -25,7 +25,7 @@ class VectorIndex:
 
     @classmethod
     def of(cls, token_index: Tensor, lengths: Tensor, heads: int) -> "VectorIndex":
-        """Make the index of sequences with `lengths` (M,); `token_index` (M, L) holds each token's place in the row."""
+        """Make the index of sequences with `lengths` (M,); `token_index` (M, L) holds the places in the row."""
         head = torch.arange(heads, device=lengths.device)[:, None]
         index = (token_index[:, None] * heads + head).flatten()
         is_real = length_mask(lengths, token_index.shape[1])[:, None].expand(-1, heads, -1).flatten()
