@@ -183,7 +183,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 def read_questions(questions: Sequence[str]) -> list[str]:
     """Return the questions from the command line, else from standard input. Raises ValueError if one is empty."""
     if not questions:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():  # None: it is closed
             raise ValueError(f'give a question, such as "{EXAMPLE}", or one a line on standard input')
         questions = [line for line in sys.stdin.read().splitlines() if line.strip()]
         if not questions:
@@ -246,7 +246,7 @@ def complete(
 
 def on_terminal() -> bool:
     """Return whether standard input and output are a terminal, so that the user can be asked for questions."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def converse(models: Sequence["LanguageModel"], card: Mapping[str, Any], sampling: Sampling, vote: bool) -> None:

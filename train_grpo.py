@@ -13,11 +13,12 @@ grpo/algorithm/README.md.
 """
 
 import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # During the imports, Ctrl-C ends the program silently.
-
 import sys
+
+if sys._getframe().f_back is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # During the imports, Ctrl-C ends the program silently; but it must not end a notebook that runs this file.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import time
 from functools import partial
 from pathlib import Path

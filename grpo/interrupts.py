@@ -48,7 +48,8 @@ class InterruptHandler:
     def __enter__(self) -> "InterruptHandler":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        signal.set_wakeup_fd(self._write)  # the system writes the number of each signal to this pipe
+        # From now on the system writes the number of each signal to the pipe.
+        self._wakeup_before = signal.set_wakeup_fd(self._write)
         for number in NAMES:
             self._before[number] = signal.signal(number, self._handle)
         self._thread = threading.Thread(target=self._wait, daemon=True)
@@ -58,7 +59,7 @@ class InterruptHandler:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(self._wakeup_before)  # a notebook's event loop may have one
         os.close(self._write)  # ends the thread
         self._thread.join(JOIN_SECONDS)
 

@@ -60,20 +60,29 @@ class Script(click.Command):
 
 
 def run_script(command: click.Command) -> None:
-    """Run a script and end the process with its exit status.
+    """Run a script, called from its last line, and end the process with its exit status.
 
     The process ends without torch's own cleanup, which would delay the end of a stopped run by one to three seconds.
+    A notebook (`%run`) or any other program that runs the script goes on: it gets the SystemExit.
     """
+    script = sys._getframe(1)
+    is_whole_program = script.f_back is None and not sys.flags.interactive
     try:
         command()
     except SystemExit as end:
-        if end.code is None or isinstance(end.code, int):
+        if is_whole_program and (end.code is None or isinstance(end.code, int)):
             atexit._run_exitfuncs()
             with suppress(OSError):  # If a stream cannot be written, Python reports it below.
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(end.code or 0)
         raise
+    finally:
+        names = script.f_globals
+        if not is_whole_program and "get_ipython" not in names:  # %run -i runs in the notebook's own variables
+            # %run copies what the script defines over the user's variables of the same name, `train` for example.
+            for name in [name for name in names if not name.startswith("__")]:
+                del names[name]
 
 
 @contextmanager

@@ -1,15 +1,18 @@
 """Lock the output folder of a run, and move an earlier run aside. Imports nothing heavy."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import click
 from filelock import FileLock, Timeout
 
 from grpo.config import TrainConfig
 from grpo.model_card import model_folder
 from grpo.runtime.atomic_io import name_in_errors, restore_interrupted_swap
+from grpo.runtime.console import printable
 from tasks.common.user_file import dangling
 
 WRITTEN = (  # what runs write to the output folder
@@ -25,6 +28,7 @@ OPTIONAL = ("grpo_sft_curve.png", "grpo_report.html")  # Only runs with SFT, or 
 LOCK = ".grpo.lock"
 PROCESS = ".grpo.pid"  # a file with the id of the process that has the lock
 EARLIER = "earlier_runs"
+CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of disks without locks, as of some notebooks
 
 
 @contextmanager
@@ -32,7 +36,8 @@ def claim_folder(config: TrainConfig, fresh: bool, patience: float = 0.0) -> Ite
     """Make the output folder and lock it for this process; with `fresh`, move an earlier run aside.
 
     The system releases the lock when the process ends, even if it is killed. Raises ValueError if another process
-    still holds the folder after `patience` seconds, or if the folder cannot be written.
+    still holds the folder after `patience` seconds, or if the folder cannot be written. On a disk without locks, a
+    line on standard error says so, and the folder is not locked.
     """
     folder = Path(config.output_dir)
     try:
@@ -48,7 +53,10 @@ def claim_folder(config: TrainConfig, fresh: bool, patience: float = 0.0) -> Ite
     except Timeout:
         raise ValueError(f"{folder.resolve()} is in use by {_holder(folder)}; give another --output-dir") from None
     except OSError as error:
-        raise ValueError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
+        if error.errno not in CANNOT_LOCK:
+            raise ValueError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
+        place = printable(str(folder))
+        click.echo(f"{place} cannot be locked ({error.strerror}); start no other run in it", err=True)
     try:
         with name_in_errors(folder / PROCESS):
             (folder / PROCESS).write_text(str(os.getpid()), encoding="utf-8")
