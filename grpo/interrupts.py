@@ -1,8 +1,10 @@
 """Stop a run before its last step: signals (Ctrl-C, SIGTERM) and the time limit."""
 
+import _thread
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -46,10 +48,10 @@ class InterruptHandler:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "InterruptHandler":
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        # From now on the system writes the number of each signal to the pipe.
-        self._wakeup_before = signal.set_wakeup_fd(self._write)
+        self._read, self._write = socket.socketpair()  # Windows cannot wait for a pipe.
+        self._write.setblocking(False)
+        # From now on the system writes the number of each signal to the socket.
+        self._wakeup_before = signal.set_wakeup_fd(self._write.fileno())
         for number in NAMES:
             self._before[number] = signal.signal(number, self._handle)
         self._thread = threading.Thread(target=self._wait, daemon=True)
@@ -60,7 +62,7 @@ class InterruptHandler:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)  # a notebook's event loop may have one
-        os.close(self._write)  # ends the thread
+        self._write.close()  # ends the thread
         self._thread.join(JOIN_SECONDS)
 
     @contextmanager
@@ -131,13 +133,13 @@ class InterruptHandler:
             raise Interrupted
 
     def _wait(self) -> None:
-        """Read signals from the pipe until it is closed: the first is announced, the second ends the process."""
+        """Read signals from the socket until it is closed: the first is announced, the second ends the process."""
         repeats = 0  # signals sent by `_signal_again` that have not arrived yet
         while True:
             if self.signal is not None and not select.select([self._read], [], [], REPEAT_SECONDS)[0]:
                 repeats += self._signal_again()
                 continue
-            byte = os.read(self._read, 1)
+            byte = self._read.recv(1)
             if not byte:
                 break
             if byte[0] not in NAMES:
@@ -151,11 +153,14 @@ class InterruptHandler:
                 self._remember(byte[0])
                 message = for_terminal(f"\n{self.name}: stopping; once more quits at once")
                 print(message, file=sys.stderr, flush=True)
-        os.close(self._read)
+        self._read.close()
 
     def _signal_again(self) -> bool:
         """Signal the main thread again and return True, if abandonable work has not ended after the signal."""
         with self._lock:
             if self._grace is not None:
-                signal.pthread_kill(threading.main_thread().ident, self.signal)
+                if hasattr(signal, "pthread_kill"):
+                    signal.pthread_kill(threading.main_thread().ident, self.signal)
+                else:  # Windows
+                    _thread.interrupt_main(self.signal)
             return self._grace is not None

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from grpo.runtime.console import folded, for_terminal
+from grpo.runtime.console import folded, for_terminal, make_streams_safe
 
 EXAMPLE = "What is (4 - 9) * 6?"  # an example of a question for inference.py
 OPTION_COLUMNS = 30  # An option that is longer gets its own line in --help.
@@ -67,6 +67,7 @@ def run_script(command: click.Command) -> None:
     """
     script = sys._getframe(1)
     is_whole_program = script.f_back is None and not sys.flags.interactive
+    make_streams_safe()
     try:
         command()
     except SystemExit as end:

@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -127,6 +129,31 @@ def test_what_swallows_an_interruption_is_interrupted_again():
         start = time.monotonic()
         with pytest.raises(Interrupted), interrupts.abandonable():
             sleep_through(2)
+        assert interrupts.exit_status == 143
+    assert time.monotonic() - start < 3
+
+
+def test_a_signal_stops_work_where_the_system_offers_what_windows_does(monkeypatch):
+    def select_sockets(*lists):
+        assert all(isinstance(item, socket.socket) for items in lists[:3] for item in items)
+        return true_select(*lists)
+
+    def sleep_in_python():  # swallows the first interruption
+        with suppress(BaseException):
+            for _ in range(500):
+                time.sleep(0.01)
+        for _ in range(500):
+            time.sleep(0.01)
+
+    true_select = select.select
+    monkeypatch.setattr(select, "select", select_sockets)
+    monkeypatch.delattr(signal, "pthread_kill")
+    monkeypatch.delattr(os, "set_blocking")
+    with InterruptHandler("", 0.0) as interrupts:
+        threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        start = time.monotonic()
+        with pytest.raises(Interrupted), interrupts.abandonable():
+            sleep_in_python()
         assert interrupts.exit_status == 143
     assert time.monotonic() - start < 3
 
