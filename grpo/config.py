@@ -33,7 +33,7 @@ SURROGATES = ("clip", "cispo", "gmpo")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 KL_ESTIMATORS = ("k3", "k3-corrected")
 DECAYS = ("none", "linear", "cosine")
-TRACKERS = ("none", "trackio", "wandb")
+TRACKERS = ("none", "trackio", "wandb", "tensorboard")
 
 MAX_COMPLETIONS_PER_STEP = 10**6
 MAX_NEW_TOKENS = 10**6  # No model has more positions; memory for the longest completion is allocated at once.

@@ -100,7 +100,9 @@ class Trainer:
             if self.ranks.is_main:
                 check_room(self.folder, self.state.bytes_to_come(), "two checkpoints and the model")
             try:
-                with self.measurer.tracker.tracking(self.folder, self.config.to_dict()):
+                has_logged = self.progress.before or self.progress.sft_step
+                last_step = self.progress.total if has_logged else None
+                with self.measurer.tracker.tracking(self.folder, self.config.to_dict(), last_step):
                     self._continue(interrupts)
             except OSError as error:
                 raise OSError(self.state.what_is_lost(self.folder, error)) from error

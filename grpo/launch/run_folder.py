@@ -24,7 +24,8 @@ WRITTEN = (  # what runs write to the output folder
     "grpo_kl_divergence.png",
     "grpo_overview.png",
 )
-OPTIONAL = ("grpo_sft_curve.png", "grpo_report.html")  # Only runs with SFT, or plot_metrics.py, write these files.
+# Only runs with SFT, plot_metrics.py, or trackers (grpo/record/tracker.py) write these files.
+OPTIONAL = ("grpo_sft_curve.png", "grpo_report.html", "tensorboard", ".grpo.trackio", ".grpo.wandb")
 LOCK = ".grpo.lock"
 PROCESS = ".grpo.pid"  # a file with the id of the process that has the lock
 EARLIER = "earlier_runs"

@@ -1,45 +1,95 @@
-"""Send metrics to an experiment tracker as well: trackio or wandb, which have the same interface."""
+"""Send metrics to an experiment tracker too: trackio or wandb, which have the same interface, or TensorBoard."""
 
-from collections.abc import Iterator, Mapping
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+from grpo.runtime.console import printable, say
 
 PROJECT = "grpo"
 
 
 class Tracker:
-    """The tracker that `--track` names; the tracker "none" does nothing."""
+    """The tracker that `--track` names; "none" ignores everything. After its first failure it is left out."""
+
+    _is_open = False
 
     def __init__(self, name: str) -> None:
-        """Import the package. Raises ValueError with the command that installs it if it is missing."""
-        package = None
+        """Raises ValueError with the line that installs the package if it is missing."""
+        self.name = name
+        self.package: Any = None
+        if name == "none":
+            return
         try:
-            if name == "wandb":
-                import wandb as package
-            elif name == "trackio":
-                import trackio as package
+            self.package = import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
         except ImportError:
             raise ValueError(f"--track {name} needs {name}: pip install {name}") from None
-        self.package: Any = package
 
     @contextmanager
-    def tracking(self, folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
-        """Open a run of the tracker, and close it however the block ends."""
+    def tracking(self, folder: Path, config: Mapping[str, Any], last_step: int | None = None) -> Iterator[None]:
+        """Open a run of the tracker, and close it however the block ends.
+
+        `last_step` is the last step that counts of a run that continues: its run of the tracker continues too. None
+        begins a new run there.
+        """
         if self.package is None:
             yield
             return
-        self.package.init(project=PROJECT, name=folder.resolve().name, config=dict(config))
+        self._is_open = True
+        self._attempt(lambda: self._open(folder, config, last_step))
         try:
             yield
         finally:
-            self.package.finish()
+            self._attempt(lambda: (self._writer.close if self.name == "tensorboard" else self.package.finish)())
+            self._is_open = False
 
     def log(self, step: int, entry: Mapping[str, Any], prefix: str = "") -> None:
         """Send the numbers of an entry of `steps`, or of `evals` under a prefix such as "validation/".
 
         `step` is the current step of the run, also for a test of an earlier policy: wandb drops steps that go back.
         """
-        if self.package is not None:
-            numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}
-            self.package.log(numbers, step=step)
+        numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}
+        self._attempt(lambda: self._send(numbers, step))
+
+    def _open(self, folder: Path, config: Mapping[str, Any], last_step: int | None) -> None:
+        """Open a new run of the tracker, or the run whose id or name an earlier launch has left in the folder."""
+        if self.name == "tensorboard":
+            first = 0 if last_step is None else last_step + 1  # what an interrupted launch wrote from here on is void
+            self._writer = self.package.SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+            self._writer.add_text("config", json.dumps(dict(config)))
+            return
+        name, place = folder.resolve().name, folder / f".grpo.{self.name}"
+        known = place.read_text(encoding="utf-8") if last_step is not None and place.is_file() else ""
+        options: dict[str, Any] = {"project": PROJECT, "name": name, "config": dict(config)}
+        if self.name == "wandb":
+            known = known or uuid4().hex
+            self.package.init(**options, id=known, resume="allow")
+        elif known:
+            self.package.init(**{**options, "name": known}, resume="allow")
+        else:
+            run = self.package.init(**options, resume="never")
+            known = str(getattr(run, "name", None) or name)  # trackio changes a name that is taken
+        place.write_text(known, encoding="utf-8")
+
+    def _send(self, numbers: Mapping[str, float], step: int) -> None:
+        if self.name == "tensorboard":
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+        else:
+            self.package.log(dict(numbers), step=step)
+
+    def _attempt(self, call: Callable[[], Any]) -> None:
+        """Call the tracker if its run is open. A failure is one warning, and the last call."""
+        if not self._is_open:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._is_open = False
+            text = printable(f"{type(error).__name__}: {error}".split("\n")[0])
+            say(f"Warning: {self.name} failed ({text}); training goes on without it", sys.stderr)
