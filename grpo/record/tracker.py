@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -26,7 +25,13 @@ class Tracker:
         if name == "none":
             return
         try:
-            self.package = import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+            if name == "wandb":
+                import wandb as package
+            elif name == "trackio":
+                import trackio as package
+            else:
+                from torch.utils import tensorboard as package
+            self.package = package
         except ImportError:
             raise ValueError(f"--track {name} needs {name}: pip install {name}") from None
 
