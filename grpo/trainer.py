@@ -12,7 +12,7 @@ from grpo.evaluation.evaluator import Evaluator
 from grpo.interrupts import Interrupted, InterruptHandler
 from grpo.launch.outlook import outlook
 from grpo.measurer import Measurer
-from grpo.model.language_model import check_prompts_fit
+from grpo.model.language_model import fitting_task
 from grpo.model.loading import load, load_policy
 from grpo.model.saving import SAVED_MODEL
 from grpo.model_card import read_card
@@ -75,7 +75,8 @@ class Trainer:
         self.parameters_on_cpu = self.lm.model.num_parameters() if device.type == "cpu" else 0
         if self.parameters_on_cpu:
             keep_freed_memory(self.parameters_on_cpu)
-        check_prompts_fit(self.lm, task, config)
+        task = fitting_task(self.lm, task, config)
+        self.task = task
         self.grpo = GRPO(config, task, self.lm, rewards, device, ranks)
         model_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
         deciding_rewards = rewards if decides_by_reward(rewards, task) else ()

@@ -7,7 +7,7 @@ without a model.
 import hashlib
 import random
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, ClassVar
@@ -105,6 +105,10 @@ class Task:
     def listed(self) -> Iterable[Problem]:
         """Return all problems of a task with a list of problems, such as a file; else nothing."""
         return ()
+
+    def without(self, questions: Set[str]) -> "Task | None":
+        """Return the task without the problems that ask these questions; None if it cannot leave them out."""
+        return None
 
     def messages(self, question: str) -> list[Message]:
         """Return the chat that asks `question`."""

@@ -9,9 +9,9 @@ from grpo.evaluation.drift import plain_prompts
 from grpo.evaluation.evaluator import Evaluation, Evaluator, proportion
 from grpo.evaluation.intervals import accuracy_text, paired_interval
 from grpo.generation.probe import probe
-from grpo.model.language_model import check_prompts_fit
+from grpo.model.language_model import fitting_task
 from grpo.model.loading import load
-from grpo.runtime.console import printable
+from grpo.runtime.console import printable, say
 from grpo.runtime.device import choose_device
 from tasks.base import Task
 from tasks.unrelated import QUESTIONS
@@ -36,14 +36,20 @@ def measure(
 ) -> list[Measured]:
     """Measure each model with the prompts and limits of `config`, with only one model in memory at a time.
 
-    Drift is None for the first model, and for a model whose tokenizer gives the questions other ids. Raises
-    ValueError if a model cannot be loaded, or has too few positions for a problem.
+    Drift is None for the first model, and for a model whose tokenizer gives the questions other ids. Problems that are
+    too long for the first model are left out and named. Raises ValueError if a model cannot be loaded, or has too few
+    positions for a problem that the first model answered.
     """
     measured: list[Measured] = []
     start = None
     for name in names:
         lm = load(name, choose_device(config.device), config.precision)
-        check_prompts_fit(lm, task, config)
+        fitting = fitting_task(lm, task, config)
+        if fitting is not task and measured:
+            raise ValueError(f"{name} has fewer positions than {names[0]}, too few for some problems; name it first")
+        if fitting is not task:
+            say(printable(fitting.notes[-1]))
+        task = fitting
         _, decoder = probe(lm, task)
         evaluator = Evaluator(config, task, skills if split == "test" else {}, decoder)
         evaluations = evaluator.by_name(lm, split)

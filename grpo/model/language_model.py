@@ -1,7 +1,7 @@
 """A causal language model with its tokenizer: chats become prompts, token ids become texts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from grpo.runtime.console import printable
 from tasks.base import Message, Task
 
 MAX_CHARACTERS_PER_TOKEN = 64  # Before it is encoded, a question is cut to this many per position.
-MAX_NAMED_QUESTIONS = 5  # An error names at most this many questions.
+MAX_NAMED_QUESTIONS = 5  # An error or a note names at most this many questions.
 
 
 @dataclass(frozen=True)
@@ -123,29 +123,44 @@ def check_room(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_toke
         )
 
 
-def check_prompts_fit(lm: LanguageModel, task: Task, config: TrainConfig) -> None:
-    """Raise ValueError if a prompt with a completion has more tokens than the model has positions.
+def fitting_task(lm: LanguageModel, task: Task, config: TrainConfig) -> Task:
+    """Return the task without the problems whose prompt and completion have more tokens than the model has positions.
+
+    A note of the returned task counts and names them. If all fit, return `task` itself. Raises ValueError, with the
+    place in the file, if most problems are too long, or if the task cannot leave them out.
 
     The error names the question's place in its file. A task that draws its problems is checked with one of them. A
     token has at least one byte, so only questions with more bytes than tokens are left for them are encoded.
     """
     if lm.positions is None:
-        return
-    for part in task.parts.values():
-        check_prompts_fit(lm, part, config)
+        return task
     if task.parts:
-        return
+        parts = {name: fitting_task(lm, part, config) for name, part in task.parts.items()}
+        notes = [f"{name}: {part.notes[-1]}" for name, part in parts.items() if part is not task.parts[name]]
+        return replace(task, parts=parts, notes=[*task.notes, *notes]) if notes else task
     room = lm.positions - config.max_new_tokens
     max_characters = MAX_CHARACTERS_PER_TOKEN * lm.positions
     [frame] = lm.prompts([task.messages("?")])
+    problems = list(task.listed()) or [task.training_problem(config.seed, 1, 0)]
     too_long = []
-    for problem in list(task.listed()) or [task.training_problem(config.seed, 1, 0)]:
+    for problem in problems:
         if len(frame) + len(problem.question.encode()) > room:
             [prompt] = lm.prompts([task.messages(problem.question[:max_characters])])
             if len(prompt) > room:
                 too_long.append((problem, len(prompt)))
     if not too_long:
-        return
+        return task
+    limits = (
+        f"--max-new-tokens is {config.max_new_tokens}: more than the {lm.positions:,} positions of {config.model}"
+    )
+    if 2 * len(too_long) <= len(problems):
+        rest = task.without({problem.question for problem, _ in too_long})
+        if rest is not None:
+            places = [f"{problem.place}: {tokens:,} tokens" for problem, tokens in too_long[:MAX_NAMED_QUESTIONS]]
+            places += ["…"] * (len(too_long) > MAX_NAMED_QUESTIONS)
+            count = f"{len(too_long):,} of {len(problems):,} problems"
+            note = f"{count} are left out: their prompts are too long, and {limits}"
+            return replace(rest, notes=[*task.notes, f"{note} ({', '.join(places)})."])
     problem, tokens = too_long[0]
     place = f"{problem.place}: " if problem.place else ""
     at_least = "more than " if len(problem.question) > max_characters else ""
@@ -154,8 +169,5 @@ def check_prompts_fit(lm: LanguageModel, task: Task, config: TrainConfig) -> Non
     if len(too_long) > 1:
         places = [other.place for other, _ in too_long[1:MAX_NAMED_QUESTIONS]]
         places += ["…"] * (len(too_long) > MAX_NAMED_QUESTIONS)
-        advice += f" (and {len(too_long) - 1} more: {', '.join(places)})"
-    raise ValueError(
-        f"{place}the prompt{examples} has {at_least}{tokens:,} tokens, and --max-new-tokens is "
-        f"{config.max_new_tokens}: together more than the {lm.positions:,} positions of {config.model}; {advice}"
-    )
+        advice += f" (and {len(too_long) - 1} more of {len(problems):,}: {', '.join(places)})"
+    raise ValueError(f"{place}the prompt{examples} has {at_least}{tokens:,} tokens, and {limits}; {advice}")

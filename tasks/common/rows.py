@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import chain
@@ -46,6 +46,14 @@ class Rows(QATask):
     def listed(self) -> Iterable[Problem]:
         """Return all problems."""
         return chain.from_iterable(self.problems.values())
+
+    def without(self, questions: Set[str]) -> "Rows | None":
+        """Return the task without the problems that ask these questions; None if a split would be left empty."""
+        problems = {
+            split: [problem for problem in rows if problem.question not in questions]
+            for split, rows in self.problems.items()
+        }
+        return replace(self, problems=problems) if all(problems.values()) else None
 
     def is_correct(self, problem: Problem, answer: Answer) -> bool:
         """Return whether a parsed answer is right. Raises ValueError if the judge fails."""

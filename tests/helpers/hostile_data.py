@@ -31,8 +31,10 @@ FILES = {
         rows(of=[{"question": " " * (i % 9) + ("WHAT?", "what?")[i % 2], "answer": "5"} for i in range(301)]),
         "1 in 301 rows",
     ),
-    "a question of 5 MB": (rows({"question": "why " * (LONG // 4), "answer": 1}), LINE_7),
-    "a question longer than the positions": (rows({"question": "7 " * 600, "answer": 1}), LINE_7),
+    "questions longer than the positions": (
+        rows(of=[{"question": "7 " * (600 + i), "answer": 1} for i in range(301)]),
+        "(and 300 more of 301: ",
+    ),
     "an answer of 5 MB": (rows({"question": "?", "answer": "a </answer>" + "b" * LONG}), LINE_7),
     "a line of 40 MB": (rows(b"x" * (40 * 2**20)), LINE_7),
     "a NUL": (rows(b'{"question": "a\0", "answer": 1}'), LINE_7),

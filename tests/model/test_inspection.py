@@ -1,6 +1,7 @@
 """Checks of a model: numbers in its configuration, headers of its weights, its size, finite weights, long prompts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.config import TrainConfig
 from grpo.model.inspection import check_config, check_finite, check_size, read_headers
-from grpo.model.language_model import check_prompts_fit
+from grpo.model.language_model import fitting_task
 from grpo.model.loading import load
 from tasks import jsonl
+from tasks.common.rows import normal
+from tasks.registry import make_task
 from tests.helpers.data import refusal, write
 
 
@@ -81,21 +84,54 @@ def test_the_numbers_of_real_models_pass():
 # --- questions that are longer than the model ---
 
 
-def test_a_question_longer_than_the_model_is_named_with_its_line_and_the_limit(tmp_path):
+def test_a_question_longer_than_the_model_is_left_out_and_named_with_its_line_and_the_limit(tmp_path):
     lm = load("starter", torch.device("cpu"))
     numbers = [{"question": f"How many are {i}?", "answer": i} for i in range(200)]
     config = TrainConfig(task="jsonl", max_new_tokens=22)
     data = write(tmp_path / "d.jsonl", numbers)
-    check_prompts_fit(lm, jsonl.load(data), config)
+    task = jsonl.load(data)
+    assert fitting_task(lm, task, config) is task
     # The starter has 512 positions, and each digit is one token.
     for count, fits in ((400, True), (480, False)):
         data = write(tmp_path / "d.jsonl", [*numbers[:4], {"question": "7" * count, "answer": 1}, *numbers[4:]])
-        if fits:
-            check_prompts_fit(lm, jsonl.load(data), config)
-        else:
-            line = refusal(check_prompts_fit, lm, jsonl.load(data), config)
-            assert line.startswith(f"{data}:5: ")
-            assert "512 positions" in line
-            assert "--max-new-tokens is 22" in line
-    data = write(tmp_path / "d.jsonl", [*numbers, *({"question": f"{i} " * 600, "answer": 1} for i in range(9))])
-    assert "(and 8 more: " in refusal(check_prompts_fit, lm, jsonl.load(data), config)
+        task = jsonl.load(data)
+        fitting = fitting_task(lm, task, config)
+        assert (fitting is task) == fits
+    assert len(list(task.listed())) == 201
+    assert max(len(problem.question) for problem in fitting.listed()) < 99
+    assert len(list(fitting.listed())) == 200
+    [note] = fitting.notes
+    assert note.startswith("1 of 201 problems are left out")
+    assert f"({data}:5: " in note
+    assert "--max-new-tokens is 22" in note
+    assert "512 positions" in note
+
+
+def test_the_run_ends_only_if_most_questions_are_too_long_or_a_split_is_left_empty(tmp_path):
+    lm = load("starter", torch.device("cpu"))
+    config = TrainConfig(task="jsonl", max_new_tokens=22)
+    numbers = [{"question": f"How many are {i}?", "answer": i} for i in range(200)]
+    long = [{"question": f"{i} " * (10**6 if i == 5 else 600), "answer": 1} for i in range(300)]
+    fitting = fitting_task(lm, jsonl.load(write(tmp_path / "d.jsonl", [*numbers, *long[:9]])), config)
+    assert len(list(fitting.listed())) == 200
+    assert "9 of 209 problems are left out" in fitting.notes[0]
+    assert fitting.notes[0].endswith(", …).")
+    data = write(tmp_path / "d.jsonl", [*numbers, *long])
+    line = refusal(fitting_task, lm, jsonl.load(data), config)
+    assert line.startswith(f"{data}:2")
+    assert "(and 299 more of 500: " in line
+    task = jsonl.load(write(tmp_path / "d.jsonl", [*numbers, *long[:150]]))
+    short = {normal(row["question"]) for row in numbers}
+    held_out = task.problems["test"]
+    task = replace(task, problems={**task.problems, "test": [p for p in held_out if normal(p.question) not in short]})
+    assert "the prompt has " in refusal(fitting_task, lm, task, config)
+
+
+def test_each_task_of_a_mixture_leaves_out_its_long_questions(tmp_path):
+    lm = load("starter", torch.device("cpu"))
+    numbers = [{"question": f"How many are {i}?", "answer": i} for i in range(200)]
+    data = write(tmp_path / "d.jsonl", [*numbers, {"question": "7" * 600, "answer": 1}])
+    config = TrainConfig(task=("arithmetic=0.5", "jsonl=0.5"), data=data, max_new_tokens=22)
+    fitting = fitting_task(lm, make_task(config), config)
+    assert len(fitting.listed()) == 200
+    assert fitting.notes[0].startswith("jsonl: 1 of 201 problems are left out")

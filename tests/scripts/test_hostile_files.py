@@ -27,7 +27,13 @@ QUICK_MODELS = ["config: 10**6 layers", "config: a size of 10**9", "config: of a
 QUICK_MODELS += ["weights: not a number", "weights: a header of 2**60 bytes", "weights: of another shape"]
 QUICK_MODELS += ["weights: names with escape sequences", "weights: from a pipe", "config: attention from elsewhere"]
 QUICK_MODELS += ["template: nested loops", "tokenizer: chained replacements"]
-QUICK_FILES = ["301 times one question", "a question of 5 MB", "escape sequences as a line", "all NUL", "a pipe"]
+QUICK_FILES = [
+    "301 times one question",
+    "questions longer than the positions",
+    "escape sequences as a line",
+    "all NUL",
+    "a pipe",
+]
 BASE_MEMORY = 600  # MB that a run of the starter takes at most
 SMALL = {"batch_size": 1, "num_generations": 2, "num_iterations": 1, "num_inner_updates": 1, "eval_problems": 2}
 
