@@ -38,6 +38,7 @@ class Problem:
     columns: Mapping[str, Any] = field(default_factory=dict)
     category: str = ""  # accuracy is also reported by category; in a mixture it is the name of the problem's task
     working: str = ""  # the working that leads to the answer, for worked examples; "" if not known
+    tolerance: Decimal = Decimal(0)  # the largest difference from a right number
     place: str = field(default="", compare=False)  # FILE:LINE that the problem was read from; "" if none
 
 

@@ -2,20 +2,21 @@
 
     {"question": "What is the capital of France?", "answer": "Paris", "level": "easy"}
 
-An answer that is a number is compared as a number (1,234 and 1234.0 are the same), any other answer as text. Worked
-examples show the column `solution` before the answer. All columns but question and answer are passed to the user's
-rewards. A hash of the question holds out a tenth for validation and another tenth for test. If a question
-has many right answers, `--correct FILE.py:FUNCTION` judges them (`tasks/common/user_file.py`); the answer in the file
-must be one of them.
+An answer that is a number is compared as a number (1,234 and 1234.0 are the same), any other as text. A column
+`solution` is the working that stands before the answer in worked examples. All columns but question and answer go to
+the user's rewards. A hash of the question holds out a tenth for validation and another tenth for test. If a question
+has many right answers, `--correct FILE.py:FUNCTION` judges them (`tasks/common/user_file.py`), or a ready judge,
+`--correct choice` or `--correct math` (`tasks/common/judges.py`); the answer in the file must be one of them.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
 from tasks.base import Option, Problem
 from tasks.common.parsing import PARSERS, parse_answer
 from tasks.common.prompts import ideal_completion
-from tasks.common.rows import Row, Rows, kind_of, kind_of_all, notes_on, read_rows, split_rows, text_of
+from tasks.common.rows import Row, Rows, kind_of, kind_of_all, notes_on, read_rows, split_rows, text_of, tolerance_of
 from tasks.common.user_file import Judge
 
 FIELDS = (("question", "answer"), ("prompt", "response"))
@@ -26,7 +27,7 @@ def load(
     style: str = "answer",
     system_prompt: str = "",
     correct: Annotated[
-        str, Option("FILE.py:FUNCTION that judges answers, instead of equality with the reference", inheritable=False)
+        str, Option("choice, math, or FILE.py:FUNCTION that judges answers, instead of equality", inheritable=False)
     ] = "",
 ) -> Rows:
     """Load the task from a file. Raises ValueError, in one line, if the file is malformed or too small."""
@@ -37,11 +38,11 @@ def load(
     return Rows(
         name="jsonl",
         problems=split_rows(problems, data),
-        files={data: sha256, **({judge.file.path: judge.file.sha256} if judge else {})},
+        files={data: sha256, **({judge.file.path: judge.file.sha256} if judge and judge.file else {})},
         judge=judge,
         knows_right=judge is not None,
         style=style,
-        kind=kind_of_all(problems),
+        kind="text" if judge is not None and judge.reads_text else kind_of_all(problems),
         notes=notes_on(problems, compare_answers=judge is None),
         system_prompt=system_prompt,
     )
@@ -53,7 +54,8 @@ def problem_of(row: Row, style: str, judge: Judge | None = None) -> Problem:
     columns = {name: value for name, value in row.items() if name not in (question, answer)}
     working = row["solution"].strip() if isinstance(row.get("solution"), str) else ""
     problem = Problem(text_of(row, question), text_of(row, answer, or_number=True), columns, working=working)
-    kind = kind_of(problem.answer)
+    problem = replace(problem, tolerance=tolerance_of(row[answer]))
+    kind = "text" if judge is not None and judge.reads_text else kind_of(problem.answer)
     gold = PARSERS[kind](problem.answer)
     if gold is None or parse_answer(ideal_completion(problem.answer, style), kind) != gold:
         raise ValueError(f"{answer!r} is a text that cannot be parsed between the tags <answer> and </answer>")

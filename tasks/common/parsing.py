@@ -7,7 +7,8 @@ has the form of the style: any text in the `answer` style, one think block in th
 in the `reasoning` style.
 
 An answer has one of three kinds: `number`, which may have a sign, a dollar sign, thousands separators and decimals,
-and is compared exactly; `integer`, a whole number; `text`, which must not be empty.
+and is compared exactly; `integer`, a whole number; `text`, which must not be empty. Marks around a number and a unit
+after it do not count: `**42**`, `\\boxed{42}`, `42 km` and `42 apples` are 42.
 
 Every function accepts any string without an exception and takes time linear in its length. Therefore they use
 `str.count` and `str.find`, because the pattern `<answer>(.*?)</answer>` takes 14 s on 20,000 unclosed tags. No text
@@ -31,6 +32,16 @@ SPACES = " \N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}"
 _WHOLE = rf"(?:[0-9]{{1,18}}|[0-9]{{1,3}}(?:,[0-9]{{3}}){{1,5}}|[0-9]{{1,3}}(?:[{SPACES}][0-9]{{3}}){{1,5}})"
 _SIGN = rf"(?:\$?(?P<sign>[-+{MINUS}]?)|(?P<outer_sign>[-+{MINUS}])\$)"  # $5, -5, $-5, -$5
 _NUMBER = re.compile(rf"{_SIGN}(?P<digits>{_WHOLE}(?:\.[0-9]{{0,9}})?|\.[0-9]{{1,9}})")
+# Words after a number that change its value or begin another expression, so they are no unit.
+_NOT_UNITS = {
+    *("hundred", "thousand", "million", "billion", "trillion", "lakh", "crore", "dozen"),
+    *("and", "or", "plus", "minus", "times", "point", "half"),
+    *("k", "x", "y", "n", "i", "e"),
+}
+_SCALES = frozenset("十百千万萬亿億兆")  # Chinese and Japanese words for powers of ten
+_UNIT_SIGNS = ("%", "$", "€", "£")
+_MARKS = (("**", "**"), ("`", "`"), ("\\boxed{", "}"), ("\\text{", "}"), ("\\(", "\\)"), ("$", "$"))
+MAX_MARKS = 4  # pairs of marks around an answer
 _SEPARATORS = str.maketrans("", "", "," + SPACES)
 
 
@@ -76,6 +87,60 @@ def parse_number(text: str) -> Decimal | None:
     return -number if (match["sign"] or match["outer_sign"]) in ("-", MINUS) else number
 
 
+def unmarked(text: str) -> str:
+    r"""Return a text without the marks of Markdown and LaTeX around it.
+
+    >>> unmarked(r"**\boxed{42}**")
+    '42'
+    """
+    for _ in range(MAX_MARKS):
+        pair = next(
+            (p for p in _MARKS if len(text) > len("".join(p)) and text.startswith(p[0]) and text.endswith(p[1])), None
+        )
+        if pair is None:
+            break
+        text = text[len(pair[0]) : -len(pair[1])].strip()
+    return text
+
+
+def number_and_unit(text: str) -> tuple[Decimal, str] | None:
+    """Return the number that a text begins with and the unit after it, at most two words; None for any other text.
+
+    >>> number_and_unit("42 km")
+    (Decimal('42'), 'km')
+    >>> [number_and_unit(text) for text in ("42 or 43", "42 million", "42k")]
+    [None, None, None]
+    """
+    match = _NUMBER.match(text)
+    if match is None:
+        return None
+    rest = text[match.end() :]
+    words = rest.split(maxsplit=2)
+    attached_letter = rest[:1].isalpha() and len(words[0]) == 1  # 42k may be 42,000
+    if attached_letter or len(words) > 2 or not all(map(_is_unit, words)):
+        return None
+    number = parse_number(match[0])
+    return None if number is None else (number, " ".join(words).rstrip("."))
+
+
+def _is_unit(word: str) -> bool:
+    letters = word.rstrip(".²³").removeprefix("°").replace("/", "")
+    is_scale = letters.casefold() in _NOT_UNITS or bool(_SCALES & set(letters))
+    return word in _UNIT_SIGNS or (letters.isalpha() and not is_scale)
+
+
+def parse_as(kind: str, text: str) -> Answer | None:
+    """Return the answer of a kind that a completion's text gives; around a number, marks and a unit do not count.
+
+    A percentage is no number here: 25% may be meant as 25 or as 0.25.
+    """
+    if kind == "text":
+        return parse_text(text)
+    text = unmarked(text)
+    pair = number_and_unit(text)
+    return PARSERS[kind](text if pair is None or pair[1] == "%" else format(pair[0], "f"))
+
+
 def parse_integer(text: str) -> int | None:
     """Parse an integer, such as -5, +5, 5.0 or 1,000; return None if the text is not a whole number."""
     number = parse_number(text)
@@ -94,4 +159,4 @@ PARSERS = {"integer": parse_integer, "number": parse_number, "text": parse_text}
 def parse_answer(completion: str, kind: str = "integer") -> Answer | None:
     """Return the answer of this kind in a completion, whatever text precedes it; None if there is none."""
     text = answer_text(completion)
-    return None if text is None else PARSERS[kind](text)
+    return None if text is None else parse_as(kind, text)

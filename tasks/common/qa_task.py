@@ -49,8 +49,14 @@ class QATask(Task):
         )
 
     def is_correct(self, problem: Problem, answer: Answer) -> bool:
-        """Return whether a parsed answer is right; by default, whether it equals the problem's own answer."""
-        return answer == self.gold(problem)
+        """Return whether a parsed answer is right.
+
+        By default, it must equal the problem's own answer, a number within the problem's tolerance.
+        """
+        gold = self.gold(problem)
+        if isinstance(answer, str) or isinstance(gold, str) or gold is None:
+            return answer == gold
+        return abs(answer - gold) <= problem.tolerance
 
     def is_close(self, problem: Problem, answer: Answer) -> bool:
         """Return whether a parsed answer is nearly right.

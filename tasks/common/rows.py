@@ -7,7 +7,9 @@ A file is read once, line by line, before training starts. A hash of the questio
 
 import hashlib
 import json
+import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -16,11 +18,17 @@ from itertools import chain
 from typing import Any
 
 from tasks.base import SPLITS, Answer, Problem, seeded_rng, split_of
+from tasks.common.judges import same_text
 from tasks.common.parsing import PARSERS, parse_number
 from tasks.common.qa_task import QATask
 from tasks.common.user_file import Judge
 
 LINES_NAMED = 5  # the largest number of lines that an error or a remark names
+MAX_DECIMALS = 9  # of a number; tasks/common/parsing.py reads no more
+RELATIVE_TOLERANCE = Decimal("0.001")  # of an answer that is a computed number, such as 0.3333333333333333
+MAX_TOLERANCE = Decimal("0.005")  # of such an answer
+ODD_SHARE = 0.1  # of the answers, from which on the start says how they are compared
+_ODD = re.compile(r"[\W\d]|\w\W?$")  # matches the beginning of a text that people write in several ways
 MAX_LINE_BYTES = 32 * 2**20  # a longer line would fill the memory
 Row = Mapping[str, Any]
 
@@ -57,11 +65,15 @@ class Rows(QATask):
 
     def is_correct(self, problem: Problem, answer: Answer) -> bool:
         """Return whether a parsed answer is right. Raises ValueError if the judge fails."""
-        return super().is_correct(problem, answer) if self.judge is None else self.judge(problem, answer)
+        if self.judge is not None:
+            return self.judge(problem, answer)
+        return super().is_correct(problem, answer) or (isinstance(answer, str) and same_text(answer, problem.answer))
 
     def kind_of(self, problem: Problem) -> str:
         """Return the kind of a problem's answer; a file may hold numbers and texts."""
-        return "integer" if self.kind == "integer" else kind_of(problem.answer)
+        if self.kind == "integer" or (self.judge is not None and self.judge.reads_text):
+            return self.kind
+        return kind_of(problem.answer)
 
 
 def kind_of(answer: str) -> str:
@@ -81,8 +93,8 @@ def kind_of_all(problems: Iterable[Problem]) -> str:
 def notes_on(problems: Sequence[Problem], compare_answers: bool = True) -> list[str]:
     """Return remarks on lines of a file that may be mistakes.
 
-    One remark names a minority of answers that changes the kind of all answers, such as a text among integers. The
-    other, if `compare_answers`, names questions that occur again with another answer.
+    One remark is about a minority of answers that decides the kind of all answers. The others, if `compare_answers`,
+    are about questions that occur again with another answer, and about how texts and computed numbers are compared.
     """
     notes = []
     task_kind = kind_of_all(problems)
@@ -102,6 +114,20 @@ def notes_on(problems: Sequence[Problem], compare_answers: bool = True) -> list[
                 for before, again in differing
             )
             notes.append(f"Questions asked again with another answer, in {len(differing)} lines: {lines}.")
+        odd = [p for p in problems if kind_of(p.answer) == "text" and _ODD.match(p.answer)]
+        if odd and len(odd) >= ODD_SHARE * len(problems):
+            notes.append(
+                f"{len(odd)} of {len(problems)} answers are texts that begin with a digit or a sign, or single "
+                f"letters, such as {odd[0].answer[:20]!a}. They are compared as texts, without marks around them; "
+                "1/2 equals 2/4, 42 equals 42 km, B equals (B). --correct choice compares letters only, "
+                "--correct math values, --correct FILE.py:FUNCTION as you define it."
+            )
+        if computed := [problem for problem in problems if problem.tolerance]:
+            notes.append(
+                f"{len(computed)} of {len(problems)} answers are numbers with more than {MAX_DECIMALS} decimals, "
+                f"such as {computed[0].answer}. They are rounded, and an answer is right if it differs by at "
+                f"most {RELATIVE_TOLERANCE:.1%} and at most {MAX_TOLERANCE}."
+            )
     return notes
 
 
@@ -210,6 +236,24 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"not JSON ({name})")
 
 
+def rounded(value: float) -> str | None:
+    """Return a computed number, such as 1/3, as text with four significant digits or more; None for any other number.
+
+    Such numbers have more decimals than an answer may have. Numbers too small for 9 decimals stay as they are.
+    """
+    if Decimal(repr(value)).as_tuple().exponent >= -MAX_DECIMALS or round(value, MAX_DECIMALS) == 0:
+        return None
+    digits = max(4, 3 - math.floor(math.log10(abs(value))))
+    return format(round(Decimal(repr(value)), min(digits, MAX_DECIMALS)), "f")
+
+
+def tolerance_of(value: Any) -> Decimal:
+    """Return by how much an answer may differ from the answer in a row; 0 unless that is a computed number."""
+    if not isinstance(value, float) or (text := rounded(value)) is None:
+        return Decimal(0)
+    return min(RELATIVE_TOLERANCE * abs(Decimal(text)), MAX_TOLERANCE)
+
+
 def text_of(row: Row, field: str, or_number: bool = False) -> str:
     """Return the text of a field without white space around it; with `or_number`, also a number as text.
 
@@ -221,7 +265,7 @@ def text_of(row: Row, field: str, or_number: bool = False) -> str:
     if or_number and isinstance(value, (int, float)) and not isinstance(value, bool):
         if abs(value) == float("inf"):
             raise ValueError(f"{field!r} is too large a number")
-        value = format(Decimal(repr(value)), "f")
+        value = (rounded(value) if isinstance(value, float) else None) or format(Decimal(repr(value)), "f")
     if not isinstance(value, str):
         raise ValueError(f"{field!r} is {type(value).__name__}, not text")
     value = value.strip()

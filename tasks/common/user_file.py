@@ -29,6 +29,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from tasks.base import Answer, Problem, one_line, shown
+from tasks.common.judges import JUDGES
 
 PREFIX = "user_file_"  # Prefix of the module name under which a user's file is put in sys.modules.
 
@@ -157,15 +158,22 @@ class Judge:
     """
 
     name: str
-    file: UserFile
+    file: UserFile | None  # None for a ready judge
     function: Callable[..., Any]
+
+    @property
+    def reads_text(self) -> bool:
+        """Return whether the judge gets all answers as texts, numbers too, as the ready judges do."""
+        return self.file is None
 
     @classmethod
     def load(cls, spec: str) -> "Judge":
-        """Return the judge that FILE.py:FUNCTION names. Raises ValueError, in one line, if there is none."""
+        """Return the ready judge of this name, or that of FILE.py:FUNCTION. Raises ValueError if there is none."""
+        if spec in JUDGES:
+            return cls(spec, None, JUDGES[spec])
         path, colon, name = spec.rpartition(":")
         if not colon or not path or not name:
-            raise ValueError(f"--correct is {spec!r}; write FILE.py:FUNCTION")
+            raise ValueError(f"--correct is {spec!r}; write {', '.join(JUDGES)} or FILE.py:FUNCTION")
         file = load_file(path)
         return cls(name, file, file.function(name))
 
@@ -180,7 +188,7 @@ class Judge:
             raise
         except BaseException as error:
             case = f"on {str(given)[:80]!a} for {problem.question[:80]!a}"
-            place = place_of(error, self.file.path)
+            place = place_of(error, self.file.path if self.file else "")
             raise ValueError(f"--correct {self.name!r} raised {one_line(error)} {case} ({place})") from error
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from tasks.base import Answer, Attempt
-from tasks.common.parsing import BLOCKS, CLOSE, OPEN, PARSERS
+from tasks.common.parsing import BLOCKS, CLOSE, OPEN, parse_as
 
 LENGTH_WITHOUT_REWARD = 1000  # The reward `length` is 0 for a completion of at least this many characters.
 REASONING_OPEN, REASONING_CLOSE = BLOCKS["reasoning"]
@@ -29,13 +29,16 @@ def _last_answer(attempt: Attempt) -> Answer | None:
     """Parse the text between the last <answer> and the next </answer>; return None if there is none."""
     _, opening, rest = attempt.completion.rpartition(OPEN)
     text, closing, _ = rest.partition(CLOSE)
-    return PARSERS[attempt.kind](text.strip()) if opening and closing else None
+    return parse_as(attempt.kind, text.strip()) if opening and closing else None
 
 
 def correctness(attempt: Attempt) -> float:
     """Return 1 if the last answer block holds the problem's own answer, whatever text is around the block."""
     answer = _last_answer(attempt)
-    return float(answer is not None and answer == attempt.gold)
+    gold = attempt.gold
+    if isinstance(answer, str) or isinstance(gold, str) or answer is None or gold is None:
+        return float(answer is not None and answer == gold)
+    return float(abs(answer - gold) <= attempt.problem.tolerance)
 
 
 def integer(attempt: Attempt) -> float:

@@ -78,7 +78,7 @@ NUMBER_HACKS = [
         "<answer>٣٠٠٠</answer>",
         "<answer>３０００</answer>",
         "<answer>3000$$</answer>",
-        "<answer>3000 apples</answer>",
+        "<answer>3000 apples or pears or both</answer>",
     ),
     *("<answer>" + "0" * 5000 + "3000</answer>", f"<answer>{HUGE}</answer>", "<answer>nan</answer>"),
     *("<answer>99**98**97</answer>", "<answer>__import__('os').system('true')</answer>", "<answer>2999</answer>"),

@@ -119,12 +119,16 @@ NUMBERS = [
     *((text, None) for text in ("9" * 5000, "-" + "1" * 5000, "0." + "1" * 10, "99**98**97", "__import__('os')")),
 ]
 
+# no number by themselves, but the answer of a completion
+MARKED = ("5$", "5 apples", "**5**", "`5`", "\\boxed{5}")
+
 
 @pytest.mark.parametrize(("text", "expected"), NUMBERS)
 def test_a_number_is_what_a_person_writes_for_one(text, expected):
     number = parse_number(text)
     assert number == (None if expected is None else Decimal(expected))
-    assert parse_answer(f"<answer>{text}</answer>", "number") == parse_number(text.strip())
+    if text not in MARKED:
+        assert parse_answer(f"<answer>{text}</answer>", "number") == parse_number(text.strip())
 
 
 @pytest.mark.parametrize(("text", "expected"), NUMBERS)
@@ -133,7 +137,44 @@ def test_an_integer_is_a_number_that_is_whole(text, expected):
     integer = parse_integer(text)
     assert integer == (Decimal(expected) if whole else None)
     assert type(integer) is (int if whole else type(None))
-    assert parse_answer(f"<answer>{text}</answer>") == parse_integer(text.strip())
+    if text not in MARKED:
+        assert parse_answer(f"<answer>{text}</answer>") == parse_integer(text.strip())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(*MARKED, "$5$", "$\\boxed{5}$", "**\\boxed{5}**", "\\(5\\)", "5 km", "5km", "5 g", "5 km/h", "5 m²", "5°C"),
+        *("$5.00", "5 square meters", "5 apples.", "5 りんご", "5.0 kg"),
+    ],
+)
+def test_marks_around_a_number_and_a_unit_after_it_do_not_count(text):
+    for kind in ("integer", "number"):
+        assert parse_answer(f"<answer>{text}</answer>", kind) == 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("5 or 6", "5 apples or 6", "5 million", "5 dozen eggs", "5k", "5 k", "5 and a half", "5 plus one", "5m"),
+        *(
+            "5x",
+            "5%",
+            "5 ½",
+            "5 万",
+            "5万",
+            "5 big red apples",
+            "5 / 2",
+            "5/2",
+            "\\boxed{5} or **6**",
+            "about 5",
+            "5-6 km",
+        ),
+    ],
+)
+def test_words_that_change_a_number_make_it_no_answer(text):
+    for kind in ("integer", "number"):
+        assert parse_answer(f"<answer>{text}</answer>", kind) is None
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,6 @@ def test_any_text_whatever_gives_an_integer_at_its_end_or_none(text):
         assert "</answer>" not in before
         assert "<answer>" not in inside
         digits = [character for character in inside if character in "0123456789"]
-        assert set(inside) - set(digits) <= set("+-$,.\u2212\u202f\u2009") | {c for c in inside if c.isspace()}
         assert str(abs(answer)).rstrip("0") == "".join(digits).lstrip("0").rstrip("0")
         assert (answer < 0) <= bool({"-", "\u2212"} & set(inside))
 

@@ -112,7 +112,7 @@ def test_a_file_with_annotations_from_the_future_declares_its_options_too(monkey
 
 def test_the_options_are_those_that_the_tasks_declare():
     data = "gsm8k, jsonl: JSON Lines file with the problems"
-    correct = "jsonl: FILE.py:FUNCTION that judges answers, instead of equality with the reference"
+    correct = "jsonl: choice, math, or FILE.py:FUNCTION that judges answers, instead of equality"
     smallest = "arithmetic: smallest operand; a negative one is written in brackets"
     largest, numbers = "arithmetic: largest operand", "countdown: how many numbers a problem gives"
     assert task_options() == {
