@@ -2,7 +2,7 @@
 
     python train_grpo.py                                        the bundled starter model, minutes on a CPU
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct     a model of the Hugging Face Hub
-    python train_grpo.py --check                                a prompt, rewards, expected time: trains nothing
+    python train_grpo.py --check                                a prompt, rewards, other settings: trains nothing
     python train_grpo.py --config runs/a/grpo_metrics.json      the settings of another run
 
 Writes saved_model/ (the policy that is best on validation problems), grpo_metrics.json, grpo_samples.jsonl,
@@ -47,9 +47,18 @@ if TYPE_CHECKING:
 @click.option("--check", is_flag=True, help="show a prompt, rewards, expected time and memory; train nothing")
 @click.option("--seeds", help="one run for each of these seeds, such as 0,1,2, in the folders seed-0/ and so on")
 @click.option("--fresh", is_flag=True, help="start over; what an earlier run wrote is moved to earlier_runs/")
+@click.option("--train-anyway", is_flag=True, help="train even if hardly a group has mixed rewards at the start")
 @help_all_option
 @click.pass_context
-def main(ctx: click.Context, file: Path | None, check: bool, seeds: str | None, fresh: bool, **settings: Any) -> None:
+def main(
+    ctx: click.Context,
+    file: Path | None,
+    check: bool,
+    seeds: str | None,
+    fresh: bool,
+    train_anyway: bool,
+    **settings: Any,
+) -> None:
     """Train a small instruct model with GRPO, on arithmetic or another task.
 
     The default model, the starter, changes some defaults: see "starter" below. Other models may change some too. A
@@ -68,9 +77,11 @@ def main(ctx: click.Context, file: Path | None, check: bool, seeds: str | None, 
             in_file = read_settings(file) if file else {}
             in_file.pop("seed", None)
             resolve_with_file(file, in_file, given)
-            ctx.exit(run_seeds(__file__, parse_seeds(seeds), {**in_file, **given}, fresh))
+            ctx.exit(run_seeds(__file__, parse_seeds(seeds), {**in_file, **given}, fresh, train_anyway))
     try:
-        ctx.exit(start(partial(settings_of, file, given), partial(train, launched, check), fresh, check))
+        ctx.exit(
+            start(partial(settings_of, file, given), partial(train, launched, check, train_anyway), fresh, check)
+        )
     except (ValueError, OSError) as error:
         raise click.ClickException(printable(str(error))) from None
     except KeyboardInterrupt:
@@ -85,6 +96,7 @@ def settings_of(file: Path | None, given: dict[str, Any]) -> TrainConfig:
 def train(
     launched: float,
     check: bool,
+    train_anyway: bool,
     config: TrainConfig,
     task: Task | None = None,
     ranks: "Ranks | None" = None,
@@ -92,7 +104,8 @@ def train(
 ) -> int:
     """Run the training, or only check it, and return the exit status.
 
-    `launched` is the `time.monotonic()` of this launch. `earlier` are the seconds before this launch that count
+    `launched` is the `time.monotonic()` of this launch. With `train_anyway`, a run with hardly a learning signal is
+    trained too. `earlier` are the seconds before this launch that count
     towards a time limit. `ranks` are the processes of the run, by default this process alone. The heavy imports come
     after the output folder is locked.
     """
@@ -111,7 +124,7 @@ def train(
     from tasks.skills import SKILLS
 
     with failures_in_words(config.model), naming_own_code():
-        trainer = Trainer(config, task, SKILLS, launched - earlier, ranks or ONE)
+        trainer = Trainer(config, task, SKILLS, launched - earlier, ranks or ONE, train_anyway)
         if check:
             check_run(trainer.grpo, trainer.evaluator, trainer.metrics.record["environment"], launched)
             return 0

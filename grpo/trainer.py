@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from grpo.algorithm.grpo import GRPO
 from grpo.config import TrainConfig
 from grpo.evaluation.evaluator import Evaluator
 from grpo.interrupts import Interrupted, InterruptHandler
-from grpo.launch.outlook import outlook
+from grpo.launch.outlook import NothingToLearn, is_hopeless, look_closer, outlook, try_settings, way_out
+from grpo.launch.run_folder import free_folder
 from grpo.measurer import Measurer
 from grpo.model.language_model import fitting_task
 from grpo.model.loading import load, load_policy
@@ -19,7 +21,14 @@ from grpo.model_card import read_card
 from grpo.plots.figures import draw_all
 from grpo.record.metrics import Metrics, ended_with
 from grpo.report.ending import conclude, show_already_finished, show_interruption
-from grpo.report.opening import introduce, show_choice_by_reward, show_fine_tuning, show_outlook
+from grpo.report.opening import (
+    introduce,
+    show_choice_by_reward,
+    show_fine_tuning,
+    show_outlook,
+    show_stop,
+    show_trials,
+)
 from grpo.report.progress import show_completions, show_evaluation
 from grpo.report.saved_readme import saved_readme
 from grpo.resume import Progress, RunState
@@ -57,9 +66,13 @@ class Trainer:
         skills: dict[str, Task],
         launched: float | None = None,
         ranks: Ranks = ONE,
+        train_anyway: bool = False,
     ) -> None:
-        """Load the model and make the parts of the run. A time limit counts from `launched`, by default from now."""
-        self.config, self.task, self.ranks = config, task, ranks
+        """Load the model and make the parts of the run. A time limit counts from `launched`, by default from now.
+
+        With `train_anyway`, a run with hardly a learning signal in its outlook is trained nevertheless.
+        """
+        self.config, self.task, self.ranks, self.train_anyway = config, task, ranks, train_anyway
         self.folder = Path(config.output_dir)
         self.saved_model = self.folder / SAVED_MODEL
         rewards = rewards_of(config, task)
@@ -105,6 +118,8 @@ class Trainer:
                 last_step = self.progress.total if has_logged else None
                 with self.measurer.tracker.tracking(self.folder, self.config.to_dict(), last_step):
                     self._continue(interrupts)
+            except NothingToLearn:
+                return 1
             except OSError as error:
                 raise OSError(self.state.what_is_lost(self.folder, error)) from error
             return interrupts.exit_status
@@ -191,6 +206,9 @@ class Trainer:
         self.metrics.record["outlook"] = forecast
         show_outlook(forecast, seconds, self.config.num_iterations, peak_memory(self.lm.device))
         self.measurer.diagnose()  # says at once if there is nothing to learn from
+        if is_hopeless(forecast) and not self.train_anyway:
+            with interrupts.abandonable():
+                self._look_for_a_way_out(forecast)
         if self.evaluator.rewards:
             show_choice_by_reward()
         progress.before = self.measurer.measure(self.lm, "test", 0, interrupts.abandonable())
@@ -198,6 +216,25 @@ class Trainer:
             show_fine_tuning(progress.before, "after")
         self._validate(interrupts)
         return None
+
+    def _look_for_a_way_out(self, forecast: Mapping[str, Any]) -> None:
+        """Print what the model does under other settings, and raise NothingToLearn; do neither if more groups help.
+
+        What fine-tuning has trained is kept. Without it, nothing of the run is.
+        """
+        look = look_closer(self.grpo, forecast)
+        if not is_hopeless(look):
+            return
+        trials = try_settings(self.grpo, look)
+        is_tuned = self.progress.sft_step > 0
+        options = way_out(self.config, trials)
+        if options and is_tuned:
+            options.append("--fresh")
+        show_trials(trials, options, self.ranks.script)
+        if self.ranks.is_main and not is_tuned:
+            free_folder(self.folder)
+        show_stop(str(self.folder), is_tuned)
+        raise NothingToLearn
 
     def _fine_tune(self, interrupts: InterruptHandler) -> str | None:
         """Take the remaining supervised steps, then begin GRPO from there; return a reason to stop, or None."""

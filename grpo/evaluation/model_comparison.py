@@ -36,9 +36,9 @@ def measure(
 ) -> list[Measured]:
     """Measure each model with the prompts and limits of `config`, with only one model in memory at a time.
 
-    Drift is None for the first model, and for a model whose tokenizer gives the questions other ids. Problems that are
-    too long for the first model are left out and named. Raises ValueError if a model cannot be loaded, or has too few
-    positions for a problem that the first model answered.
+    Drift is None for the first model, and for a model whose tokenizer gives the questions other ids. Problems that
+    are too long for the first model are left out and named. Raises ValueError if a model cannot be loaded, or has too
+    few positions for a problem that the first model answered.
     """
     measured: list[Measured] = []
     start = None

@@ -11,8 +11,8 @@ from typing import Any
 from grpo.algorithm.grpo import GRPO
 from grpo.evaluation.evaluator import SAMPLES_PER_K, SKILL_PROBLEMS, Evaluator
 from grpo.generation.greedy import ROWS_PER_PASS
-from grpo.launch.outlook import outlook
-from grpo.report.opening import introduce, show_shares
+from grpo.launch.outlook import look_closer, outlook, try_settings, way_out
+from grpo.report.opening import introduce, show_shares, show_trials
 from grpo.runtime.console import duration, printable, say
 from grpo.runtime.device import peak_memory
 from grpo.sft import SupervisedTrainer
@@ -36,6 +36,8 @@ def check(grpo: GRPO, evaluator: Evaluator, environment: Mapping[str, Any], star
     show_examples(grpo)
     shares, _ = outlook(grpo, grpo.config)
     show_shares(shares)
+    trials = try_settings(grpo, look_closer(grpo, shares))
+    show_trials(trials, way_out(grpo.config, trials), grpo.ranks.script)
     parts = {"loading": loading, **expected_seconds(grpo, evaluator)}
     details = ",  ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
     say("\nEstimate, from a step that was measured and thrown away:")

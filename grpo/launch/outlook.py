@@ -1,6 +1,10 @@
-"""Estimate from one rollout of the starting model how many groups have mixed rewards, and the time of a step."""
+"""Estimate, from one rollout of the starting model, what GRPO has to work with and how long a step takes.
+
+Where hardly any group has a learning signal, `try_settings` looks for settings under which more groups have one.
+"""
 
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,9 +12,28 @@ from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.reference import logprobs_in_passes
 from grpo.algorithm.rollout import Rollout
 from grpo.config import TrainConfig
+from grpo.launch.seeds import as_arguments
+from grpo.model.language_model import fitting_task
+from grpo.model_card import resolve
+from tasks.base import Task, asked
+from tasks.common.prompts import wordings
+from tasks.registry import make_task
 
 GROUPS = 8  # The rollout has this many groups, but never more groups than a step.
 FORWARDS_PER_BACKWARD = 2  # A backward pass takes about as long as two forward passes.
+MIN_TEACHING = 0.1  # Below this share of groups with mixed rewards, a run stops before its first step.
+MAX_TRYING_SECONDS = 40.0  # A trial that would probably end later is left out.
+TRIED_SHOTS = (2, 4)
+TRIED_TOKENS = (2, 4)  # times --max-new-tokens
+MIN_TRUNCATED = 0.1  # Larger token limits are tried if at least this share of the completions was cut off.
+
+
+class NothingToLearn(Exception):
+    """Hardly any group of the starting model has mixed rewards, so the run ends before its first step."""
+
+
+# The settings that differ from the run's, {} for the run as asked; and the shares that were found under them.
+Trial = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
 def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
@@ -20,17 +43,94 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
     is the share of groups with mixed rewards. The seconds are those of sampling, plus those of a forward pass times
     the number of passes that the reference and the updates of a step take.
     """
-    num_generations = grpo.schedule.at(1).num_generations
     groups = config.batch_size if config.shard else min(GROUPS, config.batch_size)
-    sampler = replace(grpo.sampler, config=replace(config, batch_size=groups, resample_tied=0))
     grpo.clock.seconds = {}
-    rollout, _ = sampler.sample(0, num_generations)
+    rollout = _look(grpo, config, grpo.sampler.task, groups)
     passes = (config.beta > 0) + config.num_inner_updates * (1 + FORWARDS_PER_BACKWARD)
     seconds = grpo.clock.seconds["sample"] + passes * _forward_seconds(grpo, config, rollout)
+    return _shares(rollout), seconds * config.batch_size / groups
+
+
+def is_hopeless(shares: Mapping[str, Any]) -> bool:
+    """Return whether hardly any group has mixed rewards."""
+    return shares["teaching"] < MIN_TEACHING
+
+
+def look_closer(grpo: GRPO, look: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the shares of GROUPS groups: `look`, if it has as many or if the model is sharded, else a new look."""
+    if look["groups"] >= GROUPS or grpo.config.shard:
+        return look
+    return _shares(_look(grpo, grpo.config, grpo.sampler.task, GROUPS))
+
+
+def try_settings(grpo: GRPO, look: Mapping[str, Any]) -> list[Trial]:
+    """Sample the problems of `look` under other settings, for about MAX_TRYING_SECONDS; the run as asked comes first.
+
+    Settings that are impossible for the task or the model are left out.
+    """
+    config, start = grpo.config, time.monotonic()
+    seconds_per_token = grpo.clock.seconds["sample"] / config.max_new_tokens
+    trials: list[Trial] = [({}, look)]
+    seen = [(asked(grpo.sampler.task), config.max_new_tokens)]
+    for changes in _changes(config, grpo.sampler.task, look["truncated"]):
+        try:
+            changed = replace(config, **changes)
+            task = fitting_task(grpo.sampler.lm, make_task(changed), changed)
+        except ValueError:  # too few problems for the examples, or no room for a longer prompt or completion
+            continue
+        expected_end = time.monotonic() - start + seconds_per_token * changed.max_new_tokens
+        if (asked(task), changed.max_new_tokens) in seen or grpo.ranks.any(expected_end > MAX_TRYING_SECONDS):
+            continue
+        seen.append((asked(task), changed.max_new_tokens))
+        trials.append((changes, _shares(_look(grpo, changed, task, look["groups"]))))
+    return trials
+
+
+def way_out(config: TrainConfig, trials: Sequence[Trial]) -> list[str]:
+    """Return the options of the run with the most mixed groups; [] if none has enough of them."""
+    changes, shares = max(trials, key=lambda trial: trial[1]["teaching"])  # of equal trials, the first
+    return [] if is_hopeless(shares) else typed(replace(config, **changes))
+
+
+def typed(config: TrainConfig) -> list[str]:
+    """Return the words after `train_grpo.py` that give these settings, without those that the model sets itself."""
+    given = {name: getattr(config, name) for name in ("model", "task", "prompt_style")}
+    defaults = resolve(given)
+    given |= {name: value for name, value in vars(config).items() if value != getattr(defaults, name)}
+    for name in ("task", "prompt_style", "model"):
+        fewer = {other: value for other, value in given.items() if other != name}
+        try:
+            if resolve(fewer) == config:
+                given = fewer
+        except ValueError:  # the model was trained on a task in a file
+            continue
+    return [word for argument in as_arguments(given) for word in argument.split("=", 1)]
+
+
+def _changes(config: TrainConfig, task: Task, truncated: float) -> Iterator[dict[str, Any]]:
+    """Yield the settings to try, by name."""
+    for wording in wordings(task.style, task.kind):
+        yield {"system_prompt": wording}
+    for shots in TRIED_SHOTS:
+        yield {"shots": shots}
+    if truncated >= MIN_TRUNCATED:
+        for factor in TRIED_TOKENS:
+            yield {"max_new_tokens": factor * config.max_new_tokens}
+
+
+def _look(grpo: GRPO, config: TrainConfig, task: Task, groups: int) -> Rollout:
+    """Return a rollout of this many groups under other settings, of problems that no run trains on."""
+    config = replace(config, batch_size=groups, resample_tied=0)
+    rollout, _ = replace(grpo.sampler, config=config, task=task).sample(0, grpo.schedule.at(1).num_generations)
+    return rollout
+
+
+def _shares(rollout: Rollout) -> dict[str, Any]:
+    """Return the shares of a rollout by name."""
     correct = rollout.correct
-    shares = {
-        "groups": groups,
-        "num_generations": num_generations,
+    return {
+        "groups": len(rollout.problems),
+        "num_generations": rollout.num_generations,
         "teaching": 1 - float(rollout.tied.float().mean()),
         "all_right": float(correct.all(-1).float().mean()),
         "pass_at_1": float(correct.float().mean()),
@@ -38,7 +138,6 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
         "well_formed": sum(reward.well_formed for reward in rollout.rewards) / len(rollout.rewards),
         "truncated": float(rollout.truncated.float().mean()),
     }
-    return shares, seconds * config.batch_size / groups
 
 
 def _forward_seconds(grpo: GRPO, config: TrainConfig, rollout: Rollout) -> float:

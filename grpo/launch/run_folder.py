@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -82,6 +83,17 @@ def _check_resumable(folder: Path) -> None:
             f"{folder.resolve()} holds a run ({', '.join(names)}) without a checkpoint to continue from; --fresh "
             f"moves it to {EARLIER}/ and starts over, --output-dir NEW trains elsewhere"
         )
+
+
+def free_folder(folder: Path) -> None:
+    """Remove what a run that ends before its first step has written, so that a run with other settings can begin."""
+    checkpoints = folder / "checkpoints"
+    if [path.name for path in checkpoints.iterdir()] == ["step-00000000"]:
+        for path in (folder / name for name in WRITTEN):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _holder(folder: Path) -> str:

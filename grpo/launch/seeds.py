@@ -26,7 +26,7 @@ def parse_seeds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def run_seeds(script: str, seeds: Sequence[int], given: Mapping[str, Any], fresh: bool) -> int:
+def run_seeds(script: str, seeds: Sequence[int], given: Mapping[str, Any], fresh: bool, train_anyway: bool) -> int:
     """Train with each seed, then print and draw the comparison; return the exit status.
 
     `given` are the settings that differ from the defaults. If a run fails, the later seeds are not run. Raises
@@ -36,10 +36,11 @@ def run_seeds(script: str, seeds: Sequence[int], given: Mapping[str, Any], fresh
         raise ValueError("--seeds cannot be used under torchrun; start torchrun once for each seed, with --seed")
     folder = Path(given.get("output_dir", "."))
     folders = [folder / f"seed-{seed}" for seed in seeds]
+    flags = [*["--fresh"] * fresh, *["--train-anyway"] * train_anyway]
     for seed, seed_folder in zip(seeds, folders, strict=True):
         say(f"Seed {seed}, in {seed_folder}/")
         arguments = as_arguments({**given, "seed": seed, "output_dir": str(seed_folder)})
-        status = _run([sys.executable, script, *arguments, *["--fresh"] * fresh])
+        status = _run([sys.executable, script, *arguments, *flags])
         if status:
             say(f"Seed {seed} was stopped or failed. Run the same command again to continue it.")
             return status if status > 0 else 128 - status

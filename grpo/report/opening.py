@@ -8,8 +8,19 @@ from grpo.evaluation.intervals import accuracy_text
 from grpo.generation.decoding import Decoder
 from grpo.model.language_model import LanguageModel
 from grpo.model_card import recipe_of
-from grpo.runtime.console import WIDEST, command_line, duration, paragraph, printable, say, width
+from grpo.runtime.console import (
+    WIDEST,
+    command_line,
+    duration,
+    fitted,
+    paragraph,
+    printable,
+    say,
+    show_command,
+    width,
+)
 from grpo.scoring.scorer import Scorer
+from grpo.setting import as_typed
 from tasks.registry import task_options, task_shares
 
 HUB_EXAMPLE = ("python", "train_grpo.py", "--model", "Qwen/Qwen2.5-0.5B-Instruct")
@@ -84,14 +95,54 @@ def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory:
 
 
 def show_shares(outlook: Mapping[str, Any]) -> None:
-    """Print figures of the completions sampled before the first step: mixed groups, right, well-formed, cut off."""
-    g = outlook["num_generations"]
-    groups = outlook["groups"]
-    mixed = round(outlook["teaching"] * groups)
-    say(f"Outlook: {mixed} of {groups} groups have mixed rewards, so a non-zero advantage.")
-    say(
-        f"  pass@1 {outlook['pass_at_1']:.0%}, pass@{g} {outlook['pass_at_g']:.0%}, "
-        f"{outlook['well_formed']:.0%} well-formed, {outlook['truncated']:.0%} cut off by the token limit"
+    """Print what a look before the first step found of the completions."""
+    o, g = outlook, outlook["num_generations"]
+    mixed = round(o["teaching"] * o["groups"])
+    say(f"Outlook: {mixed} of {o['groups']} groups have mixed rewards, so a non-zero advantage.")
+    say(f"  pass@1 {o['pass_at_1']:.0%}, pass@{g} {o['pass_at_g']:.0%}: the room that GRPO has is {_room(o)}")
+    say(f"  {o['well_formed']:.0%} well-formed, {o['truncated']:.0%} cut off by the token limit")
+
+
+def _room(outlook: Mapping[str, Any]) -> str:
+    """Return the room that GRPO has: how much more often one of a group is right than a single completion."""
+    return f"{outlook['pass_at_g'] - outlook['pass_at_1']:.0%}"
+
+
+def show_trials(
+    trials: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], options: Sequence[str], script: Sequence[str]
+) -> None:
+    """Print what the model does under other settings, and the command of the settings to take, if any helps.
+
+    Each trial has the settings that differ from the run's, and the shares under them; the first is the run as asked.
+    `options` follow the words of `script` in the command; without options, no settings help.
+    """
+    _, look = trials[0]
+    best_of_group = f"pass@{look['num_generations']}"
+    say(f"\nThe same {look['groups']} problems under other settings:")
+    say(f"  {'setting':25}  well-formed  cut off  pass@1  {best_of_group:>7}  room  mixed")
+    for changes, o in trials:
+        name = " ".join(f"{as_typed(name)} {value}" for name, value in changes.items())
+        say(
+            f"  {fitted(name or 'as asked', 25):25}  {o['well_formed']:>11.0%}  {o['truncated']:>7.0%}  "
+            f"{o['pass_at_1']:>6.0%}  {o['pass_at_g']:>7.0%}  {_room(o):>4}  {o['teaching']:>5.0%}"
+        )
+    say(f"  room: the room that GRPO has, {best_of_group} - pass@1")
+    say("  mixed: the share of groups with mixed rewards, from which GRPO learns")
+    if options:
+        show_command("The setting with the most mixed groups:", [*script, *options])
+    elif look["all_right"] == 1:
+        say("All answers are right already: take harder problems.")
+    else:
+        say("None of these settings helps: take easier problems, a larger model, or --sft-steps 50 before GRPO.")
+
+
+def show_stop(folder: str, is_kept: bool) -> None:
+    """Print why a run ends before its first step, and how to train nevertheless."""
+    kept = f"The fine-tuned model is kept in {folder}; --fresh starts over with other settings." if is_kept else ""
+    paragraph(
+        "Stopped before the first step: as asked, hardly any group has mixed rewards, so GRPO would learn nothing. "
+        f"{kept or 'The folder is free for a run with other settings.'} --train-anyway trains as asked.",
+        indent=0,
     )
 
 

@@ -137,6 +137,13 @@ def command_line(before: str, words: Sequence[str], optional: Sequence[str] = ()
     return " \\\n".join(lines)
 
 
+def show_command(before: str, words: Sequence[str]) -> None:
+    """Print the text `before`, then a command. A word is never broken, which would change it for the shell."""
+    tqdm.write(before, file=sys.stdout)
+    tqdm.write(command_line("   ", words), file=sys.stdout)
+    sys.stdout.flush()
+
+
 class ProgressBar:
     """A progress bar on standard error; without a terminal, a plain line now and then."""
 

@@ -36,6 +36,13 @@ class Ranks:
         """Return whether this is rank 0, the process that writes and prints."""
         return self.rank == 0
 
+    @property
+    def script(self) -> list[str]:
+        """Return the words that start a launch of a run with as many processes."""
+        if self.size == 1:
+            return ["python", "train_grpo.py"]
+        return ["torchrun", "--nproc-per-node", str(self.size), "train_grpo.py"]
+
     def own_device(self, device: torch.device) -> torch.device:
         """Return the device of this process: each of several processes has another CUDA device.
 

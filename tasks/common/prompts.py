@@ -16,6 +16,14 @@ _FORMS = {
     "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n",
 }
 
+# The wordings of a style that a look before the first step tries where nothing can be learned as asked.
+_WORDINGS = {
+    "answer": (
+        "Give {} in <answer>...</answer>.",
+        "Answer with the result inside <answer> tags, like <answer>...</answer>.",
+    ),
+}
+
 
 def system_prompt(style: str, kind: str = "integer") -> str:
     """Return the system prompt of a style for answers of a kind.
@@ -24,6 +32,16 @@ def system_prompt(style: str, kind: str = "integer") -> str:
     'Give the result as an integer in <answer>...</answer>.'
     """
     return _FORMS[style].format(_ASKED[kind])
+
+
+def wordings(style: str, kind: str = "integer") -> list[str]:
+    """Return the built-in system prompts of a style for answers of a kind, the default one among them.
+
+    >>> "Give the result as a number in <answer>...</answer>." in wordings("answer", "number")
+    True
+    """
+    built_in = [wording.format(_ASKED[kind]) for wording in _WORDINGS.get(style, ())]
+    return list(dict.fromkeys([system_prompt(style, kind), *built_in]))
 
 
 def ideal_completion(answer: str, style: str, working: str = "") -> str:

@@ -21,7 +21,7 @@ SHAPE = (8, 896, 14, 2, 4864)  # layers, hidden size, query heads, key heads, ML
 VOCABULARY = 32_768
 ROOT = Path(__file__).parents[2]
 FEW = "--num-iterations 1 --batch-size 2 --num-generations 2 --max-new-tokens 4 --num-inner-updates 1 --eval-every 1"
-FEW += " --eval-problems 2 --max-operand 1"
+FEW += " --eval-problems 2 --max-operand 1 --train-anyway"
 WAYS = {
     "full": [],
     "full, --beta 0": ["--beta", "0"],

@@ -72,12 +72,15 @@ def a_tiny_model(folder, hidden_size=16):
 
 
 def options(**settings):
-    """Return the tiny settings with these changes as arguments of train_grpo.py; None leaves a setting out."""
+    """Return the tiny settings with these changes as arguments of train_grpo.py; None leaves a setting out.
+
+    Some of the tiny models have nothing to learn, and are trained all the same.
+    """
     pairs = {**SETTINGS, **settings}.items()
     names = {name: name.replace("_", "-") for name, _ in pairs}
     flags = [f"--{'' if v else 'no-'}{names[name]}" for name, v in pairs if isinstance(v, bool)]
     valued = [(name, v) for name, v in pairs if v is not None and not isinstance(v, bool)]
-    return flags + [text for name, v in valued for text in (f"--{names[name]}", str(v))]
+    return ["--train-anyway", *flags] + [text for name, v in valued for text in (f"--{names[name]}", str(v))]
 
 
 def trained(model, folder, *arguments, **settings):

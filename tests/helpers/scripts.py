@@ -17,7 +17,17 @@ from grpo.record.metrics import FILE_NAME
 from grpo.record.samples import FILE_NAME as SAMPLES
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--num-iterations", "2", "--batch-size", "2", "--num-generations", "2", "--eval-problems", "8"]
+TINY = [
+    "--train-anyway",
+    "--num-iterations",
+    "2",
+    "--batch-size",
+    "2",
+    "--num-generations",
+    "2",
+    "--eval-problems",
+    "8",
+]
 QUESTION = "What is (4 - 9) * 6?"
 FIELDS = {f.name: f for f in fields(TrainConfig)}
 EVERYTHING = {"saved_model", "checkpoints", FILE_NAME, CURVE, KL, OVERVIEW, SAMPLES}

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 QUESTION = "What is (4 - 9) * 6?"
 SYSTEM = "Give the result as an integer in <answer>...</answer>."
 CHAT = Arithmetic().messages(QUESTION)
-ONE_STEP = ["--num-iterations", 1, "--batch-size", 2, "--num-generations", 2, "--eval-problems", 4]
+ONE_STEP = ["--train-anyway", "--num-iterations", 1, "--batch-size", 2, "--num-generations", 2, "--eval-problems", 4]
 ONE_STEP += ["--max-new-tokens", 12, "--num-inner-updates", 2, "--learning-rate", 1e-3]
 
 # The prompt of each family of real models.

@@ -15,7 +15,7 @@ from tests.helpers.smollm2 import needs_model
 
 SMALL = ["--shots", "2", "--batch-size", "2", "--num-generations", "4", "--num-iterations", "4", "--temperature", "1"]
 SMALL += ["--max-operand", "2", "--save-every", "1", "--eval-every", "2", "--eval-problems", "4", "--show-every", "0"]
-SMALL += ["--max-new-tokens", "24", "--learning-rate", "1e-5"]
+SMALL += ["--train-anyway", "--max-new-tokens", "24", "--learning-rate", "1e-5"]
 
 
 @needs_model
