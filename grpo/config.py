@@ -11,7 +11,7 @@ from dataclasses import Field, asdict, dataclass, fields, make_dataclass
 from typing import Any
 
 from grpo.setting import as_typed, check_setting, parse_duration, parse_group_schedule, setting
-from tasks.common.prompts import STYLES
+from tasks.common.prompts import DEFAULT_WORDING, FIRST_WORDING, STYLES, WORDINGS
 from tasks.common.user_file import names_a_file
 from tasks.registry import DEFAULT_TASK, TASKS, task_options, task_shares
 
@@ -96,6 +96,9 @@ class TrainConfig(TaskOptions):
     )
     task_arg: tuple[str, ...] = setting((), TASK, "KEY=VALUE, an argument for the task in your file; repeatable")
     prompt_style: str = setting("answer", TASK, "answer format that the prompt asks for", choices=STYLES, common=True)
+    prompt_wording: str = setting(
+        DEFAULT_WORDING, TASK, "built-in wording of the prompt style; the starter has plain", choices=WORDINGS
+    )
     system_prompt: str = setting("", TASK, "system prompt, instead of the prompt style's")
     shots: int = setting(0, TASK, "solved training problems in the prompt", least=0, most=10**4, common=True)
     reward: tuple[str, ...] = setting(
@@ -243,7 +246,8 @@ class TrainConfig(TaskOptions):
 
     def conflicting_settings(self, earlier: Mapping[str, Any]) -> list[str]:
         """Return, in words, the changed settings that prevent this launch from continuing an earlier one."""
-        earlier = {**TrainConfig().to_dict(), **with_new_names(earlier)}  # an older version lacks newer settings
+        # An older version lacks newer settings, and had one wording only.
+        earlier = {**TrainConfig().to_dict(), "prompt_wording": FIRST_WORDING, **with_new_names(earlier)}
         may_change = set(CHANGEABLE_ON_RESUME)
         if self.group_schedule or self.learning_rate_decay != "none":  # a step depends on their number
             may_change.remove("num_iterations")

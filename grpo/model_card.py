@@ -14,7 +14,7 @@ from typing import Any
 
 from grpo.config import MAX_NEW_TOKENS, NOT_INHERITED, REMOVED, TrainConfig, with_new_names
 from tasks.base import KINDS
-from tasks.common.prompts import STYLE_TOKENS, STYLES
+from tasks.common.prompts import FIRST_WORDING, STYLE_TOKENS, STYLES
 from tasks.common.user_file import names_a_file
 from tasks.registry import unused_options
 
@@ -96,7 +96,10 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
 
     Raises ValueError for an impossible value in `given` or on the card.
     """
-    card = with_new_names(read_card(given.get("model", "starter")).get("settings", {}))
+    entries = read_card(given.get("model", "starter"))
+    card = with_new_names(entries.get("settings", {}))
+    if "system_prompt" in entries:  # The model was trained here, by an older version if it does not name its wording.
+        card.setdefault("prompt_wording", FIRST_WORDING)
     card.pop(REMOVED, None)  # it affected only the training of that model
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):
         raise ValueError(f"the model's {CARD} has settings that a card cannot have: {', '.join(unknown)}")

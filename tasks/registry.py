@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from tasks import gsm8k, jsonl
 from tasks.arithmetic import Arithmetic
 from tasks.base import Option, Task
 from tasks.common.own_task import load_task
+from tasks.common.prompts import system_prompt
 from tasks.common.shots import with_shots
 from tasks.common.user_file import names_a_file
 from tasks.countdown import Countdown
@@ -32,6 +33,7 @@ class TaskSettings(Protocol):
     task: Sequence[str]
     task_arg: Sequence[str]
     prompt_style: str
+    prompt_wording: str
     system_prompt: str
     shots: int
 
@@ -103,6 +105,8 @@ def _make(spec: str, settings: TaskSettings) -> Task:
     else:
         options = {name: getattr(settings, name) for name, option in task_options().items() if spec in option.tasks}
         task = TASKS[spec](**options, style=settings.prompt_style, system_prompt=settings.system_prompt)
+    if task.system_prompt == system_prompt(task.style, task.kind):  # it has no prompt of its own
+        task = replace(task, system_prompt=system_prompt(task.style, task.kind, settings.prompt_wording))
     return with_shots(task, settings.shots) if settings.shots else task
 
 

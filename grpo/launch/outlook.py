@@ -16,7 +16,7 @@ from grpo.launch.seeds import as_arguments
 from grpo.model.language_model import fitting_task
 from grpo.model_card import resolve
 from tasks.base import Task, asked
-from tasks.common.prompts import wordings
+from tasks.common.prompts import WORDINGS
 from tasks.registry import make_task
 
 GROUPS = 8  # The rollout has this many groups, but never more groups than a step.
@@ -72,7 +72,7 @@ def try_settings(grpo: GRPO, look: Mapping[str, Any]) -> list[Trial]:
     seconds_per_token = grpo.clock.seconds["sample"] / config.max_new_tokens
     trials: list[Trial] = [({}, look)]
     seen = [(asked(grpo.sampler.task), config.max_new_tokens)]
-    for changes in _changes(config, grpo.sampler.task, look["truncated"]):
+    for changes in _changes(config, look["truncated"]):
         try:
             changed = replace(config, **changes)
             task = fitting_task(grpo.sampler.lm, make_task(changed), changed)
@@ -107,10 +107,10 @@ def typed(config: TrainConfig) -> list[str]:
     return [word for argument in as_arguments(given) for word in argument.split("=", 1)]
 
 
-def _changes(config: TrainConfig, task: Task, truncated: float) -> Iterator[dict[str, Any]]:
+def _changes(config: TrainConfig, truncated: float) -> Iterator[dict[str, Any]]:
     """Yield the settings to try, by name."""
-    for wording in wordings(task.style, task.kind):
-        yield {"system_prompt": wording}
+    for wording in WORDINGS:
+        yield {"prompt_wording": wording, "system_prompt": ""}
     for shots in TRIED_SHOTS:
         yield {"shots": shots}
     if truncated >= MIN_TRUNCATED:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tasks.arithmetic import OPERATORS, Arithmetic, apply
 from tasks.base import KINDS, Message, Problem, seeded_rng
-from tasks.common.prompts import STYLES, ideal_completion, system_prompt
+from tasks.common.prompts import FIRST_WORDING, STYLES, ideal_completion, system_prompt
 from tasks.skills import SKILLS
 
 Draw = TypeVar("Draw")
@@ -77,5 +77,6 @@ WIDE_SINGLE = replace(SKILLS["single"], make=_wide_single)
 # All prompts of the project, by style and kind of answer. `python train_grpo.py` uses the first.
 PROMPTS = [(style, kind) for style in STYLES for kind in KINDS]
 ARITHMETIC = {
-    (style, kind): Arithmetic(style=style, system_prompt=system_prompt(style, kind)) for style, kind in PROMPTS
+    (style, kind): Arithmetic(style=style, system_prompt=system_prompt(style, kind, FIRST_WORDING))
+    for style, kind in PROMPTS
 }

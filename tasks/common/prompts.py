@@ -9,39 +9,36 @@ STYLE_TOKENS = {"answer": 16, "think": 128, "reasoning": 256}
 STYLES = tuple(STYLE_TOKENS)
 
 _ASKED = {"integer": "the result as an integer", "number": "the result as a number", "text": "the answer"}
+_REASONING = (
+    "Respond in the following format, with {} between the answer tags:\n"
+    "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
+)
+# The system prompts by wording and style. The starter was trained with "plain". tasks/README.md has what each wording
+# gets out of real models.
 _FORMS = {
-    "answer": "Give {} in <answer>...</answer>.",
-    "think": "Think in <think>...</think>, then give {} in <answer>...</answer>.",
-    "reasoning": "Respond in the following format, with {} between the answer tags:\n"
-    "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n",
+    "example": {
+        "answer": "Answer with the {short} inside <answer> tags, like <answer>...</answer>.",
+        "think": "Think in <think>...</think>, then give {} in <answer>...</answer>.",
+        "reasoning": _REASONING,
+    },
+    "plain": {
+        "answer": "Give {} in <answer>...</answer>.",
+        "think": "Think in <think>...</think>, then give {} in <answer>...</answer>.",
+        "reasoning": _REASONING,
+    },
 }
-
-# The wordings of a style that a look before the first step tries where nothing can be learned as asked.
-_WORDINGS = {
-    "answer": (
-        "Give {} in <answer>...</answer>.",
-        "Answer with the result inside <answer> tags, like <answer>...</answer>.",
-    ),
-}
+WORDINGS = tuple(_FORMS)
+DEFAULT_WORDING = "example"
+FIRST_WORDING = "plain"  # of models and runs of older versions, which had no other
 
 
-def system_prompt(style: str, kind: str = "integer") -> str:
+def system_prompt(style: str, kind: str = "integer", wording: str = DEFAULT_WORDING) -> str:
     """Return the system prompt of a style for answers of a kind.
 
     >>> system_prompt("answer")
-    'Give the result as an integer in <answer>...</answer>.'
+    'Answer with the result inside <answer> tags, like <answer>...</answer>.'
     """
-    return _FORMS[style].format(_ASKED[kind])
-
-
-def wordings(style: str, kind: str = "integer") -> list[str]:
-    """Return the built-in system prompts of a style for answers of a kind, the default one among them.
-
-    >>> "Give the result as a number in <answer>...</answer>." in wordings("answer", "number")
-    True
-    """
-    built_in = [wording.format(_ASKED[kind]) for wording in _WORDINGS.get(style, ())]
-    return list(dict.fromkeys([system_prompt(style, kind), *built_in]))
+    return _FORMS[wording][style].format(_ASKED[kind], short="answer" if kind == "text" else "result")
 
 
 def ideal_completion(answer: str, style: str, working: str = "") -> str:

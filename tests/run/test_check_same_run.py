@@ -17,6 +17,7 @@ from grpo.record.checkpoint import FORMAT, newest_checkpoint, write_checkpoint
 from grpo.record.metrics import load_metrics, same_rows, without_times
 from grpo.record.tracker import Tracker
 from grpo.setting import as_typed
+from tasks.common.prompts import FIRST_WORDING
 from tests.fixtures.make import HERE, NAME
 from tests.helpers.runs import SETTINGS, a_tiny_model, forked, options
 from tests.helpers.scripts import snapshot
@@ -186,7 +187,7 @@ def test_a_kept_checkpoint_is_continued_or_refused_with_a_reason(version, tmp_pa
     state = json.loads((folder / "run/checkpoints/step-00000002/state.json").read_text(encoding="utf-8"))
     names = {field.name for field in fields(TrainConfig)}
     settings = {name: value for name, value in state["config"].items() if name in names and value not in ("", [])}
-    settings |= {"num_iterations": 3}
+    settings |= {"num_iterations": 3, "prompt_wording": state["config"].get("prompt_wording", FIRST_WORDING)}
     result = forked(train_grpo.main, options(**settings), folder=folder)
     if version != FORMAT and result[0]:
         assert f"format {version}" in result[2] + result[1]

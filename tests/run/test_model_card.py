@@ -1,7 +1,7 @@
 """The card in a model's folder, and where a setting comes from: command line, card, default."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -9,6 +9,7 @@ from grpo import model_card
 from grpo.config import NOT_INHERITED, TrainConfig
 from grpo.model_card import CARD, RECIPES, STARTER, model_folder, read_card, recipe_of, resolve
 from tasks.common.prompts import STYLE_TOKENS, STYLES
+from tasks.registry import make_task
 
 FIELDS = {f.name: f for f in fields(TrainConfig)}
 
@@ -140,6 +141,30 @@ def test_a_system_prompt_and_rewards_of_a_card_are_for_its_own_style_and_task(tm
     ):
         config = resolve({"model": model, **given})
         assert (config.system_prompt, config.reward) == (("Say it.", ("exact=1",)) if kept else ("", ()))
+
+
+def test_a_trained_model_keeps_the_wording_that_it_was_trained_with(tmp_path):
+    assert resolve({"model": "starter"}).prompt_wording == "plain"
+    assert make_task(resolve({"model": "starter"})).system_prompt == read_card("starter")["system_prompt"]
+    of_older_version = folder_with_card(tmp_path / "older", {"system_prompt": "Say it.", "settings": {}})
+    assert resolve({"model": of_older_version}).prompt_wording == "plain"
+    of_this_version = folder_with_card(
+        tmp_path / "this", {"system_prompt": "Say it.", "settings": {"prompt_wording": "example"}}
+    )
+    assert resolve({"model": of_this_version}).prompt_wording == "example"
+    untrained = tmp_path / "hub"
+    untrained.mkdir()
+    config = resolve({"model": str(untrained)})
+    assert (
+        make_task(config).system_prompt == "Answer with the result inside <answer> tags, like <answer>...</answer>."
+    )
+    assert make_task(replace(config, system_prompt="Say it.")).system_prompt == "Say it."
+
+
+def test_a_run_of_an_older_version_has_the_first_wording():
+    older = {name: value for name, value in TrainConfig().to_dict().items() if name != "prompt_wording"}
+    assert TrainConfig(prompt_wording="plain").conflicting_settings(older) == []
+    assert TrainConfig().conflicting_settings(older) == ["--prompt-wording plain (now example)"]
 
 
 def test_a_models_card_can_name_no_file_that_would_be_read_or_run(tmp_path):

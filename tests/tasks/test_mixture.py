@@ -88,7 +88,7 @@ def test_each_task_asks_grades_and_teaches_in_its_own_way():
     assert "the answer" in system["content"]
     assert [turn["content"][:5] for turn in turns[::2]] == ["Make "] * 2
     assert question["content"] == numbers.question
-    assert "as an integer" in prompt_of(task, sums)[0]["content"]
+    assert "the result" in prompt_of(task, sums)[0]["content"]
     assert (asked(task)["kind"], asked(task)["tasks"]["countdown"]["kind"]) == ("integer", "text")
     right = f"<answer>{numbers.answer}</answer>"
     attempt = task.grade(numbers, right)

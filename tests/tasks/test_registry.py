@@ -39,7 +39,15 @@ def settings(task, **given):
     """Return settings of a run: the task, these, and the defaults of all other options."""
     defaults = {name: option.default for name, option in task_options().items()}
     return SimpleNamespace(
-        **{"task": task, "prompt_style": "answer", "system_prompt": "", "shots": 0, **defaults, **given}
+        **{
+            "task": task,
+            "prompt_style": "answer",
+            "system_prompt": "",
+            "prompt_wording": "example",
+            "shots": 0,
+            **defaults,
+            **given,
+        }
     )
 
 
