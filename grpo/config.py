@@ -143,11 +143,11 @@ class TrainConfig(TaskOptions):
     loss_average: str = setting(
         "completion",
         VARIANTS,
-        "average of the loss: per completion, over all tokens (DAPO), over a constant length (Dr. GRPO)",
+        "how token losses are averaged: per completion, over all tokens (DAPO), by a constant length (Dr. GRPO)",
         choices=AVERAGES,
         common=True,
     )
-    ratio: str = setting("token", VARIANTS, "ratio per token, or per completion (sequence: GSPO)", choices=RATIOS)
+    ratio: str = setting("token", VARIANTS, "one ratio per token, or per completion (sequence: GSPO)", choices=RATIOS)
     kl_estimator: str = setting(
         "k3", VARIANTS, "KL term; k3-corrected: multiplied by the ratio (DeepSeek-V3.2)", choices=KL_ESTIMATORS
     )

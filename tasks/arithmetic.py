@@ -63,8 +63,8 @@ class Expression:
     def key(self) -> str:
         """Return a text that expressions share if they differ only in the order or grouping of terms or factors.
 
-        (a - b) + c, (a + c) - b and (c - b) + a are one problem; so are (a * b) * c and (c * a) * b, and so are
-        (a + b) * c and (b + a) * c.
+        These are one problem each: (a - b) + c, (a + c) - b and (c - b) + a; (a * b) * c and (c * a) * b; (a + b) * c
+        and (b + a) * c.
         """
         inner = [self.a, -self.b if self.op == "-" else self.b]
         last = -self.c if self.op2 == "-" else self.c

@@ -65,9 +65,9 @@ class Reward:
     """
 
     total: float | None  # the sum of the parts that apply; None if no reward function applies
-    parts: Mapping[str, float | None]  # by reward function, times its weight; None if the function does not apply
-    correct: bool  # as in the `Attempt`
-    well_formed: bool  # as in the `Attempt`
+    parts: Mapping[str, float | None]  # value times weight, by reward function; None if it does not apply
+    correct: bool  # copied from the `Attempt`
+    well_formed: bool  # copied from the `Attempt`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def tidy(axes: Axes) -> None:
-    """Draw a light grid and no box."""
+    """Draw a light grid, and no frame at the top and at the right."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

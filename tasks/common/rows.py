@@ -1,4 +1,4 @@
-"""Tasks over the rows of a file: read JSON Lines, report malformed lines, sample problems.
+"""Tasks whose problems are the rows of a file: read JSON Lines, report malformed lines, sample problems.
 
     {"question": "What is the capital of France?", "answer": "Paris"}
 
@@ -37,7 +37,7 @@ Row = Mapping[str, Any]
 class Rows(QATask):
     """A task whose problems are rows (`tasks.base.Task`)."""
 
-    problems: Mapping[str, Sequence[Problem]]  # by split
+    problems: Mapping[str, Sequence[Problem]]  # the problems of each split, by the split's name
     files: Mapping[str, str]  # the SHA-256 of the source of the problems and of the judge's file, by path
     judge: Judge | None = None  # decides which answers are right; None: an answer must equal the problem's own
 
@@ -106,7 +106,7 @@ def notes_on(problems: Sequence[Problem], compare_answers: bool = True) -> list[
             notes.append(f"The kind of the answers is {task_kind}, not {kind}, because of {count}: {lines}.")
             break
     if compare_answers:
-        first: dict[str, Problem] = {}  # by question
+        first: dict[str, Problem] = {}  # the first problem with each question
         pairs = [(first.setdefault(normal(problem.question), problem), problem) for problem in problems]
         if differing := [(before, again) for before, again in pairs if _gold(before) != _gold(again)]:
             lines = _listed(

@@ -31,7 +31,7 @@ def with_shots(task: QATask, shots: int) -> QATask:
     They are the problems of step -1, which no run trains on: its steps begin at 1. Raises ValueError if too few are
     found.
     """
-    solutions: dict[str, str] = {}  # by question
+    solutions: dict[str, str] = {}  # the right completion for each question
     for row in range(MAX_TRIES * shots):
         if len(solutions) == shots:
             break

@@ -67,7 +67,7 @@ def names_a_file(spec: str) -> bool:
 
 
 class _Source(SourceFileLoader):
-    """Load a module from the text that was hashed. Bytecode is not read, because it may be stale, nor written."""
+    """Load a module from the text that was hashed. Read no bytecode, because it may be stale, and write none."""
 
     def __init__(self, name: str, path: str, text: bytes) -> None:
         super().__init__(name, path)

@@ -46,7 +46,7 @@ def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[R
     Raises ValueError, in one line, if a reward is malformed, unknown, missing in its file, or given twice.
     """
     rewards: dict[str, RewardFunction] = {}
-    files: dict[str, UserFile] = {}  # by path, so that each file is run once
+    files: dict[str, UserFile] = {}  # users' files by path, so that each file is run once
     for spec in specs or [f"{name}={weight}" for name, weight in defaults.items()]:
         what, _, weight_text = spec.rpartition("=")
         try:
@@ -219,7 +219,7 @@ def try_out(rewards: Sequence[RewardFunction], task: Task) -> None:
     """Score a few made-up completions of training problems, and make a few held-out problems.
 
     This finds a mistake in a user's function in a second, before the model is loaded. Raises ValueError, in one line.
-    The problems are those of step 0; the steps of a run begin at 1.
+    The problems belong to step 0, which no run trains on: the steps of a run begin at 1.
     """
     for split in ("validation", "test"):
         if not task.held_out(split, PROBLEMS_TRIED):

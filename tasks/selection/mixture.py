@@ -73,8 +73,8 @@ def _parse(spec: str) -> Share:
 class Mixture(QATask):
     """Several tasks as one. A field that cannot differ by problem, such as the style, has the first task's value."""
 
-    parts: Mapping[str, Task] = field()  # by name; `field()` makes it required, unlike in the base class
-    weights: Mapping[str, float]  # by name
+    parts: Mapping[str, Task] = field()  # tasks by name; `field()` makes it required, unlike in the base class
+    weights: Mapping[str, float]  # the weight of each task, by the task's name
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
         """Return the training problem of a row of a step, from a task that is drawn by weight."""
