@@ -75,7 +75,7 @@ def too_hard(run: RunSnapshot) -> CheckResult:
 
 
 def unsolved_category(run: RunSnapshot) -> CheckResult:
-    """Report categories of held-out problems that the model has hardly ever solved, while it solves others."""
+    """Report categories of held-out problems that the model has hardly ever solved, but solves others."""
     ended = len(run.tests) > 1
     if not _has_been_right(run) or not (ended or (len(run.evals) >= 3 and len(run.steps) >= run.long_window)):
         return None

@@ -170,7 +170,7 @@ def gradient_spikes(run: RunSnapshot) -> CheckResult:
 
 
 def updates_skipped(run: RunSnapshot) -> CheckResult:
-    """Report updates of the last step that were not finite."""
+    """Report updates of the last step that were skipped because loss or gradient was not finite."""
     skipped = run.mean("skipped_updates", 1)
     if not skipped >= 1:
         return None
