@@ -46,9 +46,7 @@ class LanguageModel:
         prompts = [encode_chat(self.tokenizer, chat) for chat in chats]
         rows = self.model.get_input_embeddings().weight.shape[0]
         if (largest := max(map(max, filter(None, prompts)), default=0)) >= rows:
-            raise ValueError(
-                f"the tokenizer produces token id {largest}, but the model's embedding has only {rows} rows"
-            )
+            raise ValueError(f"the tokenizer produces id {largest}, but the model's embedding has only {rows} rows")
         return prompts
 
     def completion(self, text: str) -> list[int]:
@@ -58,9 +56,7 @@ class LanguageModel:
         """
         end_id = template_end_id(self.tokenizer)
         if end_id is None:
-            raise ValueError(
-                "the model's tokenizer has no token that ends a turn, so the model cannot learn completions"
-            )
+            raise ValueError("the tokenizer has no token that ends a turn, so the model cannot learn completions")
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [*ids, end_id]
 
