@@ -18,22 +18,22 @@ from grpo.runtime.console import for_terminal
 from grpo.runtime.ranks import ONE, Ranks
 from grpo.setting import parse_duration
 
-TIME_IS_UP = 1  # A code below the numbers of the signals, which are 2 and 15: a signal takes precedence.
+TIME_IS_UP = 1  # Lower than the signals' numbers, 2 and 15, so that a signal takes precedence.
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-JOIN_SECONDS = 1.0  # At the end, the thread has this long to print that a signal came.
-REPEAT_SECONDS = 0.3  # Abandonable work that goes on after a signal is signalled again this often.
+JOIN_SECONDS = 1.0  # At the end, the thread gets this long to print that a signal has come.
+REPEAT_SECONDS = 0.3  # While abandonable work continues after a signal, the signal is sent again this often.
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came in abandonable work. It is no Exception, so that code which catches errors does not catch it."""
+    """A signal has come during abandonable work. It is no Exception, so code that catches errors lets it pass."""
 
 
 class InterruptHandler:
     """Catches SIGINT and SIGTERM, and watches the time limit: call `reason` after each step.
 
-    The first signal interrupts `abandonable` work between two operations of Python. Other work is finished and saved.
-    A second signal ends the process. A thread receives the signals, because Python runs no handler during a long
-    operation of torch.
+    The first signal interrupts `abandonable` work between two operations of Python. Other work is finished, and its
+    results are saved. A second signal ends the process. A thread receives the signals, because Python runs no signal
+    handler during a long operation of torch.
     """
 
     def __init__(self, time_limit: str, launched: float, ranks: Ranks = ONE) -> None:
@@ -42,7 +42,7 @@ class InterruptHandler:
         self.signal: signal.Signals | None = None
         self._deadline = launched + parse_duration(time_limit) if time_limit else None
         self._before: dict[signal.Signals, Any] = {}
-        self._grace: float | None = None  # seconds that abandonable work has after a signal; None for other work
+        self._grace: float | None = None  # seconds that abandonable work gets after a signal; else None
         self._signal_at = 0.0  # when the first signal came
         self._is_announced = False  # whether a message has said that a signal came
         self._lock = threading.Lock()
@@ -67,9 +67,9 @@ class InterruptHandler:
 
     @contextmanager
     def abandonable(self, grace: float = 0.0) -> Iterator[None]:
-        """Let a signal raise Interrupted in the block, unless the block ends within `grace` seconds of the signal.
+        """Let a signal raise Interrupted in the block, unless the block ends within `grace` seconds after the signal.
 
-        With several processes, which must stop after the same step, nothing is interrupted.
+        With several processes the block is never interrupted, because they must stop after the same step.
         """
         if self.ranks.size > 1:
             yield
@@ -82,16 +82,16 @@ class InterruptHandler:
             self._grace = None
 
     def reason(self, needed: float) -> str | None:
-        """Return why to stop now, or None; one more step and the end of the run take `needed` seconds.
+        """Return why to stop now, or None. `needed` is how many seconds one more step and the end of the run take.
 
-        All ranks must call this, and `interrupted`, together; they get the same answer.
+        All ranks must call this together, and get the same answer. The same holds for `interrupted`.
         """
         is_late = self._deadline is not None and time.monotonic() + needed > self._deadline
         code = self._agreed(TIME_IS_UP if is_late else 0)
         return NAMES.get(code, "the time limit") if code else None
 
     def interrupted(self) -> bool:
-        """Return whether there was a signal."""
+        """Return whether a signal has come, on any rank."""
         return self._agreed(0) in NAMES
 
     def stop_listening(self) -> None:
@@ -156,7 +156,7 @@ class InterruptHandler:
         self._read.close()
 
     def _signal_again(self) -> bool:
-        """Signal the main thread again and return True, if abandonable work has not ended after the signal."""
+        """Send the signal to the main thread again if abandonable work still runs; return whether it does."""
         with self._lock:
             if self._grace is not None:
                 if hasattr(signal, "pthread_kill"):

@@ -1,4 +1,4 @@
-"""The measurements of a run: evaluations, metrics, findings; and the best policy as it is saved."""
+"""Measure the policies of a run, record metrics and findings, and save the best policy."""
 
 import os
 import time
@@ -36,16 +36,16 @@ class Measurer:
         progress: Progress,
         ranks: Ranks = ONE,
     ) -> None:
-        """Write to the output folder of the settings, on rank 0 only."""
+        """Prepare to write to the output folder of the settings. Only rank 0 writes."""
         self.config, self.task, self.ranks = config, task, ranks
         self.evaluator, self.metrics, self.progress = evaluator, metrics, progress
         self.saved_model = Path(config.output_dir) / SAVED_MODEL
         self.samples = Samples(metrics.path and metrics.path.parent)
         self.tracker = Tracker(config.track if ranks.is_main else "none")
-        self.rollout: Rollout | None = None  # of the last step
+        self.rollout: Rollout | None = None  # the rollout of the last step
 
     def record(self, rollout: Rollout, entry: dict[str, Any]) -> None:
-        """Record a step in metrics, samples and tracker, and look for findings."""
+        """Record the current step in metrics, samples and tracker, and look for findings."""
         self.rollout, step = rollout, self.progress.step
         self.metrics.add_step(entry)
         if self.samples.wants(step):
@@ -56,10 +56,10 @@ class Measurer:
     def measure(
         self, lm: LanguageModel, split: str, step: int, abandonable: AbstractContextManager[None]
     ) -> dict[str, Any]:
-        """Measure the policy of a step on a split; return the evaluation, which is recorded, with its findings.
+        """Measure the policy of a step on a split, record the evaluation, look for findings; return the evaluation.
 
-        The "validation" split has problems only, the "test" split the neighbouring skills too. A signal may end the
-        measurement, which runs in `abandonable`.
+        On the "test" split, neighbouring skills are measured too. The measurement runs in the context `abandonable`,
+        so a signal may interrupt it.
         """
         start = time.perf_counter()
         with abandonable:
@@ -67,7 +67,7 @@ class Measurer:
         entry = {"step": step, "split": split, **measured, "time/evaluate": time.perf_counter() - start}
         self.metrics.add_eval(entry)
         self.tracker.log(self.progress.total, entry, f"{split}/")
-        self.diagnose(aloud=split != "test")  # the list at the end of the run has the findings of the last test
+        self.diagnose(aloud=split != "test")  # findings of the last test are printed at the end of the run
         return entry
 
     def is_validated(self, step: int) -> bool:
@@ -75,14 +75,14 @@ class Measurer:
         return any(entry["step"] == step for entry in self._validations())
 
     def slowest_validation(self) -> float:
-        """Return the seconds of the slowest validation so far, 0 if there was none."""
+        """Return how many seconds the slowest validation so far took; 0 if there was none."""
         return max((entry.get("time/evaluate") or 0.0 for entry in self._validations()), default=0.0)
 
     def _validations(self) -> list[dict[str, Any]]:
         return [entry for entry in self.metrics.record["evals"] if entry["split"] == "validation"]
 
     def diagnose(self, aloud: bool = True) -> None:
-        """Record the findings that are new in the metrics, and print them if `aloud`."""
+        """Look for new findings, add them to the metrics, and print them if `aloud`."""
         recorded = self.metrics.record["findings"]
         for finding in new_findings(self.metrics.record, {earlier["name"] for earlier in recorded}):
             hint = self.task.hints.get(finding.name, "")
@@ -94,7 +94,7 @@ class Measurer:
                 show_finding(entry)
 
     def save(self, lm: LanguageModel) -> None:
-        """Write `lm`, the best policy so far, to saved_model/, with a README.md and a card for a later run."""
+        """Write `lm`, the best policy so far, to saved_model/, with a README.md and a card that a later run reads."""
         c, start = self.config, time.perf_counter()
         on_disk = c.model not in NAMED and os.path.exists(c.model)
         card = {

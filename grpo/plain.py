@@ -1,12 +1,12 @@
-"""GRPO without a shortcut: one completion at a time, as in the algorithm box of the paper.
+"""GRPO without shortcuts: one completion at a time, as in the algorithm box of the paper.
 
-    python -m grpo.plain        trains the bundled starter model for three steps, and prints them
+    python -m grpo.plain        trains the bundled starter model for three steps and prints each
 
 Source: DeepSeekMath, arXiv:2402.03300, algorithm 1, equations 3 and 4. There is no padding, no attention mask, no
-cache, no micro-batch and no second process. `grpo/algorithm/grpo.py` computes the same, many times faster: the random
-numbers that decide the tokens depend only on seed, step, row and column, so both draw the same completions, and the
-tests compare their weights. Shapes: B completions in a step, G in a group, P tokens in a prompt, C in a completion, V
-in the vocabulary.
+cache, no micro-batch and no second process. `grpo/algorithm/grpo.py` computes the same, many times faster. The random
+numbers that decide the tokens depend only on seed, step, row and column, so both programs draw the same completions.
+The tests compare the weights that they train. Shapes: B completions in a step, G in a group, P tokens in a prompt, C
+in a completion, V in the vocabulary.
 """
 
 import copy
@@ -31,18 +31,18 @@ from tasks.rewards.scoring import rewards_of, score
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion of a group, with all that its loss depends on."""
+    """One completion of a group, with everything that its loss depends on."""
 
     prompt: Sequence[int]  # P token ids
     ids: Sequence[int]  # C token ids, through the first end token
     reward: Reward
     advantage: Tensor  # scalar float32
-    old_logprobs: Tensor  # (C,) of the policy that sampled
-    ref_logprobs: Tensor  # (C,) of the reference
+    old_logprobs: Tensor  # (C,), under the policy that sampled
+    ref_logprobs: Tensor  # (C,), under the reference
 
 
 def sample(lm: LanguageModel, prompt: Sequence[int], uniforms: Tensor, temperature: float) -> list[int]:
-    """Sample one completion until a token ends the turn. Each token is decided by one of `uniforms`, in [0, 1)."""
+    """Sample a completion until a token ends the turn. Each of `uniforms`, in [0, 1), decides one token."""
     ids: list[int] = []
     for uniform in uniforms:
         logits = lm.model(torch.tensor([[*prompt, *ids]])).logits[:, -1]  # (1, V)
@@ -71,14 +71,14 @@ def objective(logprobs: Tensor, completion: Completion, c: TrainConfig) -> Tenso
 
 
 def loss(logprobs: Sequence[Tensor], completions: Sequence[Completion], c: TrainConfig) -> Tensor:
-    """Return the negated mean objective of a step; `logprobs` are the policy's now, (C,) for each completion."""
+    """Return the negated mean objective of a step; `logprobs` are the policy's present ones, (C,) per completion."""
     objectives = [objective(now, completion, c) for now, completion in zip(logprobs, completions, strict=True)]
-    if c.loss_average == "completion":  # GRPO: over the tokens of each completion, then over the completions
+    if c.loss_average == "completion":  # GRPO: mean over the tokens of each completion, then over completions
         return -torch.stack([values.mean() for values in objectives]).mean()
     tokens = torch.cat(objectives)
-    if c.loss_average == "token":  # DAPO: over all tokens of the step
+    if c.loss_average == "token":  # DAPO: mean over all tokens of the step
         return -tokens.mean()
-    return -tokens.sum() / (len(objectives) * c.max_new_tokens)  # Dr. GRPO: over the tokens that fit
+    return -tokens.sum() / (len(objectives) * c.max_new_tokens)  # Dr. GRPO: over the most tokens possible
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def sample_group(
     uniforms = sampling_uniforms(c.seed, step, rows.stop, c.max_new_tokens)[rows]  # (G, C)
     sampled = [sample(lm, prompt, row, c.temperature) for row in uniforms]
     texts = lm.decode([[token for token in ids if token not in lm.end_ids] for ids in sampled])
-    attempts = [task.grade(problem, text) for text in texts]  # is the answer right?
+    attempts = [task.grade(problem, text) for text in texts]  # tells whether each answer is right
     rewards = score(rewards_of(c, task), attempts, {"completion_ids": sampled})
     totals = torch.tensor([reward.total for reward in rewards], dtype=torch.float64)  # (G,)
     advantages = group_advantages(totals, c.num_generations, c.scale_rewards)  # (G,)
@@ -105,7 +105,7 @@ def sample_group(
 
 
 def train(lm: LanguageModel, task: Task, c: TrainConfig, steps: int) -> list[list[Completion]]:
-    """Take `steps` steps of GRPO and print each; return the completions of each step."""
+    """Take `steps` steps of GRPO and print a line for each; return the completions of each step."""
     reference = copy.deepcopy(lm.model)
     optimizer = torch.optim.AdamW(lm.model.parameters(), c.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
     all_completions = []

@@ -1,4 +1,4 @@
-"""Save a run in checkpoints, and continue it from the newest one, if the launch has the same settings and files."""
+"""Save a run in checkpoints, and continue it from the newest one if settings and files are the same."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -22,25 +22,25 @@ from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.console import say
 from grpo.runtime.ranks import ONE, Ranks
 
-SAVE_AFTER_SECONDS = 60.0  # A checkpoint is also written when the last one is a minute old,
-MAX_SAVING_SHARE = 0.02  # but so seldom that this takes at most 2% of the time.
+SAVE_AFTER_SECONDS = 60.0  # A checkpoint is also written once the last one is this old, unless that is too often:
+MAX_SAVING_SHARE = 0.02  # writing these checkpoints may take at most this share of the time.
 BYTES_PER_WEIGHT = 4  # float32
 TENSORS = ("policy", "optimizer", "reference")
 
 
 @dataclass
 class Progress:
-    """How far a run is, and its best policy so far."""
+    """How many steps a run has taken, and the evaluations of its first and its best policy."""
 
     step: int = 0
-    sft_step: int = 0  # supervised steps taken, all of them before step 1
+    sft_step: int = 0  # supervised steps taken; they come before step 1
     before: Mapping[str, Any] = field(default_factory=dict)  # evaluation of the starting model, on test problems
     best: Mapping[str, Any] | None = None  # evaluation of the best policy, on validation problems
 
     def is_better(self, entry: Mapping[str, Any]) -> bool:
-        """Return whether an evaluation is better than the best so far: by reward if measured, else by accuracy."""
+        """Return whether an evaluation beats the best so far: by reward if it was measured, else by accuracy."""
         measure = "reward" if "reward" in entry else "accuracy"
-        highest = (self.best or {}).get(measure)  # an earlier version measured no reward
+        highest = (self.best or {}).get(measure)  # earlier versions measured no reward
         return highest is None or entry[measure] > highest
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,15 +49,15 @@ class Progress:
 
     @property
     def total(self) -> int:
-        """Return the number of supervised and GRPO steps, which is the number of a checkpoint."""
+        """Return the number of supervised and GRPO steps together. Checkpoints are numbered by it."""
         return self.sft_step + self.step
 
     def named(self) -> str:
-        """Return the last step in words."""
+        """Return the last step in words, such as "step 3" or "fine-tuning step 3"."""
         return f"fine-tuning step {self.sft_step}" if self.sft_step and not self.before else f"step {self.step}"
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned. Raises ValueError that names the entries which cannot be right."""
+        """Restore what `state_dict` returned. Raises a ValueError that names invalid entries."""
         before, best, sft_step = state.get("before"), state.get("best", ...), state.get("sft_step", 0)
         check_entries(
             {
@@ -74,7 +74,7 @@ class Progress:
 
 @dataclass
 class RunState:
-    """The parts of a run that a checkpoint keeps. Each has a `state_dict`, and checks what it loads."""
+    """The parts of a run that a checkpoint keeps. Each part has a `state_dict`, and checks what it loads."""
 
     config: TrainConfig
     files: Mapping[str, str]  # SHA-256 of each file of problems or rewards, by path
@@ -84,11 +84,11 @@ class RunState:
     metrics: Metrics
     ranks: Ranks = ONE
     saved_step: int | None = None  # step of the newest checkpoint
-    saved_at: float = field(default_factory=time.monotonic)  # when it was written
-    saving_seconds: float = 0.0  # how long that took
+    saved_at: float = field(default_factory=time.monotonic)  # when the newest checkpoint was written
+    saving_seconds: float = 0.0  # how long writing the newest checkpoint took
 
     def why_done(self) -> str | None:
-        """Return why the run needs no more steps, or None if it does."""
+        """Return why the run needs no more steps, or None if it needs more."""
         c, step, best = self.config, self.progress.step, self.progress.best
         if step >= c.num_iterations:
             return "all steps are done"
@@ -97,11 +97,11 @@ class RunState:
         validations = [entry for entry in self.metrics.record["evals"] if entry["split"] == "validation"]
         later = [entry for entry in validations if best and entry["step"] > best["step"]]
         if c.patience and len(later) >= c.patience:
-            return f"the last {len(later)} evaluations were no better than that of step {best['step']}"
+            return f"the last {len(later)} evaluations were no better than the one of step {best['step']}"
         return None
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint, unless there already is one of this step. All ranks must call this; rank 0 writes."""
+        """Write a checkpoint, if there is none of this step yet. All ranks must call this; rank 0 writes."""
         start = time.perf_counter()
         trained = self.grpo.state_dict()
         state = {
@@ -122,14 +122,14 @@ class RunState:
         self.metrics.add_time("save", self.saving_seconds)
 
     def saved_long_ago(self) -> bool:
-        """Return whether the last checkpoint is old enough to write another one, on any rank."""
+        """Return whether the last checkpoint is so old, on any rank, that another one should be written."""
         passed = time.monotonic() - self.saved_at
         return self.ranks.any(passed > max(SAVE_AFTER_SECONDS, self.saving_seconds / MAX_SAVING_SHARE))
 
     def what_is_lost(self, folder: Path, error: OSError) -> str:
-        """Return a message about a failed write: what is kept and what is lost. Write the metrics if possible."""
+        """Write the metrics if possible; return a message about a failed write: what is kept and what is lost."""
         if not folder.is_dir():
-            return f"{folder.absolute()} was deleted or moved during the run, with all that was saved; {error}"
+            return f"{folder.absolute()} was deleted or moved during the run, with everything that was saved; {error}"
         saved, step = self.saved_step, self.progress.step
         if saved is None:
             return f"{error}; nothing is kept"
@@ -139,19 +139,19 @@ class RunState:
         return f"{error}; the checkpoint of step {saved} is kept{lost}, and the same command continues from it"
 
     def bytes_to_come(self) -> int:
-        """Return the bytes that the run still has to write: two checkpoints and a model, less what it has."""
+        """Return how many more bytes the run needs on disk for two checkpoints and a model."""
         weights = sum(p.numel() for p in trainable(self.grpo.policy).values())
-        checkpoint = 3 * BYTES_PER_WEIGHT * weights  # the weights, and two moments of AdamW for each
+        checkpoint = 3 * BYTES_PER_WEIGHT * weights  # the weights, and AdamW's two moments of each weight
         checkpoints = 1 if self.progress.total else 2
         model = 0 if self.progress.best else BYTES_PER_WEIGHT * self.grpo.policy.num_parameters()
         return checkpoints * checkpoint + model
 
     def restore(self, folder: Path, samples: Samples) -> bool:
-        """Continue from the newest checkpoint that verifies; return False if there is none.
+        """Continue from the newest intact checkpoint; return False if there is no checkpoint.
 
-        Raises ValueError if no checkpoint of the run can be used, or if settings or files have changed.
+        Raises ValueError if all checkpoints are damaged, or if settings or files have changed.
         """
-        with self.ranks.main_first():  # rank 0 moves damaged checkpoints out of the way
+        with self.ranks.main_first():  # rank 0 sets damaged checkpoints aside
             checkpoint, problems = newest_checkpoint(folder)
         self.ranks.check_alike("the newest checkpoint", f"of step {checkpoint.step}" if checkpoint else "none")
         for problem in problems:
@@ -166,7 +166,7 @@ class RunState:
                 {"config": isinstance(state.get("config"), dict), "threads": is_count(state.get("threads"))}
             )
         if changed := check_same_run(folder, checkpoint, self.config, self.files):
-            say(f"{', '.join(changed)} changed before the first update, so the run begins again.")
+            say(f"{', '.join(changed)} changed before the first update, so the run starts over.")
             samples.truncate(0)
             return False
         same_passes = state["config"].get("micro_batch_size") == self.config.micro_batch_size
@@ -182,9 +182,9 @@ class RunState:
 
 
 def check_same_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, files: Mapping[str, str]) -> list[str]:
-    """Raise ValueError if a checkpoint is of a run with other settings or other files (SHA-256 by path).
+    """Raise ValueError if the run of a checkpoint had other settings or files. `files` has SHA-256 values by path.
 
-    Returns the files that changed, which is allowed before the first update, when nothing depends on them yet.
+    Return the files that changed. Before the first update, when nothing depends on them yet, they may change.
     """
     if checkpoint.state["config"].get(REMOVED):
         raise ValueError(
@@ -206,7 +206,7 @@ def check_same_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, fi
 
 @contextmanager
 def _explained(checkpoint: Checkpoint) -> Iterator[None]:
-    """Add the name of the checkpoint, and what to do, to a ValueError about its content."""
+    """Add the name of the checkpoint, and advice, to a ValueError about the checkpoint's content."""
     try:
         yield
     except ValueError as error:

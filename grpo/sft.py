@@ -1,6 +1,6 @@
 """Supervised fine-tuning (SFT) before GRPO: steps on ideal completions of training problems (`--sft-steps`).
 
-It helps base models, and models that do not answer in the form of the task: where no completion earns a reward, GRPO
+SFT helps base models, and models that do not answer in the format of the task: if no completion gets a reward, GRPO
 has nothing to compare.
 """
 
@@ -26,32 +26,32 @@ from grpo.scoring.tokens import Tokens, tokens_of
 from tasks.base import Message, Task, prompt_of
 from tasks.common.shots import solved_problem
 
-WARM_UP_SHARE = 0.1  # The learning rate rises over this share of the steps.
-SEARCHED_PROBLEMS = 64  # If none of so many training problems has a working, the others are taken to have none.
+WARM_UP_SHARE = 0.1  # The learning rate rises during this share of the steps.
+SEARCHED_PROBLEMS = 64  # If none of this many training problems has a working, we assume that no problem has one.
 
 
 @dataclass(frozen=True)
 class SupervisedTrainer:
-    """The supervised steps before GRPO; each depends only on the policy, the seed and the step."""
+    """Takes the supervised steps before GRPO. A step depends only on the policy, the seed and the step number."""
 
     config: TrainConfig
     lm: LanguageModel
     task: Task
-    update: Updater  # of GRPO; the supervised steps use its optimizer
+    update: Updater  # GRPO's updater, whose optimizer the supervised steps use
 
     @property
     def teaches_working(self) -> bool:
-        """Return whether any of the first training problems has a working to teach besides its answer."""
+        """Return whether any of the first training problems has a working that can be taught besides the answer."""
         rows = range(SEARCHED_PROBLEMS)
         return any(self.task.training_problem(self.config.seed, -1, row).working for row in rows)
 
     @cached_property
     def microbatch(self) -> AdaptiveMicrobatch:
-        """Return the number of rows in a pass, halved when memory runs out."""
+        """Return the object that holds the number of rows in a pass, and halves it when memory runs out."""
         return AdaptiveMicrobatch("fine-tuning", self.config.sft_batch_size, 1, self.config.shard)
 
     def step(self, step: int) -> dict[str, Any]:
-        """Take step number `step`, from 1; return its metrics."""
+        """Take supervised step number `step`, counted from 1; return its metrics."""
         c = self.config
         clock = Stopwatch()
         update = self.update
@@ -72,9 +72,9 @@ class SupervisedTrainer:
         return {**entry, "time/total": clock.seconds["total"]}
 
     def batch(self, step: int) -> tuple[list[list[Message]], list[str]]:
-        """Return the chats and ideal completions of a step, one of each a problem.
+        """Return the chats and ideal completions of a step, one chat and one completion per problem.
 
-        The problems are drawn for step −1 − `step`, so that they are none of the problems that GRPO draws.
+        The problems are drawn with the step number −1 − `step`, so that GRPO draws other ones.
         """
         rows = range(self.config.sft_batch_size)
         solved = [solved_problem(self.task, self.config.seed, -1 - step, row) for row in rows]
@@ -82,14 +82,14 @@ class SupervisedTrainer:
 
 
 def supervised_tokens(lm: LanguageModel, chats: Sequence[Sequence[Message]], completions: Sequence[str]) -> Tokens:
-    """Return the tokens of chats with one completion each, in the form that GRPO samples."""
+    """Return the tokens of chats with one completion each, in the format of sampled completions."""
     return tokens_of(lm.prompts(chats), [lm.completion(text) for text in completions], lm.pad_id, lm.device)
 
 
 def supervised_gradient(
     model: PreTrainedModel, tokens: Tokens, num_tokens: int, scorer: Scorer, rows_per_pass: int
 ) -> Tensor:
-    """Return the sum of −log p, nats, over `num_tokens`, the completion tokens of all ranks; leave its gradient."""
+    """Return the sum of −log p in nats, divided by `num_tokens` of all ranks; leave its gradient in the model."""
     model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=tokens.completion_ids.device)
     for rows in split_microbatches(len(tokens.completion_ids), 1, rows_per_pass):

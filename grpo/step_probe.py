@@ -1,4 +1,4 @@
-"""The metrics of a step, measured from outside: from its outcome, and from the weights before and after it."""
+"""Measure a step from outside: from its outcome, and from the weights before and after it."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from grpo.record.step_metrics import StepResult, step_metrics
 from grpo.runtime.ranks import Ranks
 from grpo.runtime.sharding import local_tensor
 
-WATCHED_WEIGHTS = 10_000  # Enough to see whether updates change the weights, and no cost to copy.
+WATCHED_WEIGHTS = 10_000  # Enough to see whether updates change the weights, and cheap to copy.
 
 
 def measured_step(grpo: GRPO, step: int) -> tuple[StepOutcome, dict[str, Any]]:
@@ -35,7 +35,7 @@ def measured_step(grpo: GRPO, step: int) -> tuple[StepOutcome, dict[str, Any]]:
 
 
 def sampler_gap(outcome: StepOutcome, ranks: Ranks) -> float:
-    """Return the largest difference, nats, of a token's log-probability when sampled and in the first update."""
+    """Return the largest difference, in nats, between a token's log-probabilities when sampled and when scored."""
     mask = outcome.batch.tokens.completion_mask
     scored = outcome.batch.old_logprobs
     own_rows = ranks.own_slice(len(outcome.rollout.sample_logprobs))
@@ -44,16 +44,14 @@ def sampler_gap(outcome: StepOutcome, ranks: Ranks) -> float:
 
 
 def watched_weights(policy: PreTrainedModel) -> Tensor:
-    """Copy about WATCHED_WEIGHTS of the trainable weights, spread evenly over them, always the same ones."""
+    """Copy about WATCHED_WEIGHTS trainable weights. They are evenly spaced, and always the same ones."""
     parameters = [local_tensor(parameter) for parameter in trainable(policy).values()]
-    stride = (
-        max(1, sum(p.numel() for p in parameters) // WATCHED_WEIGHTS) | 1
-    )  # odd, so that it comes to every column
+    stride = max(1, sum(p.numel() for p in parameters) // WATCHED_WEIGHTS) | 1  # odd, so that all columns are reached
     return torch.cat([p.detach().flatten()[::stride] for p in parameters])
 
 
 def moved_fraction(before: Tensor, after: Tensor, ranks: Ranks) -> float:
-    """Return the share of the watched weights that changed, over all ranks."""
+    """Return the share of the watched weights, on all ranks, that changed."""
     moved = (before != after).float()
     changed, watched = ranks.sum(torch.stack([moved.sum(), torch.ones_like(moved).sum()])).tolist()
     return changed / max(1.0, watched)

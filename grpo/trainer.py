@@ -1,4 +1,4 @@
-"""A run from its first step to its end, with evaluations and checkpoints. The step itself is `algorithm/grpo.py`."""
+"""Train from the first step to the end, with evaluations and checkpoints. `algorithm/grpo.py` takes the steps."""
 
 import math
 import signal
@@ -51,13 +51,13 @@ from grpo.step_probe import measured_step
 from tasks.base import Task
 from tasks.rewards.scoring import decides_by_reward, rewards_of
 
-QUICK_STEP_SECONDS = 1.0  # After a signal, a step that takes no longer is finished instead of thrown away.
-MAX_SKIPPED_IN_A_ROW = 10  # The run ends after so many updates that were not finite.
-TIME_MARGIN = 1.5  # A step may take longer than the slowest so far: this factor keeps the run within its time limit.
+QUICK_STEP_SECONDS = 1.0  # After a signal, a step is finished if it takes at most this long, else thrown away.
+MAX_SKIPPED_IN_A_ROW = 10  # The run ends after this many updates in a row that were not finite.
+TIME_MARGIN = 1.5  # Expected times are multiplied by this, because a step may be slower than all before it.
 
 
 class Trainer:
-    """A run in an output folder: `Trainer(config, task, skills).run()`."""
+    """Runs the training in an output folder: `Trainer(config, task, skills).run()`."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Trainer:
         self.launched = time.monotonic() if launched is None else launched
 
     def run(self) -> int:
-        """Begin, or continue from the newest checkpoint; train; measure the best policy; return the exit status."""
+        """Start, or continue from the newest checkpoint; train; measure the best policy; return the exit status."""
         with InterruptHandler(self.config.time_limit, self.launched, self.ranks) as interrupts:
             machine = self.metrics.record["environment"]
             introduce(self.config, self.lm, machine, self.grpo.scorer, self.grpo.decoder, self.task.notes)
@@ -132,21 +132,21 @@ class Trainer:
                 self._stop(interrupts, reason)
             else:
                 if not self.measurer.is_validated(self.progress.step):
-                    self._validate(interrupts)  # the last policy may be the best
+                    self._validate(interrupts)  # because the last policy may be the best
                 self.state.save(self.folder)
                 self._finish(interrupts, reason)
                 self._draw(self.metrics.record)
         except Interrupted:
             self._stop(interrupts, interrupts.name)
-        except ValueError:  # a lack of memory or a broken reward, for example: keep the metrics so far
+        except ValueError:  # too little memory or a broken reward, for example; keep the metrics
             self.metrics.write()
             raise
 
     def _stop(self, interrupts: InterruptHandler, reason: str) -> None:
-        """Save after a signal, and say how to continue. A step that has begun to change the policy is thrown away."""
+        """Save after a signal, and say how to continue. A policy that a step has partly changed is not saved."""
         interrupts.stop_listening()
         place = self.progress.named()
-        if self.grpo is not None:  # in the last test it is None, and everything is saved
+        if self.grpo is not None:  # it is None during the last test, when everything has been saved
             if self.grpo.update.has_begun:
                 place += f"; the checkpoint is of step {self.state.saved_step}"
             else:
@@ -159,7 +159,7 @@ class Trainer:
     def _train(self, interrupts: InterruptHandler) -> str:
         """Take steps until there is a reason to stop; return the reason."""
         c, progress = self.config, self.progress
-        last_test = progress.before.get("time/evaluate") or 0.0  # seconds; expected to be those of the first test
+        last_test = progress.before.get("time/evaluate") or 0.0  # expected seconds of the last test
         slowest = math.inf  # seconds of the slowest step so far, without its evaluation
         bar = ProgressBar(progress.step, c.num_iterations)
         try:
@@ -189,16 +189,16 @@ class Trainer:
             bar.close()
 
     def _begin(self, interrupts: InterruptHandler) -> str | None:
-        """Before step 1, fine-tune if asked to, forecast and measure; return a reason to stop, or None."""
+        """Do what comes before step 1: fine-tune if asked to, forecast, measure. Return a reason to stop, or None."""
         progress = self.progress
         if progress.before:
             if progress.step % self.config.eval_every == 0 and not self.measurer.is_validated(progress.step):
-                self._validate(interrupts)  # a signal had interrupted this validation
+                self._validate(interrupts)  # a signal interrupted this validation in an earlier launch
             return None
         if not progress.sft_step:
             with interrupts.abandonable():
                 self.evaluator.remember_start(self.lm)
-            self.state.save(self.folder)  # the run can continue from here, even if a user's reward fails at once
+            self.state.save(self.folder)  # so that the run can continue even if a user's reward fails
         if self.config.sft_steps and (reason := self._fine_tune(interrupts)):
             return reason
         with interrupts.abandonable():
@@ -237,7 +237,7 @@ class Trainer:
         raise NothingToLearn
 
     def _fine_tune(self, interrupts: InterruptHandler) -> str | None:
-        """Take the remaining supervised steps, then begin GRPO from there; return a reason to stop, or None."""
+        """Take the remaining supervised steps, then begin GRPO with that policy; return a reason to stop, or None."""
         c, progress, record = self.config, self.progress, self.metrics.record
         trainer = SupervisedTrainer(c, self.lm, self.task, self.grpo.update)
         if record["before_sft"] is None:
@@ -270,8 +270,8 @@ class Trainer:
         device, progress = self.lm.device, self.progress
         if not self.saved_model.is_dir():
             raise ValueError(
-                f"{self.saved_model} was deleted or moved during the run, and with it the policy of step "
-                f"{progress.best['step']}, the best; put it back and repeat the command, or start over with --fresh"
+                f"{self.saved_model} was deleted or moved during the run. It held the best policy, of step "
+                f"{progress.best['step']}: put it back and repeat the command, or start over with --fresh"
             )
         self.grpo = self.lm = self.state.grpo = None  # free the memory of policy, reference and optimizer
         with interrupts.abandonable():
@@ -296,16 +296,16 @@ class Trainer:
         self.state.save(self.folder)
         raise ValueError(
             f"the last {skipped} updates had a loss or gradient that is not finite. None was applied: the checkpoint "
-            f"and {self.saved_model} are good. Start anew with a smaller --learning-rate or a larger --beta"
+            f"and {self.saved_model} are intact. Start over with a smaller --learning-rate or a larger --beta"
         )
 
     def _restore(self) -> dict[str, Any] | None:
-        """Continue from a checkpoint, if there is one; return the record of the run if it has already ended."""
+        """Continue from a checkpoint, if there is one. Return the run's record if the run has ended, else None."""
         if not self.state.restore(self.folder, self.measurer.samples):
             return None
         step, best = self.progress.step, self.progress.best
         is_unsaved = best and best["step"] == step != read_card(str(self.saved_model)).get("step")
-        if self.ranks.from_main(is_unsaved):  # the process ended between the checkpoint and the saving of the model
+        if self.ranks.from_main(is_unsaved):  # the process ended before it saved the model
             self.measurer.save(self.lm)
         return self.ranks.from_main(ended_with(self.folder, step, self.metrics.record))
 
@@ -321,6 +321,6 @@ class Trainer:
         if improved:
             progress.best = entry
             if progress.step:
-                self.state.save(self.folder)  # first, so that saved_model/ is never ahead of the checkpoints
+                self.state.save(self.folder)  # before saved_model/, which must not be ahead of the checkpoints
             self.measurer.save(self.lm)
         show_evaluation(entry, improved)

@@ -204,10 +204,7 @@ class RolloutSampler:
     ranks: Ranks = ONE
 
     def sample(self, step: int, num_generations: int) -> tuple[Rollout, Rollout]:
-        """Sample and score the groups of a step.
-
-        Return all groups drawn, and the groups to train on with their advantages.
-        """
+        """Sample and score a step's groups; return all groups drawn, and those to train on with their advantages."""
         c = self.config
 
         def draw(attempt: int, places: Sequence[int]) -> Rollout:

@@ -16,14 +16,14 @@ import click
 from tqdm import tqdm
 from tqdm.utils import disp_len
 
-WIDEST = 100  # A paragraph has at most so many columns.
-BAR_COLUMNS = 44  # A progress bar has so many columns without its values and its numbers of steps.
-CELL = re.compile("( *)([^ ]+(?: [^ ]+)*)")  # The cells of a table are two or more spaces apart.
+WIDEST = 100  # A paragraph is at most this many columns wide.
+BAR_COLUMNS = 44  # Columns that a progress bar needs besides its values and step numbers.
+CELL = re.compile("( *)([^ ]+(?: [^ ]+)*)")  # Two or more spaces separate the cells of a table.
 PLAIN_LINE_SECONDS = 15.0  # Without a terminal, progress is printed as a plain line this often.
 
 
 def printable(text: str) -> str:
-    """Escape every control character of a text, line breaks too, so that a model cannot move the cursor.
+    """Escape every control character of a text, line breaks too, so that a model's output cannot move the cursor.
 
     >>> printable("4 - 9 = -5\\n\\x1b[2J")
     '4 - 9 = -5\\\\n\\\\x1b[2J'
@@ -44,13 +44,13 @@ def make_streams_safe() -> None:
 
 
 def paint(text: str, colour: str) -> str:
-    """Colour a text, "green" for example, on a terminal; return it unchanged elsewhere, or if NO_COLOR is set."""
+    """Colour a text, for example "green". Return it unchanged if there is no terminal, or if NO_COLOR is set."""
     plain = not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
     return text if plain else click.style(text, fg=colour)
 
 
 def fitted(text: str, width: int) -> str:
-    """Cut a text to at most `width` columns; a Chinese letter takes two."""
+    """Cut a text to at most `width` columns. A Chinese character takes two columns."""
     if disp_len(text) <= width:
         return text
     text = text[: max(0, width)]
@@ -65,14 +65,14 @@ def width() -> int:
 
 
 def terminal_columns() -> int | None:
-    """Return the value of COLUMNS if it is set, or the columns of the terminal; None without either."""
+    """Return the value of COLUMNS if it is set, else the width of the terminal; None if there is no terminal."""
     return shutil.get_terminal_size((0, 24)).columns or None
 
 
 def folded(text: str, columns: int, indent: int | None = None) -> str:
-    """Break lines that are longer than `columns`: between cells of a table if the cells fit, else between words.
+    """Break lines that are longer than `columns`: between table cells if they fit on a line, else between words.
 
-    A continued line is indented, by default by 4 more than its first line. A word is never broken.
+    The continuation of a line is indented by `indent`, by default by 4 more than the line. A word is never broken.
 
     >>> print(folded("step 10  accuracy 70%, n = 500  best so far", 36))
     step 10  accuracy 70%, n = 500
@@ -100,27 +100,27 @@ def folded(text: str, columns: int, indent: int | None = None) -> str:
 
 
 def for_terminal(text: str) -> str:
-    """Break the lines of a text that are too long for the terminal, if there is one or COLUMNS is set."""
+    """Break lines that are too long for the terminal; return the text unchanged if the width is not known."""
     columns = terminal_columns()
     return folded(text, columns - 1) if columns else text  # some terminals wrap a line that fills the last column
 
 
 def say(text: str = "", file: TextIO | None = None) -> None:
-    """Print a text on standard output, or to `file`, above the progress bar if there is one."""
+    """Print a text on standard output, or to `file`. A progress bar stays below it."""
     file = file or sys.stdout
     tqdm.write(for_terminal(text), file=file)
     file.flush()
 
 
 def paragraph(text: str, indent: int) -> None:
-    """Print a text, escaped and wrapped, with all lines but the first indented."""
+    """Print a text, escaped and wrapped. All lines except the first are indented by `indent`."""
     say(folded(printable(text), min(WIDEST, width()) - 1, indent))
 
 
 def command_line(before: str, words: Sequence[str], optional: Sequence[str] = ()) -> str:
-    """Return the text `before`, then a command, quoted for the shell and continued over lines with backslashes.
+    """Return `before` and a command, which is quoted for the shell and broken into lines with backslashes.
 
-    The `optional` words at its end are left out if one of them does not fit a line.
+    The `optional` words at the end of the command are left out if one of them is too long for a line.
     """
     columns = width() - 1
     quoted = [printable(shlex.quote(word)) for word in words]
@@ -145,10 +145,10 @@ def show_command(before: str, words: Sequence[str]) -> None:
 
 
 class ProgressBar:
-    """A progress bar on standard error; without a terminal, a plain line now and then."""
+    """A progress bar on standard error. If that is no terminal, it prints a plain line now and then instead."""
 
     def __init__(self, first: int, total: int, name: str = "") -> None:
-        """Begin after `first` of `total` steps; `name` is the kind of the steps, if it is not GRPO."""
+        """Begin after `first` of `total` steps. `name` is the kind of steps, empty for GRPO."""
         self.total, self.name = total, f"{name} " if name else ""
         self._bar = None
         if sys.stderr.isatty():
@@ -157,12 +157,12 @@ class ProgressBar:
         self._first = first
 
     def update(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Show that `step` (from 1) is done, with its values by name."""
+        """Show that step number `step`, counted from 1, is done, with its values by name."""
         shown = {name: "-" if value is None else f"{value:.3f}" for name, value in values.items()}
         if self._bar is not None:
             room = width() - BAR_COLUMNS - 2 * len(str(self.total))
             while shown and len(", ".join(f"{name}={value}" for name, value in shown.items())) > room:
-                shown.popitem()  # a value is shown whole or not at all
+                shown.popitem()  # a value that does not fit is not shown at all
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(1)
             return
@@ -176,7 +176,7 @@ class ProgressBar:
             print(for_terminal(line), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Stop drawing; the bar stays as it is."""
+        """Stop drawing, and leave the bar on the terminal."""
         if self._bar is not None:
             self._bar.close()
 
@@ -193,7 +193,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def suppress_warnings() -> Iterator[None]:
-    """Suppress warnings of libraries about which a user can do nothing."""
+    """Suppress the warnings of libraries in the block. A user can do nothing about them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""The device, how it computes, and its memory."""
+"""Choose the device, and set how it computes and how it handles memory."""
 
 import ctypes
 import os
@@ -13,11 +13,11 @@ import transformers
 
 M_TRIM_THRESHOLD = -1  # parameters of mallopt, from glibc's malloc.h
 M_MMAP_MAX = -4
-FEW_PARAMETERS = 2**25  # A model of at most so many keeps freed memory, a larger one returns it.
+FEW_PARAMETERS = 2**25  # With at most this many, freed memory is kept; with more, it is returned to the system.
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of this name; "auto" is the best available. Raises ValueError if it is not available."""
+    """Return the device of this name; "auto" is the best available one. Raises ValueError for a missing device."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, is_available in available.items() if is_available)
@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the card for CUDA, else the type of the device."""
+    """Return the name of the GPU on CUDA, else the type of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -41,9 +41,9 @@ def set_deterministic(enabled: bool) -> None:
 
 
 def use_large_pages() -> None:
-    """Hold large tensors of the CPU in pages of 2 MiB, on Linux. Call this before torch's first tensor.
+    """Keep large tensors of the CPU in memory pages of 2 MiB, on Linux. Call this before torch's first tensor.
 
-    A step of smollm2, 16 x 8 on 2 cores, takes 18.0 s instead of 19.9.
+    With it, a step of smollm2 (16 prompts, 8 completions each, 2 cores) takes 18.0 s instead of 19.9 s.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once, at the first tensor
 
@@ -51,9 +51,10 @@ def use_large_pages() -> None:
 def begin_vector_math() -> None:
     """Compute one cosine, on one thread, before any pass through a model.
 
-    If two threads make the first call of MKL's vector functions at the same time, one of them may use a version with
-    an error of 1.5e-4 (1 of 24 launches on a busy machine, torch 2.13). The rotary embeddings of the first pass are
-    then wrong, and its log-probabilities by 5e-3 nats, so that the model seems unable to share prompts.
+    If two threads call MKL's vector functions for the first time at the same moment, one of them may use a version
+    with an error of 1.5e-4 (1 of 24 launches on a busy machine, torch 2.13). This makes the rotary embeddings of the
+    first pass inexact, and its log-probabilities wrong by 5e-3 nats, so that the model seems not to support shared
+    prompts.
     """
     torch.zeros(1).cos()
 
@@ -61,32 +62,33 @@ def begin_vector_math() -> None:
 def keep_freed_memory(parameters: int) -> None:
     """Keep freed memory of the CPU for the next tensors, if a model has at most FEW_PARAMETERS.
 
-    By default glibc returns it to the system, which hands it out again page by page: a step of the starter takes 5%
-    longer. Other systems and C libraries are left as they are.
+    By default, glibc returns freed memory to the system and must request it again page by page, which makes a step of
+    the starter 5% slower. On other systems, and with other C libraries, nothing is changed.
     """
     if parameters <= FEW_PARAMETERS and (mallopt := _glibc_function("mallopt")):
-        mallopt(M_MMAP_MAX, 0)  # no separate block for a large tensor
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # never return memory
+        mallopt(M_MMAP_MAX, 0)  # do not map a separate block for a large tensor
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # never return freed memory
 
 
 def return_freed_memory(parameters: int) -> None:
     """Return freed memory of the CPU to the system, if a model has more than FEW_PARAMETERS.
 
-    The memory that glibc keeps after a step is fragmented, and grows: smollm2, 16 x 8 without examples, held 6.6 GiB
-    after 4 steps and more after each further step. With this call it holds at most 5.7 GiB. The call takes 0.04 s;
-    at 8 x 8 the next step takes 0.7 of 14 s longer, because it has to get the memory again.
+    The memory that glibc keeps after a step is fragmented and grows: smollm2, with 16 prompts and 8 completions each,
+    held 6.6 GiB after 4 steps, and more after each further step. With this call it holds at most 5.7 GiB. The call
+    takes 0.04 s. With 8 prompts, the next step takes 0.7 s longer (of 14 s), because it must request the memory
+    again.
     """
     if parameters > FEW_PARAMETERS and (malloc_trim := _glibc_function("malloc_trim")):
         malloc_trim(0)
 
 
 def _glibc_function(name: str) -> Callable[..., int] | None:
-    """Return a function of the C library on Linux, or None if there is no such function."""
+    """Return a function of the C library on Linux; None on other systems, or if there is no such function."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def environment(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
-    """Return what a measurement depends on besides the settings: device, precision, threads, processes, versions."""
+    """Return what results depend on besides the settings: device, precision, threads, processes, versions."""
     return {
         "device": device_name(device),
         "precision": precision,
@@ -101,7 +103,7 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes that this process has held, on the card for CUDA; None where that is not measured."""
+    """Return the largest number of bytes that this process has held, on CUDA those of the GPU; None if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -113,7 +115,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def empty_cache() -> None:
-    """Return unused memory of the accelerator's allocator to the accelerator."""
+    """Release the unused memory that torch holds on the accelerator."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():

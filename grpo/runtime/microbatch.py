@@ -12,14 +12,15 @@ from grpo.runtime.device import empty_cache
 from grpo.runtime.ranks import Ranks
 
 Result = TypeVar("Result")
-# What a model raises if its attention or its cache does not support a shortcut.
+# Errors that may be raised if a model's attention or cache does not support a shortcut.
 UNSUPPORTED = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError)
-TOLERANCE = 1e-3  # nats; in float32 a shortcut that works agrees within 1e-6
-OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")  # of MPS, cuBLAS, the CPU
+TOLERANCE = 1e-3  # nats; in float32, shortcuts that are supported agree within 1e-6
+# Parts of the error messages of MPS, cuBLAS and the CPU when memory runs out.
+OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 def split_microbatches(rows: int, group: int, rows_per_pass: int) -> list[slice]:
-    """Cut group-major rows into slices of at most `rows_per_pass`: whole groups, or parts of one if it does not fit.
+    """Cut group-major rows into slices of at most `rows_per_pass`: whole groups, or parts of one if none fits.
 
     >>> split_microbatches(8, 4, 8), split_microbatches(8, 4, 7)
     ([slice(0, 8, None)], [slice(0, 4, None), slice(4, 8, None)])
@@ -44,7 +45,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_unsupported(error: Exception) -> bool:
-    """Return whether `error` says that a model does not support a shortcut, and not that memory ran out."""
+    """Return whether `error` can mean that a model does not support a shortcut. It cannot if memory ran out."""
     return isinstance(error, UNSUPPORTED) and not is_out_of_memory(error)
 
 
@@ -61,28 +62,28 @@ def matches_reference(shortcut: Callable[[], Tensor], expected: Tensor) -> bool:
 
 @contextmanager
 def oom_is_fatal(work: str, ranks: Ranks) -> Iterator[None]:
-    """Raise ValueError if memory runs out in work that several processes do together: one alone cannot repeat it."""
+    """Raise ValueError if memory runs out in work of several processes, which one alone cannot repeat."""
     try:
         yield
     except RuntimeError as error:
         if ranks.size == 1 or not is_out_of_memory(error):
             raise
         raise ValueError(
-            f"memory ran out in {work}. The last checkpoint is good: the same command continues from it with --shard"
+            f"memory ran out in {work}. The last checkpoint is intact: to continue, add --shard to the same command"
         ) from None
 
 
 class AdaptiveMicrobatch:
-    """The number of rows in a pass of one kind of work; it is halved for good when memory runs out."""
+    """The number of rows in a pass of one kind of work. It is halved, and stays so, when memory runs out."""
 
     def __init__(self, work: str, rows: int, group: int, collective: bool = False) -> None:
-        """Begin with `rows` rows, in groups of `group`. With `collective`, all processes make every pass together."""
+        """Begin with `rows` rows, in groups of `group`. With `collective`, all processes run every pass together."""
         self.work, self.rows, self.group, self.collective = work, rows, group, collective
 
     def run(self, work: Callable[[int], Result]) -> Result:
-        """Return `work(rows_per_pass)`; while memory runs out, halve the rows and start it again.
+        """Return `work(rows_per_pass)`. Whenever memory runs out, halve the rows and start the work again.
 
-        Whole groups stay together as long as one fits. Raises ValueError if a single row does not fit.
+        Groups are not split as long as one fits. Raises ValueError if a single row does not fit.
         """
         while True:
             try:
@@ -90,22 +91,22 @@ class AdaptiveMicrobatch:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            # Outside the except clause, because the error keeps the tensors of the failed pass alive.
+            # This is outside the except clause, in which the error would keep the tensors of the failed pass alive.
             self._halve()
             empty_cache()
 
     def _halve(self) -> None:
         if self.collective:
             raise ValueError(
-                f"memory ran out in {self.work}, which all processes do together. The last checkpoint is good: the "
-                "same command continues from it with a smaller --micro-batch-size, or with more processes"
+                f"memory ran out in {self.work}, which all processes do together. The last checkpoint is intact: the "
+                "same command continues from it; give a smaller --micro-batch-size, or use more processes"
             )
         if self.rows == 1:
             raise ValueError(
-                f"memory ran out in {self.work}, with one completion at a time. The last checkpoint is good: "
+                f"memory ran out in {self.work}, with one completion at a time. The last checkpoint is intact: "
                 "the same command continues from it with more memory, or on --device cpu; or start a new run with a "
                 "smaller --model or --max-new-tokens"
             )
         groups = self.rows // self.group
         self.rows = groups // 2 * self.group if groups > 1 else min(self.rows, self.group) // 2
-        say(f"Memory ran out in {self.work}: from now on {self.rows} rows a pass. The result stays the same.")
+        say(f"Memory ran out in {self.work}: from now on a pass has {self.rows} rows. The result stays the same.")

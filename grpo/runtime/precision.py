@@ -1,8 +1,8 @@
 """The precision of passes through a model: float32 or bfloat16.
 
-Weights, optimizer, log-softmax and loss are float32 either way. A bfloat16 pass computes everything between them in
-bfloat16. torch.autocast would only multiply in it: it would cast the inputs of seven products in each layer, and hold
-all these casts for the backward pass.
+Weights, optimizer, log-softmax and loss are always float32. A bfloat16 pass computes everything else in bfloat16.
+torch.autocast is not used, because it computes only matrix products in bfloat16: it would cast the inputs of seven
+products in each layer, and hold all the casts for the backward pass.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def set_precision(model: nn.Module, name: str, device: torch.device) -> None:
-    """Let `in_precision` run a model's passes in this precision; "auto" takes the faster one on `device`.
+    """Set the precision in which `in_precision` runs a model's passes; "auto" is the faster one on `device`.
 
-    "auto" is bfloat16 on CUDA cards of capability 8 and up, and on CPUs that multiply it in hardware. Raises
-    ValueError for another name, which the settings in a model's folder may have.
+    "auto" is bfloat16 on GPUs of CUDA capability 8 and up, and on CPUs that multiply bfloat16 in hardware. Raises
+    ValueError if the name is unknown, which can happen with a name from a model's folder.
     """
     if name == "auto":
         name = "bfloat16" if _multiplies_bfloat16(device) else "float32"
@@ -29,12 +29,12 @@ def set_precision(model: nn.Module, name: str, device: torch.device) -> None:
 
 
 def precision(model: nn.Module) -> str:
-    """Return the precision of a model's passes, as its name."""
+    """Return the name of the precision of a model's passes."""
     return str(getattr(model, "compute_dtype", torch.float32)).removeprefix("torch.")
 
 
 def in_precision(model: nn.Module) -> AbstractContextManager[None]:
-    """Run the passes of a model in its precision in the block, the backward pass too if there is one."""
+    """Run a model's forward and backward passes in the block in the precision that was set for the model."""
     if precision(model) == "float32" or isinstance(model, FSDPModule):  # a sharded model casts its shards itself
         return nullcontext()
     return _cast_weights(model, model.compute_dtype)
@@ -42,7 +42,7 @@ def in_precision(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Replace each float32 weight by a cast to `dtype` in the block; the gradient goes to the weight, in float32."""
+    """Replace each float32 weight by a cast to `dtype` in the block. Gradients go to the float32 weight."""
     weights = [
         (module._parameters, name, weight)
         for module in model.modules()
@@ -61,7 +61,7 @@ def _cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def lower_weights(model: nn.Module) -> None:
-    """Cast the weights of a model that is never trained to the precision of its passes, in place."""
+    """Cast the weights of a model to the precision of its passes, in place. Use this only if it is never trained."""
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(model, "compute_dtype", weight.dtype))
 

@@ -1,8 +1,8 @@
 """The processes that train one policy together, and the communication between them.
 
-All processes run the same program with the same settings. They share out the groups of a step and the problems of an
-evaluation, and gather the results. So every process knows the whole step and makes the same decisions. Only rank 0
-writes and prints. `ONE`, a single process, is the default everywhere; it communicates with nobody.
+All processes run the same program with the same settings. They divide the groups of a step and the problems of an
+evaluation among them, and gather the results. So every process knows the whole step and makes the same decisions.
+Only rank 0 writes and prints. The default everywhere is `ONE`, a single process that does not communicate.
 
 `grpo/launch/torchrun.py` makes the ranks of a launch with several processes.
 """
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 Value = TypeVar("Value")
-BUCKET_NUMBERS = 2**24  # One all-reduce sums at most so many numbers of the gradients.
-COMPARED_WEIGHTS = 10_000  # So many weights are compared, to see whether all ranks loaded the same model.
+BUCKET_NUMBERS = 2**24  # The most numbers of the gradients that one all-reduce sums.
+COMPARED_WEIGHTS = 10_000  # About this many weights are compared, to check that all ranks loaded the same model.
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among the `size` processes of a launch."""
+    """The number of this process, its rank, among the `size` processes of a launch."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # the place among the processes of this machine
+    local_rank: int = 0  # the number of this process among those on its machine
 
     @property
     def is_main(self) -> bool:
@@ -44,30 +44,29 @@ class Ranks:
         return ["torchrun", "--nproc-per-node", str(self.size), "train_grpo.py"]
 
     def own_device(self, device: torch.device) -> torch.device:
-        """Return the device of this process: each of several processes has another CUDA device.
+        """Return the device of this process. On CUDA, each process of a machine has its own device.
 
         Raises ValueError if there are more processes than devices, or if the devices cannot work together.
         """
         if self.size == 1:
             return device
         if device.type == "mps":
-            raise ValueError(
-                "several processes train on CUDA devices or the CPU, not on mps; start one, or give --device cpu"
-            )
+            raise ValueError("several processes cannot train on mps; start a single process, or give --device cpu")
         if device.type == "cuda":
             available = torch.cuda.device_count()
             if self.local_rank >= available:
                 raise ValueError(
-                    f"there are more processes than CUDA devices on this machine ({available}); start {available}"
+                    f"this machine has more processes than CUDA devices; start at most {available} processes on it"
                 )
             return torch.device("cuda", self.local_rank)
         return device
 
     def check_divisible(self, batch_size: int, sharded: bool, option: str = "--batch-size") -> None:
-        """Raise ValueError if the processes cannot share a step evenly, or if a single process gets --shard."""
+        """Raise ValueError if the processes cannot share a step evenly, or if --shard has only one process."""
         if sharded and self.size == 1:
             raise ValueError(
-                "--shard spreads a model over processes: torchrun --nproc-per-node N train_grpo.py --shard"
+                "--shard needs at least two processes; start it with "
+                "torchrun --nproc-per-node N train_grpo.py --shard"
             )
         if batch_size % self.size:
             fitting = max(1, batch_size // self.size) * self.size
@@ -82,7 +81,7 @@ class Ranks:
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def padded(self, items: Sequence[Value]) -> Sequence[Value]:
-        """Return `items` with the last one repeated until every rank gets the same number."""
+        """Return `items`, with the last item repeated until every rank gets the same number of items."""
         return [*items, *[items[-1]] * (-len(items) % self.size)]
 
     def gather(self, value: Value) -> list[Value]:
@@ -94,7 +93,7 @@ class Ranks:
         return values
 
     def from_main(self, value: Value) -> Value:
-        """Return rank 0's value, to be used for what is read from a file that rank 0 may replace."""
+        """Return the value of rank 0 on all ranks. Use it for values read from a file that rank 0 may replace."""
         return self.gather(value)[0]
 
     def on_main(self, work: Callable[[], Value]) -> Value:
@@ -143,12 +142,12 @@ class Ranks:
             self.barrier()
 
     def check_alike(self, what: str, value: Any) -> None:
-        """Raise ValueError, with the name `what`, if a value differs between ranks; all ranks must call this."""
+        """Raise a ValueError that names `what`, if a value differs between ranks. All ranks must call this."""
         values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise ValueError(
-                    f"{what} is {values[0]} on process 0 and {other} on process {rank}; all must have the same"
+                    f"{what} is {values[0]} on process 0 and {other} on process {rank}; they must be equal"
                 )
 
     @torch.no_grad()
@@ -159,7 +158,7 @@ class Ranks:
         digest = hashlib.sha256()
         stride = (
             max(1, sum(p.numel() for p in model.parameters()) // COMPARED_WEIGHTS) | 1
-        )  # odd: reaches all columns
+        )  # odd, so that all columns are reached
         for name, p in model.named_parameters():
             sample = p.flatten()[::stride].contiguous().cpu()
             digest.update(f"{name} {tuple(p.shape)} {sample.dtype}".encode())
@@ -168,7 +167,7 @@ class Ranks:
         self.check_alike("the model", f"one with the hash {digest.hexdigest()[:12]}")
 
     def collect(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Return whole tensors by name, put together from shards; of several ranks, only rank 0 gets them (CPU)."""
+        """Return tensors by name, put together from shards. With several ranks, only rank 0 gets them, on the CPU."""
         collected: dict[str, Tensor] = {}
         for name, tensor in tensors:
             complete = full_tensor(tensor.detach())
@@ -180,8 +179,9 @@ class Ranks:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients over all ranks, in place.
 
-        The losses have the denominators of the whole step, so the sum is the gradient of the step. The gradients of
-        sharded parameters are already averaged over all ranks, by FSDP.
+        Losses are divided by the denominators of the whole step, so the sum is the gradient of the step. FSDP has
+        already averaged the gradients of sharded parameters over all ranks, so they are multiplied by the number of
+        ranks.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.size == 1 or not gradients:
@@ -192,7 +192,7 @@ class Ranks:
             self._sum_in_buckets(gradients)
 
     def _sum_in_buckets(self, tensors: Sequence[Tensor]) -> None:
-        """Sum each tensor over all ranks, in place; a message has many tensors, because each message costs time."""
+        """Sum each tensor over all ranks, in place. A message has many tensors, because each message costs time."""
         bucket: list[Tensor] = []
         for number, tensor in enumerate(tensors, start=1):
             bucket.append(tensor)
@@ -213,10 +213,10 @@ ONE = Ranks()
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """Return whether `error` says that another process has ended; for gloo, only the message says so."""
+    """Return whether `error` means that another process has ended. gloo's errors are recognised by their message."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a whole tensor, put together from its shards if it is sharded; all processes must call this."""
+    """Return a whole tensor; if it is sharded, put it together. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

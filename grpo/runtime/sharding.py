@@ -1,7 +1,7 @@
 """A model spread over several processes by torch's FSDP2 (`--shard`).
 
-The weights of a layer are fetched from all processes before it computes, and dropped afterwards. So all processes
-must make the same passes together: in updates, in evaluations, and for each sampled token.
+Before a layer computes, its weights are fetched from all processes; afterwards they are dropped. So all processes
+must run the same passes together: in updates, in evaluations, and for each sampled token.
 """
 
 import os
@@ -21,10 +21,10 @@ Value = TypeVar("Value")
 
 
 def shard(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
-    """Spread a model, which every process holds on the CPU, over their devices, in place, layer by layer.
+    """Spread a model, which every process holds on the CPU, over the devices of the processes, in place.
 
-    With several machines, each machine has the whole model, spread over its own devices: weights travel within a
-    machine, and only gradients between machines (FSDP2's hybrid sharding). All ranks must call this.
+    With several machines, each machine holds the whole model, spread over its own devices. So weights are sent within
+    a machine, and only gradients between machines (FSDP2's hybrid sharding). All ranks must call this.
     """
     mesh = _mesh(device, ranks.gather(int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))))
     # Passes are in the model's precision; gradients are summed in float32.
@@ -32,13 +32,13 @@ def shard(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in [module for module in model.modules() if type(module).__name__ in names]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # shards again after each pass
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # drop fetched weights after a pass
     model.run_as_forward = MethodType(_run, model)
     register_fsdp_forward_method(model, "run_as_forward")
 
 
 def run_as_forward(model: nn.Module, work: Callable[[], Value]) -> Value:
-    """Return `work()`, run as a forward pass of the model, for which a sharded model fetches weights."""
+    """Run `work` as a forward pass of the model, so that a sharded model fetches its weights; return the result."""
     return model.run_as_forward(work) if is_sharded(model) else work()
 
 
@@ -47,9 +47,9 @@ def _run(self: nn.Module, work: Callable[[], Value]) -> Value:
 
 
 def _mesh(device: torch.device, machine_sizes: Sequence[int]) -> DeviceMesh:
-    """Return the mesh of all processes, from the number of processes on each one's machine.
+    """Return the mesh of all processes; `machine_sizes` is, for each, how many processes its machine has.
 
-    It is machines × processes, if every machine has the same number of processes, at least 2; else one row.
+    The mesh is machines × processes if every machine has the same number of processes, at least 2; else one row.
     """
     processes = len(machine_sizes)
     on_one_machine = machine_sizes[0]
@@ -65,12 +65,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return the shard of a tensor that this process holds; a tensor that is not sharded as it is."""
+    """Return the part of a sharded tensor that this process holds, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """Shard a whole tensor, which every process holds, in the same way as `example`."""
+    """Shard a tensor, which every process holds completely, in the same way as `example`."""
     if not isinstance(example, DTensor):
         return tensor
     return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)

@@ -94,10 +94,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 class GatedProduct(torch.autograd.Function):
-    """`GatedProduct.apply(gate, up, weight)` returns (silu(gate) * up) @ weight.T, (…, D).
-
-    `gate` and `up` are (…, I), `weight` is (D, I).
-    """
+    """`GatedProduct.apply(gate, up, weight)` returns (silu(gate) * up) @ weight.T; gate (…, I), weight (D, I)."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:

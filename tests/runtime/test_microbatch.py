@@ -199,7 +199,7 @@ def test_a_model_that_does_not_fit_at_all_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(grpo_module, "frozen_copy", lambda model: raising(CUDA))
     result = CliRunner().invoke(train_grpo.main, ["--output-dir", str(tmp_path)])
     assert result.exit_code == 1
-    assert result.stderr == "Error: starter does not fit into memory; take a smaller one, or --device cpu\n"
+    assert result.stderr == "Error: starter does not fit into memory; use a smaller model, or --device cpu\n"
 
 
 @pytest.mark.parametrize("error", [CUDA, MPS], ids=["cuda", "mps"])

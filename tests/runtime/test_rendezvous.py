@@ -119,7 +119,7 @@ def test_one_that_is_stopped_ends_the_others(stopped, who, model, tmp_path, monk
     forks[stopped].wait()
     assert status == 1
     assert f"{who}" in said
-    assert said.rstrip().endswith("The last checkpoint is good: the same command continues from it")
+    assert said.rstrip().endswith("The last checkpoint is intact: the same command continues from it")
     assert "has not answered for 2 s" in said
 
 

@@ -151,10 +151,7 @@ class Layout:
         return self._cache[name]
 
     def after_prompts(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """Put the keys or values of each prompt (N · K, P, d) before those of its completions (B · K, C, d).
-
-        The result is (B · K, P + C, d).
-        """
+        """Join keys or values of prompts (N · K, P, d) and their completions (B · K, C, d) into (B · K, P + C, d)."""
         n, g = len(self.prompt_lengths), self.num_generations
         repeated = prompts.unflatten(0, (n, 1, -1)).expand(-1, g, -1, -1, -1)  # (N, G, K, P, d)
         return torch.cat([repeated, completions.unflatten(0, (n, g, -1))], 3).flatten(0, 2)
