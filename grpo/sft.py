@@ -27,7 +27,7 @@ from tasks.base import Message, Task, prompt_of
 from tasks.common.shots import solved_problem
 
 WARM_UP_SHARE = 0.1  # The learning rate rises during this share of the steps.
-SEARCHED_PROBLEMS = 64  # If none of this many training problems has a working, we assume that no problem has one.
+SEARCHED_PROBLEMS = 64  # If none of this many training problems has a working, all problems are assumed to have none.
 
 
 @dataclass(frozen=True)
