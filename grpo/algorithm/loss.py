@@ -153,9 +153,7 @@ class TokenLoss:
     loss: Tensor  # the negated objective, not yet averaged
     kl: Tensor
     ratio: Tensor
-    # bool: clipped, so no gradient from the surrogate, only from the KL term. CISPO: the ratio exceeds 1 + ε_high,
-    # and the gradient's weight is capped.
-    clipped: Tensor
+    clipped: Tensor  # bool: no gradient from the surrogate, only from the KL term (CISPO: a capped weight)
 
 
 def grpo_loss(

@@ -35,8 +35,7 @@ class Rollout:
     completion_texts: Sequence[str]  # length B
     # Set by scoring:
     rewards: Sequence[Reward] = ()  # length B
-    # The rewards to compare, (B, K) float64: the total (K = 1), or each part with
-    # --multi-objective-aggregation normalize_then_sum.
+    # (B, K) float64: the total (K = 1), or each reward with --multi-objective-aggregation normalize_then_sum
     compared: Tensor = field(default_factory=lambda: torch.zeros(0))
     # Set for the groups that are trained on:
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,) float32
@@ -76,8 +75,7 @@ class Rollout:
     def loss_tokens(self, config: TrainConfig) -> Tokens:
         """Return the tokens, with a mask of those that count in the loss.
 
-        Completions that no reward applies to do not count. With `mask_truncated_completions`, truncated ones do not
-        either (DAPO, section 3.4).
+        Completions without a reward do not count. Truncated ones do not with `mask_truncated_completions` (DAPO).
         """
         counts = self.applies.to(self.truncated.device)
         if config.mask_truncated_completions:

@@ -42,10 +42,9 @@ class Schedule:
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: int, decay: str) -> float:
-    """Return the learning rate of step number `step`, counted from 1, of a run of `steps` steps.
+    """Return the learning rate of step number `step`, from 1. It rises linearly to `peak` over `warmup` steps.
 
-    It rises linearly to `peak` over `warmup` steps. `decay` is "none", "linear" or "cosine"; a linear or cosine decay
-    would reach 0 one step after the last step.
+    `decay` is "none", "linear" or "cosine"; a decay would reach 0 one step after the last of `steps` steps.
     """
     if step <= warmup:
         return peak * step / warmup

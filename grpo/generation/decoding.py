@@ -23,8 +23,7 @@ CAPACITY_STEP = 32  # When the cache is full, it grows by this many tokens.
 def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: int = 0) -> tuple[DynamicCache, Tensor]:
     """Return the cache of N left-padded prompts (N, P), and the logits (N, V) after them.
 
-    The first `common_prefix` tokens, which must be the same in all prompts, run once. In float32 this changes the
-    results by rounding only.
+    The first `common_prefix` tokens, the same in all prompts, run once. In float32 this only changes rounding.
     """
     cache = cache_behind_padding(model, ids, mask, common_prefix) if common_prefix else DynamicCache()
     out = model(

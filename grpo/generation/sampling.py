@@ -71,8 +71,7 @@ class Generator:
 
     model: PreTrainedModel
     decoder: Decoder = field(default_factory=Decoder)
-    # Tokens between checks for ended rows; 0: chosen by device. The completions do not depend on it.
-    check_every: int = 0
+    check_every: int = 0  # tokens between checks for ended rows, which do not change completions; 0: by device
 
     @torch.no_grad()
     def __call__(

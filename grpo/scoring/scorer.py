@@ -74,8 +74,7 @@ DENSE = Scorer()  # runs every row in full, which every model supports
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """Return log softmax(logits / temperature) of `ids`, float32, in the shape of `ids`; logits are (…, V).
 
-    Many logits are processed in chunks of rows, so that no float32 copy of all logits is made. The backward pass
-    computes each chunk again.
+    Chunks of rows avoid a float32 copy of all logits. The backward pass computes each chunk again.
     """
     rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
     if rows >= logits.shape[0]:
@@ -111,9 +110,7 @@ def _token_entropy(logits: Tensor, temperature: float) -> Tensor:
 
 
 def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
-    """Return the keyword arguments of a forward pass over prompts and completions as one packed row.
-
-    `Layout` defines the order of the row:
+    """Return the arguments of a forward pass over prompts and completions as one row. `Layout` defines its order:
 
         [common beginning S][filler][prompts without their last token][last token of each prompt][completion tokens]
 

@@ -80,8 +80,7 @@ class Layout:
     completion_index: Tensor  # (B, C) int64, where each token is in the row; an arbitrary index for padding
     common_prefix: int = 0  # S; every prompt has at least one more token
     filler: int = 0
-    # Index maps, masks and biases, computed once and used by every layer of a model.
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # index maps, masks, biases for all layers
 
     @classmethod
     def of(cls, prompt_lengths: Tensor, completion_lengths: Tensor, common_prefix: int = 0) -> "Layout":
@@ -125,8 +124,7 @@ class Layout:
     def masks(self, window: int | None) -> tuple[Tensor, Tensor]:
         """Return the attention masks of prompts (1, 1, P, P) and of completions (B, 1, C, P + C), bool.
 
-        Queries see no later tokens, so they see no padding at the end. Only a prompt's padding, which comes before
-        its completions, is masked.
+        No query sees later tokens, so only a prompt's padding, which is before its completions, must be hidden.
         """
         if ("masks", window) not in self._cache:
             lengths = self.prompt_lengths.repeat_interleave(self.num_generations)[:, None, None]  # (B, 1, 1)

@@ -136,8 +136,7 @@ def _attend_branches(module: nn.Module, row: Vectors, layout: Layout, scaling: f
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float) -> Tensor:
     """Return the attention of q (M · H, L, d) to k and v (M · K, S, d), with all scores in memory.
 
-    `bias` (M · K or 1, R · L, S) is added to the scores. For small tensors on a CPU, this is faster than torch's
-    fused attention.
+    `bias` is (M · K or 1, R · L, S). For small tensors on a CPU this is faster than torch's fused attention.
     """
     q = q.reshape(-1, bias.shape[1], q.shape[-1])  # (M · K, R · L, d): the R query heads of a key head
     weights = torch.baddbmm(bias, q * scaling, k.transpose(1, 2)).softmax(-1)
