@@ -125,11 +125,10 @@ class CachedDecoding:
 
         With `prefix`, which all rows share, cache and mask hold only the tokens after the prefix.
         """
-        # Another class of layer comes from the model, and repeats its rows by its own method.
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
                 cache.layers[i] = PreallocatedLayer(layer, repeats)
-            elif repeats > 1:
+            elif repeats > 1:  # a class of the model's own, which repeats its rows by its own method
                 layer.batch_repeat_interleave(repeats)
         mask = mask.long().repeat_interleave(repeats, 0)
         self.model, self.cache, self.prefix = model, cache, prefix

@@ -57,7 +57,9 @@ def check_config(value: Any, place: str, tensors: int) -> None:
             if is_count and not -1 <= item <= tensors + SPARE_LAYERS:
                 raise ValueError(f"{place} has {str(item)[:40]} as {name!r}, which does not fit {tensors} tensors")
             if name.endswith("attn_implementation") and isinstance(item, str) and not re.fullmatch(r"\w+", item):
-                raise ValueError(f"{place} has {item[:80]!r} as {name!r}: code that a model brings is never run")
+                raise ValueError(
+                    f"{place} sets {name!r} to {item[:80]!r}, which would run code; a model's own code is never run"
+                )
             if is_int and abs(item) > MAX_NUMBER:
                 raise ValueError(f"{place} has {str(item)[:40]} as {name!r}, which is too large")
             check_config(item, f"{place}: {name!r}" if isinstance(item, (dict, list)) else place, tensors)

@@ -95,7 +95,7 @@ def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory:
 
 
 def show_shares(outlook: Mapping[str, Any]) -> None:
-    """Print what a look before the first step found of the completions."""
+    """Print the outlook: shares of mixed groups, and of right, well-formed and truncated completions."""
     o, g = outlook, outlook["num_generations"]
     mixed = round(o["teaching"] * o["groups"])
     say(f"Outlook: {mixed} of {o['groups']} groups have mixed rewards, so a non-zero advantage.")

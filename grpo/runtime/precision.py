@@ -34,7 +34,7 @@ def precision(model: nn.Module) -> str:
 
 
 def in_precision(model: nn.Module) -> AbstractContextManager[None]:
-    """Run a model's forward and backward passes in the block in the precision that was set for the model."""
+    """Run the model's forward and backward passes within the block in the model's precision."""
     if precision(model) == "float32" or isinstance(model, FSDPModule):  # a sharded model casts its shards itself
         return nullcontext()
     return _cast_weights(model, model.compute_dtype)

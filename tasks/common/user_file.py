@@ -158,17 +158,17 @@ class Judge:
     """
 
     name: str
-    file: UserFile | None  # None for a ready judge
+    file: UserFile | None  # None for a built-in judge
     function: Callable[..., Any]
 
     @property
     def reads_text(self) -> bool:
-        """Return whether the judge gets all answers as texts, numbers too, as the ready judges do."""
+        """Return whether the judge gets all answers as texts, numbers too, as the built-in judges do."""
         return self.file is None
 
     @classmethod
     def load(cls, spec: str) -> "Judge":
-        """Return the ready judge of this name, or that of FILE.py:FUNCTION. Raises ValueError if there is none."""
+        """Return the built-in judge of this name, or the judge FILE.py:FUNCTION. Raises ValueError if there is none."""
         if spec in JUDGES:
             return cls(spec, None, JUDGES[spec])
         path, colon, name = spec.rpartition(":")

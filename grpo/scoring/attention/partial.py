@@ -92,7 +92,7 @@ class PartialAttention:
 
 
 def joined(out: Tensor, sums: Tensor, other: Tensor, other_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Join the attention (…, d) of two parts and the logarithms of their sums (…), as `run` returns them."""
+    """Join two partial attentions: outputs (…, d) and log-sums of their softmaxes (…), as `run` returns them."""
     share = torch.sigmoid(other_sums - sums)[..., None]  # the weight of the other part in the joint softmax
     return torch.lerp(out, other, share.to(out.dtype)), torch.logaddexp(sums, other_sums)
 
