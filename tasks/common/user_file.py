@@ -168,7 +168,7 @@ class Judge:
 
     @classmethod
     def load(cls, spec: str) -> "Judge":
-        """Return the built-in judge of this name, or the judge FILE.py:FUNCTION. Raises ValueError if there is none."""
+        """Return the built-in judge of this name, or FILE.py:FUNCTION. Raises ValueError if there is none."""
         if spec in JUDGES:
             return cls(spec, None, JUDGES[spec])
         path, colon, name = spec.rpartition(":")
