@@ -94,7 +94,7 @@ def last_columns(ids: Tensor, number: int) -> Tensor:
 
 
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with; fewer than the shortest has, whose last token is run by itself."""
+    """Return how many tokens all prompts begin with, at most all but the last token of the shortest prompt."""
     smallest, largest = min(prompts), max(prompts)  # in the order of lists; if these two share a beginning, all do
     alike = next((i for i, (x, y) in enumerate(zip(smallest, largest, strict=False)) if x != y), len(smallest))
     return min(alike, min(map(len, prompts)) - 1)
