@@ -34,7 +34,7 @@ from grpo.runtime.atomic_io import write_atomic
 from grpo.runtime.console import printable, say, terminal_columns
 from tasks.base import chat
 from tasks.common.parsing import has_form, parse_answer
-from tasks.common.prompts import STYLES, system_prompt
+from tasks.common.prompts import DEFAULT_WORDING, STYLES, system_prompt
 from tasks.registry import TASKS, task_options
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def complete(
     from grpo.scoring.tokens import left_pad
 
     system = card.get("system_prompt") or system_prompt(
-        card.get("prompt_style", "answer"), card.get("kind", "integer")
+        card.get("prompt_style", "answer"), card.get("kind", "integer"), DEFAULT_WORDING
     )
     prompts = lm.prompts([chat(question, system, card.get("examples", [])) for question in questions])
     limit = sampling.max_new_tokens or card.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)

@@ -17,7 +17,7 @@ from random import Random
 from tasks.arithmetic import OPERATORS, apply
 from tasks.base import Attempt, Message, Problem, chat
 from tasks.common.drawn_task import DrawnTask
-from tasks.common.prompts import FIRST_WORDING, ideal_completion, system_prompt
+from tasks.common.prompts import ideal_completion, system_prompt
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Skill(DrawnTask):
     tagged: bool
     _: KW_ONLY
     kind: str = "text"
-    system_prompt: str = system_prompt("answer", wording=FIRST_WORDING)
+    system_prompt: str = system_prompt("answer")
 
     def draw(self, rng: Random) -> Problem:
         """Return a random problem."""

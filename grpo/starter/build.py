@@ -26,7 +26,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.scoring.tokens import Tokens, tokens_of
 from grpo.sft import supervised_gradient
 from grpo.starter.data import ARITHMETIC, BATCH, PROMPTS, SEED, example
-from tasks.common.prompts import FIRST_WORDING, system_prompt
+from tasks.common.prompts import system_prompt
 from tasks.skills import SKILLS
 
 STEPS = 3700
@@ -163,7 +163,7 @@ def main(out: Path) -> None:
     card = {
         "task": "arithmetic",
         "prompt_style": "answer",
-        "system_prompt": system_prompt("answer", wording=FIRST_WORDING),
+        "system_prompt": system_prompt("answer"),
         "max_new_tokens": MAX_NEW_TOKENS,
         "skills": list(SKILLS),
     }

@@ -28,14 +28,16 @@ _FORMS = {
     },
 }
 WORDINGS = tuple(_FORMS)
-DEFAULT_WORDING = "example"
-FIRST_WORDING = "plain"  # of models and runs of older versions, which had no other
+DEFAULT_WORDING = "example"  # The default of --prompt-wording.
+FIRST_WORDING = "plain"  # The starter, and models and runs of older versions, have this wording.
 
 
-def system_prompt(style: str, kind: str = "integer", wording: str = DEFAULT_WORDING) -> str:
+def system_prompt(style: str, kind: str = "integer", wording: str = FIRST_WORDING) -> str:
     """Return the system prompt of a style for answers of a kind.
 
     >>> system_prompt("answer")
+    'Give the result as an integer in <answer>...</answer>.'
+    >>> system_prompt("answer", wording="example")
     'Answer with the result inside <answer> tags, like <answer>...</answer>.'
     """
     return _FORMS[wording][style].format(_ASKED[kind], short="answer" if kind == "text" else "result")

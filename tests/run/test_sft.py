@@ -132,7 +132,7 @@ def test_a_problem_without_a_right_completion_is_skipped_and_if_there_is_no_othe
     limit = 10
     assert solved_problem(Some(), 0, -2, 3)[1] == "<answer>5</answer>"
     limit = 10**12
-    with pytest.raises(ValueError, match="no training problem"):
+    with pytest.raises(ValueError, match="no right completion"):
         solved_problem(Some(), 0, -2, 3)
 
 

@@ -135,7 +135,8 @@ def test_the_fused_output_layer_does_so_too(shard, model, alone, tmp_path, monke
     one = alone()
     monkeypatch.setattr("grpo.scoring.scorer.CHUNK", 64)  # fewer logits are held, all at once
     train_in_two(model, tmp_path / "run", shard=shard)
-    assert largest_difference(one, tmp_path / "run") < SAME
+    # Two ways to the same log-probabilities differ by rounding, which 20 steps of Adam enlarge.
+    assert largest_difference(one, tmp_path / "run") < 10 * SAME
 
 
 @pytest.mark.parametrize("shard", [False, True])

@@ -39,6 +39,7 @@ VALID = {
     "shard": True,
     "max_operand": 3,
     "prompt_style": "think",
+    "prompt_wording": "plain",
     "system_prompt": "Say it.",
     "shots": 2,
     "sft_steps": 3,
