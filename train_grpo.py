@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 @click.option("--seeds", help="one run for each of these seeds, such as 0,1,2, in the folders seed-0/ and so on")
 @click.option("--fresh", is_flag=True, help="start over; what an earlier run wrote is moved to earlier_runs/")
 @click.option("--train-anyway", is_flag=True, help="train even if hardly a group has mixed rewards at the start")
+@click.option("--accept-changed-files", is_flag=True, help="continue although files of rewards or data changed")
 @help_all_option
 @click.pass_context
 def main(
@@ -57,6 +58,7 @@ def main(
     seeds: str | None,
     fresh: bool,
     train_anyway: bool,
+    accept_changed_files: bool,
     **settings: Any,
 ) -> None:
     """Train a small instruct model with GRPO, on arithmetic or another task.
@@ -77,11 +79,11 @@ def main(
             in_file = read_settings(file) if file else {}
             in_file.pop("seed", None)
             resolve_with_file(file, in_file, given)
-            ctx.exit(run_seeds(__file__, parse_seeds(seeds), {**in_file, **given}, fresh, train_anyway))
+            flags = (fresh, train_anyway, accept_changed_files)
+            ctx.exit(run_seeds(__file__, parse_seeds(seeds), {**in_file, **given}, *flags))
     try:
-        ctx.exit(
-            start(partial(settings_of, file, given), partial(train, launched, check, train_anyway), fresh, check)
-        )
+        train_as_asked = partial(train, launched, check, train_anyway, accept_changed_files)
+        ctx.exit(start(partial(settings_of, file, given), train_as_asked, fresh, check))
     except (ValueError, OSError) as error:
         raise click.ClickException(printable(str(error))) from None
     except KeyboardInterrupt:
@@ -97,6 +99,7 @@ def train(
     launched: float,
     check: bool,
     train_anyway: bool,
+    accept_changed_files: bool,
     config: TrainConfig,
     task: Task | None = None,
     ranks: "Ranks | None" = None,
@@ -105,9 +108,9 @@ def train(
     """Run the training, or only check it, and return the exit status.
 
     `launched` is the `time.monotonic()` of this launch. With `train_anyway`, a run with hardly a learning signal is
-    trained too. `earlier` are the seconds before this launch that count
-    towards a time limit. `ranks` are the processes of the run, by default this process alone. The heavy imports come
-    after the output folder is locked.
+    trained too. With `accept_changed_files`, a run continues although files of rewards, tasks or problems changed.
+    `earlier` are the seconds before this launch that count towards a time limit. `ranks` are the processes of the
+    run, by default this process alone. The heavy imports come after the output folder is locked.
     """
     from tasks.rewards.scoring import rewards_of, try_out
 
@@ -124,7 +127,8 @@ def train(
     from tasks.skills import SKILLS
 
     with failures_in_words(config.model), naming_own_code():
-        trainer = Trainer(config, task, SKILLS, launched - earlier, ranks or ONE, train_anyway)
+        flags = (train_anyway, accept_changed_files)
+        trainer = Trainer(config, task, SKILLS, launched - earlier, ranks or ONE, *flags)
         if check:
             check_run(trainer.grpo, trainer.evaluator, trainer.metrics.record["environment"], launched)
             return 0

@@ -86,6 +86,7 @@ class RunState:
     saved_step: int | None = None  # step of the newest checkpoint
     saved_at: float = field(default_factory=time.monotonic)  # when the newest checkpoint was written
     saving_seconds: float = 0.0  # how long writing the newest checkpoint took
+    accept_changed_files: bool = False  # Continue although files changed since the checkpoint.
 
     def why_done(self) -> str | None:
         """Return why the run needs no more steps, or None if it needs more."""
@@ -165,7 +166,8 @@ class RunState:
             check_entries(
                 {"config": isinstance(state.get("config"), dict), "threads": is_count(state.get("threads"))}
             )
-        if changed := check_same_run(folder, checkpoint, self.config, self.files):
+        changed = check_same_run(folder, checkpoint, self.config, self.files, self.accept_changed_files)
+        if changed and not checkpoint.step:
             say(f"{', '.join(changed)} changed before the first update, so the run starts over.")
             samples.truncate(0)
             return False
@@ -176,15 +178,21 @@ class RunState:
             self.evaluator.load_state_dict(state)
             self.metrics.load_state_dict(checkpoint.metrics, self.progress.step, self.progress.sft_step)
             self.grpo.load_state_dict(state, keep_limits=same_passes)
+        if changed:
+            self.metrics.add_changed_files(self.progress.step, {path: self.files[path] for path in changed})
+            say(f"{', '.join(changed)} changed; the run continues with the new content and notes it in its metrics.")
         samples.truncate(self.progress.step)
         show_continuation(self.progress.named(), state["threads"], torch.get_num_threads())
         return True
 
 
-def check_same_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, files: Mapping[str, str]) -> list[str]:
+def check_same_run(
+    folder: Path, checkpoint: Checkpoint, config: TrainConfig, files: Mapping[str, str], accept_changed_files: bool
+) -> list[str]:
     """Raise ValueError if the run of a checkpoint had other settings or files. `files` has SHA-256 values by path.
 
-    Return the files that changed. Before the first update, when nothing depends on them yet, they may change.
+    Return the files that changed. Before the first update, when nothing depends on them yet, they may change; later,
+    only with `accept_changed_files`.
     """
     if checkpoint.state["config"].get(REMOVED):
         raise ValueError(
@@ -197,9 +205,10 @@ def check_same_run(folder: Path, checkpoint: Checkpoint, config: TrainConfig, fi
         )
     saved_files = checkpoint.state.get("files", {})
     changed = [path for path, sha256 in files.items() if saved_files.get(path, sha256) != sha256]
-    if changed and checkpoint.step:
+    if changed and checkpoint.step and not accept_changed_files:
         raise ValueError(
-            f"{', '.join(changed)} changed since the run in {folder.resolve()} began; put it back {ways_on}"
+            f"{', '.join(changed)} changed since the run in {folder.resolve()} began; put it back {ways_on}; "
+            "to continue with the changed files, such as one that you corrected, add --accept-changed-files"
         )
     return changed
 

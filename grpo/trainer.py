@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from grpo.report.opening import (
     show_stop,
     show_trials,
 )
-from grpo.report.progress import show_completions, show_evaluation
+from grpo.report.progress import show_completions, show_evaluation, show_reward_error
 from grpo.report.saved_readme import saved_readme
 from grpo.resume import Progress, RunState
 from grpo.runtime.atomic_io import check_room, name_in_errors
@@ -48,12 +48,13 @@ from grpo.runtime.ranks import ONE, Ranks
 from grpo.runtime.sharding import shard
 from grpo.sft import SupervisedTrainer
 from grpo.step_probe import measured_step
-from tasks.base import Task
+from tasks.base import Reward, Task
 from tasks.rewards.scoring import decides_by_reward, rewards_of
 
 QUICK_STEP_SECONDS = 1.0  # After a signal, a step is finished if it takes at most this long, else thrown away.
 MAX_SKIPPED_IN_A_ROW = 10  # The run ends after this many updates in a row that were not finite.
 TIME_MARGIN = 1.5  # Expected times are multiplied by this, because a step may be slower than all before it.
+RECENT_STEPS = 10  # A run ends if rewards failed more often in this many steps than a step has completions.
 
 
 class Trainer:
@@ -67,10 +68,12 @@ class Trainer:
         launched: float | None = None,
         ranks: Ranks = ONE,
         train_anyway: bool = False,
+        accept_changed_files: bool = False,
     ) -> None:
         """Load the model and make the parts of the run. A time limit counts from `launched`, by default from now.
 
-        With `train_anyway`, a run with hardly a learning signal in its outlook is trained nevertheless.
+        With `train_anyway`, a run with hardly a learning signal in its outlook is trained nevertheless. With
+        `accept_changed_files`, a run continues although files of rewards, tasks or problems changed.
         """
         self.config, self.task, self.ranks, self.train_anyway = config, task, ranks, train_anyway
         self.folder = Path(config.output_dir)
@@ -99,6 +102,8 @@ class Trainer:
         self.progress = Progress()
         self.measurer = Measurer(config, task, self.evaluator, self.metrics, self.progress, ranks)
         self.state = RunState(config, files, self.progress, self.grpo, self.evaluator, self.metrics, ranks)
+        self.state.accept_changed_files = accept_changed_files
+        self.reward_errors_shown: set[str] = set()
         self.launched = time.monotonic() if launched is None else launched
 
     def run(self) -> int:
@@ -176,6 +181,7 @@ class Trainer:
                 bar.update(progress.step, shown)
                 return_freed_memory(self.parameters_on_cpu)
                 self._stop_if_broken()
+                self._stop_if_rewards_fail(outcome.drawn.rewards)
                 if c.show_every and progress.step % c.show_every == 0:
                     show_completions(progress.step, outcome.rollout)
                 if progress.step % c.eval_every == 0 or progress.step == c.num_iterations:
@@ -298,6 +304,26 @@ class Trainer:
             f"the last {skipped} updates had a loss or gradient that is not finite. None was applied: the checkpoint "
             f"and {self.saved_model} are intact. Start over with a smaller --learning-rate or a larger --beta"
         )
+
+    def _stop_if_rewards_fail(self, rewards: Sequence[Reward]) -> None:
+        """Print the new errors of users' rewards in a step. Raise ValueError if rewards have failed too often."""
+        errors = [error for reward in rewards for error in reward.errors]
+        if not errors:
+            return
+        step, record = self.progress.step, self.metrics.record
+        for error in dict.fromkeys(errors):
+            if error not in self.reward_errors_shown:
+                show_reward_error(step, error, errors.count(error), len(rewards))
+        self.reward_errors_shown |= set(errors)
+        corrected = max((change["step"] for change in record["changed_files"]), default=0)
+        rows = [row for row in record["steps"][-RECENT_STEPS:] if row["step"] > corrected]
+        failures = sum(row.get("reward_errors", 0) for row in rows)
+        if failures > len(rewards):
+            self.state.save(self.folder)
+            raise ValueError(
+                f"{errors[0]}; rewards failed {failures} times in the last {len(rows)} steps, which is too often. "
+                "Correct the file, and repeat the command with --accept-changed-files"
+            )
 
     def _restore(self) -> dict[str, Any] | None:
         """Continue from a checkpoint, if there is one. Return the run's record if the run has ended, else None."""

@@ -68,6 +68,7 @@ class Reward:
     parts: Mapping[str, float | None]  # value times weight, by reward function; None if it does not apply
     correct: bool  # copied from the `Attempt`
     well_formed: bool  # copied from the `Attempt`
+    errors: Sequence[str] = ()  # one line for each function that failed on the completion; then `total` is None
 
 
 @dataclass(frozen=True, kw_only=True)

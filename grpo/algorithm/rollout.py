@@ -267,7 +267,8 @@ class RolloutSampler:
         g = rollout.num_generations
         texts = enumerate(rollout.completion_texts)
         attempts = [self.task.grade(rollout.problems[row // g], text) for row, text in texts]
-        return score(self.rewards, attempts, {"completion_ids": rollout.tokens.completion_rows()}, self.clock)
+        ids = {"completion_ids": rollout.tokens.completion_rows()}
+        return score(self.rewards, attempts, ids, self.clock, tolerant=True)
 
     def _advantages(self, rollout: Rollout) -> Tensor:
         """Return the advantages of the completions, (B,) float32."""

@@ -26,7 +26,14 @@ def parse_seeds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def run_seeds(script: str, seeds: Sequence[int], given: Mapping[str, Any], fresh: bool, train_anyway: bool) -> int:
+def run_seeds(
+    script: str,
+    seeds: Sequence[int],
+    given: Mapping[str, Any],
+    fresh: bool,
+    train_anyway: bool,
+    accept_changed_files: bool,
+) -> int:
     """Train with each seed, then print and draw the comparison; return the exit status.
 
     `given` are the settings that differ from the defaults. If a run fails, the later seeds are not run. Raises
@@ -37,6 +44,7 @@ def run_seeds(script: str, seeds: Sequence[int], given: Mapping[str, Any], fresh
     folder = Path(given.get("output_dir", "."))
     folders = [folder / f"seed-{seed}" for seed in seeds]
     flags = [*["--fresh"] * fresh, *["--train-anyway"] * train_anyway]
+    flags += ["--accept-changed-files"] * accept_changed_files
     for seed, seed_folder in zip(seeds, folders, strict=True):
         say(f"Seed {seed}, in {seed_folder}/")
         arguments = as_arguments({**given, "seed": seed, "output_dir": str(seed_folder)})

@@ -31,20 +31,23 @@ class Metrics:
             "steps": [],
             "evals": [],
             "findings": [],
+            "changed_files": [],  # with --accept-changed-files: which files changed after which step
             "finished": None,  # set at the end: the last step and why the run ended
         }
         self._written = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parts of the record that a checkpoint keeps."""
-        return {name: self.record[name] for name in ("before_sft", "sft", "outlook", "steps", "evals", "findings")}
+        names = ("before_sft", "sft", "outlook", "steps", "evals", "findings", "changed_files")
+        return {name: self.record[name] for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int, sft_step: int = 0) -> None:
         """Restore what `state_dict` returned after `step` steps and `sft_step` supervised steps.
 
         Raises ValueError if the state is damaged or does not belong to these numbers of steps.
         """
-        state = {"before_sft": None, "sft": [], "outlook": None, **state}  # Earlier versions lack these parts.
+        # Earlier versions lack these parts.
+        state = {"before_sft": None, "sft": [], "outlook": None, "changed_files": [], **state}
         passed = {name: FORMATS[name](state.get(name)) for name in self.state_dict()}
         passed["evals"] = is_list_of(is_evaluation, state.get("evals"))
         for name, count in (("sft", sft_step), ("steps", step)):
@@ -68,6 +71,10 @@ class Metrics:
         """Append an evaluation and write the file."""
         self.record["evals"].append(_finite(entry))
         self.write()
+
+    def add_changed_files(self, step: int, files: Mapping[str, str]) -> None:
+        """Record that files changed after step `step`. `files` has their new SHA-256 values by path."""
+        self.record["changed_files"].append({"step": step, "files": dict(files)})
 
     def write(self) -> None:
         """Replace the file by a new one in a single step."""

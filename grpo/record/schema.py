@@ -48,6 +48,13 @@ def is_finding(value: Any) -> bool:
     return all(isinstance(text, str) for text in texts) and is_count(value.get("step"))
 
 
+def is_change(value: Any) -> bool:
+    """Return whether a value has a step and the SHA-256 values, by path, of the files that changed after it."""
+    if not isinstance(value, dict) or not isinstance(value.get("files"), dict):
+        return False
+    return is_count(value.get("step")) and all(isinstance(sha256, str) for sha256 in value["files"].values())
+
+
 def is_outlook(value: Any) -> bool:
     """Return whether a value has the counts and shares of an outlook, which is measured before the first step."""
     if not isinstance(value, dict) or not all(is_count(value.get(name)) for name in ("groups", "num_generations")):
@@ -97,7 +104,15 @@ FORMATS: dict[str, Callable[[Any], bool]] = {
     "steps": lambda value: is_list_of(is_entry, value),
     "evals": lambda value: is_list_of(_is_measured, value),
     "findings": lambda value: is_list_of(is_finding, value),
+    "changed_files": lambda value: is_list_of(is_change, value),
     "finished": lambda value: value is None or _is_ending(value),
 }
 # Earlier versions did not write these parts. Their files are read as if they had these values.
-DEFAULTS: dict[str, Any] = {"before_sft": None, "sft": [], "outlook": None, "findings": [], "finished": None}
+DEFAULTS: dict[str, Any] = {
+    "before_sft": None,
+    "sft": [],
+    "outlook": None,
+    "findings": [],
+    "changed_files": [],
+    "finished": None,
+}

@@ -115,6 +115,11 @@ STEP_METRICS: tuple[StepMetric, ...] = (
         formula=lambda s: _by_part(s.drawn, _mean),
     ),
     StepMetric(
+        name="reward_errors",
+        meaning="failures of your reward functions, counted by completion; a completion with a failure has no reward",
+        formula=lambda s: sum(len(reward.errors) for reward in s.drawn.rewards),
+    ),
+    StepMetric(
         name="reward_std/*",
         meaning="standard deviation of each part in a group, mean over the groups where it is not 0, null if there "
         "are none",

@@ -48,6 +48,12 @@ def show_completions(step: int, rollout: Rollout) -> None:
         say(f"    {mark}{figures}{texts}")
 
 
+def show_reward_error(step: int, error: str, count: int, completions: int) -> None:
+    """Print why a user's reward failed on `count` of the `completions` of a step."""
+    counted = f"{count} of {completions} completions have no reward; later failures of this kind are only counted"
+    paragraph(f"step {step:>4}  {error}: {counted}", indent=11)
+
+
 def question_and_completion(question: str, completion: str, columns: int) -> str:
     """Return question and completion as one printable line of at most `columns`; the question is cut first."""
     question, completion = printable(question), printable(completion)

@@ -162,21 +162,29 @@ def score(
     attempts: Sequence[Attempt],
     columns: Columns,
     clock: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    tolerant: bool = False,
 ) -> list[Reward]:
     """Return the reward of each attempt. Each function runs over the whole batch, timed as `reward/<name>`.
 
     `columns` are passed on to users' functions. Raises ValueError, in one line that names the function, if a function
-    raises an exception, or does not return one finite number or None for each attempt.
+    raises an exception, or does not return one finite number or None for each attempt. If `tolerant`, a user's
+    function may fail: a completion on which it fails has no reward, and `errors` gives the reason.
     """
     parts: list[dict[str, float | None]] = [{} for _ in attempts]
+    errors: list[list[str]] = [[] for _ in attempts]
     for reward in rewards:
         with clock(f"reward/{reward.name}"):
-            values = _values(reward, attempts, columns)
+            if tolerant and reward.path:
+                values, failed = _values_and_errors(reward, attempts, columns)
+            else:
+                values, failed = _values(reward, attempts, columns), {}
         for part, value in zip(parts, values, strict=True):
             part[reward.name] = None if value is None else reward.weight * value
+        for row, error in failed.items():
+            errors[row].append(error)
     return [
-        Reward(_total(part.values()), part, attempt.correct, attempt.well_formed)
-        for part, attempt in zip(parts, attempts, strict=True)
+        Reward(None if error else _total(part.values()), part, attempt.correct, attempt.well_formed, error)
+        for part, attempt, error in zip(parts, attempts, errors, strict=True)
     ]
 
 
@@ -198,6 +206,39 @@ def _values(reward: RewardFunction, attempts: Sequence[Attempt], columns: Column
     if len(values) != len(attempts):
         raise ValueError(f"{_named(reward)} gave {len(values)} numbers for {len(attempts)} completions")
     return [_number(reward, value, attempt) for value, attempt in zip(values, attempts, strict=True)]
+
+
+def _values_and_errors(
+    reward: RewardFunction, attempts: Sequence[Attempt], columns: Columns
+) -> tuple[Values, dict[int, str]]:
+    """Call a user's function on a batch. Return its values, and its errors by the row of the completion.
+
+    If the function fails on the batch, it is called on each completion alone to find those on which it fails. Then it
+    is called on all other completions together, because its values may depend on the whole batch.
+    """
+
+    def values_of(rows: Sequence[int]) -> Values:
+        chosen = {name: [column[row] for row in rows] for name, column in columns.items()}
+        return _values(reward, [attempts[row] for row in rows], chosen)
+
+    rows = list(range(len(attempts)))
+    values: list[float | None] = [None] * len(attempts)
+    errors: dict[int, str] = {}
+    try:
+        return values_of(rows), errors
+    except ValueError:
+        for row in rows:
+            try:
+                values_of([row])
+            except ValueError as error:
+                errors[row] = str(error)
+    good = [row for row in rows if row not in errors]
+    try:
+        for row, value in zip(good, values_of(good) if good else (), strict=True):
+            values[row] = value
+    except ValueError as error:  # The function fails only on several completions together.
+        errors |= dict.fromkeys(good, str(error))
+    return values, errors
 
 
 def _number(reward: RewardFunction, value: Any, attempt: Attempt) -> float | None:

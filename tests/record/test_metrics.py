@@ -34,7 +34,7 @@ def test_what_is_written_is_read_back(tmp_path):
         {"step": 1, "loss": 0.25, "kl": 1e-300, "skipped_updates": 0}
     ]
     names = {"schema_version", "config", "environment", "outlook", "steps", "evals", "findings", "finished"}
-    assert set(metrics.record) == names | {"before_sft", "sft"}
+    assert set(metrics.record) == names | {"before_sft", "sft", "changed_files"}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float64("nan"), np.float64("-inf")])

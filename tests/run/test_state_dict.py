@@ -171,13 +171,13 @@ def test_metrics_are_restored():
     metrics = Metrics(None, {}, {})
     metrics.load_state_dict(through_json(METRICS), 2)
     # a run from before there was an outlook or supervised steps
-    assert metrics.state_dict() == {"before_sft": None, "sft": [], "outlook": None, **METRICS}
+    assert metrics.state_dict() == {"before_sft": None, "sft": [], "outlook": None, "changed_files": [], **METRICS}
 
 
 def test_the_supervised_steps_are_restored():
     metrics, state = Metrics(None, {}, {}), METRICS | {"before_sft": EVALUATION, "sft": [{"step": 1, "loss": 2.0}]}
     metrics.load_state_dict(through_json(state), 2, 1)
-    assert metrics.state_dict() == {"outlook": None, **state}
+    assert metrics.state_dict() == {"outlook": None, "changed_files": [], **state}
     for name, value in (("sft", []), ("sft", [{"step": 2}]), ("sft", {}), ("before_sft", 3), ("before_sft", {})):
         with pytest.raises(ValueError, match=name):
             metrics.load_state_dict(state | {name: value}, 2, 1)
@@ -196,6 +196,8 @@ def test_the_supervised_steps_are_restored():
         *(("evals", [{k: v for k, v in EVALUATION.items() if k != name}]) for name in EVALUATION),
         *(("findings", [{k: v for k, v in FINDING.items() if k != name}]) for name in FINDING),
         ("findings", [{**FINDING, "examples": [1]}]),
+        ("changed_files", [{"step": 1}]),
+        ("changed_files", [{"step": 1, "files": {"mine.py": 3}}]),
     ],
 )
 def test_damaged_metrics_are_refused_by_name(entry, value):

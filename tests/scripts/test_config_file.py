@@ -14,7 +14,7 @@ from tests.helpers.scripts import invoke, names_in, refusal
 def resolved(monkeypatch, tmp_path):
     """Return a function that calls train_grpo.py with a file, without training, and returns the settings."""
     seen = []
-    monkeypatch.setattr(train_grpo, "train", lambda launched, check, train_anyway, config: seen.append(config) or 0)
+    monkeypatch.setattr(train_grpo, "train", lambda launched, check, anyway, accept, config: seen.append(config) or 0)
 
     def call(content, *args):
         (tmp_path / "c.json").write_text(json.dumps(content), encoding="utf-8")
@@ -93,7 +93,6 @@ def test_several_seeds_override_the_one_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr("grpo.launch.seeds.run_seeds", lambda script, *args: seen.append(args) or 0)
     (tmp_path / "c.json").write_text(json.dumps(TrainConfig().to_dict()), encoding="utf-8")
     assert invoke(train_grpo.main, "--config", "c.json", "--seeds", "1,2", folder=tmp_path).exit_code == 0
-    [(seeds, given, fresh, train_anyway)] = seen
+    [(seeds, given, *flags)] = seen
     assert (seeds, given["batch_size"], "seed" in given) == ([1, 2], 4, False)
-    assert not fresh
-    assert not train_anyway
+    assert flags == [False, False, False]

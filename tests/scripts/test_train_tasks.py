@@ -1,13 +1,15 @@
 """Test every task, style and reward in a tiny run, and micro-batches."""
 
 import json
+from hashlib import sha256
 
 import pytest
 
 import inference
 import train_grpo
-from grpo.model_card import CARD
+from grpo.model_card import CARD, resolve
 from grpo.record.metrics import load_metrics
+from tasks.registry import make_task
 from tasks.rewards.functions import DEMO
 from tests.helpers.data import example_task
 from tests.helpers.scripts import (
@@ -184,6 +186,52 @@ def test_a_users_function_that_raises_ends_the_run_in_one_line(tmp_path):
     assert result.exit_code == 1
     [error] = [line for line in result.stderr.splitlines() if not line.startswith("step ")]
     assert error == "Error: reward function 'f' raised ZeroDivisionError: division by zero (mine.py:2)"
+
+
+RARE = """
+calls = []
+
+def rare(completions, question, **columns):
+    calls.append(1)
+    return [1 / (asked != QUESTION) * len(c[0]["content"]) for c, asked in zip(completions, question)]
+
+def breaks(completions, **columns):  # after its trial, and after the outlook with the file loaded again
+    calls.append(1)
+    return [len(c[0]["content"]) / (len(calls) <= 1) for c in completions]
+"""
+
+
+def test_a_rare_mistake_of_a_reward_does_not_end_the_run(tmp_path):
+    question = make_task(resolve({})).training_problem(0, 1, 0).question
+    (tmp_path / "mine.py").write_text(RARE.replace("QUESTION", repr(question)), encoding="utf-8")
+    result = train("--reward", "mine.py:rare=1", "--reward", "exact=1", folder=tmp_path)
+    steps = load_metrics(tmp_path)["steps"]
+    assert [row["reward_errors"] for row in steps] == [2, 0]  # one of two groups of step 1
+    said = " ".join(result.stdout.split())
+    assert "reward function 'rare' raised ZeroDivisionError: division by zero (mine.py:6)" in said
+    assert "2 of 4 completions have no reward" in said
+
+
+def test_a_mistake_that_became_frequent_ends_the_run_and_a_mended_file_continues_it(tmp_path):
+    (tmp_path / "mine.py").write_text(RARE, encoding="utf-8")
+    arguments = ["--reward", "mine.py:breaks=1", "--num-iterations", 8]
+    result = invoke(train_grpo.main, *TINY, *arguments, folder=tmp_path)
+    assert result.exit_code == 1
+    [error] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert "ZeroDivisionError: division by zero (mine.py:10)" in error
+    assert "--accept-changed-files" in error
+    assert [row["reward_mean"] for row in load_metrics(tmp_path)["steps"]] == [None, None]
+    (tmp_path / "mine.py").write_text(RARE.replace("/ (len(calls) <= 1)", ""), encoding="utf-8")
+    result = invoke(train_grpo.main, *TINY, *arguments, folder=tmp_path)
+    assert "mine.py changed" in result.stderr
+    assert "--accept-changed-files" in result.stderr
+    train(*arguments, "--accept-changed-files", folder=tmp_path)
+    record = load_metrics(tmp_path)
+    assert len(record["steps"]) == 8
+    [change] = record["changed_files"]
+    assert change == {"step": 2, "files": {"mine.py": sha256((tmp_path / "mine.py").read_bytes()).hexdigest()}}
+    train(*arguments, "--num-iterations", 9, folder=tmp_path)  # the checkpoints have the new content
+    assert len(load_metrics(tmp_path)["changed_files"]) == 1
 
 
 BAD_TASKS = [

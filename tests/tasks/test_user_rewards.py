@@ -188,6 +188,34 @@ def test_a_file_without_the_function_is_refused_in_one_line(body, spec, word, tm
     assert "\n" not in str(caught.value)
 
 
+def test_a_rare_mistake_costs_only_the_completions_that_it_is_about(tmp_path):
+    body = (
+        "def f(completions, level, **c):\n"
+        "    values = [len(level) / (n - 2) for n in level]\n"  # fails on level 2; depends on the batch
+        "    return values\n"
+    )
+    rewards = [*user(tmp_path, body), *parse_rewards(["exact=1"], {})]
+    attempts = [Arithmetic().grade(Problem("q", "1", {"level": n}), "<answer>1</answer>") for n in (1, 2, 3)]
+    columns = {"completion_ids": [[0], [1], [2]]}
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        score(rewards, attempts, columns)
+    scored = score(rewards, attempts, columns, tolerant=True)
+    # the batch of two that is left: 2 / (1 − 2) and 2 / (3 − 2), each plus 1 for the right answer
+    assert [reward.total for reward in scored] == [-1.0, None, 3.0]
+    assert scored[1].parts == {"f": None, "exact": 1.0}
+    assert [len(reward.errors) for reward in scored] == [0, 1, 0]
+    assert "'f' raised ZeroDivisionError: division by zero" in scored[1].errors[0]
+    assert "mine.py:2" in scored[1].errors[0]
+
+
+@pytest.mark.parametrize("body", ["return 3", "raise OSError('offline')", "return [0.5]"])
+def test_a_mistake_about_every_batch_leaves_no_completion_a_reward(body, tmp_path):
+    attempts = [Arithmetic().grade(SUM, "")] * 3
+    scored = score(user(tmp_path, f"def f(**c):\n    {body}"), attempts, {}, tolerant=True)
+    assert [reward.total for reward in scored] == [None] * 3
+    assert all(len(reward.errors) == 1 for reward in scored)
+
+
 def test_numbers_of_libraries_are_numbers(tmp_path):
     for made in (numpy.float32([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0]), (True, 2, 3.0), iter([1, 2, 3])):
         [reward] = parse_rewards(["exact=2"], {})
