@@ -118,7 +118,8 @@ def train(
         click.echo(f"Loading {printable(config.model)}", err=True)
     task = make_task(config) if task is None else task  # first, so that an error in its data is reported at once
     with naming_own_code():
-        try_out(rewards_of(config, task), task)
+        for remark in try_out(rewards_of(config, task), task):
+            click.echo(printable(f"Note: {remark}"), err=True)
 
     from grpo.launch.check import check as check_run
     from grpo.runtime.failures import failures_in_words

@@ -1,6 +1,7 @@
 """Make the rewards of a run from --reward or the task's defaults, and score a batch with them."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,7 +15,9 @@ from tasks.rewards.functions import REWARDS
 
 OVERLONG = "overlong"  # the name of the part that --overlong-buffer adds
 PROBLEMS_TRIED = 4  # problems that are tried before a model is loaded, with three completions each
+READ_A_MESSAGE = 'a completion is a list of one message, so read its text as completion[0]["content"]'
 WRONG_COMPLETION = "It is 1, I think."  # a completion for the trial that does not have the required form
+MESSAGE_TYPES = re.compile(r"\b(list|dict)\b")  # An error names one of these if a message was taken for a text.
 LARGEST_REWARD = 1e12  # largest reward times weight; float32 and a group's variance overflow only far above it
 
 Columns = Mapping[str, Sequence[Any]]  # one value for each completion, by name
@@ -38,6 +41,8 @@ class RewardFunction:
     function: Callable[[Sequence[Attempt], Columns], Values]  # scores a batch
     path: str = ""  # the user's file that has the function; "" for a function of the project
     sha256: str = ""  # the SHA-256 of that file; "" for a function of the project
+    # The same function for the trial before training, called with texts instead of messages; None for the project's.
+    plain: Callable[[Sequence[Attempt], Columns], Values] | None = None
 
 
 def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[RewardFunction]:
@@ -63,7 +68,8 @@ def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[R
         if colon:
             files[path] = files.get(path) or load_file(path)
             function = partial(_of_user, files[path].function(name))
-            rewards[name] = RewardFunction(name, weight, function, path, files[path].sha256)
+            plain = partial(function, as_texts=True)
+            rewards[name] = RewardFunction(name, weight, function, path, files[path].sha256, plain)
         elif name in REWARDS:
             rewards[name] = RewardFunction(name, weight, partial(_of_each, REWARDS[name]))
         else:
@@ -144,8 +150,13 @@ def _of_each(function: Callable[[Attempt], float], attempts: Sequence[Attempt], 
     return [function(attempt) for attempt in attempts]
 
 
-def _of_user(function: Callable[..., Any], attempts: Sequence[Attempt], columns: Columns) -> Any:
-    """Call a user's function as TRL does: with keywords, and with prompts and completions as messages."""
+def _of_user(
+    function: Callable[..., Any], attempts: Sequence[Attempt], columns: Columns, as_texts: bool = False
+) -> Any:
+    """Call a user's function as TRL does: with keywords, and with prompts and completions as messages.
+
+    With `as_texts`, the completions are plain texts instead.
+    """
     names = {name for attempt in attempts for name in attempt.problem.columns}
     keywords = {name: [attempt.problem.columns.get(name) for attempt in attempts] for name in sorted(names)}
     keywords |= {name: list(values) for name, values in columns.items()}
@@ -153,6 +164,8 @@ def _of_user(function: Callable[..., Any], attempts: Sequence[Attempt], columns:
     keywords["answer"] = [attempt.problem.answer for attempt in attempts]
     keywords["prompts"] = [[dict(message) for message in attempt.prompt] for attempt in attempts]
     keywords["completions"] = [[{"role": "assistant", "content": attempt.completion}] for attempt in attempts]
+    if as_texts:
+        keywords["completions"] = [attempt.completion for attempt in attempts]
     with contained():
         return list(function(**keywords))  # `list` runs the function here if it is a generator
 
@@ -202,7 +215,10 @@ def _values(reward: RewardFunction, attempts: Sequence[Attempt], columns: Column
         raise
     except BaseException as error:
         place = place_of(error, reward.path)
-        raise ValueError(f"reward function {reward.name!r} raised {one_line(error)} ({place})") from error
+        raised = f"{one_line(error)} ({place})"
+        if reward.path and isinstance(error, (TypeError, AttributeError)) and MESSAGE_TYPES.search(str(error)):
+            raised += f"; {READ_A_MESSAGE}"
+        raise ValueError(f"reward function {reward.name!r} raised {raised}") from error
     if len(values) != len(attempts):
         raise ValueError(f"{_named(reward)} gave {len(values)} numbers for {len(attempts)} completions")
     return [_number(reward, value, attempt) for value, attempt in zip(values, attempts, strict=True)]
@@ -256,11 +272,13 @@ def _number(reward: RewardFunction, value: Any, attempt: Attempt) -> float | Non
     return number
 
 
-def try_out(rewards: Sequence[RewardFunction], task: Task) -> None:
+def try_out(rewards: Sequence[RewardFunction], task: Task) -> list[str]:
     """Score a few made-up completions of training problems, and make a few held-out problems.
 
-    This finds a mistake in a user's function in a second, before the model is loaded. Raises ValueError, in one line.
-    The problems belong to step 0, which no run trains on: the steps of a run begin at 1.
+    This finds a mistake in a user's function in a second, before the model is loaded. Return a remark on each user's
+    function that gives all completions the same value. Raises ValueError, in one line, for a mistake, and if such a
+    function gives different values for the same completions as plain texts. The problems belong to step 0, which no
+    run trains on: the steps of a run begin at 1.
     """
     for split in ("validation", "test"):
         if not task.held_out(split, PROBLEMS_TRIED):
@@ -270,7 +288,28 @@ def try_out(rewards: Sequence[RewardFunction], task: Task) -> None:
         problem = task.training_problem(0, 0, row)
         for text in (ideal_completion(problem.answer, task.style), WRONG_COMPLETION, ""):
             attempts.append(task.grade(problem, text))
-    score(rewards, attempts, {"completion_ids": [list(range(len(attempt.completion))) for attempt in attempts]})
+    columns = {"completion_ids": [list(range(len(attempt.completion))) for attempt in attempts]}
+    scored = score(rewards, attempts, columns)
+    remarks = []
+    for reward in rewards:
+        values = {each.parts[reward.name] for each in scored}
+        if not reward.path or not reward.weight or len(values) > 1:
+            continue
+        same = f"{_named(reward)} gave all {len(attempts)} made-up completions the same value"
+        if _reads_plain_texts(reward, attempts, columns):
+            raise ValueError(f"{same}: it seems to expect plain texts, but {READ_A_MESSAGE}")
+        remarks.append(f"{same}; if it does so in training too, it has no learning signal")
+    return remarks
+
+
+def _reads_plain_texts(reward: RewardFunction, attempts: Sequence[Attempt], columns: Columns) -> bool:
+    """Return whether a user's function gives different values if it gets the completions as plain texts."""
+    if reward.plain is None:
+        return False
+    try:
+        return len(set(_values(replace(reward, function=reward.plain), attempts, columns))) > 1
+    except ValueError:
+        return False
 
 
 def _named(reward: RewardFunction) -> str:

@@ -13,7 +13,7 @@ from tasks.base import Problem
 from tasks.common.prompts import ideal_completion
 from tasks.gsm8k import problem_of
 from tasks.rewards.functions import DEMO
-from tasks.rewards.scoring import parse_rewards, score
+from tasks.rewards.scoring import parse_rewards, score, try_out
 from tests.helpers.tasks import SUM, WORD, numbers_task, untimed
 
 # The reward functions of the well-known GSM8K demo for TRL, unchanged.
@@ -186,6 +186,32 @@ def test_a_file_without_the_function_is_refused_in_one_line(body, spec, word, tm
         user(tmp_path, body, spec)
     assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return [-abs(20 - len(c)) for c in completions]", "it seems to expect plain texts"),
+        ("import re\n    return [len(re.findall('1', c)) for c in completions]", "TypeError"),
+        ("return [len(c.split()) for c in completions]", "AttributeError"),
+        ("return [len(c['content']) for c in completions]", "TypeError"),
+    ],
+)
+def test_a_reward_for_plain_texts_is_refused_with_the_way_to_read_a_message(body, words, tmp_path):
+    rewards = user(tmp_path, f"def f(completions, **c):\n    {body}")
+    with pytest.raises(ValueError, match="'f'") as caught:
+        try_out(rewards, Arithmetic())
+    assert words in str(caught.value)
+    assert 'completion[0]["content"]' in str(caught.value)
+    assert "mine.py" in str(caught.value)
+
+
+def test_a_reward_that_gives_all_made_up_completions_the_same_is_named(tmp_path):
+    body = "def f(completions, **c):\n    return [float('because' in c[0]['content']) for c in completions]"
+    [remark] = try_out([*user(tmp_path, body), *parse_rewards(["xml_count=1"], {})], Arithmetic())
+    assert "'f' of" in remark
+    assert "all 12 made-up completions the same value" in remark
+    assert try_out(user(tmp_path, body.replace("because", "think")), Arithmetic()) == []
 
 
 def test_a_rare_mistake_costs_only_the_completions_that_it_is_about(tmp_path):
