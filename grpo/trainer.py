@@ -79,7 +79,9 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.saved_model = self.folder / SAVED_MODEL
         rewards = rewards_of(config, task)
-        files = {**task.files, **{reward.path: reward.sha256 for reward in rewards if reward.path}}
+        files = dict(task.files)
+        for reward in rewards:
+            files |= reward.files
         set_deterministic(config.deterministic)
         device = ranks.own_device(choose_device(config.device))
         if device.type == "cpu":

@@ -38,7 +38,7 @@ def load(
     return Rows(
         name="jsonl",
         problems=split_rows(problems, data),
-        files={data: sha256, **({judge.file.path: judge.file.sha256} if judge and judge.file else {})},
+        files={data: sha256, **(judge.file.files if judge and judge.file else {})},
         judge=judge,
         knows_right=judge is not None,
         style=style,

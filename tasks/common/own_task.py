@@ -45,7 +45,7 @@ def load_task(spec: str, given: Sequence[str], style: str, system_prompt: str) -
             task = make(**taken)
             if not isinstance(task, QATask):
                 raise TypeError(f"it makes {type(task).__name__}, not a QATask")
-            task = replace(task, files={**task.files, path: file.sha256})
+            task = replace(task, files={**task.files, **file.files})
             try_out(task)
     except KeyboardInterrupt:
         raise

@@ -14,14 +14,18 @@ This is the only place where the project runs code that is not its own, and it r
 names. A model's card must not name such a file (grpo/model_card.py).
 """
 
+import asyncio
 import hashlib
+import importlib
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -32,22 +36,30 @@ from tasks.base import Answer, Problem, one_line, shown
 from tasks.common.judges import JUDGES
 
 PREFIX = "user_file_"  # Prefix of the module name under which a user's file is put in sys.modules.
+_folders: list[str] = []  # the folders of users' files, the newest first; they are at the end of sys.path
+_neighbours: set[str] = set()  # names of the modules that the last user's file imported from its folder
 
 
 @dataclass(frozen=True)
 class UserFile:
-    """A user's file that was run, and the SHA-256 of its text at that moment."""
+    """A user's file that was run, with the SHA-256 of its text and of its own modules at that moment."""
 
     path: str
     module: ModuleType
-    sha256: str
+    files: Mapping[str, str]  # the SHA-256, by path, of this file and of the modules it imports from its folder
 
-    def function(self, name: str) -> Callable[..., Any]:
-        """Return a function of the file. Raises ValueError if the name belongs to a class or an async function."""
+    def function(self, name: str, may_be_async: bool = False) -> Callable[..., Any]:
+        """Return a function of the file. With `may_be_async`, make an async function one that runs to its end.
+
+        Raises ValueError if the name belongs to a class, to an async generator, or to an async function without
+        `may_be_async`.
+        """
         function = self.maker(name)
         if inspect.isclass(function):
             raise ValueError(f"{self.path}:{name} is a class, not a function; name a function, or an object of it")
         calls = (function, getattr(function, "__call__", None))  # noqa: B004, an object's method may be async
+        if may_be_async and any(map(inspect.iscoroutinefunction, calls)):
+            return partial(_run_async, function)
         if any(inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call) for call in calls):
             raise ValueError(f"{self.path}:{name} is asynchronous and would never run; write def, not async def")
         return function
@@ -59,6 +71,12 @@ class UserFile:
             names = [n for n, value in vars(self.module).items() if callable(value) and not n.startswith("_")]
             raise ValueError(f"{self.path} has no function {name!r}; it has {', '.join(names) or 'none'}")
         return maker
+
+
+def _run_async(function: Callable[..., Any], **keywords: Any) -> Any:
+    """Run an async function to its end, in another thread, because a notebook has an event loop in this one."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(lambda: asyncio.run(function(**keywords))).result()
 
 
 def names_a_file(spec: str) -> bool:
@@ -101,6 +119,42 @@ def dangling(path: str) -> str:
     return ""
 
 
+@contextmanager
+def _importing_neighbours(folder: str) -> Iterator[None]:
+    """Let the block import modules from a user's folder. They are read again, and no bytecode is written there.
+
+    The folder comes last in sys.path, so that its files hide no module of Python, of this project or of a library.
+    """
+    for name in _neighbours:
+        sys.modules.pop(name, None)
+    if folder not in sys.path or folder in _folders:
+        sys.path[:] = [path for path in sys.path if path not in _folders]
+        _folders[:] = [folder, *(path for path in _folders if path != folder)]
+        sys.path += _folders
+    importlib.invalidate_caches()
+    writes_bytecode = not sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = not writes_bytecode
+
+
+def _find_neighbours(folder: str, before: Collection[str]) -> dict[str, str]:
+    """Return the SHA-256, by path, of the modules from a folder that are in sys.modules but not in `before`."""
+    _neighbours.clear()
+    files = {}
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None) or ""
+        of_project = name.partition(".")[0] in ("grpo", "tasks")
+        if name in before or of_project or name.startswith(PREFIX) or "site-packages" in path:
+            continue
+        if path.startswith(folder + os.sep) and path.endswith(".py"):
+            _neighbours.add(name)
+            files[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return files
+
+
 def load_file(path: str) -> UserFile:
     """Run a user's file. Raises ValueError, in one line, if the file cannot be read or raises an exception."""
     try:
@@ -112,14 +166,17 @@ def load_file(path: str) -> UserFile:
     loader = _Source(f"{PREFIX}{sha256}", path, text)
     module = module_from_spec(spec_from_loader(loader.name, loader))
     sys.modules[loader.name] = module  # dataclasses look up their module there
+    folder = os.path.dirname(os.path.abspath(path))
     try:
-        with contained():
+        with contained(), _importing_neighbours(folder):
+            before = set(sys.modules)
             loader.exec_module(module)
+            files = {path: sha256, **_find_neighbours(folder, before)}
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         raise ValueError(f"cannot run the rewards, judge or task in {path!r}: {one_line(error)}") from error
-    return UserFile(path, module, sha256)
+    return UserFile(path, module, files)
 
 
 def place_of(error: BaseException, path: str) -> str:

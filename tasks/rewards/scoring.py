@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -40,7 +40,8 @@ class RewardFunction:
     weight: float
     function: Callable[[Sequence[Attempt], Columns], Values]  # scores a batch
     path: str = ""  # the user's file that has the function; "" for a function of the project
-    sha256: str = ""  # the SHA-256 of that file; "" for a function of the project
+    # The SHA-256, by path, of that file and of the modules it imports from its folder; {} if there is no such file.
+    files: Mapping[str, str] = field(default_factory=dict)
     # The same function for the trial before training, called with texts instead of messages; None for the project's.
     plain: Callable[[Sequence[Attempt], Columns], Values] | None = None
 
@@ -67,9 +68,9 @@ def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[R
             raise ValueError(f"--reward {name!r} is given twice; the metrics would have two means of this name")
         if colon:
             files[path] = files.get(path) or load_file(path)
-            function = partial(_of_user, files[path].function(name))
+            function = partial(_of_user, files[path].function(name, may_be_async=True))
             plain = partial(function, as_texts=True)
-            rewards[name] = RewardFunction(name, weight, function, path, files[path].sha256, plain)
+            rewards[name] = RewardFunction(name, weight, function, path, files[path].files, plain)
         elif name in REWARDS:
             rewards[name] = RewardFunction(name, weight, partial(_of_each, REWARDS[name]))
         else:

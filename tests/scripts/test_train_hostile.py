@@ -34,7 +34,7 @@ def test_a_hostile_reward_is_refused_in_one_line_before_a_model_is_loaded(body, 
     [
         ("import os\ndef f(**c):\n    os.chdir('/')\n    return True", "current folder"),
         REWARDS["a class"],
-        REWARDS["a coroutine function"],
+        (REWARDS["a coroutine function"][0], "async"),
         REWARDS["raises"],
     ],
 )

@@ -214,6 +214,25 @@ def test_a_reward_that_gives_all_made_up_completions_the_same_is_named(tmp_path)
     assert try_out(user(tmp_path, body.replace("because", "think")), Arithmetic()) == []
 
 
+def test_a_file_may_import_its_neighbours_and_their_changes_are_noticed(tmp_path):
+    body = "from marks import MARK\ndef f(completions, **c):\n    return [MARK] * len(completions)"
+    seen = []
+    for folder, mark in (("a", 1.0), ("a", 2.0), ("b", 3.0)):  # the same name in another folder is another module
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "marks.py").write_text(f"MARK = {mark}\n", encoding="utf-8")
+        [reward] = user(tmp_path / folder, body)
+        assert run([reward])[0].total == mark
+        assert set(reward.files) == {str(tmp_path / folder / name) for name in ("mine.py", "marks.py")}
+        seen.append(reward.files)
+        assert {path.name for path in (tmp_path / folder).iterdir()} == {"mine.py", "marks.py"}
+    assert seen[0] != seen[1]
+
+
+def test_an_async_function_is_run_to_its_end(tmp_path):
+    body = "import asyncio\nasync def f(prompts, **c):\n    await asyncio.sleep(0)\n    return [2.0] * len(prompts)"
+    assert run(user(tmp_path, body))[0].total == 2.0
+
+
 def test_a_rare_mistake_costs_only_the_completions_that_it_is_about(tmp_path):
     body = (
         "def f(completions, level, **c):\n"
@@ -253,7 +272,7 @@ def test_a_changed_file_takes_effect_at_once_and_leaves_nothing_behind(tmp_path)
     first = user(tmp_path, "def f(**c):\n    return [1.0] * 3")
     second = user(tmp_path, "def f(**c):\n    return [2.0] * 3")  # same size, same second: no stale bytecode
     assert [run(rewards)[0].total for rewards in (first, second)] == [1.0, 2.0]
-    assert first[0].sha256 != second[0].sha256
+    assert first[0].files != second[0].files
     assert {path.name for path in tmp_path.iterdir()} == {"mine.py"}
 
 
