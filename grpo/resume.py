@@ -38,10 +38,14 @@ class Progress:
     best: Mapping[str, Any] | None = None  # evaluation of the best policy, on validation problems
 
     def is_better(self, entry: Mapping[str, Any]) -> bool:
-        """Return whether an evaluation beats the best so far: by reward if it was measured, else by accuracy."""
-        measure = "reward" if "reward" in entry else "accuracy"
-        highest = (self.best or {}).get(measure)  # earlier versions measured no reward
-        return highest is None or entry[measure] > highest
+        """Return whether an evaluation beats the best so far: by mean reward if both have it, else by accuracy."""
+        if self.best is None:
+            return True
+        if "reward" not in entry:
+            return entry["accuracy"] > self.best["accuracy"]
+        if "reward" not in self.best:  # Earlier versions measured no reward, or an answer was right before.
+            return entry["accuracy"] >= self.best["accuracy"]
+        return entry["reward"] > self.best["reward"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps besides the step number."""

@@ -49,7 +49,7 @@ from grpo.runtime.sharding import shard
 from grpo.sft import SupervisedTrainer
 from grpo.step_probe import measured_step
 from tasks.base import Reward, Task
-from tasks.rewards.scoring import decides_by_reward, rewards_of
+from tasks.rewards.scoring import decides_by_reward, decides_until_right, rewards_of
 
 QUICK_STEP_SECONDS = 1.0  # After a signal, a step is finished if it takes at most this long, else thrown away.
 MAX_SKIPPED_IN_A_ROW = 10  # The run ends after this many updates in a row that were not finite.
@@ -97,8 +97,9 @@ class Trainer:
         self.task = task
         self.grpo = GRPO(config, task, self.lm, rewards, device, ranks)
         model_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
-        deciding_rewards = rewards if decides_by_reward(rewards, task) else ()
-        self.evaluator = Evaluator(config, task, model_skills, self.grpo.decoder, deciding_rewards, ranks)
+        choosing_rewards = rewards if decides_until_right(rewards, task) else ()
+        self.evaluator = Evaluator(config, task, model_skills, self.grpo.decoder, choosing_rewards, ranks)
+        self.evaluator.always_by_reward = decides_by_reward(rewards, task)
         folder = self.folder if ranks.is_main else None  # the other ranks write nothing
         self.metrics = Metrics(folder, config.to_dict(), environment(device, precision(self.lm.model), ranks.size))
         self.progress = Progress()
@@ -218,7 +219,7 @@ class Trainer:
             with interrupts.abandonable():
                 self._look_for_a_way_out(forecast)
         if self.evaluator.rewards:
-            show_choice_by_reward()
+            show_choice_by_reward(self.evaluator.always_by_reward)
         progress.before = self.measurer.measure(self.lm, "test", 0, interrupts.abandonable())
         if self.config.sft_steps:
             show_fine_tuning(progress.before, "after")

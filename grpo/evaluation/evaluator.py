@@ -80,8 +80,9 @@ class Evaluator:
     task: Task
     skills: Mapping[str, Task]  # neighbouring skills that the starting model has, by name
     decoder: Decoder
-    rewards: Sequence[RewardFunction] = ()  # if there are any, the mean reward chooses the policy to save
+    rewards: Sequence[RewardFunction] = ()  # if there are any, their mean can choose the policy to save
     ranks: Ranks = ONE
+    always_by_reward: bool = True  # False: the mean reward chooses only in evaluations without a right answer
     start: DriftBaseline | None = field(default=None, init=False)  # the starting model's answers, if known
     _problems: dict[tuple[str, str, int], list[Problem]] = field(default_factory=dict, init=False)
     _prompts: dict[tuple[str, str, str], list[int]] = field(default_factory=dict, init=False)
@@ -196,7 +197,7 @@ class Evaluator:
 
     def _reward(self, evaluation: Evaluation) -> dict[str, float]:
         """Return the mean reward of the answers, 0 if none applies; {} if accuracy chooses the policy."""
-        if not self.rewards:
+        if not self.rewards or (any(evaluation.right) and not self.always_by_reward):
             return {}
         ids = {"completion_ids": evaluation.completion_ids}
         scored = self.ranks.on_main(lambda: score(self.rewards, evaluation.attempts, ids, tolerant=True))

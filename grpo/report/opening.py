@@ -146,8 +146,20 @@ def show_stop(folder: str, is_kept: bool) -> None:
     )
 
 
-def show_choice_by_reward() -> None:
-    """Print that the mean reward chooses the best policy, and how to define which answers are right."""
+def show_choice_by_reward(always: bool) -> None:
+    """Print when the mean reward chooses the best policy, and how to define which answers are right.
+
+    If not `always`, the mean reward chooses only until an answer is right.
+    """
+    if not always:
+        paragraph(
+            "Until an answer to a validation problem is right, the policy with the highest mean reward is saved; "
+            "from then on, the policy with the highest accuracy. Accuracy counts only answers that equal the "
+            "problem's answer. To define which answers are right, pass --correct FILE.py:FUNCTION.",
+            indent=0,
+        )
+        say()
+        return
     paragraph(
         "The policy with the highest mean reward on validation problems is saved, because all rewards are your own "
         "functions. Accuracy counts only answers that equal the problem's answer. To define which answers are right, "

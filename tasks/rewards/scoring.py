@@ -147,6 +147,14 @@ def decides_by_reward(rewards: Sequence[RewardFunction], task: Task) -> bool:
     return all(reward.path for reward in rewards if reward.name != OVERLONG) and not task.knows_right
 
 
+def decides_until_right(rewards: Sequence[RewardFunction], task: Task) -> bool:
+    """Return whether the mean reward chooses the best policy at least until a validation answer is right.
+
+    This is so if any reward is a user's function, and the task only compares answers with reference answers.
+    """
+    return any(reward.path for reward in rewards) and not task.knows_right
+
+
 def _of_each(function: Callable[[Attempt], float], attempts: Sequence[Attempt], columns: Columns) -> Values:
     return [function(attempt) for attempt in attempts]
 

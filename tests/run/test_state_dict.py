@@ -293,3 +293,13 @@ def test_a_restored_optimizer_continues_to_the_same_bits():
     train(resumed, range(3, 6))
     for a, b in zip(whole.policy.parameters(), resumed.policy.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_reward_chooses_until_an_answer_is_right_and_accuracy_from_then_on():
+    nothing_right = Progress(best={"accuracy": 0.0, "reward": 0.5})
+    assert nothing_right.is_better({"accuracy": 0.0, "reward": 0.6})
+    assert not nothing_right.is_better({"accuracy": 0.0, "reward": 0.5})
+    assert nothing_right.is_better({"accuracy": 0.1})
+    some_right = Progress(best={"accuracy": 0.1})
+    assert not some_right.is_better({"accuracy": 0.0, "reward": 9.0})
+    assert not some_right.is_better({"accuracy": 0.1})

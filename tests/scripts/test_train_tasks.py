@@ -172,12 +172,16 @@ def test_rewards_of_ones_own_choose_the_best_policy_where_nobody_judges(tmp_path
     best = json.loads((tmp_path / "saved_model" / CARD).read_text(encoding="utf-8"))
     assert best["step"] == record["steps"][-1]["step"] > 0
     assert f"mean reward {rewards[-1]:.3f}" in (tmp_path / "saved_model/README.md").read_text(encoding="utf-8")
-    # with a judge, or a named reward, accuracy chooses
+    # With a built-in reward among them, the mean reward chooses until an answer is right.
+    result = train(*args, "--reward", "format=0.1", "--output-dir", "mixed", folder=tmp_path)
+    assert "Until an answer to a validation problem is right" in result.output
+    best = json.loads((tmp_path / "mixed/saved_model" / CARD).read_text(encoding="utf-8"))
+    assert best["step"] == 2
+    # With a judge, accuracy chooses.
     (tmp_path / "judge.py").write_text("def ok(given, **columns):\n    return True\n", encoding="utf-8")
-    for more in (["--correct", "judge.py:ok"], ["--reward", "format=1"]):
-        result = train(*args, *more, "--output-dir", more[0][2:], folder=tmp_path)
-        assert "The best policy is that" not in result.output
-        assert "reward" not in load_metrics(tmp_path / more[0][2:])["evals"][1]
+    result = train(*args, "--correct", "judge.py:ok", "--output-dir", "judged", folder=tmp_path)
+    assert "the highest mean reward" not in result.output
+    assert "reward" not in load_metrics(tmp_path / "judged")["evals"][1]
 
 
 def test_a_users_function_that_raises_ends_the_run_in_one_line(tmp_path):
