@@ -52,8 +52,8 @@ def mine(tmp_path):
 
 
 def test_a_task_alone_is_that_task():
-    assert make_task(TrainConfig()) == Arithmetic()
-    assert make_task(TrainConfig(task="reverse")) == Reverse()
+    assert make_task(TrainConfig(prompt_wording="plain")) == Arithmetic()
+    assert make_task(TrainConfig(task="reverse", prompt_wording="plain")) == Reverse()
     assert TrainConfig(task="reverse").to_dict()["task"] == "reverse"  # as every file has it
     assert TrainConfig(task=("reverse",)) == TrainConfig(task="reverse") == TrainConfig(task=["reverse"])
 
