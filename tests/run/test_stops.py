@@ -245,15 +245,21 @@ def test_time_for_a_last_validation_and_a_last_test_is_kept(model, tmp_path, mon
     assert left
 
 
-def test_a_reward_that_is_mended_before_the_first_update_goes_on_and_later_it_is_refused(model, tmp_path):
+def test_a_reward_that_is_mended_before_the_first_update_goes_on_and_later_it_is_refused(
+    model, tmp_path, monkeypatch
+):
     mine, folder = tmp_path / "mine.py", tmp_path / "run"
-    broken = "calls = 0\ndef f(prompts, **c):\n    global calls\n    calls += 1\n    assert calls < 2\n"
     body = "def f(prompts, **c):\n    return [float(len(x[0]['content']) % 2) for x in c['completions']]\n"
-    mine.write_text(broken + "    return [1.0] * len(prompts)\n", encoding="utf-8")
-    # the first call after the trial is in the outlook, the second in the first step
-    refused = launch(model, folder, reward=f"{mine}:f=1")
-    assert refused.exit_code == 1
-    assert "AssertionError" in refused.stderr
+    mine.write_text("def f(prompts, **c):\n    return [1.0] * len(prompts)\n", encoding="utf-8")
+
+    def stop(*_):
+        raise ValueError("stopped by the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grpo.algorithm.grpo.GRPO.step", stop)
+        stopped = launch(model, folder, reward=f"{mine}:f=1")
+    assert stopped.exit_code == 1
+    assert "stopped by the test" in stopped.stderr
     mine.write_text(body, encoding="utf-8")
     mended = launch(model, folder, reward=f"{mine}:f=1")
     assert mended.exit_code == 0, mended.output
