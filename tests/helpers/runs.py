@@ -168,8 +168,13 @@ def together(command, arguments, processes=2, before=lambda rank: None):
 
 def spawned(script, arguments, before=None, folder=None):
     """Run a script in a new interpreter, as a user does; return what `forked` returns."""
+    return interpreted([ROOT / script, *arguments], before, folder)
+
+
+def interpreted(arguments, before=None, folder=None):
+    """Run a new interpreter with these arguments; return what `forked` returns."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=folder or ROOT,
         env=ENVIRONMENT,
         preexec_fn=before,

@@ -9,7 +9,7 @@ from filelock import FileLock
 
 from grpo.config import TrainConfig
 from grpo.launch.run_folder import claim_folder
-from tests.helpers.runs import ENVIRONMENT, ROOT, a_tiny_model, options
+from tests.helpers.runs import ENVIRONMENT, ROOT, a_tiny_model, interpreted, options
 
 # What IPython's %run does: it executes the file as a new module __main__, shows a SystemExit, and then copies the
 # module's names over the user's.
@@ -42,16 +42,7 @@ sys.path.insert(0, ".")
 
 def in_notebook(code):
     """Run code in a process that has what a notebook has; return its exit status, standard output and error."""
-    done = subprocess.run(
-        [sys.executable, "-c", NOTEBOOK + code],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
+    return interpreted(["-c", NOTEBOOK + code])
 
 
 def test_a_notebook_and_its_variables_survive_two_runs_and_a_question(tmp_path):
