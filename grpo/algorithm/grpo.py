@@ -32,7 +32,7 @@ from tasks.rewards.scoring import RewardFunction, rewards_of
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step sampled, what it trained on, and what its updates measured."""
+    """The result of a step: its settings, its rollouts, its batch, and the measurements of its updates."""
 
     step: int
     settings: StepSettings
@@ -56,7 +56,7 @@ class GRPO:
     ) -> None:
         """Make reference, sampler and optimizer.
 
-        Without `rewards`, those of the settings are used. A sharded model is moved to `device`.
+        Without `rewards`, the settings define them. The weights of a sharded model are moved to `device`.
         """
         self.config, self.policy, self.ranks = config, lm.model, ranks
         self.clock = Stopwatch()  # seconds of each phase of a step

@@ -45,7 +45,7 @@ class Batch:
 
     @classmethod
     def from_rollout(cls, rollout: Rollout, config: TrainConfig, ranks: Ranks = ONE) -> "Batch":
-        """Make a batch of this rank's rows of a rollout. Its denominators are those of the whole step."""
+        """Make a batch of this rank's rows of a rollout, with the denominators of the whole step."""
         num_completions = int(rollout.applies.sum())
         batch = cls.of_step(rollout.loss_tokens(config), rollout.advantages, config.max_new_tokens, num_completions)
         return batch.slice_rows(ranks.own_slice(len(rollout.advantages)))
@@ -79,7 +79,7 @@ class Totals:
     def __init__(self, completion_ids: Tensor) -> None:
         """Begin with no tokens, for a batch with these completions, (B, C)."""
         device = completion_ids.device
-        self.sums = torch.zeros(4, device=device)  # of the loss, and of kl, entropy and clipped over tokens
+        self.sums = torch.zeros(4, device=device)  # loss, kl, entropy, number of clipped tokens
         self.ratio_min = torch.full((), torch.inf, device=device)
         self.ratio_max = torch.full((), -torch.inf, device=device)
         self.logprobs = torch.zeros(completion_ids.shape, device=device)  # (B, C), before the update

@@ -58,7 +58,7 @@ def probe(lm: LanguageModel, task: Task, cuda_graphs: bool = False, ranks: Ranks
 
 @torch.no_grad()
 def probe_scorer(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> Scorer:
-    """Return the fastest scorer whose log-probabilities agree with those of rows run in full."""
+    """Return the fastest scorer that gives the same log-probabilities as a scorer that runs every row in full."""
     completion_ids = prompt_ids[:, -PROBED_TOKENS:].repeat_interleave(PROBED_GROUP, 0)  # arbitrary tokens
     tokens = Tokens(prompt_ids, prompt_mask, completion_ids, torch.ones_like(completion_ids, dtype=torch.bool))
     expected = DENSE.logprobs(model, tokens, 1.0)

@@ -107,8 +107,8 @@ class Generator:
     ) -> Completions:
         """Decode at most `max_tokens` tokens of each row, the first from `logits` (B, V).
 
-        Between two checks for ended rows, the host never waits for the device. At a check, ended rows are dropped if
-        they are so many that this saves more time than copying the cache of the other rows takes.
+        Between two checks for ended rows, the host never waits for the device. Dropping ended rows means copying the
+        cache of all other rows, so a check drops them only if there are enough of them to save time.
         """
         rows, columns, device = logits.shape[0], params.max_tokens, logits.device
         ends = torch.tensor(list(params.stop_ids), device=device)
@@ -118,7 +118,7 @@ class Generator:
         lengths = torch.zeros(rows, dtype=torch.long, device=device)
         ended = torch.ones(rows, dtype=torch.bool, device=device)  # True for dropped rows; the others are set last
         decoded = torch.arange(rows, device=device)  # numbers of the rows that have not been dropped
-        running = torch.ones_like(ended)  # which of the decoded rows have not ended
+        running = torch.ones_like(ended)  # for each decoded row: whether it has not ended
         for column in range(columns):
             if uniforms is None:
                 tokens = logits.argmax(-1)

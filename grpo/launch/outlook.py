@@ -40,8 +40,8 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
     """Return shares of a rollout by name, and the expected seconds of a step.
 
     The problems belong to step 0, which no run trains on, and the training does not depend on the outlook. `teaching`
-    is the share of groups with mixed rewards. The seconds are those of sampling, plus those of a forward pass times
-    the number of passes that the reference and the updates of a step take.
+    is the share of groups with mixed rewards. A step is expected to take the time of sampling, and the time of a
+    forward pass for each pass of the reference and the updates.
     """
     groups = config.batch_size if config.shard else min(GROUPS, config.batch_size)
     grpo.clock.seconds = {}
@@ -88,7 +88,7 @@ def try_settings(grpo: GRPO, look: Mapping[str, Any]) -> list[Trial]:
 
 def way_out(config: TrainConfig, trials: Sequence[Trial]) -> list[str]:
     """Return the options of the run with the most mixed groups; [] if none has enough of them."""
-    changes, shares = max(trials, key=lambda trial: trial[1]["teaching"])  # of equal trials, the first
+    changes, shares = max(trials, key=lambda trial: trial[1]["teaching"])  # if several are equal, the first
     return [] if is_hopeless(shares) else typed(replace(config, **changes))
 
 
