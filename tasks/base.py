@@ -165,6 +165,12 @@ def shown(value: Any) -> str:
         return f"an object of type {type(value).__name__}"
 
 
+def first_few(items: Iterable[object], most: int) -> str:
+    """Return the first `most` items, separated by commas, and … if there are more."""
+    texts = list(map(str, items))
+    return ", ".join(texts[:most]) + ", …" * (len(texts) > most)
+
+
 def split_of(key: str) -> str:
     """Return the split of the problem with this key: 80% train, 10% validation, 10% test.
 

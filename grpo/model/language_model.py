@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import TrainConfig
 from grpo.runtime.console import printable
-from tasks.base import Message, Task
+from tasks.base import Message, Task, first_few
 
 MAX_CHARACTERS_PER_TOKEN = 64  # Before it is encoded, a question is cut to this many per position.
 MAX_NAMED_QUESTIONS = 5  # An error or a note names at most this many questions.
@@ -125,8 +125,8 @@ def fitting_task(lm: LanguageModel, task: Task, config: TrainConfig) -> Task:
     A note of the returned task counts and names them. If all fit, return `task` itself. Raises ValueError, with the
     place in the file, if most problems are too long, or if the task cannot leave them out.
 
-    The error names the question's place in its file. A task that draws its problems is checked with one of them. A
-    token has at least one byte, so only questions with more bytes than tokens are left for them are encoded.
+    A task that draws its problems is checked with one of them. A token has at least one byte, so only questions with
+    more bytes than tokens are left for them are encoded.
     """
     if lm.positions is None:
         return task
@@ -152,18 +152,16 @@ def fitting_task(lm: LanguageModel, task: Task, config: TrainConfig) -> Task:
     if 2 * len(too_long) <= len(problems):
         rest = task.without({problem.question for problem, _ in too_long})
         if rest is not None:
-            places = [f"{problem.place}: {tokens:,} tokens" for problem, tokens in too_long[:MAX_NAMED_QUESTIONS]]
-            places += ["…"] * (len(too_long) > MAX_NAMED_QUESTIONS)
+            places = (f"{problem.place}: {tokens:,} tokens" for problem, tokens in too_long)
             count = f"{len(too_long):,} of {len(problems):,} problems"
             note = f"{count} are left out: their prompts are too long, and {limits}"
-            return replace(rest, notes=[*task.notes, f"{note} ({', '.join(places)})."])
+            return replace(rest, notes=[*task.notes, f"{note} ({first_few(places, MAX_NAMED_QUESTIONS)})."])
     problem, tokens = too_long[0]
     place = f"{problem.place}: " if problem.place else ""
     at_least = "more than " if len(problem.question) > max_characters else ""
     examples = f" with {len(task.examples) // 2} worked examples" if task.examples else ""
     advice = "lower --shots" if examples and len(frame) > room / 2 else "shorten or remove the question"
     if len(too_long) > 1:
-        places = [other.place for other, _ in too_long[1:MAX_NAMED_QUESTIONS]]
-        places += ["…"] * (len(too_long) > MAX_NAMED_QUESTIONS)
-        advice += f" (and {len(too_long) - 1} more of {len(problems):,}: {', '.join(places)})"
+        places = first_few((other.place for other, _ in too_long[1:]), MAX_NAMED_QUESTIONS - 1)
+        advice += f" (and {len(too_long) - 1} more of {len(problems):,}: {places})"
     raise ValueError(f"{place}the prompt{examples} has {at_least}{tokens:,} tokens, and {limits}; {advice}")

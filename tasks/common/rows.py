@@ -17,7 +17,7 @@ from decimal import Decimal
 from itertools import chain
 from typing import Any
 
-from tasks.base import SPLITS, Answer, Problem, seeded_rng, split_of
+from tasks.base import SPLITS, Answer, Problem, first_few, seeded_rng, split_of
 from tasks.common.judges import same_text
 from tasks.common.parsing import PARSERS, parse_number
 from tasks.common.qa_task import QATask
@@ -101,7 +101,7 @@ def notes_on(problems: Sequence[Problem], compare_answers: bool = True) -> list[
     for kind in ("integer", "number"):
         others = [problem for problem in problems if PARSERS[kind](problem.answer) is None]
         if 0 < len(others) < len(problems) / 2:
-            lines = _listed(f"{problem.place} {problem.answer[:20]!a}" for problem in others)
+            lines = first_few((f"{p.place} {p.answer[:20]!a}" for p in others), LINES_NAMED)
             count = f"{len(others)} of {len(problems)} answers"
             notes.append(f"The kind of the answers is {task_kind}, not {kind}, because of {count}: {lines}.")
             break
@@ -109,11 +109,12 @@ def notes_on(problems: Sequence[Problem], compare_answers: bool = True) -> list[
         first: dict[str, Problem] = {}  # the first problem with each question
         pairs = [(first.setdefault(normal(problem.question), problem), problem) for problem in problems]
         if differing := [(before, again) for before, again in pairs if _gold(before) != _gold(again)]:
-            lines = _listed(
+            lines = (
                 f"{again.place} {again.answer[:20]!a} (before: {before.place} {before.answer[:20]!a})"
                 for before, again in differing
             )
-            notes.append(f"Questions asked again with another answer, in {len(differing)} lines: {lines}.")
+            count = f"{len(differing)} lines"
+            notes.append(f"Questions asked again with another answer, in {count}: {first_few(lines, LINES_NAMED)}.")
         odd = [p for p in problems if kind_of(p.answer) == "text" and _ODD.match(p.answer)]
         if odd and len(odd) >= ODD_SHARE * len(problems):
             notes.append(
@@ -133,12 +134,6 @@ def notes_on(problems: Sequence[Problem], compare_answers: bool = True) -> list[
 
 def _gold(problem: Problem) -> Answer | None:
     return PARSERS[kind_of(problem.answer)](problem.answer)
-
-
-def _listed(lines: Iterable[str]) -> str:
-    """Return the first LINES_NAMED of the lines, separated by commas, and … if there are more."""
-    lines = list(lines)
-    return ", ".join(lines[:LINES_NAMED]) + ", …" * (len(lines) > LINES_NAMED)
 
 
 def normal(question: str) -> str:
@@ -202,8 +197,8 @@ def read_rows(path: str, problem_of: Callable[[Row], Problem]) -> tuple[list[Pro
         number, reason = malformed[0]
         more = ""
         if len(malformed) > 1:
-            numbers = ", ".join(str(n) for n, _ in malformed[1:LINES_NAMED])
-            more = f" (and {len(malformed) - 1} more: {numbers}{', …' * (len(malformed) > LINES_NAMED)})"
+            numbers = first_few((n for n, _ in malformed[1:]), LINES_NAMED - 1)
+            more = f" (and {len(malformed) - 1} more: {numbers})"
         raise ValueError(f"{path}:{number}: {reason}{more}")
     return problems, digest.hexdigest()
 
