@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from grpo.algorithm.grpo import GRPO, StepOutcome
 from grpo.model.lora import trainable
 from grpo.record.step_metrics import StepResult, step_metrics
-from grpo.runtime.ranks import Ranks
+from grpo.runtime.ranks import Ranks, sample_of
 from grpo.runtime.sharding import local_tensor
 
 WATCHED_WEIGHTS = 10_000  # Enough to see whether updates change the weights, and cheap to copy.
@@ -44,10 +44,9 @@ def sampler_gap(outcome: StepOutcome, ranks: Ranks) -> float:
 
 
 def watched_weights(policy: PreTrainedModel) -> Tensor:
-    """Copy about WATCHED_WEIGHTS trainable weights. They are evenly spaced, and always the same ones."""
-    parameters = [local_tensor(parameter) for parameter in trainable(policy).values()]
-    stride = max(1, sum(p.numel() for p in parameters) // WATCHED_WEIGHTS) | 1  # odd, so that all columns are reached
-    return torch.cat([p.detach().flatten()[::stride] for p in parameters])
+    """Copy about WATCHED_WEIGHTS trainable weights, always the same ones."""
+    parameters = [local_tensor(parameter.detach()) for parameter in trainable(policy).values()]
+    return torch.cat(sample_of(parameters, WATCHED_WEIGHTS))
 
 
 def moved_fraction(before: Tensor, after: Tensor, ranks: Ranks) -> float:

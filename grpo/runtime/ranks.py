@@ -156,11 +156,9 @@ class Ranks:
         if self.size == 1:
             return
         digest = hashlib.sha256()
-        stride = (
-            max(1, sum(p.numel() for p in model.parameters()) // COMPARED_WEIGHTS) | 1
-        )  # odd, so that all columns are reached
-        for name, p in model.named_parameters():
-            sample = p.flatten()[::stride].contiguous().cpu()
+        samples = sample_of(model.parameters(), COMPARED_WEIGHTS)
+        for (name, p), sample in zip(model.named_parameters(), samples, strict=True):
+            sample = sample.contiguous().cpu()
             digest.update(f"{name} {tuple(p.shape)} {sample.dtype}".encode())
             digest.update(bytes(sample.view(torch.uint8).tolist()))
         self.check_alike("the precision of passes", str(getattr(model, "compute_dtype", torch.float32)))
@@ -215,6 +213,13 @@ ONE = Ranks()
 def is_peer_failure(error: RuntimeError) -> bool:
     """Return whether `error` means that another process has ended. gloo's errors are recognised by their message."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def sample_of(weights: Iterable[Tensor], size: int) -> list[Tensor]:
+    """Return about `size` evenly spaced numbers of these tensors, always the same ones, one part for each tensor."""
+    weights = list(weights)
+    stride = max(1, sum(w.numel() for w in weights) // size) | 1  # odd, so that all columns are reached
+    return [w.flatten()[::stride] for w in weights]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
