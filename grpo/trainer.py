@@ -75,7 +75,7 @@ class Trainer:
         With `train_anyway`, a run with hardly a learning signal in its outlook is trained nevertheless. With
         `accept_changed_files`, a run continues although files of rewards, tasks or problems changed.
         """
-        self.config, self.task, self.ranks, self.train_anyway = config, task, ranks, train_anyway
+        self.config, self.ranks, self.train_anyway = config, ranks, train_anyway
         self.folder = Path(config.output_dir)
         self.saved_model = self.folder / SAVED_MODEL
         rewards = rewards_of(config, task)
@@ -93,19 +93,18 @@ class Trainer:
         self.parameters_on_cpu = self.lm.model.num_parameters() if device.type == "cpu" else 0
         if self.parameters_on_cpu:
             keep_freed_memory(self.parameters_on_cpu)
-        task = fitting_task(self.lm, task, config)
-        self.task = task
+        self.task = task = fitting_task(self.lm, task, config)
         self.grpo = GRPO(config, task, self.lm, rewards, device, ranks)
         model_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
         choosing_rewards = rewards if decides_until_right(rewards, task) else ()
-        self.evaluator = Evaluator(config, task, model_skills, self.grpo.decoder, choosing_rewards, ranks)
-        self.evaluator.always_by_reward = decides_by_reward(rewards, task)
+        always = decides_by_reward(rewards, task)
+        self.evaluator = Evaluator(config, task, model_skills, self.grpo.decoder, choosing_rewards, ranks, always)
         folder = self.folder if ranks.is_main else None  # the other ranks write nothing
         self.metrics = Metrics(folder, config.to_dict(), environment(device, precision(self.lm.model), ranks.size))
         self.progress = Progress()
         self.measurer = Measurer(config, task, self.evaluator, self.metrics, self.progress, ranks)
-        self.state = RunState(config, files, self.progress, self.grpo, self.evaluator, self.metrics, ranks)
-        self.state.accept_changed_files = accept_changed_files
+        parts = (self.progress, self.grpo, self.evaluator, self.metrics)
+        self.state = RunState(config, files, *parts, ranks, accept_changed_files=accept_changed_files)
         self.reward_errors_shown: set[str] = set()
         self.launched = time.monotonic() if launched is None else launched
 
