@@ -16,6 +16,7 @@ from grpo.model.saving import SAVED_MODEL, save
 from grpo.model_card import NAMED
 from grpo.record.metrics import Metrics
 from grpo.record.samples import GROUPS, Samples
+from grpo.record.schema import evaluations
 from grpo.record.tracker import Tracker
 from grpo.report.progress import show_finding
 from grpo.report.saved_readme import saved_readme
@@ -72,14 +73,12 @@ class Measurer:
 
     def is_validated(self, step: int) -> bool:
         """Return whether the policy of a step has been measured on the validation problems."""
-        return any(entry["step"] == step for entry in self._validations())
+        return any(entry["step"] == step for entry in evaluations(self.metrics.record, "validation"))
 
     def slowest_validation(self) -> float:
         """Return how many seconds the slowest validation so far took; 0 if there was none."""
-        return max((entry.get("time/evaluate") or 0.0 for entry in self._validations()), default=0.0)
-
-    def _validations(self) -> list[dict[str, Any]]:
-        return [entry for entry in self.metrics.record["evals"] if entry["split"] == "validation"]
+        validations = evaluations(self.metrics.record, "validation")
+        return max((entry.get("time/evaluate") or 0.0 for entry in validations), default=0.0)
 
     def diagnose(self, aloud: bool = True) -> None:
         """Look for new findings, add them to the metrics, and print them if `aloud`."""

@@ -16,7 +16,7 @@ from grpo.model.lora import trainable
 from grpo.record.checkpoint import RECOVERY_HINT, Checkpoint, newest_checkpoint, write_checkpoint
 from grpo.record.metrics import Metrics
 from grpo.record.samples import Samples
-from grpo.record.schema import is_evaluation
+from grpo.record.schema import evaluations, is_evaluation
 from grpo.report.opening import show_continuation
 from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.console import say
@@ -99,7 +99,7 @@ class RunState:
             return "all steps are done"
         if c.target_accuracy and best and best["accuracy"] >= c.target_accuracy:
             return f"validation accuracy reached {c.target_accuracy:g}"
-        validations = [entry for entry in self.metrics.record["evals"] if entry["split"] == "validation"]
+        validations = evaluations(self.metrics.record, "validation")
         later = [entry for entry in validations if best and entry["step"] > best["step"]]
         if c.patience and len(later) >= c.patience:
             return f"the last {len(later)} evaluations were no better than the one of step {best['step']}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from grpo.diagnostics import groups, learning, stability
 from grpo.diagnostics.snapshot import CheckResult, RunSnapshot
+from grpo.record.schema import evaluations
 
 CHECKS: dict[str, Callable[[RunSnapshot], CheckResult]] = {
     name: check
@@ -55,8 +56,7 @@ def _check(run: RunSnapshot, earlier: Collection[str]) -> list[Finding]:
 def _end(record: Mapping[str, Any]) -> RunSnapshot:
     """Return the snapshot of a whole record."""
     environment = record.get("environment") or {}
-    validations = [e for e in record["evals"] if e.get("split") == "validation"]
-    tests = [e for e in record["evals"] if e.get("split") == "test"]
+    validations, tests = evaluations(record, "validation"), evaluations(record, "test")
     # Earlier versions did not record the precision. They used float32 on a CPU and bfloat16 on some GPUs. Assume
     # bfloat16 off the CPU, because its limits are looser.
     precision = environment.get("precision") or ("float32" if environment.get("device") == "cpu" else "bfloat16")

@@ -99,11 +99,12 @@ def conclude(folder: Path, folders: Sequence[Path]) -> None:
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return rows of text: each run's test accuracy before and after, then the means with 95% intervals."""
     from grpo.evaluation.intervals import accuracy_text, mean_interval
+    from grpo.record.schema import evaluations
 
     lines = ["seed   test accuracy"]
     columns = []
     for record in records:
-        tests = [entry for entry in record["evals"] if entry["split"] == "test"]
+        tests = evaluations(record, "test")
         columns.append([entry["accuracy"] for entry in (tests[0], tests[-1])])
         lines.append(
             f"{record['config']['seed']:>4}   {accuracy_text(tests[0])}  ->  {accuracy_text(tests[-1])}, "

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from grpo.plots import style
-from grpo.plots.series import SMOOTHED_FROM, Group, column, evaluations, over_runs, smooth, window_for
+from grpo.plots.series import SMOOTHED_FROM, Group, column, over_runs, smooth, window_for
 from grpo.plots.style import COLOURS, GREY, LARGE, LINE, RAW, SMALL, TEXT, THIN, WIDTH
+from grpo.record.schema import evaluations
 from grpo.record.step_metrics import STEP_METRICS, metric_title
 
 COMPARISON = "grpo_comparison.png"

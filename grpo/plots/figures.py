@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 
 from grpo.plots import style
 from grpo.plots.panels import PANELS, ZERO, skills
-from grpo.plots.series import SMOOTHED_FROM, Record, column, evaluations, findings, window_for
+from grpo.plots.series import SMOOTHED_FROM, Record, column, findings, window_for
 from grpo.plots.style import BLACK, BLUE, GREEN, GREY, LARGE, ORANGE, SMALL, TEXT, THIN, WIDTH
+from grpo.record.schema import evaluations
 
 CURVE = "grpo_training_curve.png"
 KL = "grpo_kl_divergence.png"

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from grpo.plots import style
-from grpo.plots.series import SMOOTHED_FROM, Record, column, evaluations, phases, reward_parts, smooth, window_for
+from grpo.plots.series import SMOOTHED_FROM, Record, column, phases, reward_parts, smooth, window_for
 from grpo.plots.style import AMBER, BLACK, BLUE, COLOURS, GREEN, GREY, LINE, ORANGE, PINK, SKY, THIN
-from grpo.record.schema import few_categories
+from grpo.record.schema import evaluations, few_categories
 from grpo.record.step_metrics import STEP_METRICS, metric_title
 
 MOST_PARTS = 11  # Of a reward with more parts, only this many are drawn.

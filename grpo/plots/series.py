@@ -62,11 +62,6 @@ def phases(record: Record) -> list[str]:
     return [name.removeprefix("time/") for name in names if name.count("/") == 1 and name != "time/total"]
 
 
-def evaluations(record: Record, split: str) -> list[Mapping[str, Any]]:
-    """Return the evaluations on one split, "validation" or "test"."""
-    return [entry for entry in record["evals"] if entry.get("split") == split]
-
-
 def findings(record: Record) -> list[Mapping[str, Any]]:
     """Return the findings of a run in the order of their steps."""
     return sorted(record.get("findings", []), key=lambda finding: finding["step"])

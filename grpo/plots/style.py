@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from grpo.config import TrainConfig
-from grpo.plots.series import SMOOTHED_FROM, Record, column, evaluations, smooth, window_for
+from grpo.plots.series import SMOOTHED_FROM, Record, column, smooth, window_for
+from grpo.record.schema import evaluations
 from grpo.runtime.console import printable
 
 # The palette of Okabe and Ito can be told apart with any colour vision.

@@ -65,6 +65,11 @@ def is_outlook(value: Any) -> bool:
     return all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
 
 
+def evaluations(record: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
+    """Return the evaluations of a run on one split, "validation" or "test", in the order of their steps."""
+    return [entry for entry in record["evals"] if entry.get("split") == split]
+
+
 def few_categories(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return an evaluation's accuracies by category; {} if there are too many categories to show."""
     categories = entry.get("categories", {})

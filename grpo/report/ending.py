@@ -8,6 +8,7 @@ from typing import Any
 from grpo.evaluation.intervals import accuracy_text
 from grpo.model.saving import SAVED_MODEL
 from grpo.record import samples
+from grpo.record.schema import evaluations
 from grpo.report.progress import nats, show_finding
 from grpo.runtime.console import command_line, duration, printable, say, width
 
@@ -43,7 +44,7 @@ def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: s
 
 def _first_and_last_test(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Return the test of the starting policy and the test of the saved policy."""
-    tests = [entry for entry in record["evals"] if entry["split"] == "test"]
+    tests = evaluations(record, "test")
     return tests[0], tests[-1]
 
 
