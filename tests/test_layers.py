@@ -36,7 +36,7 @@ ANY_TASK = {
 SETTINGS = {"config", "model_card", "setting"}
 MAY_IMPORT = {
     "runtime": set(),
-    "diagnostics": {"evaluation.intervals"},
+    "diagnostics": {"evaluation.intervals", "record.schema"},
     "setting": set(),
     "config": {"setting"},
     "model_card": {"config", "setting"},
