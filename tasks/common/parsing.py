@@ -130,15 +130,22 @@ def _is_unit(word: str) -> bool:
 
 
 def parse_as(kind: str, text: str) -> Answer | None:
-    """Return the answer of a kind that a completion's text gives; around a number, marks and a unit do not count.
+    """Return the answer of a kind that a completion's text gives; around a number, marks and a unit do not count."""
+    parse = PARSERS[kind]
+    answer = parse(text)
+    if answer is None and kind != "text":
+        answer = parse(bare_number(text))
+    return answer
+
+
+def bare_number(text: str) -> str:
+    """Return the number in a text without marks around it and a unit after it; another text only without marks.
 
     A percentage is no number here: 25% may be meant as 25 or as 0.25.
     """
-    if kind == "text":
-        return parse_text(text)
     text = unmarked(text)
     pair = number_and_unit(text)
-    return PARSERS[kind](text if pair is None or pair[1] == "%" else format(pair[0], "f"))
+    return text if pair is None or pair[1] == "%" else format(pair[0], "f")
 
 
 def parse_integer(text: str) -> int | None:
