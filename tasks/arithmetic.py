@@ -8,25 +8,20 @@ Operands are integers from `min_operand` to `max_operand`; a negative operand is
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from operator import add, mul, sub
 from typing import Annotated
 
 from tasks.base import Option, Problem, seeded_rng, split_of
 from tasks.common.qa_task import QATask
 
-OPERATORS = ("+", "-", "*")
+OPERATIONS = {"+": add, "-": sub, "*": mul}
+OPERATORS = tuple(OPERATIONS)
 LARGEST_OPERAND = 100_000  # A product of three has at most 16 digits, and the parser accepts 18.
 HINTS = {
     "too_easy": "Raise --max-operand.",
     "too_hard": "Lower --max-operand.",
     "overfitting": "Raise --max-operand for more different problems.",
 }
-
-
-def apply(operator: str, a: int, b: int) -> int:
-    """Return a op b; the operator is one of OPERATORS."""
-    if operator == "+":
-        return a + b
-    return a - b if operator == "-" else a * b
 
 
 @dataclass(frozen=True)
@@ -42,22 +37,18 @@ class Expression:
     @property
     def inner(self) -> int:
         """Return the value of a op b."""
-        return apply(self.op, self.a, self.b)
+        return OPERATIONS[self.op](self.a, self.b)
 
     @property
     def value(self) -> int:
         """Return the value of the whole expression."""
-        return apply(self.op2, self.inner, self.c)
+        return OPERATIONS[self.op2](self.inner, self.c)
 
     @property
-    def working(self) -> str:
-        """Return the first step, such as `4 - 9 = -5`."""
-        return f"{operand(self.a)} {self.op} {operand(self.b)} = {self.inner}"
-
-    @property
-    def steps(self) -> str:
-        """Return both steps, each on a line."""
-        return f"{self.working}\n{operand(self.inner)} {self.op2} {operand(self.c)} = {self.value}"
+    def steps(self) -> tuple[str, str]:
+        """Return both steps, such as `4 - 9 = -5` and `(-5) * 6 = -30`."""
+        first = f"{operand(self.a)} {self.op} {operand(self.b)} = {self.inner}"
+        return first, f"{operand(self.inner)} {self.op2} {operand(self.c)} = {self.value}"
 
     @property
     def key(self) -> str:
@@ -161,5 +152,5 @@ def _problem(expression: Expression) -> Problem:
         f"What is {expression}?",
         str(expression.value),
         category=expression.op + expression.op2,
-        working=expression.steps,
+        working="\n".join(expression.steps),
     )

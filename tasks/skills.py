@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from random import Random
 
-from tasks.arithmetic import OPERATORS, apply
+from tasks.arithmetic import OPERATIONS, OPERATORS
 from tasks.base import Attempt, Message, Problem, chat
 from tasks.common.drawn_task import DrawnTask
 from tasks.common.prompts import ideal_completion, system_prompt
@@ -62,7 +62,7 @@ def _single(rng: Random) -> Problem:
     operator = rng.choice(OPERATORS)
     a = rng.randint(-10, 100)
     b = rng.randint(0, 10)
-    return Problem(f"What is {a} {operator} {b}?", str(apply(operator, a, b)))
+    return Problem(f"What is {a} {operator} {b}?", str(OPERATIONS[operator](a, b)))
 
 
 def _larger(rng: Random) -> Problem:

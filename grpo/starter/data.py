@@ -11,7 +11,7 @@ from itertools import count
 from random import Random
 from typing import TypeVar
 
-from tasks.arithmetic import OPERATORS, Arithmetic, apply
+from tasks.arithmetic import OPERATIONS, OPERATORS, Arithmetic
 from tasks.base import KINDS, Message, Problem, seeded_rng
 from tasks.common.prompts import FIRST_WORDING, STYLES, ideal_completion, system_prompt
 from tasks.skills import SKILLS
@@ -51,7 +51,7 @@ def example(step: int, row: int, direct_share: float) -> tuple[list[Message], st
         lambda n: task.training_expression(SEED, step, row + BATCH * n),
         lambda e: not carry or _carries(e.inner, e.value),
     )
-    working = "" if draw.random() < direct_share else expression.working
+    working = "" if draw.random() < direct_share else expression.steps[0]
     completion = ideal_completion(str(expression.value), task.style, working)
     return task.messages(f"What is {expression}?"), completion
 
@@ -70,7 +70,7 @@ def _wide_single(rng: Random) -> Problem:
     operator = rng.choice(OPERATORS)
     a = rng.randint(-20, 200)
     b = rng.randint(0, 10)
-    return Problem(f"What is {a} {operator} {b}?", str(apply(operator, a, b)))
+    return Problem(f"What is {a} {operator} {b}?", str(OPERATIONS[operator](a, b)))
 
 
 WIDE_SINGLE = replace(SKILLS["single"], make=_wide_single)

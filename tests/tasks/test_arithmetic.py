@@ -65,7 +65,7 @@ def test_every_gold_answer_agrees_with_an_independent_evaluation():
 def test_the_working_is_the_first_step_and_true():
     for index in range(0, TASK.size, 7):
         expression = TASK.expression(index)
-        left, equals, right = expression.working.partition(" = ")
+        left, equals, right = expression.steps[0].partition(" = ")
         assert equals
         assert f"({left})" in str(expression)
         assert int(right) == MEANING[expression.op](expression.a, expression.b)
@@ -178,7 +178,7 @@ def test_a_small_range_works_with_the_problems_it_has(max_operand):
 def test_negative_operands_stand_in_brackets_and_mean_what_python_says():
     assert str(Expression(-4, "-", -9, "*", -6)) == "((-4) - (-9)) * (-6)"
     assert Expression(-4, "-", -9, "*", -6).value == -30  # -4 + 9 = 5, times -6
-    assert Expression(-4, "-", 9, "*", 6).working == "(-4) - 9 = -13"
+    assert Expression(-4, "-", 9, "*", 6).steps[0] == "(-4) - 9 = -13"
     task = Arithmetic(5, -3)
     assert task.size == 9**3 * 9  # nine operands from -3 to 5
     problems = [task.training_problem(0, step, 0) for step in range(300)] + task.held_out("test", 300)

@@ -42,7 +42,7 @@ def test_every_ideal_completion_scores_the_full_reward(style):
     for index in range(0, task.size, 5):
         expression = task.expression(index)
         problem = Problem(f"What is {expression}?", str(expression.value))
-        for working in ("", expression.working):
+        for working in ("", expression.steps[0]):
             reward = reward_of(task, problem, ideal_completion(problem.answer, style, working))
             assert reward.total == full == (4.0 if style == "reasoning" else 1.0)
             assert reward.correct
