@@ -49,21 +49,14 @@ class QATask(Task):
         )
 
     def is_correct(self, problem: Problem, answer: Answer) -> bool:
-        """Return whether a parsed answer is right.
-
-        By default, it must equal the problem's own answer, a number within the problem's tolerance.
-        """
+        """Return whether a parsed answer equals the problem's own; a number may differ by the problem's tolerance."""
         gold = self.gold(problem)
         if isinstance(answer, str) or isinstance(gold, str) or gold is None:
             return answer == gold
         return abs(answer - gold) <= problem.tolerance
 
     def is_close(self, problem: Problem, answer: Answer) -> bool:
-        """Return whether a parsed answer is nearly right.
-
-        By default, a number must be within ±1 of the problem's own answer, and a text may differ from it only in
-        upper and lower case.
-        """
+        """Return whether a number is within ±1 of the problem's own answer, or a text differs only in its case."""
         gold = self.gold(problem)
         if gold is None:
             return False
