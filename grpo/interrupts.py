@@ -113,7 +113,7 @@ class InterruptHandler:
 
     def _agreed(self, code: int) -> int:
         """Return the largest code of all ranks: the number of a signal if one came, else `code`."""
-        code = int(self.ranks.max(torch.tensor(self.signal or code)))
+        code = int(self.ranks.all_reduce(torch.tensor(self.signal or code), "max"))
         if code in NAMES:
             self.signal = signal.Signals(code)
         return code

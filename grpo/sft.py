@@ -18,7 +18,7 @@ from grpo.algorithm.schedules import learning_rate_at
 from grpo.algorithm.update import Updater
 from grpo.config import TrainConfig
 from grpo.model.language_model import LanguageModel
-from grpo.runtime.microbatch import AdaptiveMicrobatch, oom_is_fatal, split_microbatches
+from grpo.runtime.microbatch import AdaptiveMicrobatch, split_microbatches
 from grpo.runtime.precision import in_precision
 from grpo.runtime.stopwatch import Stopwatch
 from grpo.scoring.scorer import Scorer
@@ -66,8 +66,8 @@ class SupervisedTrainer:
                 own_loss = self.microbatch.run(
                     lambda rows: supervised_gradient(self.lm.model, own_tokens, num_tokens, update.scorer, rows)
                 )
-            with oom_is_fatal("the optimizer's step", ranks):
-                (loss, norm), _ = update.apply_gradient((ranks.sum(own_loss),))
+            with ranks.end_if_out_of_memory("the optimizer's step"):
+                (loss, norm), _ = update.apply_gradient((ranks.all_reduce(own_loss),))
         entry = {"step": step, "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": num_tokens}
         return {**entry, "time/total": clock.seconds["total"]}
 

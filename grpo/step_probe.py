@@ -40,7 +40,7 @@ def sampler_gap(outcome: StepOutcome, ranks: Ranks) -> float:
     scored = outcome.batch.old_logprobs
     own_rows = ranks.own_slice(len(outcome.rollout.sample_logprobs))
     sampled = outcome.rollout.sample_logprobs[own_rows, : scored.shape[1]]
-    return float(ranks.max(torch.where(mask, (sampled - scored).abs(), 0.0).amax()))
+    return float(ranks.all_reduce(torch.where(mask, (sampled - scored).abs(), 0.0).amax(), "max"))
 
 
 def watched_weights(policy: PreTrainedModel) -> Tensor:
@@ -52,5 +52,5 @@ def watched_weights(policy: PreTrainedModel) -> Tensor:
 def moved_fraction(before: Tensor, after: Tensor, ranks: Ranks) -> float:
     """Return the share of the watched weights, on all ranks, that changed."""
     moved = (before != after).float()
-    changed, watched = ranks.sum(torch.stack([moved.sum(), torch.ones_like(moved).sum()])).tolist()
+    changed, watched = ranks.all_reduce(torch.stack([moved.sum(), torch.ones_like(moved).sum()])).tolist()
     return changed / max(1.0, watched)

@@ -15,7 +15,7 @@ from grpo.algorithm.schedules import StepSettings
 from grpo.config import TrainConfig
 from grpo.model.lora import trainable
 from grpo.runtime.console import suppress_warnings
-from grpo.runtime.microbatch import AdaptiveMicrobatch, oom_is_fatal, split_microbatches
+from grpo.runtime.microbatch import AdaptiveMicrobatch, split_microbatches
 from grpo.runtime.precision import in_precision
 from grpo.runtime.ranks import ONE, Ranks, full_tensor
 from grpo.runtime.sharding import distribute_like
@@ -133,10 +133,10 @@ class Updater:
         """
         self.optimizer.zero_grad(set_to_none=True)
         totals = self._accumulate(batch, beta, rows_per_pass)
-        with oom_is_fatal("the optimizer's step", self.ranks):
-            sums = self.ranks.sum(totals.sums)
-            lowest = self.ranks.min(totals.ratio_min)
-            highest = self.ranks.max(totals.ratio_max)
+        with self.ranks.end_if_out_of_memory("the optimizer's step"):
+            sums = self.ranks.all_reduce(totals.sums)
+            lowest = self.ranks.all_reduce(totals.ratio_min, "min")
+            highest = self.ranks.all_reduce(totals.ratio_max, "max")
             numbers, applied = self.apply_gradient((sums, lowest, highest))
         loss, kl, entropy, clipped, ratio_min, ratio_max, grad_norm = numbers
         n = batch.sizes.num_tokens

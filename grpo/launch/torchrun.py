@@ -19,7 +19,7 @@ from grpo.launch.agreement import agree, claim_shared_folder
 from grpo.launch.rendezvous import Heartbeat, Meeting
 from grpo.runtime.device import choose_device
 from grpo.runtime.failures import RESUME_HINT, failures_in_words
-from grpo.runtime.ranks import Ranks
+from grpo.runtime.ranks import ConnectedRanks, Ranks
 
 # The other ranks wait at most this long while rank 0 writes or scores. If a process was stopped, `Heartbeat` ends the
 # run sooner.
@@ -34,10 +34,9 @@ def train_together(
     `settle` returns the settings of this process. `train(config, task, ranks, earlier)` runs the training and returns
     the exit status; `earlier` are the seconds since the launch began to train if torchrun has restarted it, else 0.
     """
-    ranks = Ranks(
-        rank=int(os.environ.get("RANK", "0")),
-        size=int(os.environ.get("WORLD_SIZE", "1")),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = (ConnectedRanks if size > 1 else Ranks)(
+        rank=int(os.environ.get("RANK", "0")), size=size, local_rank=int(os.environ.get("LOCAL_RANK", "0"))
     )
     try:
         with nullcontext() if ranks.is_main else _silenced():

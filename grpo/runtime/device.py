@@ -13,6 +13,8 @@ import transformers
 
 M_TRIM_THRESHOLD = -1  # parameters of mallopt, from glibc's malloc.h
 M_MMAP_MAX = -4
+# Parts of the error messages of MPS, cuBLAS and the CPU when memory runs out.
+OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 FEW_PARAMETERS = 2**25  # With at most this many, freed memory is kept; with more, it is returned to the system.
 
 
@@ -112,6 +114,13 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` reports a lack of memory: by its class on CUDA, by its message on other devices."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OOM_MESSAGES)
 
 
 def empty_cache() -> None:

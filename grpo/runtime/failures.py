@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from grpo.runtime.microbatch import is_out_of_memory
+from grpo.runtime.device import is_out_of_memory
 from grpo.runtime.ranks import is_peer_failure
 
 RESUME_HINT = "The last checkpoint is intact: the same command continues from it"

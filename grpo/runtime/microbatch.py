@@ -1,22 +1,17 @@
 """The number of rows in one pass through the model, which is halved when memory runs out."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from grpo.runtime.console import say
-from grpo.runtime.device import empty_cache
-from grpo.runtime.ranks import Ranks
+from grpo.runtime.device import empty_cache, is_out_of_memory
 
 Result = TypeVar("Result")
 # Errors that may be raised if a model's attention or cache does not support a shortcut.
 UNSUPPORTED = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError)
 TOLERANCE = 1e-3  # nats; in float32, shortcuts that are supported agree within 1e-6
-# Parts of the error messages of MPS, cuBLAS and the CPU when memory runs out.
-OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 def split_microbatches(rows: int, group: int, rows_per_pass: int) -> list[slice]:
@@ -37,13 +32,6 @@ def split_microbatches(rows: int, group: int, rows_per_pass: int) -> list[slice]
     ]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` reports a lack of memory: by its class on CUDA, by its message on other devices."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in OOM_MESSAGES)
-
-
 def is_unsupported(error: Exception) -> bool:
     """Return whether `error` can mean that a model does not support a shortcut. It cannot if memory ran out."""
     return isinstance(error, UNSUPPORTED) and not is_out_of_memory(error)
@@ -58,19 +46,6 @@ def matches_reference(shortcut: Callable[[], Tensor], expected: Tensor) -> bool:
             raise
         return False
     return bool((logprobs - expected).abs().max() < TOLERANCE)
-
-
-@contextmanager
-def oom_is_fatal(work: str, ranks: Ranks) -> Iterator[None]:
-    """Raise ValueError if memory runs out in work of several processes, which one alone cannot repeat."""
-    try:
-        yield
-    except RuntimeError as error:
-        if ranks.size == 1 or not is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"memory ran out in {work}. The last checkpoint is intact: to continue, add --shard to the same command"
-        ) from None
 
 
 class AdaptiveMicrobatch:

@@ -2,14 +2,14 @@
 
 All processes run the same program with the same settings. They divide the groups of a step and the problems of an
 evaluation among them, and gather the results. So every process knows the whole step and makes the same decisions.
-Only rank 0 writes and prints. The default everywhere is `ONE`, a single process that does not communicate.
-
-`grpo/launch/torchrun.py` makes the ranks of a launch with several processes.
+Only rank 0 writes and prints. The default everywhere is `ONE`, a process that trains alone; in its methods one reads
+what a run without torchrun does. `ConnectedRanks` has the same methods with the communication of several processes;
+`grpo/launch/torchrun.py` makes them.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from grpo.runtime.device import is_out_of_memory
+
 Value = TypeVar("Value")
 BUCKET_NUMBERS = 2**24  # The most numbers of the gradients that one all-reduce sums.
 COMPARED_WEIGHTS = 10_000  # About this many weights are compared, to check that all ranks loaded the same model.
@@ -25,7 +27,7 @@ COMPARED_WEIGHTS = 10_000  # About this many weights are compared, to check that
 
 @dataclass(frozen=True)
 class Ranks:
-    """The number of this process, its rank, among the `size` processes of a launch."""
+    """The number of this process, its rank, among the `size` processes of a launch: 0 of 1, unless connected."""
 
     rank: int = 0
     size: int = 1
@@ -44,21 +46,7 @@ class Ranks:
         return ["torchrun", "--nproc-per-node", str(self.size), "train_grpo.py"]
 
     def own_device(self, device: torch.device) -> torch.device:
-        """Return the device of this process. On CUDA, each process of a machine has its own device.
-
-        Raises ValueError if there are more processes than devices, or if the devices cannot work together.
-        """
-        if self.size == 1:
-            return device
-        if device.type == "mps":
-            raise ValueError("several processes cannot train on mps; start a single process, or give --device cpu")
-        if device.type == "cuda":
-            available = torch.cuda.device_count()
-            if self.local_rank >= available:
-                raise ValueError(
-                    f"this machine has more processes than CUDA devices; start at most {available} processes on it"
-                )
-            return torch.device("cuda", self.local_rank)
+        """Return the device of this process, which was asked to use `device`."""
         return device
 
     def check_divisible(self, batch_size: int, sharded: bool, option: str = "--batch-size") -> None:
@@ -86,11 +74,7 @@ class Ranks:
 
     def gather(self, value: Value) -> list[Value]:
         """Return the values of all ranks, by rank. Tensors in the values must be on the CPU."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return [value]
 
     def from_main(self, value: Value) -> Value:
         """Return the value of rank 0 on all ranks. Use it for values read from a file that rank 0 may replace."""
@@ -98,39 +82,25 @@ class Ranks:
 
     def on_main(self, work: Callable[[], Value]) -> Value:
         """Run `work` on rank 0 alone; return its value, or raise its ValueError, on all ranks."""
-        if self.size == 1:
-            return work()
-        value, message = None, None
-        if self.is_main:
-            try:
-                value = work()
-            except ValueError as error:
-                message = str(error)
-        value, message = self.from_main((value, message))
-        if message is not None:
-            raise ValueError(message)
-        return value
+        return work()
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks, in place."""
-        return self._all_reduce(tensor, dist.ReduceOp.SUM)
-
-    def min(self, tensor: Tensor) -> Tensor:
-        """Take the elementwise minimum over all ranks, in place."""
-        return self._all_reduce(tensor, dist.ReduceOp.MIN)
-
-    def max(self, tensor: Tensor) -> Tensor:
-        """Take the elementwise maximum over all ranks, in place."""
-        return self._all_reduce(tensor, dist.ReduceOp.MAX)
+    def all_reduce(self, tensor: Tensor, operation: str = "sum") -> Tensor:
+        """Take the elementwise "sum", "min" or "max" of a tensor over all ranks, in place."""
+        return tensor
 
     def any(self, value: bool) -> bool:
         """Return whether `value` is true on any rank."""
-        return value if self.size == 1 else bool(self.max(torch.tensor(int(value))))
+        return value
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum the gradients over all ranks, in place."""
+
+    def end_if_out_of_memory(self, work: str) -> AbstractContextManager[None]:
+        """Raise ValueError if memory runs out in a block that no rank can repeat alone."""
+        return nullcontext()
 
     def barrier(self) -> None:
         """Wait until all ranks have called this."""
-        if self.size > 1:
-            dist.barrier()
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -150,28 +120,60 @@ class Ranks:
                     f"{what} is {values[0]} on process 0 and {other} on process {rank}; they must be equal"
                 )
 
-    @torch.no_grad()
     def check_same_model(self, model: nn.Module) -> None:
         """Raise ValueError unless all ranks loaded the same model: precision, shapes and a sample of the weights."""
-        if self.size == 1:
-            return
-        digest = hashlib.sha256()
-        samples = sample_of(model.parameters(), COMPARED_WEIGHTS)
-        for (name, p), sample in zip(model.named_parameters(), samples, strict=True):
-            sample = sample.contiguous().cpu()
-            digest.update(f"{name} {tuple(p.shape)} {sample.dtype}".encode())
-            digest.update(bytes(sample.view(torch.uint8).tolist()))
-        self.check_alike("the precision of passes", str(getattr(model, "compute_dtype", torch.float32)))
-        self.check_alike("the model", f"one with the hash {digest.hexdigest()[:12]}")
 
     def collect(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Return tensors by name, put together from shards. With several ranks, only rank 0 gets them, on the CPU."""
-        collected: dict[str, Tensor] = {}
-        for name, tensor in tensors:
-            complete = full_tensor(tensor.detach())
-            if self.is_main:
-                collected[name] = complete.cpu() if self.size > 1 else complete
-        return collected
+        return {name: full_tensor(tensor.detach()) for name, tensor in tensors}
+
+
+class ConnectedRanks(Ranks):
+    """The ranks of a launch with several processes, which torch.distributed has connected."""
+
+    def own_device(self, device: torch.device) -> torch.device:
+        """Return the device of this process. On CUDA, each process of a machine has its own device.
+
+        Raises ValueError if there are more processes than devices, or if the devices cannot work together.
+        """
+        if device.type == "mps":
+            raise ValueError("several processes cannot train on mps; start a single process, or give --device cpu")
+        if device.type == "cuda":
+            available = torch.cuda.device_count()
+            if self.local_rank >= available:
+                raise ValueError(
+                    f"this machine has more processes than CUDA devices; start at most {available} processes on it"
+                )
+            return torch.device("cuda", self.local_rank)
+        return device
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return the values of all ranks, by rank. Tensors in the values must be on the CPU."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, work: Callable[[], Value]) -> Value:
+        """Run `work` on rank 0; send its value, or the message of its ValueError, to all ranks."""
+        value, message = None, None
+        if self.is_main:
+            try:
+                value = work()
+            except ValueError as error:
+                message = str(error)
+        value, message = self.from_main((value, message))
+        if message is not None:
+            raise ValueError(message)
+        return value
+
+    def all_reduce(self, tensor: Tensor, operation: str = "sum") -> Tensor:
+        """Take the elementwise "sum", "min" or "max" of a tensor over all ranks, in place."""
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation.upper()))
+        return tensor
+
+    def any(self, value: bool) -> bool:
+        """Return whether `value` is true on any rank."""
+        return bool(self.all_reduce(torch.tensor(int(value)), "max"))
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -182,9 +184,7 @@ class Ranks:
         ranks.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.size == 1 or not gradients:
-            return
-        if isinstance(gradients[0], DTensor):
+        if gradients and isinstance(gradients[0], DTensor):
             torch._foreach_mul_(gradients, float(self.size))
         else:
             self._sum_in_buckets(gradients)
@@ -196,15 +196,48 @@ class Ranks:
             bucket.append(tensor)
             is_last = number == len(tensors)
             if is_last or sum(map(Tensor.numel, bucket)) + tensors[number].numel() > BUCKET_NUMBERS:
-                flat = self.sum(torch.cat([t.flatten() for t in bucket]))
+                flat = self.all_reduce(torch.cat([t.flatten() for t in bucket]))
                 for t, numbers in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                     t.copy_(numbers.view_as(t))
                 bucket = []
 
-    def _all_reduce(self, tensor: Tensor, operation: dist.ReduceOp) -> Tensor:
-        if self.size > 1:
-            dist.all_reduce(tensor, operation)
-        return tensor
+    @contextmanager
+    def end_if_out_of_memory(self, work: str) -> Iterator[None]:
+        """Raise ValueError if memory runs out in a block that no rank can repeat alone."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"memory ran out in {work}. The last checkpoint is intact: to continue, add --shard to the same "
+                "command"
+            ) from None
+
+    def barrier(self) -> None:
+        """Wait until all ranks have called this."""
+        dist.barrier()
+
+    @torch.no_grad()
+    def check_same_model(self, model: nn.Module) -> None:
+        """Raise ValueError unless all ranks loaded the same model: precision, shapes and a sample of the weights."""
+        digest = hashlib.sha256()
+        samples = sample_of(model.parameters(), COMPARED_WEIGHTS)
+        for (name, p), sample in zip(model.named_parameters(), samples, strict=True):
+            sample = sample.contiguous().cpu()
+            digest.update(f"{name} {tuple(p.shape)} {sample.dtype}".encode())
+            digest.update(bytes(sample.view(torch.uint8).tolist()))
+        self.check_alike("the precision of passes", str(getattr(model, "compute_dtype", torch.float32)))
+        self.check_alike("the model", f"one with the hash {digest.hexdigest()[:12]}")
+
+    def collect(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return tensors by name, put together from shards, on rank 0 and on the CPU; on other ranks nothing."""
+        collected: dict[str, Tensor] = {}
+        for name, tensor in tensors:
+            complete = full_tensor(tensor.detach())  # all ranks send their shards
+            if self.is_main:
+                collected[name] = complete.cpu()
+        return collected
 
 
 ONE = Ranks()

@@ -19,7 +19,8 @@ from grpo.generation.probe import probe_scorer, supports_common_prefix
 from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.record.checkpoint import newest_checkpoint
-from grpo.runtime.microbatch import AdaptiveMicrobatch, is_out_of_memory, split_microbatches
+from grpo.runtime.device import is_out_of_memory
+from grpo.runtime.microbatch import AdaptiveMicrobatch, split_microbatches
 from grpo.scoring.tokens import left_pad
 from grpo.step_probe import measured_step
 from grpo.trainer import Trainer
