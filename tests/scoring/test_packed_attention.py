@@ -83,8 +83,8 @@ def test_a_layout_with_a_common_beginning_by_hand():
     # rows of 8 columns: those of the first prompt are vectors 0 to 7
     assert layout.prompt_index.shape == layout.completion_index.shape == (2, 8)
     maps = layout.maps(1)
-    assert maps.prompts.real.tolist() == [0, 1, 8]
-    assert maps.prompts.padding.tolist() == [*range(2, 8), *range(9, 16)]
+    assert maps.prompts.tolist() == [0, 1, 8]
+    assert maps.padding.tolist() == [*range(2, 8), *range(9, 16), *range(17, 24), *range(26, 32)]
     assert layout.beginning_bias(None, 1) is None
     # a window of 3 tokens: a sees x and y, b only y; c as a; A is the fifth token, the first C the fourth
     seen = layout.beginning_bias(3, 1)[0] == 0

@@ -13,50 +13,34 @@ COLUMN_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
-class VectorIndex:
-    """The places in a row of the vectors of M sequences; each sequence is padded to L tokens and has H heads.
+class IndexMaps:
+    """Indices that split a row of T · H vectors into prompts and completions, and join them again.
 
-    A row of T tokens has T · H vectors, the heads of a token side by side. All tensors are int64.
+    In the row, the H heads of a token are side by side. In prompts (N · H · P, …) and completions (B · H · C, …), the
+    tokens of a head are, padded on the right. All tensors are int64.
     """
 
-    index: Tensor  # (M · H · L,) where each vector is in the row; an arbitrary index for padding
-    real: Tensor  # numbers of the entries of `index` that are not padding, in the order of the row
+    index: Tensor  # (N · H · P + B · H · C,) where each vector is in the row; an arbitrary index for padding
     padding: Tensor  # numbers of the entries of `index` that are padding
-
-    @classmethod
-    def of(cls, token_index: Tensor, lengths: Tensor, heads: int) -> "VectorIndex":
-        """Make the index of sequences with `lengths` (M,); `token_index` (M, L) holds the places in the row."""
-        head = torch.arange(heads, device=lengths.device)[:, None]
-        index = (token_index[:, None] * heads + head).flatten()
-        is_real = length_mask(lengths, token_index.shape[1])[:, None].expand(-1, heads, -1).flatten()
-        real = is_real.nonzero().squeeze(-1)
-        return cls(index, real[index[real].argsort()], (~is_real).nonzero().squeeze(-1))
-
-    def gather(self, row: Tensor, padding: float | None = None) -> Tensor:
-        """Return the vectors (M · H · L, …) of a row (T · H, …). Padding is set to `padding`, if it is given."""
-        vectors = row.index_select(0, self.index)
-        return vectors if padding is None else vectors.index_fill_(0, self.padding, padding)
-
-
-@dataclass(frozen=True)
-class IndexMaps:
-    """Indices that split a row of T · H vectors into prompts and completions, and join them again."""
-
-    prompts: VectorIndex
-    completions: VectorIndex
+    prompts: Tensor  # numbers of the prompts' vectors that are not padding, in the order of the row
+    completions: Tensor  # the same of the completions' vectors
+    num_prompts: int  # N · H · P
     filler: int  # number of vectors at the start of the row that belong to no prompt or completion
 
     def split(self, row: Tensor, padding: float | None = None) -> tuple[Tensor, Tensor]:
-        """Split a row (T · H, …) into prompts (N · H · P, …) and completions (B · H · C, …)."""
-        return self.prompts.gather(row, padding), self.completions.gather(row, padding)
+        """Split a row (T · H, …) into prompts and completions. Padding is set to `padding`, if it is given."""
+        vectors = row.index_select(0, self.index)
+        if padding is not None:
+            vectors.index_fill_(0, self.padding, padding)
+        return vectors[: self.num_prompts], vectors[self.num_prompts :]
 
     def join(self, prompts: Tensor, completions: Tensor, filler: float = 0) -> Tensor:
-        """Join prompts (N · H · P, …) and completions (B · H · C, …) into a row (T · H, …)."""
-        first_completion = self.filler + len(self.prompts.real)
-        row = prompts.new_empty(first_completion + len(self.completions.real), *prompts.shape[1:])
+        """Join prompts and completions into a row (T · H, …)."""
+        first_completion = self.filler + len(self.prompts)
+        row = prompts.new_empty(first_completion + len(self.completions), *prompts.shape[1:])
         row[: self.filler] = filler
-        torch.index_select(prompts, 0, self.prompts.real, out=row[self.filler : first_completion])
-        torch.index_select(completions, 0, self.completions.real, out=row[first_completion:])
+        torch.index_select(prompts, 0, self.prompts, out=row[self.filler : first_completion])
+        torch.index_select(completions, 0, self.completions, out=row[first_completion:])
         return row
 
 
@@ -99,9 +83,16 @@ class Layout:
     def maps(self, heads: int) -> IndexMaps:
         """Return the index maps of a row in which each token has `heads` vectors."""
         if ("maps", heads) not in self._cache:
-            prompts = VectorIndex.of(self.prompt_index, self.prompt_lengths, heads)
-            completions = VectorIndex.of(self.completion_index, self.completion_lengths, heads)
-            self._cache["maps", heads] = IndexMaps(prompts, completions, heads * self.filler)
+            index, is_real = _vectors(self.prompt_index, self.prompt_lengths, heads)
+            completion_index, completion_is_real = _vectors(self.completion_index, self.completion_lengths, heads)
+            self._cache["maps", heads] = IndexMaps(
+                index=torch.cat([index, completion_index]),
+                padding=(~torch.cat([is_real, completion_is_real])).nonzero().squeeze(-1),
+                prompts=_in_order(index, is_real),
+                completions=_in_order(completion_index, completion_is_real),
+                num_prompts=len(index),
+                filler=heads * self.filler,
+            )
         return self._cache["maps", heads]
 
     def beginning_bias(self, window: int | None, repeats: int) -> Tensor | None:
@@ -171,6 +162,19 @@ def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
 def causal(i: Tensor, reach: float) -> Tensor:
     """Return which positions `i` (L,) see which, (L, L) bool: each sees itself and the `reach` - 1 before it."""
     return (i[:, None] >= i) & (i[:, None] - i < reach)
+
+
+def _vectors(token_index: Tensor, lengths: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return where the vectors of M padded sequences are in the row, and which are no padding, (M · H · L,) each."""
+    head = torch.arange(heads, device=lengths.device)[:, None]
+    is_real = length_mask(lengths, token_index.shape[1])[:, None].expand(-1, heads, -1)
+    return (token_index[:, None] * heads + head).flatten(), is_real.flatten()
+
+
+def _in_order(index: Tensor, is_real: Tensor) -> Tensor:
+    """Return the numbers of the vectors that are no padding, in the order of the row."""
+    real = is_real.nonzero().squeeze(-1)
+    return real[index[real].argsort()]
 
 
 def _columns(lengths: Tensor, common_prefix: int) -> Tensor:

@@ -27,8 +27,8 @@ SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 Vectors = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
 
 
-class _Unpack(torch.autograd.Function):
-    """Split the vectors of a packed row (1, H, T, d) into prompts (N · H · P, d) and completions (B · H · C, d).
+class _Split(torch.autograd.Function):
+    """Split the vectors of a packed row (T · H, d) into prompts (N · H · P, d) and completions (B · H · C, d).
 
     Padding gets arbitrary vectors, because no token attends to it. The backward pass gathers the gradient by index
     too, because autograd's backward pass of indexing would sum it slowly and in no fixed order.
@@ -36,19 +36,16 @@ class _Unpack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, row: Tensor, maps: IndexMaps) -> tuple[Tensor, Tensor]:
-        ctx.shape = row.shape
         ctx.maps = maps
-        return maps.split(row[0].transpose(0, 1).reshape(-1, row.shape[-1]))
+        return maps.split(row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_prompts: Tensor, grad_completions: Tensor) -> tuple[Tensor, None]:
-        _, heads, length, size = ctx.shape
-        row = ctx.maps.join(grad_prompts, grad_completions)
-        return row.view(1, length, heads, size).transpose(1, 2), None
+        return ctx.maps.join(grad_prompts, grad_completions), None
 
 
-class _Pack(torch.autograd.Function):
+class _Join(torch.autograd.Function):
     """Join the vectors of prompts (N · H · P, d) and completions (B · H · C, d) into one packed row (T · H, d)."""
 
     @staticmethod
@@ -108,17 +105,14 @@ def _attend_tree(module: nn.Module, row: Vectors, layout: Layout, scaling: float
 
 def _attend_branches(module: nn.Module, row: Vectors, layout: Layout, scaling: float, window: int | None) -> Tensor:
     """Return the attention (1, T, H, d) over a row without a common beginning."""
-    query, key, value = row
-    heads, key_heads = query.shape[1], key.shape[1]
+    heads, key_heads = row[0].shape[1], row[1].shape[1]
     (n, p), (b, c) = layout.prompt_index.shape, layout.completion_index.shape
-    maps = layout.maps(heads)
-    key_maps = layout.maps(key_heads)
-    split = [_Unpack.apply(query, maps), _Unpack.apply(key, key_maps), _Unpack.apply(value, key_maps)]
-    prompts = [vectors.view(-1, p, vectors.shape[-1]) for vectors, _ in split]
-    q, k, v = (vectors.view(-1, c, vectors.shape[-1]) for _, vectors in split)
+    split = [_Split.apply(x[0].transpose(0, 1).reshape(-1, x.shape[-1]), layout.maps(x.shape[1])) for x in row]
+    prompts = [x.view(-1, p, x.shape[-1]) for x, _ in split]
+    q, k, v = (x.view(-1, c, x.shape[-1]) for _, x in split)
     completions = q, layout.after_prompts(prompts[1], k), layout.after_prompts(prompts[2], v)
-    if query.device.type == "cpu" and (n * p * p + b * c * (p + c)) * heads <= SCORES:
-        prompt_bias, completion_bias = layout.biases(window, heads, key_heads, query.dtype)
+    if q.device.type == "cpu" and (n * p * p + b * c * (p + c)) * heads <= SCORES:
+        prompt_bias, completion_bias = layout.biases(window, heads, key_heads, q.dtype)
         prompt_out = _attend(*prompts, prompt_bias, scaling)
         completion_out = _attend(*completions, completion_bias, scaling)
     else:
@@ -128,8 +122,8 @@ def _attend_branches(module: nn.Module, row: Vectors, layout: Layout, scaling: f
         completion_out = _torch_attend(
             module, *(x.unflatten(0, (b, -1)) for x in completions), completion_mask, scaling
         )
-    size = value.shape[-1]
-    out = _Pack.apply(prompt_out.reshape(-1, size), completion_out.reshape(-1, size), maps)
+    size = v.shape[-1]
+    out = _Join.apply(prompt_out.reshape(-1, size), completion_out.reshape(-1, size), layout.maps(heads))
     return out.view(1, -1, heads, size)
 
 
@@ -157,7 +151,7 @@ def enable(model: PreTrainedModel) -> None:
     """Make a model use `packed_attention`. Raises ValueError if its attention or layers are not supported."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+    if not is_enabled(model):
         raise ValueError(f"packed rows do not work with {model.config._attn_implementation} attention")
     # Other layers (chunks, convolutions, state spaces) mix tokens by rules that a packed row does not follow.
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - SUPPORTED_LAYERS
@@ -165,7 +159,12 @@ def enable(model: PreTrainedModel) -> None:
         raise ValueError(f"packed rows do not work with layers of type {', '.join(sorted(kinds))}")
 
 
+def is_enabled(model: PreTrainedModel) -> bool:
+    """Return whether a model uses `packed_attention`."""
+    return model.config._attn_implementation == NAME
+
+
 def disable(model: PreTrainedModel) -> None:
     """Undo `enable`."""
-    if model.config._attn_implementation == NAME:
+    if is_enabled(model):
         model.set_attn_implementation("sdpa")
