@@ -239,7 +239,7 @@ def complete(
     for number, prompt in enumerate(prompts, first):
         uniforms = sampling_uniforms(sampling.seed, number, sampling.samples, limit)
         with in_precision(lm.model):
-            completions = generator(*left_pad([prompt], lm.pad_id, lm.device), params, uniforms)
+            completions = generator(*left_pad([prompt], lm.pad_id, lm.model.device), params, uniforms)
         texts.append(lm.decode(completions.rows(with_end=False)))
     return texts
 

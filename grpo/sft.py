@@ -83,7 +83,7 @@ class SupervisedTrainer:
 
 def supervised_tokens(lm: LanguageModel, chats: Sequence[Sequence[Message]], completions: Sequence[str]) -> Tokens:
     """Return the tokens of chats with one completion each, in the format of sampled completions."""
-    return tokens_of(lm.prompts(chats), [lm.completion(text) for text in completions], lm.pad_id, lm.device)
+    return tokens_of(lm.prompts(chats), [lm.completion(text) for text in completions], lm.pad_id, lm.model.device)
 
 
 def supervised_gradient(

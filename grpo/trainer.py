@@ -212,7 +212,7 @@ class Trainer:
         with interrupts.abandonable():
             forecast, seconds = outlook(self.grpo, self.config)
         self.metrics.record["outlook"] = forecast
-        show_outlook(forecast, seconds, self.config.num_iterations, peak_memory(self.lm.device))
+        show_outlook(forecast, seconds, self.config.num_iterations, peak_memory(self.lm.model.device))
         self.measurer.diagnose()  # says at once if there is nothing to learn from
         if is_hopeless(forecast) and not self.train_anyway:
             with interrupts.abandonable():
@@ -275,7 +275,7 @@ class Trainer:
 
     def _finish(self, interrupts: InterruptHandler, reason: str) -> None:
         """Measure the saved policy on the test problems, and print the result of the run."""
-        device, progress = self.lm.device, self.progress
+        device, progress = self.lm.model.device, self.progress
         if not self.saved_model.is_dir():
             raise ValueError(
                 f"{self.saved_model} was deleted or moved during the run. It held the best policy, of step "

@@ -64,7 +64,7 @@ class GRPO:
         frozen = frozen_copy(lm.model) if needs_copy else None
         if config.shard:
             for model in filter(None, (lm.model, frozen)):
-                shard(model, device or lm.device, ranks)
+                shard(model, device or lm.model.device, ranks)
         self.schedule = Schedule(config)
         g = max(self.schedule.at(step).num_generations for step in (1, config.num_iterations))  # the largest group
         prompts = min(config.micro_batch_size or config.batch_size, config.batch_size)

@@ -231,7 +231,7 @@ class RolloutSampler:
         local = self.microbatch.run(lambda rows_per_pass: self._sample(problems, uniforms, g, rows_per_pass))
         if self.ranks.size == 1:
             return local
-        gathered = concatenate(self.ranks.gather(local.to("cpu"))).to(self.lm.device)
+        gathered = concatenate(self.ranks.gather(local.to("cpu"))).to(self.lm.model.device)
         return gathered.pick(range(len(places)))
 
     def _sample(
@@ -241,7 +241,7 @@ class RolloutSampler:
         c, lm, decoder = self.config, self.lm, self.generator.decoder
         with self.clock("sample"), in_precision(lm.model):
             prompts = lm.prompts([prompt_of(self.task, problem) for problem in problems])
-            prompt_ids, prompt_mask = left_pad(prompts, lm.pad_id, lm.device)
+            prompt_ids, prompt_mask = left_pad(prompts, lm.pad_id, lm.model.device)
             params = SamplingParams(c.max_new_tokens, lm.end_ids, num_generations, c.temperature)
             common = decoder.common_prefix(prompts, least=shared_from(lm.model))
             completions = self.generator(prompt_ids, prompt_mask, params, uniforms, rows_per_pass, common)

@@ -87,7 +87,7 @@ def answer_logprobs(
     rows: list[list[float]] = []
     for start in range(0, len(prompts), rows_per_pass):
         batch = answers[start : start + rows_per_pass]
-        tokens = tokens_of(prompts[start : start + rows_per_pass], batch, lm.pad_id, lm.device)
+        tokens = tokens_of(prompts[start : start + rows_per_pass], batch, lm.pad_id, lm.model.device)
         with in_precision(lm.model):
             logprobs = DENSE.logprobs(lm.model, tokens, 1.0)
         rows += [row[: len(answer)] for row, answer in zip(logprobs.tolist(), batch, strict=True)]

@@ -189,7 +189,7 @@ class Evaluator:
             prompts = lm.prompts([prompt_of(self.task, problems[place]) for place in batch])
             prefix = self.decoder.common_prefix(prompts)
             with in_precision(lm.model):
-                padded = left_pad(prompts, lm.pad_id, lm.device)
+                padded = left_pad(prompts, lm.pad_id, lm.model.device)
                 completions = generator(*padded, params, torch.cat(uniforms), rows_per_pass, prefix)
             texts = lm.decode(completions.rows(with_end=False))
             samples += [texts[i * n : (i + 1) * n] for i in range(len(batch))]

@@ -32,7 +32,7 @@ def greedy(
     parts = []
     for start in range(0, len(order), rows_per_pass):
         batch = [local[i] for i in order[start : start + rows_per_pass]]
-        ids, mask = left_pad(batch, lm.pad_id, lm.device)
+        ids, mask = left_pad(batch, lm.pad_id, lm.model.device)
         with in_precision(lm.model):
             parts.append(generator(ids, mask, params, common_prefix=decoder.common_prefix(batch)))
     completions = concatenate(parts).pick(sorted(range(len(order)), key=order.__getitem__))

@@ -40,7 +40,7 @@ def probe(lm: LanguageModel, task: Task, cuda_graphs: bool = False, ranks: Ranks
     """
     problems = task.held_out("validation", PROBED_PROMPTS)
     prompts = lm.prompts([prompt_of(task, problem) for problem in problems])
-    ids, mask = left_pad(prompts, lm.pad_id, lm.device)
+    ids, mask = left_pad(prompts, lm.pad_id, lm.model.device)
     scorer = probe_scorer(lm.model, ids, mask)
     packs = scorer.shares_prompts
     sharded = is_sharded(lm.model)  # a graph cannot record the communication in a sharded model's passes

@@ -43,7 +43,7 @@ def check(grpo: GRPO, evaluator: Evaluator, environment: Mapping[str, Any], star
     say("\nEstimate, from a step that was measured and thrown away:")
     say(f"  a step {parts['steps'] / grpo.config.num_iterations:.2g} s")
     say(f"  the run about {duration(sum(parts.values()))}:  {details}")
-    if memory := peak_memory(lm.device):
+    if memory := peak_memory(lm.model.device):
         say(f"  the largest amount of memory so far: {memory / 2**20:,.0f} MiB")
     say("Later steps are slower if completions become longer. Nothing was trained, and nothing was written.")
 
@@ -107,7 +107,7 @@ def expected_seconds(grpo: GRPO, evaluator: Evaluator) -> dict[str, float]:
 
     def evaluation(problems: int) -> float:
         """Return the seconds of an evaluation: proportional to its rows on a CPU, else to its passes."""
-        return seconds * (problems / len(timed) if lm.device.type == "cpu" else -(-problems // ROWS_PER_PASS))
+        return seconds * (problems / len(timed) if lm.model.device.type == "cpu" else -(-problems // ROWS_PER_PASS))
 
     evaluations = 1 + -(-c.num_iterations // c.eval_every)
     expected["validation"] = evaluations * evaluation(len(validation))

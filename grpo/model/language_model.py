@@ -28,11 +28,6 @@ class LanguageModel:
     dropout: dict[str, float] = field(default_factory=dict)  # rates in config.json; dropout itself is switched off
 
     @property
-    def device(self) -> torch.device:
-        """Return the device of the weights."""
-        return self.model.device
-
-    @property
     def positions(self) -> int | None:
         """Return the number of tokens that prompt and completion may have together; None if there is no limit."""
         limit = getattr(self.model.config, "max_position_embeddings", None)

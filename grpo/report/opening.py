@@ -37,7 +37,7 @@ def introduce(
     """Print the model, the device, the resolved settings, and whether groups cannot share their prompts."""
     millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
     where = environment["device"]
-    if lm.device.type == "cpu":
+    if lm.model.device.type == "cpu":
         where = f"cpu, {environment['threads']} threads"
     where += f", {environment['precision']}"
     if environment["processes"] > 1:

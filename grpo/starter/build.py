@@ -110,7 +110,7 @@ def batch(lm: LanguageModel, step: int) -> Tokens:
     prompts = lm.prompts([chat for chat, _ in examples])
     completions = [lm.completion(text) for _, text in examples]
     order = sorted(range(BATCH), key=lambda row: len(prompts[row]) + len(completions[row]))
-    return tokens_of([prompts[row] for row in order], [completions[row] for row in order], lm.pad_id, lm.device)
+    return tokens_of([prompts[row] for row in order], [completions[row] for row in order], lm.pad_id, lm.model.device)
 
 
 def learning_rate(step: int) -> float:

@@ -37,7 +37,7 @@ def rates(of: Dimensions, rows: int, lm: LanguageModel) -> dict[str, float]:
     dtype = getattr(torch, precision(lm.model))
     shapes = [(rows, *matrix) for matrix in dict.fromkeys(of.matrices)]
     shapes += [(rows, of.hidden, of.vocabulary), (SQUARE, SQUARE, SQUARE)]
-    return {"×".join(map(str, shape)): rate(shape, dtype, lm.device) for shape in shapes}
+    return {"×".join(map(str, shape)): rate(shape, dtype, lm.model.device) for shape in shapes}
 
 
 def main() -> None:

@@ -150,7 +150,7 @@ def main() -> None:
     spec = Spec.of_arguments()
     c, task, rewards = spec.config, spec.task, spec.rewards
     lm = spec.language_model("float32")  # with the layers of transformers
-    set_precision(lm.model, c.precision, lm.device)
+    set_precision(lm.model, c.precision, lm.model.device)
     places = [(step, row) for step in range(1, spec.max_steps + 1) for row in range(c.batch_size)]
     problems = [task.training_problem(c.seed, *place) for place in places]
     rows = [{"prompt": task.messages(p.question), "question": p.question, "answer": p.answer} for p in problems]

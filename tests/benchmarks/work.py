@@ -166,7 +166,7 @@ class Channel:
             name: sys.modules[name].__version__ for name in ("torch", "transformers", "trl") if name in sys.modules
         }
         versions |= {"python": platform.python_version()}
-        cuda = torch.cuda.get_device_name() if self._lm.device.type == "cuda" else ""
+        cuda = torch.cuda.get_device_name() if self._lm.model.device.type == "cuda" else ""
         config, dtype = self._lm.model.config, str(self._lm.model.dtype).removeprefix("torch.")
         kind = {"weights": dtype, "attention": config._attn_implementation, "cuda": cuda, **more}
         self._send(versions=versions, threads=torch.get_num_threads(), memory=self._memory(), **kind)
@@ -193,7 +193,7 @@ class Channel:
         return sum(result.right) / result.n
 
     def _memory(self) -> int | None:
-        return peak_memory(self._lm.device)
+        return peak_memory(self._lm.model.device)
 
     def _send(self, **message: Any) -> None:
         print(json.dumps(message), file=self._out, flush=True)

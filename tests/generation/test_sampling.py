@@ -157,7 +157,7 @@ def test_a_generation_config_with_top_k_is_not_inherited():
 def test_sampling_settings_of_a_loaded_model_are_not_inherited(tmp_path):
     lm = load(str(zoo.build(tmp_path / "m", "qwen2")), CPU)
     assert lm.model.generation_config.top_k == 2
-    ids, mask = left_pad(lm.prompts([Arithmetic().messages("What is (4 - 9) * 6?")]), lm.pad_id, lm.device)
+    ids, mask = left_pad(lm.prompts([Arithmetic().messages("What is (4 - 9) * 6?")]), lm.pad_id, lm.model.device)
     sampled = Generator(lm.model)(ids, mask, SamplingParams(1, lm.end_ids, 64), sampling_uniforms(0, 0, 64, 1))
     assert len(set(sampled.ids[:, 0].tolist())) > 10
     expected = lm.model(ids).logits[0, -1].log_softmax(-1)[sampled.ids[:, 0]]

@@ -207,7 +207,7 @@ def test_a_model_that_does_not_fit_at_all_is_one_line(monkeypatch, tmp_path):
 def test_running_out_of_memory_is_never_taken_for_a_model_that_does_not_support_a_shortcut(error, monkeypatch):
     lm = load("starter", torch.device("cpu"))
     prompts = lm.prompts([Arithmetic().messages(f"What is ({n} + 1) + 1?") for n in range(2)])
-    ids, mask = left_pad(prompts, lm.pad_id, lm.device)
+    ids, mask = left_pad(prompts, lm.pad_id, lm.model.device)
     true_forward = lm.model.forward
 
     def forward(*args, **kwargs):
