@@ -67,7 +67,7 @@ class SupervisedTrainer:
                     lambda rows: supervised_gradient(self.lm.model, own_tokens, num_tokens, update.scorer, rows)
                 )
             with ranks.end_if_out_of_memory("the optimizer's step"):
-                (loss, norm), _ = update.apply_gradient((ranks.all_reduce(own_loss),))
+                loss, norm, _ = update.apply_gradient(ranks.all_reduce(own_loss))
         entry = {"step": step, "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": num_tokens}
         return {**entry, "time/total": clock.seconds["total"]}
 

@@ -1,5 +1,6 @@
 """Measure a step from outside: from its outcome, and from the weights before and after it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,8 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.algorithm.grpo import GRPO, StepOutcome
+from grpo.algorithm.loss import grpo_loss
+from grpo.algorithm.update import Batch, Update
+from grpo.config import TrainConfig
 from grpo.model.lora import trainable
-from grpo.record.step_metrics import StepResult, step_metrics
+from grpo.record.step_metrics import StepResult, UpdateStats, step_metrics
 from grpo.runtime.ranks import Ranks, sample_of
 from grpo.runtime.sharding import local_tensor
 
@@ -26,12 +30,43 @@ def measured_step(grpo: GRPO, step: int) -> tuple[StepOutcome, dict[str, Any]]:
         settings=outcome.settings,
         drawn=outcome.drawn,
         rollout=outcome.rollout,
-        updates=outcome.updates,
+        updates=update_stats(outcome.updates, outcome.batch, grpo.config, grpo.ranks),
         sampler_gap=sampler_gap(outcome, grpo.ranks),
         weights_moved=moved_fraction(weights, watched_weights(grpo.policy), grpo.ranks),
         seconds=grpo.clock.seconds,
     )
     return outcome, step_metrics(result)
+
+
+@torch.no_grad()
+def update_stats(updates: Sequence[Update], batch: Batch, config: TrainConfig, ranks: Ranks) -> list[UpdateStats]:
+    """Measure the inner updates of a step by their log-probabilities; `batch` is the one that the step ended with."""
+    mask = batch.tokens.completion_mask
+    sums, lowest, highest = [], [], []
+    for update in updates:
+        logprobs = update.logprobs, batch.old_logprobs, batch.ref_logprobs
+        tokens = grpo_loss(*logprobs, batch.advantages, mask, config, config.beta)
+        entropies = torch.zeros_like(tokens.kl) if update.entropies is None else update.entropies
+        by_token = (tokens.kl, entropies, tokens.clipped.float())
+        sums.append(torch.stack([torch.where(mask, x, 0.0).sum() for x in by_token]))
+        lowest.append(torch.where(mask, tokens.ratio, torch.inf).min())
+        highest.append(torch.where(mask, tokens.ratio, -torch.inf).max())
+    ratios = ranks.all_reduce(torch.stack(lowest), "min"), ranks.all_reduce(torch.stack(highest), "max")
+    figures = torch.cat([ranks.all_reduce(torch.stack(sums)), torch.stack(ratios, 1)], 1)  # (updates, 5)
+    n = batch.sizes.num_tokens
+    return [
+        UpdateStats(
+            loss=update.loss,
+            grad_norm=update.grad_norm,
+            applied=update.applied,
+            kl=None if batch.ref_logprobs is None else kl / n,
+            entropy=None if update.entropies is None else entropy / n,
+            clip_fraction=clipped / n,
+            ratio_min=ratio_min,
+            ratio_max=ratio_max,
+        )
+        for update, (kl, entropy, clipped, ratio_min, ratio_max) in zip(updates, figures.tolist(), strict=True)
+    ]
 
 
 def sampler_gap(outcome: StepOutcome, ranks: Ranks) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from grpo.algorithm.reference import Reference, frozen_copy
 from grpo.algorithm.rollout import Rollout, RolloutSampler
 from grpo.algorithm.schedules import Schedule, StepSettings
-from grpo.algorithm.update import Batch, Updater, UpdateStats
+from grpo.algorithm.update import Batch, Update, Updater
 from grpo.config import TrainConfig
 from grpo.generation.probe import probe
 from grpo.generation.sampling import Generator
@@ -32,14 +32,14 @@ from tasks.rewards.scoring import RewardFunction, rewards_of
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """The result of a step: its settings, its rollouts, its batch, and the measurements of its updates."""
+    """The result of a step: its settings, its rollouts, its batch, and its updates."""
 
     step: int
     settings: StepSettings
     drawn: Rollout  # all groups that were sampled, those that were redrawn too
     rollout: Rollout  # the groups that were trained on, with their advantages
     batch: Batch  # this rank's rows of `rollout`, with the log-probabilities of policy and reference
-    updates: Sequence[UpdateStats]  # one for each inner update
+    updates: Sequence[Update]  # one for each inner update
 
 
 class GRPO:
@@ -100,9 +100,10 @@ class GRPO:
         batch = replace(batch, ref_logprobs=self.reference.logprobs(batch.tokens))  # log π_ref
         updates = []
         for _ in range(self.config.num_inner_updates):  # μ
-            stats, batch = self.update(batch, settings)  # the first one fills in log π_old
-            updates.append(stats)
-        self.schedule.adapt(updates[0].kl)
+            update, batch = self.update(batch, settings)  # the first one fills in log π_old
+            updates.append(update)
+        if self.config.target_kl:
+            self.schedule.adapt(batch.kl(self.ranks))
         self.reference.sync_if_due(step)  # π_ref ← π
         return StepOutcome(step, settings, drawn, rollout, batch, updates)
 

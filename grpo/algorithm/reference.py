@@ -13,6 +13,7 @@ from grpo.runtime.microbatch import AdaptiveMicrobatch, split_microbatches
 from grpo.runtime.precision import in_precision, lower_weights
 from grpo.runtime.sharding import distribute_like
 from grpo.runtime.stopwatch import Stopwatch
+from grpo.scoring.attention.packed import enable
 from grpo.scoring.scorer import Scorer
 from grpo.scoring.tokens import Tokens
 
@@ -37,6 +38,8 @@ class Reference:
         clock: Stopwatch,
     ) -> None:
         """Take a frozen copy, or None if the policy has an adapter or beta is 0. Time goes to `clock`."""
+        if frozen is not None and scorer.shares_prompts:
+            enable(frozen)  # the probe has enabled it in the policy
         self.policy, self.frozen, self.config = policy, frozen, config
         self.scorer, self.microbatch, self.clock = scorer, microbatch, clock
 

@@ -264,9 +264,8 @@ class RolloutSampler:
         return replace(rollout, rewards=rewards, compared=torch.tensor(values, dtype=torch.float64))
 
     def _rewards(self, rollout: Rollout) -> list[Reward]:
-        g = rollout.num_generations
-        texts = enumerate(rollout.completion_texts)
-        attempts = [self.task.grade(rollout.problems[row // g], text) for row, text in texts]
+        problems = [problem for problem in rollout.problems for _ in range(rollout.num_generations)]  # B
+        attempts = [self.task.grade(*each) for each in zip(problems, rollout.completion_texts, strict=True)]
         ids = {"completion_ids": rollout.tokens.completion_rows()}
         return score(self.rewards, attempts, ids, self.clock, tolerant=True)
 

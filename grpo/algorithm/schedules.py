@@ -35,10 +35,9 @@ class Schedule:
         rate = learning_rate_at(step, c.num_iterations, c.learning_rate, c.warmup_steps, c.learning_rate_decay)
         return StepSettings(rate, group, self.beta)
 
-    def adapt(self, kl: float | None) -> None:
-        """Adapt beta to the KL of a step, in nats per token, if the KL has a target."""
-        if self.config.target_kl:
-            self.beta = adapted_beta(self.beta, kl, self.config.target_kl)
+    def adapt(self, kl: float) -> None:
+        """Adapt beta to the KL of a step, in nats per token."""
+        self.beta = adapted_beta(self.beta, kl, self.config.target_kl)
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: int, decay: str) -> float:

@@ -1,6 +1,6 @@
 """One inner update: loss, gradient, and the optimizer's step, which is skipped if either is not finite."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.algorithm.loss import AVERAGES, StepSizes, TokenLoss, grpo_loss
+from grpo.algorithm.loss import AVERAGES, StepSizes, grpo_loss, token_kl
 from grpo.algorithm.rollout import Rollout
 from grpo.algorithm.schedules import StepSettings
 from grpo.config import TrainConfig
@@ -35,20 +35,19 @@ class Batch:
     old_logprobs: Tensor | None = None  # (B, C); None until the first inner update has computed them
 
     @classmethod
-    def of_step(
-        cls, tokens: Tokens, advantages: Tensor, max_new_tokens: int, num_completions: int | None = None
-    ) -> "Batch":
-        """Make a batch of all rows of a step. `num_completions` of them count in the loss, by default all."""
-        num_tokens = max(1, int(tokens.completion_mask.sum()))
-        n = advantages.shape[0] if num_completions is None else max(1, num_completions)
-        return cls(tokens, advantages, StepSizes(n, num_tokens, max_new_tokens))
-
-    @classmethod
     def from_rollout(cls, rollout: Rollout, config: TrainConfig, ranks: Ranks = ONE) -> "Batch":
         """Make a batch of this rank's rows of a rollout, with the denominators of the whole step."""
-        num_completions = int(rollout.applies.sum())
-        batch = cls.of_step(rollout.loss_tokens(config), rollout.advantages, config.max_new_tokens, num_completions)
+        tokens = rollout.loss_tokens(config)
+        num_completions = max(1, int(rollout.applies.sum()))
+        num_tokens = max(1, int(tokens.completion_mask.sum()))
+        batch = cls(tokens, rollout.advantages, StepSizes(num_completions, num_tokens, config.max_new_tokens))
         return batch.slice_rows(ranks.own_slice(len(rollout.advantages)))
+
+    def kl(self, ranks: Ranks) -> float:
+        """Return the mean KL of the policy that sampled, in nats per token of the step, over all ranks."""
+        kl = token_kl(self.old_logprobs, self.ref_logprobs)
+        total = torch.where(self.tokens.completion_mask, kl, 0.0).sum()
+        return ranks.all_reduce(total).item() / self.sizes.num_tokens
 
     def slice_rows(self, rows: slice) -> "Batch":
         """Return these rows, which are whole groups or a part of one, cut to their longest prompt and completion."""
@@ -60,41 +59,18 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class UpdateStats:
-    """Measurements of one inner update. KL, entropy and clip fraction are means over the step's completion tokens."""
+class Update:
+    """The result of one inner update."""
 
     loss: float
     grad_norm: float  # before clipping
-    kl: float | None  # None if there is no reference
-    entropy: float | None  # measured in the first inner update only, else None
-    clip_fraction: float
-    ratio_min: float  # inf if all completions are masked
-    ratio_max: float  # -inf if all completions are masked
     applied: bool  # False if the weights are unchanged, because loss or gradient was not finite
-
-
-class Totals:
-    """Sums, minima and maxima over the micro-batches of an inner update, on the device."""
-
-    def __init__(self, completion_ids: Tensor) -> None:
-        """Begin with no tokens, for a batch with these completions, (B, C)."""
-        device = completion_ids.device
-        self.sums = torch.zeros(4, device=device)  # loss, kl, entropy, number of clipped tokens
-        self.ratio_min = torch.full((), torch.inf, device=device)
-        self.ratio_max = torch.full((), -torch.inf, device=device)
-        self.logprobs = torch.zeros(completion_ids.shape, device=device)  # (B, C), before the update
-
-    def add(self, loss: Tensor, tokens: TokenLoss, entropy: Tensor | None, mask: Tensor) -> None:
-        """Add the loss of a micro-batch, and the values of the tokens for which `mask` (B, C) is True."""
-        entropy = torch.zeros_like(tokens.kl) if entropy is None else entropy
-        by_token = (tokens.kl, entropy, tokens.clipped.float())
-        self.sums += torch.stack([loss, *(torch.where(mask, x, 0.0).sum() for x in by_token)])
-        self.ratio_min = torch.minimum(self.ratio_min, torch.where(mask, tokens.ratio, torch.inf).min())
-        self.ratio_max = torch.maximum(self.ratio_max, torch.where(mask, tokens.ratio, -torch.inf).max())
+    logprobs: Tensor  # (B, C), of the policy before the update
+    entropies: Tensor | None  # (B, C) nats, of the policy before the update; None after the first inner update
 
 
 class Updater:
-    """The policy's optimizer; `stats, batch = updater(batch, settings)` makes one inner update."""
+    """The policy's optimizer; `update, batch = updater(batch, settings)` makes one inner update."""
 
     def __init__(
         self,
@@ -114,84 +90,71 @@ class Updater:
         self.skipped_in_a_row = 0  # how many of the latest updates, without a gap, were not finite and skipped
         self.has_begun = False  # True from the first update of a step until the caller has counted the step
 
-    def __call__(self, batch: Batch, settings: StepSettings) -> tuple[UpdateStats, Batch]:
-        """Update the policy; return the measurements, and the batch with `old_logprobs` from the first update."""
+    def __call__(self, batch: Batch, settings: StepSettings) -> tuple[Update, Batch]:
+        """Update the policy; return the result, and the batch with `old_logprobs` from the first update."""
         self.has_begun = True
         self.optimizer.param_groups[0]["lr"] = settings.learning_rate
         recomputing = self.recompute_activations() if self.config.gradient_checkpointing else nullcontext()
         with self.clock("update"), recomputing:
-            stats, logprobs = self.microbatch.run(lambda rows: self.inner_update(batch, settings.beta, rows))
+            update = self.microbatch.run(lambda rows: self.inner_update(batch, settings.beta, rows))
         self.optimizer.zero_grad(set_to_none=True)  # frees memory for the next rollout
         if batch.old_logprobs is None:  # the policy was still the one that sampled
-            batch = replace(batch, old_logprobs=logprobs)
-        return stats, batch
+            batch = replace(batch, old_logprobs=update.logprobs)
+        return update, batch
 
-    def inner_update(self, batch: Batch, beta: float, rows_per_pass: int) -> tuple[UpdateStats, Tensor]:
-        """Accumulate the gradient of the whole step over micro-batches, clip it, and apply it.
-
-        Return the measurements, and the policy's log-probabilities before the update, (B, C).
-        """
+    def inner_update(self, batch: Batch, beta: float, rows_per_pass: int) -> Update:
+        """Accumulate the gradient of the whole step over micro-batches, clip it, and apply it."""
         self.optimizer.zero_grad(set_to_none=True)
-        totals = self._accumulate(batch, beta, rows_per_pass)
+        loss, logprobs, entropies = self._accumulate(batch, beta, rows_per_pass)
         with self.ranks.end_if_out_of_memory("the optimizer's step"):
-            sums = self.ranks.all_reduce(totals.sums)
-            lowest = self.ranks.all_reduce(totals.ratio_min, "min")
-            highest = self.ranks.all_reduce(totals.ratio_max, "max")
-            numbers, applied = self.apply_gradient((sums, lowest, highest))
-        loss, kl, entropy, clipped, ratio_min, ratio_max, grad_norm = numbers
-        n = batch.sizes.num_tokens
-        stats = UpdateStats(
-            loss=loss,
-            grad_norm=grad_norm,
-            kl=None if batch.ref_logprobs is None else kl / n,
-            entropy=entropy / n if batch.old_logprobs is None else None,
-            clip_fraction=clipped / n,
-            ratio_min=ratio_min,
-            ratio_max=ratio_max,
-            applied=applied,
-        )
-        return stats, totals.logprobs
+            loss, norm, applied = self.apply_gradient(self.ranks.all_reduce(loss))
+        return Update(loss, norm, applied, logprobs, entropies if batch.old_logprobs is None else None)
 
-    def _accumulate(self, batch: Batch, beta: float, rows_per_pass: int) -> Totals:
-        """Run each micro-batch forward and backward; the gradients add up in the policy's parameters."""
+    def _accumulate(self, batch: Batch, beta: float, rows_per_pass: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Run each micro-batch forward and backward; the gradients add up in the policy's parameters.
+
+        Return the loss, a scalar, and the log-probabilities and entropies of all tokens, (B, C) each. The entropies
+        are 0 if they were not needed.
+        """
         c = self.config
         first = batch.old_logprobs is None
+        has_bonus = c.entropy_bonus != 0
         average = AVERAGES[c.loss_average]
-        totals = Totals(batch.tokens.completion_ids)
+        loss_sum = torch.zeros((), device=batch.advantages.device)
+        all_logprobs = torch.zeros(batch.tokens.completion_ids.shape, device=batch.advantages.device)  # (B, C)
+        all_entropies = torch.zeros_like(all_logprobs)
         for rows in split_microbatches(len(batch.advantages), batch.tokens.num_generations, rows_per_pass):
             micro = batch.slice_rows(rows)
             mask = micro.tokens.completion_mask
             with in_precision(self.policy):
-                if first or c.entropy_bonus:
-                    logprobs, entropy = self.scorer.logprobs_and_entropies(
-                        self.policy, micro.tokens, c.temperature, entropy_gradient=bool(c.entropy_bonus)
-                    )
-                else:
-                    logprobs, entropy = self.scorer.logprobs(self.policy, micro.tokens, c.temperature), None
+                logprobs, entropies = self.scorer.scores(
+                    self.policy, micro.tokens, c.temperature, first or has_bonus, entropy_gradient=has_bonus
+                )
                 old_logprobs = logprobs.detach() if first else micro.old_logprobs
                 tokens = grpo_loss(logprobs, old_logprobs, micro.ref_logprobs, micro.advantages, mask, c, beta)
                 loss = average(tokens.loss, mask, batch.sizes)
-                if c.entropy_bonus:
-                    loss = loss - c.entropy_bonus * average(entropy, mask, batch.sizes)
+                if has_bonus:
+                    loss = loss - c.entropy_bonus * average(entropies, mask, batch.sizes)
                 loss.backward()
-            totals.logprobs[rows, : mask.shape[1]] = logprobs.detach()
-            totals.add(loss.detach(), tokens, entropy.detach() if first else None, mask)
-        return totals
+            loss_sum += loss.detach()
+            all_logprobs[rows, : mask.shape[1]] = logprobs.detach()
+            if first:
+                all_entropies[rows, : mask.shape[1]] = entropies.detach()
+        return loss_sum, all_logprobs, all_entropies
 
-    def apply_gradient(self, figures: Sequence[Tensor]) -> tuple[list[float], bool]:
+    def apply_gradient(self, loss: Tensor) -> tuple[float, float, bool]:
         """Sum the gradient over the ranks, clip its norm, and apply it if gradient and loss are finite.
 
-        `figures` are tensors on the device, the loss first. Return their values, followed by the norm before
-        clipping, and whether the gradient was applied.
+        Return the loss, the norm before clipping, and whether the gradient was applied.
         """
         self.ranks.sum_gradients(self.policy.parameters())
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.clip_grad_norm))
-        numbers = torch.cat([x.reshape(-1) for x in (*figures, norm)]).tolist()  # one transfer from the device
-        applied = isfinite(numbers[0]) and isfinite(numbers[-1])
+        loss, norm = torch.stack([loss, norm]).tolist()  # one transfer from the device
+        applied = isfinite(loss) and isfinite(norm)
         if applied:
             self.optimizer.step()
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-        return numbers, applied
+        return loss, norm, applied
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of policy and optimizer. All ranks must call this; only rank 0 gets the tensors."""

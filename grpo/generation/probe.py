@@ -19,7 +19,7 @@ from grpo.runtime.precision import in_precision
 from grpo.runtime.ranks import ONE, Ranks
 from grpo.runtime.sharding import is_sharded
 from grpo.scoring import output_layer
-from grpo.scoring.attention.packed import disable
+from grpo.scoring.attention.packed import disable, enable
 from grpo.scoring.scorer import DENSE, Scorer, fused_scores
 from grpo.scoring.tokens import Tokens, common_prefix_length, left_pad
 from tasks.base import Task, prompt_of
@@ -62,7 +62,12 @@ def probe_scorer(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor
     completion_ids = prompt_ids[:, -PROBED_TOKENS:].repeat_interleave(PROBED_GROUP, 0)  # arbitrary tokens
     tokens = Tokens(prompt_ids, prompt_mask, completion_ids, torch.ones_like(completion_ids, dtype=torch.bool))
     expected = DENSE.logprobs(model, tokens, 1.0)
-    if not matches_reference(lambda: Scorer(shares_prompts=True).logprobs(model, tokens, 1.0), expected):
+
+    def packed() -> Tensor:
+        enable(model)
+        return Scorer(shares_prompts=True).logprobs(model, tokens, 1.0)
+
+    if not matches_reference(packed, expected):
         disable(model)
         return DENSE
     is_plain = output_layer.is_plain(model)

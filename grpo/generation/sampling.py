@@ -100,7 +100,7 @@ class Generator:
             repeats = (rows.stop - rows.start) // len(ids)
             decoding, logits = self.decoder.begin(self.model, ids, mask, repeats, params.max_tokens, common_prefix)
             parts.append(self._decode(decoding, logits, params, None if uniforms is None else uniforms[rows]))
-        return concatenate(parts)
+        return parts[0] if len(parts) == 1 else concatenate(parts)
 
     def _decode(
         self, decoding: Decoding, logits: Tensor, params: SamplingParams, uniforms: Tensor | None

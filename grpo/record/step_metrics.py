@@ -14,9 +14,22 @@ from tasks.rewards.functions import repeats_an_ending
 if TYPE_CHECKING:
     from grpo.algorithm.rollout import Rollout
     from grpo.algorithm.schedules import StepSettings
-    from grpo.algorithm.update import UpdateStats
 
 Value = float | int | None
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """Measurements of one inner update. KL, entropy and clip fraction are means over the step's completion tokens."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    applied: bool  # False if the weights are unchanged, because loss or gradient was not finite
+    kl: float | None  # None if there is no reference
+    entropy: float | None  # measured in the first inner update only, else None
+    clip_fraction: float
+    ratio_min: float  # inf if all completions are masked
+    ratio_max: float  # -inf if all completions are masked
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,7 @@ class StepResult:
     settings: "StepSettings"  # the learning rate, group size and beta of this step
     drawn: "Rollout"  # all groups that were drawn, including tied groups that were then replaced
     rollout: "Rollout"  # the groups that were trained on
-    updates: Sequence["UpdateStats"]
+    updates: Sequence[UpdateStats]
     sampler_gap: float
     weights_moved: float
     seconds: Mapping[str, float]  # the time of each phase

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from grpo.runtime.sharding import run_as_forward
 from grpo.scoring.attention.layout import Layout
-from grpo.scoring.attention.packed import enable
+from grpo.scoring.attention.packed import is_enabled
 from grpo.scoring.output_layer import LOG_OF_ZERO, body_of, linear_logprobs
 from grpo.scoring.tokens import Tokens, last_columns, position_ids, shared_beginning
 
@@ -34,27 +34,33 @@ class Scorer:
 
     def logprobs(self, model: PreTrainedModel, tokens: Tokens, temperature: float) -> Tensor:
         """Return log-probabilities, (B, C) float32; column j scores completion token j; 0 on padding."""
-        if self._is_fused(model, tokens):
-            return fused_scores(model, tokens, temperature)[0]
-        first, rest = self._logits(model, tokens)
-        return _logprobs_of(first, rest, tokens, temperature)
+        return self.scores(model, tokens, temperature)[0]
 
-    def logprobs_and_entropies(
-        self, model: PreTrainedModel, tokens: Tokens, temperature: float, entropy_gradient: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def scores(
+        self,
+        model: PreTrainedModel,
+        tokens: Tokens,
+        temperature: float,
+        with_entropy: bool = False,
+        entropy_gradient: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the log-probability of each token, and the entropy of the distribution that predicts it, in nats.
 
-        Both are (B, C) float32, and 0 on padding. The entropies have a gradient only with `entropy_gradient`.
+        Both are (B, C) float32, and 0 on padding. The entropy is None without `with_entropy`, and it has a gradient
+        only with `entropy_gradient`.
         """
         if self._is_fused(model, tokens):
-            logprobs, entropies = fused_scores(model, tokens, temperature)
-            return logprobs, entropies if entropy_gradient else entropies.detach()
-        first, rest = self._logits(model, tokens)
-        logprobs = _logprobs_of(first, rest, tokens, temperature)
+            logprobs, entropy = fused_scores(model, tokens, temperature)
+            return logprobs, entropy if entropy_gradient else entropy.detach()
+        first, rest = packed_logits(model, tokens) if self.shares_prompts else dense_logits(model, tokens)
+        ids, mask = tokens.completion_ids, tokens.completion_mask
+        rest_ids = ids[:, 1:][mask[:, 1:]] if self.shares_prompts else ids[:, 1:]
+        first_logprobs = token_logprobs(first, ids[:, 0], temperature)
+        logprobs = _columns(first_logprobs, token_logprobs(rest, rest_ids, temperature), mask)
+        if not with_entropy:
+            return logprobs, None
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            first_entropies = token_entropy(first, temperature)
-            entropies = _columns(first_entropies, token_entropy(rest, temperature), tokens.completion_mask)
-        return logprobs, entropies
+            return logprobs, _columns(token_entropy(first, temperature), token_entropy(rest, temperature), mask)
 
     def _is_fused(self, model: PreTrainedModel, tokens: Tokens) -> bool:
         """Return whether to use the fused output layer: if it is supported and there are more than CHUNK logits."""
@@ -62,10 +68,6 @@ class Scorer:
             return False
         scored = len(tokens.completion_ids) + int(tokens.completion_mask[:, 1:].sum())
         return scored * model.get_output_embeddings().weight.shape[0] > CHUNK
-
-    def _logits(self, model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Return logits of the first completion tokens, (B, V), and of the others, (M, V) or (B, C − 1, V)."""
-        return packed_logits(model, tokens) if self.shares_prompts else dense_logits(model, tokens)
 
 
 DENSE = Scorer()  # runs every row in full, which every model supports
@@ -110,12 +112,11 @@ def _token_entropy(logits: Tensor, temperature: float) -> Tensor:
 
 
 def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
-    """Return the arguments of a forward pass over prompts and completions as one row. `Layout` defines its order:
-
-        [common beginning S][filler][prompts without their last token][last token of each prompt][completion tokens]
+    """Return the arguments of a forward pass over prompts and completions as one row, in the order of `Layout`.
 
     The last token of a completion is left out because it predicts nothing that is scored.
     """
+    assert is_enabled(model)  # other attention would ignore `layout`
     ids = tokens.completion_ids[:, :-1]  # (B, C - 1)
     is_input = tokens.completion_mask[:, 1:]  # (B, C - 1): tokens with another token after them
     is_prompt = tokens.prompt_mask  # (N, P)
@@ -149,7 +150,6 @@ def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
 
 def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Return the logits of first completion tokens (B, V) and of the M other real ones (M, V), from a packed row."""
-    enable(model)
     prompts = len(tokens.prompt_ids)
     scored = prompts + int(tokens.completion_mask[:, 1:].sum())
     logits = model(**packed_inputs(model, tokens), logits_to_keep=scored).logits[0]  # (N + M, V)
@@ -159,7 +159,6 @@ def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tenso
 
 def fused_scores(model: PreTrainedModel, tokens: Tokens, temperature: float) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and entropies, (B, C) each, from a packed row, without holding all logits."""
-    enable(model)
     inputs = packed_inputs(model, tokens)
     ids = tokens.completion_ids
     real = tokens.completion_mask[:, 1:]
@@ -192,14 +191,6 @@ def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor
         logits_to_keep=last_columns(mask, inputs.shape[1] + 1),
     )
     return out.logits[:, 0], out.logits[:, 1:]
-
-
-def _logprobs_of(first: Tensor, rest: Tensor, tokens: Tokens, temperature: float) -> Tensor:
-    """Return log-probabilities (B, C) from the logits of first tokens (B, V) and others, (M, V) or (B, C − 1, V)."""
-    ids, mask = tokens.completion_ids, tokens.completion_mask
-    rest_ids = ids[:, 1:][mask[:, 1:]] if rest.dim() == 2 else ids[:, 1:]
-    first_logprobs = token_logprobs(first, ids[:, 0], temperature)
-    return _columns(first_logprobs, token_logprobs(rest, rest_ids, temperature), mask)
 
 
 def _columns(first: Tensor, rest: Tensor, mask: Tensor) -> Tensor:

@@ -4,14 +4,15 @@ import torch
 
 from grpo.algorithm.advantages import group_advantages
 from grpo.algorithm.schedules import StepSettings
-from grpo.algorithm.update import Batch, Updater
+from grpo.algorithm.update import Updater
 from grpo.config import TrainConfig
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
 from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.stopwatch import Stopwatch
 from grpo.scoring.tokens import Tokens, left_pad
 from tests.helpers.models import tiny_model
-from tests.helpers.scoring import scorer
+from tests.helpers.rollouts import a_batch
+from tests.helpers.scoring import scorer_for
 
 CONFIG = TrainConfig(
     batch_size=4, num_generations=8, max_new_tokens=3, num_inner_updates=2, beta=0.0, learning_rate=2e-3
@@ -28,7 +29,7 @@ def scores(completions, prompts):
 
 def test_grpo_learns_to_look_at_the_prompt_and_to_stop():
     model = tiny_model("llama")
-    update = Updater(model, CONFIG, scorer(), AdaptiveMicrobatch("the update", 32, 8), Stopwatch())
+    update = Updater(model, CONFIG, scorer_for(model), AdaptiveMicrobatch("the update", 32, 8), Stopwatch())
     settings = StepSettings(CONFIG.learning_rate, CONFIG.num_generations, CONFIG.beta)
     ids, mask = left_pad(PROMPTS, 0, torch.device("cpu"))
     params = SamplingParams(CONFIG.max_new_tokens, ENDS, CONFIG.num_generations)
@@ -38,7 +39,7 @@ def test_grpo_learns_to_look_at_the_prompt_and_to_stop():
         rewards = scores(completions, PROMPTS)
         means.append(rewards.mean().item())
         advantages = group_advantages(rewards, CONFIG.num_generations)
-        batch = Batch.of_step(Tokens(ids, mask, completions.ids, completions.mask), advantages, 3)
+        batch = a_batch(Tokens(ids, mask, completions.ids, completions.mask), advantages, 3)
         for _ in range(CONFIG.num_inner_updates):
             _, batch = update(batch, settings)
     assert sum(means[:5]) / 5 < 0.6

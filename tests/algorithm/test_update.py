@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from grpo.algorithm.reference import logprobs_in_passes
-from grpo.algorithm.update import Batch, Updater
+from grpo.algorithm.update import Updater
 from grpo.config import TrainConfig
 from grpo.runtime.microbatch import AdaptiveMicrobatch
+from grpo.runtime.ranks import ONE
 from grpo.runtime.stopwatch import Stopwatch
+from grpo.step_probe import update_stats
 from tests.helpers.models import ragged_tokens, tiny_model
-from tests.helpers.scoring import scorer
+from tests.helpers.rollouts import a_batch
+from tests.helpers.scoring import scorer_for
 
 CONFIG = TrainConfig(batch_size=3, num_generations=3, beta=0.1, clip_grad_norm=1e9, learning_rate=1e-3)
 ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0, 0.0, -1.0, 0.3, 0.7])
@@ -20,18 +23,17 @@ ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0, 0.0, -1.0, 0.3, 0.7])
 
 def one_update(model, reference, config=CONFIG, advantages=ADVANTAGES, updates=1, learning_rate=0.0, rows=9):
     """Update on a ragged rollout; return the statistics of each update. With rate 0 only the gradient is made."""
-    update = Updater(model, config, scorer(), AdaptiveMicrobatch("the update", rows, 3), Stopwatch())
+    update = Updater(model, config, scorer_for(model), AdaptiveMicrobatch("the update", rows, 3), Stopwatch())
     update.optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    batch, all_stats = Batch.of_step(ragged_tokens(), advantages, 16), []
+    batch = a_batch(ragged_tokens(), advantages, 16)
     if reference is not None:
-        ref_logprobs = logprobs_in_passes(scorer(), reference, batch.tokens, config.temperature, rows)
+        ref_logprobs = logprobs_in_passes(scorer_for(reference), reference, batch.tokens, config.temperature, rows)
         batch = replace(batch, ref_logprobs=ref_logprobs)
+    results = []
     for _ in range(updates):
-        stats, logprobs = update.inner_update(batch, config.beta, rows)
-        all_stats.append(stats)
-        if batch.old_logprobs is None:
-            batch = replace(batch, old_logprobs=logprobs)
-    return all_stats
+        results.append(update.inner_update(batch, config.beta, rows))
+        batch = replace(batch, old_logprobs=results[0].logprobs)
+    return update_stats(results, batch, config, ONE)
 
 
 def flat_gradient(model):

@@ -34,7 +34,7 @@ from tasks.arithmetic import Arithmetic
 from tests.benchmarks import report
 from tests.benchmarks.__main__ import ROOT, WARM_UP, hardware, speed, trl_python
 from tests.benchmarks.work import SHAPES, Size, Spec, random_model
-from tests.helpers.scoring import SHARING
+from tests.helpers.scoring import scorer_for
 
 MAX_PACKED_DIFFERENCE = 1e-3  # nats, of any token, between packed and dense rows in float32
 MAX_MEAN_BF16_DIFFERENCE = 0.05  # nats, on average over tokens, between bfloat16 and float32
@@ -59,10 +59,10 @@ def same_numbers(check: Check) -> str:
     grpo = GRPO(resolve({"model": "starter", "device": check.device.type}), Arithmetic(), lm)
     tokens = grpo.step(1).rollout.tokens
     mask = tokens.completion_mask
-    scorers = DENSE, SHARING
-    dense, packed = (logprobs_in_passes(scorer, lm.model, tokens, 1.0, len(mask)) for scorer in scorers)
+    sharing = scorer_for(lm.model)
+    dense, packed = (logprobs_in_passes(scorer, lm.model, tokens, 1.0, len(mask)) for scorer in (DENSE, sharing))
     set_precision(lm.model, "bfloat16", check.device)
-    lower = logprobs_in_passes(SHARING, lm.model, tokens, 1.0, len(mask))
+    lower = logprobs_in_passes(sharing, lm.model, tokens, 1.0, len(mask))
     apart, rounding = (dense - packed)[mask].abs().max().item(), (lower - packed)[mask].abs().mean().item()
     said = f"packed {apart:.1e} nats at most, bfloat16 {rounding:.4f} on average"
     if apart > MAX_PACKED_DIFFERENCE or rounding > MAX_MEAN_BF16_DIFFERENCE:

@@ -15,7 +15,7 @@ import click
 import torch
 
 from grpo.algorithm.grpo import GRPO
-from grpo.algorithm.update import Batch, Updater
+from grpo.algorithm.update import Updater
 from grpo.config import TrainConfig
 from grpo.model.loading import load
 from grpo.model_card import resolve
@@ -23,7 +23,8 @@ from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.stopwatch import Stopwatch
 from grpo.scoring.tokens import Tokens
 from tasks.registry import make_task
-from tests.helpers.scoring import scorer
+from tests.helpers.rollouts import a_batch
+from tests.helpers.scoring import scorer_for
 
 
 def random_tokens(prompts: int, group: int, prompt_length: int, completion_length: int) -> Tokens:
@@ -44,16 +45,18 @@ def measure(tokens: Tokens, config: TrainConfig, runs: int) -> dict[bool, list[f
     rows = tokens.completion_ids.shape[0]
     slow = replace(config, learning_rate=1e-6)
     microbatch = AdaptiveMicrobatch("the update", rows, tokens.num_generations)
-    updaters = {shared: Updater(model, slow, scorer(shared), microbatch, Stopwatch()) for shared in (True, False)}
+    updaters = {
+        shared: Updater(model, slow, scorer_for(model, shared), microbatch, Stopwatch()) for shared in (True, False)
+    }
     advantages = torch.randn(rows, generator=torch.Generator().manual_seed(1))
     seconds: dict[bool, list[float]] = {shared: [] for shared in updaters}
     for run in range(2 + runs):
         for shared, updater in updaters.items():
-            batch = Batch.of_step(tokens, advantages, config.max_new_tokens)
+            batch = a_batch(tokens, advantages, config.max_new_tokens)
             start = time.perf_counter()
             for _ in range(config.num_inner_updates):
-                _, logprobs = updater.inner_update(batch, config.beta, rows)
-                batch = batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs)
+                update = updater.inner_update(batch, config.beta, rows)
+                batch = batch if batch.old_logprobs is not None else replace(batch, old_logprobs=update.logprobs)
             if run >= 2:
                 seconds[shared].append(time.perf_counter() - start)
     return seconds

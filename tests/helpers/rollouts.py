@@ -1,8 +1,10 @@
-"""A rollout without a model, with the fields that readers of completions use."""
+"""A rollout without a model, with the fields that readers of completions use, and the batch of a whole step."""
 
 import torch
 
+from grpo.algorithm.loss import StepSizes
 from grpo.algorithm.rollout import Rollout
+from grpo.algorithm.update import Batch
 from tasks.base import Problem, Reward
 
 ODD = "a\ud800\x1b[2J</script>\u2028\n"
@@ -22,3 +24,9 @@ def a_rollout(groups=3, per_group=2, completion=ODD):
         truncated=torch.zeros(rows, dtype=torch.bool),
         sample_logprobs=torch.zeros(rows, 1),
     )
+
+
+def a_batch(tokens, advantages, max_new_tokens):
+    """Return a batch of all rows of a step, all of which count in the loss."""
+    sizes = StepSizes(len(advantages), int(tokens.completion_mask.sum()), max_new_tokens)
+    return Batch(tokens, advantages, sizes)

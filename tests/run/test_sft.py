@@ -18,7 +18,7 @@ from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
 from tasks.common.shots import solved_problem
 from tests.helpers.models import VOCABULARY, ragged_tokens, tiny_model
-from tests.helpers.scoring import scorer
+from tests.helpers.scoring import scorer_for
 from tests.helpers.tasks import TASK, fingerprint
 from tests.helpers.zoo import KINDS, build
 from tests.tasks.test_arithmetic import tokens_of
@@ -51,7 +51,9 @@ def by_torch(model, tokens):
 def test_loss_and_gradient_are_those_of_cross_entropy_over_the_completions(kind, shared, rows_per_pass):
     model, tokens = tiny_model(kind), ragged_tokens((7, 4, 9, 5, 6), 1, extra_padding=2)
     expected, gradient = by_torch(model, tokens)
-    loss = supervised_gradient(model, tokens, int(tokens.completion_mask.sum()), scorer(shared), rows_per_pass)
+    loss = supervised_gradient(
+        model, tokens, int(tokens.completion_mask.sum()), scorer_for(model, shared), rows_per_pass
+    )
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     found = gradient_of(model)
     assert ((found - gradient).norm() / gradient.norm()).item() < 1e-5
@@ -61,7 +63,7 @@ def test_the_loss_by_hand():
     # a head of zeros makes every token equally likely: -log(1 / 50) for each
     model, tokens = tiny_model("llama"), ragged_tokens((4, 3), 1)
     torch.nn.init.zeros_(model.lm_head.weight)
-    loss = supervised_gradient(model, tokens, int(tokens.completion_mask.sum()), scorer(), 2)
+    loss = supervised_gradient(model, tokens, int(tokens.completion_mask.sum()), scorer_for(model), 2)
     assert loss.item() == pytest.approx(math.log(VOCABULARY), rel=1e-6)
 
 
@@ -150,7 +152,7 @@ def test_the_learning_rate_rises_over_a_tenth_of_the_steps_and_falls_to_zero(mon
     monkeypatch.setattr(sft, "supervised_tokens", lambda *_: ragged_tokens((4, 3), 1))
     trainer = a_trainer(sft_steps=20, sft_batch_size=2, sft_learning_rate=1e-3)
     model = tiny_model("llama")
-    update = Updater(model, trainer.config, scorer(), AdaptiveMicrobatch("the update", 2, 1), Stopwatch())
+    update = Updater(model, trainer.config, scorer_for(model), AdaptiveMicrobatch("the update", 2, 1), Stopwatch())
     trainer = SupervisedTrainer(trainer.config, SimpleNamespace(model=model), TASK, update)
     rates = [trainer.step(step)["learning_rate"] for step in (1, 2, 3, 12, 20)]
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4, 1e-3 / 18])
