@@ -23,7 +23,7 @@ from grpo.evaluation import evaluator
 from grpo.record.checkpoint import newest_checkpoint
 from grpo.record.metrics import load_metrics, without_times
 from grpo.runtime import sharding
-from grpo.runtime.ranks import ONE, Ranks, full_tensor
+from grpo.runtime.ranks import ONE, ConnectedRanks, full_tensor
 from grpo.runtime.sharding import distribute_like, is_sharded, local_tensor
 from tests.helpers.runs import ENVIRONMENT, ROOT, forked, options, together, wait_for
 
@@ -256,7 +256,7 @@ def test_a_process_that_runs_out_of_memory_repeats_its_own_part(owner, name, cal
 @pytest.mark.parametrize(
     ("owner", "name", "settings"),
     [
-        (Ranks, "sum_gradients", {}),
+        (ConnectedRanks, "sum_gradients", {}),
         (update, "grpo_loss", {"shard": True}),
         (RolloutSampler, "_sample", {"shard": True}),
     ],
