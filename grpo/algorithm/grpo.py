@@ -89,8 +89,7 @@ class GRPO:
         """Begin GRPO from the policy as it is now: copy it to the reference, and reset the optimizer."""
         if self.reference.frozen is not None:
             self.reference.sync()
-        self.update.optimizer.state.clear()
-        self.update.skipped_in_a_row = 0
+        self.update.reset()
 
     def step(self, step: int) -> StepOutcome:
         """Take step number `step`, from 1."""

@@ -89,6 +89,18 @@ class Updater:
         )
         self.skipped_in_a_row = 0  # how many of the latest updates, without a gap, were not finite and skipped
         self.has_begun = False  # True from the first update of a step until the caller has counted the step
+        self.reset()
+
+    def reset(self) -> None:
+        """Set the optimizer to its start: all moments are 0.
+
+        AdamW would make them in its first step. If memory ran out there, half of them would be missing ever after.
+        """
+        self.skipped_in_a_row = 0
+        for p in self.optimizer.param_groups[0]["params"]:
+            step = torch.zeros((), device=p.device)
+            zeros = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2)]
+            self.optimizer.state[p] = {"step": step, "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
 
     def __call__(self, batch: Batch, settings: StepSettings) -> tuple[Update, Batch]:
         """Update the policy; return the result, and the batch with `old_logprobs` from the first update."""

@@ -41,7 +41,7 @@ class Tokens:
     def slice_rows(self, rows: slice) -> "Tokens":
         """Return these rows, which are whole groups or a part of one, cut to their longest prompt and completion."""
         groups = prompts_of(rows, self.num_generations)
-        left = int(self.prompt_mask[groups].any(0).long().argmax())
+        left = self.prompt_mask.shape[1] - int(self.prompt_mask[groups].sum(-1).max())
         width = max(1, int(self.completion_mask[rows].sum(-1).max()))
         return Tokens(
             self.prompt_ids[groups, left:],

@@ -223,3 +223,25 @@ def test_running_out_of_memory_is_never_taken_for_a_model_that_does_not_support_
     ):
         with pytest.raises(RuntimeError, match="memory"):
             tried()
+
+
+def test_memory_that_runs_out_for_the_moments_of_the_optimizer_leaves_no_half_made_ones(monkeypatch):
+    def after_one_step(fail):
+        torch.manual_seed(0)
+        config = resolve({**SETTINGS, "model": "starter", "learning_rate": 1e-3})
+        grpo = GRPO(config, Arithmetic(), load("starter", torch.device("cpu")))
+        parameters = list(grpo.policy.parameters())
+        true_zeros_like = torch.zeros_like
+
+        def zeros_like(x, *args, **kwargs):
+            if fail and any(x is p for p in parameters):
+                fail.pop()
+                raise CUDA
+            return true_zeros_like(x, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "zeros_like", zeros_like)
+            grpo.step(1)
+        return torch.cat([p.detach().flatten() for p in parameters])
+
+    assert torch.equal(after_one_step([True]), after_one_step([]))
