@@ -34,7 +34,7 @@ def introduce(
     decoder: Decoder,
     task_notes: Sequence[str] = (),
 ) -> None:
-    """Print the model, the device, the resolved settings, and whether groups cannot share their prompts."""
+    """Print the model, the device, the resolved settings, and a note if groups cannot share their prompts."""
     millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
     where = environment["device"]
     if lm.model.device.type == "cpu":
@@ -50,11 +50,11 @@ def introduce(
     for note in (*lm.notes, *task_notes):
         say(printable(note))
     if recipe := recipe_of(config.model):
-        say(f"Its settings come from grpo/recipes/{recipe.name}; the command line overrides them.")
+        say(f"The model's settings come from grpo/recipes/{recipe.name}; the command line overrides them.")
     _say_settings(config)
     shared = {"the update": scorer.shares_prompts, "sampling": decoder.expands_cache}
     if unshared := " and ".join(phase for phase, is_shared in shared.items() if not is_shared):
-        say(f"With this model, completions of a group cannot share their prompt: {unshared} computes it for each.\n")
+        say(f"In {unshared}, this model cannot share a group's prompt: it is computed for each completion.\n")
 
 
 def _say_settings(config: TrainConfig) -> None:
@@ -104,7 +104,7 @@ def show_shares(outlook: Mapping[str, Any]) -> None:
 
 
 def _room(outlook: Mapping[str, Any]) -> str:
-    """Return the room that GRPO has: how much more often one of a group is right than a single completion."""
+    """Return the room that GRPO has: how much higher the chance of a right completion is in a group than alone."""
     return f"{outlook['pass_at_g'] - outlook['pass_at_1']:.0%}"
 
 
