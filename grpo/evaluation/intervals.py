@@ -38,7 +38,7 @@ def paired_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[floa
 
     φ = (ad − bc) / √((a + b)(c + d)(a + c)(b + d)), where a problems are right in both, b only in the first, c only
     in the second, and d in neither. A positive numerator is lowered by n/2, but not below 0. φ = 0 if the root is 0.
-    Raises ValueError if there are no answers, or if their numbers differ.
+    Raises ValueError if there are no answers, or if the lengths differ.
     """
     n = len(first)
     if n == 0 or len(second) != n:
