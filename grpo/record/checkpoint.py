@@ -43,14 +43,14 @@ class Checkpoint:
 
 
 class IncompatibleCheckpoint(ValueError):
-    """Raised for an intact checkpoint that cannot be used: it has another format, or may not be read."""
+    """Raised for an intact checkpoint that cannot be used: another format, or no permission to read it."""
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint of the run in `folder`, then remove all but the last two; return its folder.
 
     An intact checkpoint of the same step is kept, because equal settings give equal checkpoints. It is replaced only
-    if the step has been evaluated since. Raises OSError if the checkpoint cannot be written; earlier ones stay then.
+    if the step has been evaluated since. Raises OSError if it cannot be written; the last earlier one stays.
     """
     parent = folder / FOLDER
     parent.mkdir(exist_ok=True)

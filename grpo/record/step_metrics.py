@@ -48,7 +48,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepMetric:
-    """A metric of a step. If the name ends in `/*`, the formula returns values by the names to put for `*`."""
+    """A metric of a step. If the name ends in `/*`, the formula returns one value for each name that replaces `*`."""
 
     name: str
     meaning: str
@@ -94,13 +94,13 @@ def _finite(value: Any) -> float | None:
 
 
 def _group_std(groups: Sequence[Sequence[float]]) -> float | None:
-    """Return the std in a group, mean over the groups with two or more finite rewards; None if there are none."""
+    """Return the mean std within a group, over the groups with two or more finite rewards; None if there are none."""
     applied = [[r for r in group if isfinite(r)] for group in groups]
     return _mean([stdev(group) for group in applied if len(group) > 1])
 
 
 def _spread(part: Sequence[Value], groups: int) -> float | None:
-    """Return the std of a part, (B,), in a group, mean over the groups where it is not 0; None if there are none."""
+    """Return the mean std of a part, (B,), in a group, over the groups where it is not 0; None if there are none."""
     g = len(part) // groups
     applied = [[v for v in part[i : i + g] if v is not None] for i in range(0, len(part), g)]
     return _mean([stdev(group) for group in applied if len(group) > 1 and min(group) < max(group)])
@@ -163,7 +163,7 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="completion_length",
-        meaning="mean tokens of a completion, the end token included",
+        meaning="mean number of tokens in a completion, the end token included",
         formula=lambda s: float(s.drawn.lengths.float().mean()),
         title="Completion length",
         unit="tokens",
@@ -178,7 +178,7 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="empty_fraction",
-        meaning="share of completions of at most one token",
+        meaning="share of completions with at most one token",
         formula=lambda s: float((s.drawn.lengths <= 1).float().mean()),
     ),
     StepMetric(

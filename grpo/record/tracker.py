@@ -1,4 +1,4 @@
-"""Send metrics to an experiment tracker too: trackio or wandb, which have the same interface, or TensorBoard."""
+"""Also send the metrics to an experiment tracker: trackio or wandb, which have the same interface, or TensorBoard."""
 
 import json
 import sys
@@ -14,12 +14,12 @@ PROJECT = "grpo"
 
 
 class Tracker:
-    """The tracker that `--track` names; "none" ignores everything. After its first failure it is left out."""
+    """The tracker that `--track` names; "none" ignores everything. After a failure, no more is sent."""
 
     _is_open = False
 
     def __init__(self, name: str) -> None:
-        """Raises ValueError with the line that installs the package if it is missing."""
+        """Import the tracker's package. Raises ValueError, with the command that installs it, if it is missing."""
         self.name = name
         self.package: Any = None
         if name == "none":
@@ -39,8 +39,8 @@ class Tracker:
     def tracking(self, folder: Path, config: Mapping[str, Any], last_step: int | None = None) -> Iterator[None]:
         """Open a run of the tracker, and close it however the block ends.
 
-        `last_step` is the last step that counts of a run that continues: its run of the tracker continues too. None
-        begins a new run there.
+        When a run continues, `last_step` is the last step that is kept, and the tracker's run continues too. None
+        begins a new run of the tracker.
         """
         if self.package is None:
             yield
@@ -89,7 +89,7 @@ class Tracker:
             self.package.log(dict(numbers), step=step)
 
     def _attempt(self, call: Callable[[], Any]) -> None:
-        """Call the tracker if its run is open. A failure is one warning, and the last call."""
+        """Call the tracker if its run is open. A failure prints one warning, and ends the tracking."""
         if not self._is_open:
             return
         try:
