@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD = -1  # parameters of mallopt, from glibc's malloc.h
 M_MMAP_MAX = -4
 # Parts of the error messages of MPS, cuBLAS and the CPU when memory runs out.
 OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
-FEW_PARAMETERS = 2**25  # With at most this many, freed memory is kept; with more, it is returned to the system.
+FEW_PARAMETERS = 2**25  # The freed memory of a model is kept up to this size, else returned to the system.
 
 
 def choose_device(name: str) -> torch.device:
@@ -105,7 +105,7 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the largest number of bytes that this process has held, on CUDA those of the GPU; None if not known."""
+    """Return the largest number of bytes that this process has held (on CUDA, in GPU memory); None if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
