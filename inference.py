@@ -291,7 +291,7 @@ def vote_of(texts: Sequence[str], kind: str) -> str:
 
 
 def parsed(text: str, style: str, kind: str) -> str:
-    """Return the answer parsed from a completion as a text to show, with a remark if the style's form is missing."""
+    """Return the answer parsed from a completion as a text, with a remark if it is not in the style's form."""
     answer = parse_answer(text, kind)
     form = "" if has_form(text, style) else f", not in the form of style {style}"
     return "no answer" if answer is None else f"answer {printable(str(answer))}{form}"

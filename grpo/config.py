@@ -97,7 +97,7 @@ class TrainConfig(TaskOptions):
     task_arg: tuple[str, ...] = setting((), TASK, "KEY=VALUE, an argument for the task in your file; repeatable")
     prompt_style: str = setting("answer", TASK, "answer format that the prompt asks for", choices=STYLES, common=True)
     prompt_wording: str = setting(
-        DEFAULT_WORDING, TASK, "built-in wording of the prompt style; the starter has plain", choices=WORDINGS
+        DEFAULT_WORDING, TASK, "built-in wording of the prompt style; the starter uses plain", choices=WORDINGS
     )
     system_prompt: str = setting("", TASK, "system prompt, instead of the prompt style's")
     shots: int = setting(0, TASK, "solved training problems in the prompt", least=0, most=10**4, common=True)
@@ -176,7 +176,7 @@ class TrainConfig(TaskOptions):
         0, VARIANTS, "redraw groups whose rewards are all equal, at most this many times", least=0, common=True
     )
     target_kl: float = setting(
-        0.0, VARIANTS, "KL in nats per token that beta is adapted to; 0: constant beta", least=0.0
+        0.0, VARIANTS, "target KL in nats per token, to which beta adapts; 0: constant beta", least=0.0
     )
     warmup_steps: int = setting(0, VARIANTS, "steps of linear warm-up of the learning rate", least=0)
     learning_rate_decay: str = setting(
@@ -190,7 +190,7 @@ class TrainConfig(TaskOptions):
     eval_every: int = setting(50, OUTPUT, "steps between evaluations on validation problems", least=1, common=True)
     eval_problems: int = setting(500, OUTPUT, "validation problems per evaluation", least=1, most=10**5)
     pass_at_k: int = setting(
-        0, OUTPUT, "k of pass@k and maj@k, measured by sampling the test problems; 0: do not", least=0, most=10**4
+        0, OUTPUT, "k of pass@k and maj@k, measured by sampling the test problems; 0: neither", least=0, most=10**4
     )
     save_every: int = setting(25, OUTPUT, "steps between checkpoints", least=1)
     patience: int = setting(0, OUTPUT, "stop after this many evaluations without a new best; 0: never", least=0)
@@ -246,10 +246,10 @@ class TrainConfig(TaskOptions):
 
     def conflicting_settings(self, earlier: Mapping[str, Any]) -> list[str]:
         """Return, in words, the changed settings that prevent this launch from continuing an earlier one."""
-        # An older version lacks newer settings, and had one wording only.
+        # Settings of an older version lack newer ones. It had only one wording of its prompts.
         earlier = {**TrainConfig().to_dict(), "prompt_wording": FIRST_WORDING, **with_new_names(earlier)}
         may_change = set(CHANGEABLE_ON_RESUME)
-        if self.group_schedule or self.learning_rate_decay != "none":  # a step depends on their number
+        if self.group_schedule or self.learning_rate_decay != "none":  # these depend on the number of steps
             may_change.remove("num_iterations")
         return [
             f"{as_typed(name)} {_shown(earlier[name])} (now {_shown(value)})"

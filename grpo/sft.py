@@ -27,7 +27,7 @@ from tasks.base import Message, Task, prompt_of
 from tasks.common.shots import solved_problem
 
 WARM_UP_SHARE = 0.1  # The learning rate rises during this share of the steps.
-SEARCHED_PROBLEMS = 64  # If none of this many training problems has a working, all problems are assumed to have none.
+SEARCHED_PROBLEMS = 64  # If none of this many training problems has a working, it is assumed that no problem has one.
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class SupervisedTrainer:
     def batch(self, step: int) -> tuple[list[list[Message]], list[str]]:
         """Return the chats and ideal completions of a step, one chat and one completion per problem.
 
-        The problems are drawn with the step number −1 − `step`, so that GRPO draws other ones.
+        The problems are drawn with the step number −1 − `step`, so that they differ from the problems of GRPO.
         """
         rows = range(self.config.sft_batch_size)
         solved = [solved_problem(self.task, self.config.seed, -1 - step, row) for row in rows]

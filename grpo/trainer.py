@@ -52,7 +52,7 @@ from tasks.base import Reward, Task
 from tasks.rewards.scoring import decides_by_reward, decides_until_right, rewards_of
 
 QUICK_STEP_SECONDS = 1.0  # After a signal, a step is finished if it takes at most this long, else thrown away.
-MAX_SKIPPED_IN_A_ROW = 10  # The run ends after this many updates in a row that were not finite.
+MAX_SKIPPED_IN_A_ROW = 10  # The run ends after this many updates in a row whose loss or gradient was not finite.
 TIME_MARGIN = 1.5  # Expected times are multiplied by this, because a step may be slower than all before it.
 RECENT_STEPS = 10  # A run ends if rewards failed more often in this many steps than a step has completions.
 
@@ -72,7 +72,7 @@ class Trainer:
     ) -> None:
         """Load the model and make the parts of the run. A time limit counts from `launched`, by default from now.
 
-        With `train_anyway`, a run with hardly a learning signal in its outlook is trained nevertheless. With
+        With `train_anyway`, a run is trained even if its outlook has hardly any learning signal. With
         `accept_changed_files`, a run continues although files of rewards, tasks or problems changed.
         """
         self.config, self.ranks, self.train_anyway = config, ranks, train_anyway
