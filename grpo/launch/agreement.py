@@ -93,7 +93,7 @@ def _has_token(path: Path, token: str) -> bool:
 
 
 def _content(config: TrainConfig, task: Task, device: str) -> dict[str, str]:
-    """Return everything that determines the result of a run, as texts by the label that an error message shows."""
+    """Return what determines the result of a run, as texts. The keys are the labels that error messages show."""
     settings = config.to_dict()
     del settings["output_dir"]  # the path of the shared folder may differ between machines
     # A reward file is read but not run here, because running it may load a model.

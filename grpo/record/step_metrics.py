@@ -55,7 +55,7 @@ class StepMetric:
     formula: Callable[[StepResult], Any]
     title: str = ""  # the title of its panel; a metric without a title is not drawn
     unit: str = ""
-    scale: str = "number"  # the range of its axis: "share" is 0 to 1, "number" from 0, "reward" at least 0 to 1
+    scale: str = "number"  # the range of the axis: "share" 0 to 1, "number" from 0, "reward" 0 to 1 or wider
 
 
 def metric_title(name: str) -> str:
