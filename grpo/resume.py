@@ -22,8 +22,8 @@ from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.console import say
 from grpo.runtime.ranks import ONE, Ranks
 
-SAVE_AFTER_SECONDS = 60.0  # A checkpoint is also written once the last one is this old.
-MAX_SAVING_SHARE = 0.02  # It is written less often if writing would take more than this share of the time.
+SAVE_AFTER_SECONDS = 60.0  # Between steps, a checkpoint is also written if the last one is older than this.
+MAX_SAVING_SHARE = 0.02  # If writing is slow, it is done less often, so that it takes at most this share of the time.
 BYTES_PER_WEIGHT = 4  # float32
 TENSORS = ("policy", "optimizer", "reference")
 
@@ -43,12 +43,12 @@ class Progress:
             return True
         if "reward" not in entry:
             return entry["accuracy"] > self.best["accuracy"]
-        if "reward" not in self.best:  # The best is from an earlier version, or an answer was right.
+        if "reward" not in self.best:  # The best has right answers, or an older version measured it.
             return entry["accuracy"] >= self.best["accuracy"]
         return entry["reward"] > self.best["reward"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps besides the step number."""
+        """Return what a checkpoint keeps of the progress besides the step number."""
         return {"sft_step": self.sft_step, "before": self.before, "best": self.best}
 
     @property
@@ -195,8 +195,8 @@ def check_same_run(
 ) -> list[str]:
     """Raise ValueError if the run of a checkpoint had other settings or files. `files` has SHA-256 values by path.
 
-    Return the files that changed. Before the first update, when nothing depends on them yet, they may change; later,
-    only with `accept_changed_files`.
+    Return the files that changed. They may change before the first update, because nothing depends on them yet, and
+    later only with `accept_changed_files`.
     """
     if checkpoint.state["config"].get(REMOVED):
         raise ValueError(
@@ -211,8 +211,8 @@ def check_same_run(
     changed = [path for path, sha256 in files.items() if saved_files.get(path, sha256) != sha256]
     if changed and checkpoint.step and not accept_changed_files:
         raise ValueError(
-            f"{', '.join(changed)} changed since the run in {folder.resolve()} began; undo the change to continue, "
-            "or give --fresh to start over, --output-dir NEW, or --accept-changed-files to accept the new files"
+            f"{', '.join(changed)} changed since the run in {folder.resolve()} began; undo the change {ways_on}; "
+            "to continue with the changed files, such as one that you corrected, add --accept-changed-files"
         )
     return changed
 

@@ -27,7 +27,7 @@ from grpo.runtime.precision import in_precision
 from grpo.scoring.scorer import DENSE
 from grpo.scoring.tokens import tokens_of
 
-MAX_ANSWER_TOKENS = 24  # Answers to the unrelated questions are cut here.
+MAX_ANSWER_TOKENS = 24  # Answers to the unrelated questions are cut after this many tokens.
 
 
 @dataclass(frozen=True)

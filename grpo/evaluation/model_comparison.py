@@ -170,6 +170,6 @@ def answers(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def shortened(name: str, longest: int) -> str:
-    """Return a model's name; shorten a name of more than `longest` characters to … and its end."""
+    """Return a model's name. If it has more than `longest` characters, … replaces the beginning."""
     name = printable(name)
     return name if len(name) <= longest else f"…{name[1 - longest :]}"

@@ -60,7 +60,7 @@ class Script(click.Command):
 
 
 def run_script(command: click.Command) -> None:
-    """Run the command of a script, in the script's last line, and end the process with its exit status.
+    """Run a script's command and end the process with its exit status. Call this in the script's last line.
 
     The process ends without torch's own cleanup, which would delay the end of a stopped run by one to three seconds.
     A notebook (`%run`) or any other program that runs the script continues: it gets the SystemExit.

@@ -58,7 +58,7 @@ class AdaptiveMicrobatch:
     def run(self, work: Callable[[int], Result]) -> Result:
         """Return `work(rows_per_pass)`. Whenever memory runs out, halve the rows and start the work again.
 
-        Groups are not split as long as one fits. Raises ValueError if a single row does not fit.
+        A group is split only if a whole one does not fit. Raises ValueError if a single row does not fit.
         """
         while True:
             try:
