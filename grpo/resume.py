@@ -211,8 +211,8 @@ def check_same_run(
     changed = [path for path, sha256 in files.items() if saved_files.get(path, sha256) != sha256]
     if changed and checkpoint.step and not accept_changed_files:
         raise ValueError(
-            f"{', '.join(changed)} changed since the run in {folder.resolve()} began; undo the change {ways_on}; "
-            "to continue with the changed files, such as one that you corrected, add --accept-changed-files"
+            f"{', '.join(changed)} changed since the run in {folder.resolve()} began; undo the change to continue, "
+            "or give --fresh to start over, --output-dir NEW, or --accept-changed-files to accept the new files"
         )
     return changed
 

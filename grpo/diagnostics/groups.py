@@ -13,7 +13,7 @@ UNSOLVED_MAX_CI_HIGH = 0.15  # The 95% interval must end at or below this value;
 ALL_OR_NOTHING_MIN_SHARE = 0.15  # All-right and all-wrong groups must each have at least this share.
 TIED_MIN_SHARE = 0.5  # If at least this share of the groups is tied, much of the sampling is wasted.
 TIED_MIN_SHARE_SMALL_GROUPS = 0.7  # Groups of 2 or 3 completions are often tied by chance.
-IDLE_MIN_EXCESS = 0.1  # The share of idle steps must exceed what ties of single groups explain by this much.
+IDLE_MIN_EXCESS = 0.1  # The share of idle steps must be this much larger than independent ties would explain.
 IDLE_MIN_STEPS = 40  # Idle steps are counted over at least this number of steps.
 
 
@@ -139,7 +139,7 @@ def tied_groups(run: RunSnapshot) -> CheckResult:
 
 
 def idle_steps(run: RunSnapshot) -> CheckResult:
-    """Report that steps with only tied groups are far more frequent than ties of single groups explain."""
+    """Report that steps with only tied groups are far more frequent than independent ties would explain."""
     tied = run.values("tied_groups_fraction", max(IDLE_MIN_STEPS, run.long_window))
     if not tied:
         return None

@@ -21,7 +21,7 @@ SKILL_MIN_HALF_WIDTHS = 1.7  # The fall must also be at least this number of hal
 PART_MIN_RELATIVE_STD = 0.03  # A part that differs less than this, relative to the largest part, has no effect.
 UNSCALED_MIN_STD = 0.01  # With --scale-rewards none, rewards with a smaller std are too small for the default --beta.
 UNSCALED_MAX_STD = 10.0  # With --scale-rewards none, rewards with a larger std are too large for the default --beta.
-SCALED_MIN_STD = 1e-3  # At this std, the 1e-4 that is added to it before the division makes advantages 10% smaller.
+SCALED_MIN_STD = 1e-3  # At this std, the 1e-4 that is added to it before the division makes advantages 9% smaller.
 
 
 def _is_better(first: Row, second: Row, candidates: int = 1) -> bool:
@@ -141,7 +141,7 @@ def overfitting(run: RunSnapshot) -> CheckResult:
     return gap, (
         f"Learned by heart: {percent(run.mean('accuracy'))} of the completions to training problems are right "
         f"({percent(run.mean('accuracy', first=True))} at first), but only {percent(last['accuracy'])} of the "
-        f"held-out answers ({percent(first['accuracy'])} at first). Train on more different problems, for "
+        f"held-out answers ({percent(first['accuracy'])} at first). Train on more varied problems, for "
         "fewer steps, or with a larger --beta."
     )
 
