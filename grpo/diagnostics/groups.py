@@ -70,7 +70,7 @@ def too_hard(run: RunSnapshot) -> CheckResult:
     )
     latest = [*run.evals, *run.tests[1:]][-1:] or run.tests
     if any((e.get("well_formed") or 0) < HARDLY_ANY for e in latest):
-        text += " It does not answer in the form that is asked for: try --shots 4, --sft-steps or --prompt-style."
+        text += " It does not answer in the form that the prompt asks for: try --shots 4 or another --prompt-style."
     return tied, text
 
 
