@@ -205,7 +205,7 @@ class Sampling:
 
 
 def load_model(name: str, card: Mapping[str, Any], device: str) -> "LanguageModel":
-    """Load a model in the precision that its card names. Raises ValueError if the model cannot be loaded."""
+    """Load a model in the precision that `card` names. Raises ValueError if the model cannot be loaded."""
     from grpo.model.loading import load
     from grpo.runtime.device import choose_device
 
@@ -254,7 +254,7 @@ def converse(models: Sequence["LanguageModel"], card: Mapping[str, Any], samplin
     with suppress(ImportError):  # Windows has no readline.
         import readline  # noqa: F401, lets the user edit lines and recall earlier ones
 
-    say(f"Ask a question, such as: {EXAMPLE} An empty line or Ctrl-D ends.", sys.stderr)
+    say(f"Ask a question, such as: {EXAMPLE} An empty line or Ctrl-D ends the session.", sys.stderr)
     for number in count():
         try:
             line = input("> ").strip()

@@ -25,7 +25,7 @@ from grpo.launch.command import Script, run_script
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="folder to draw into  [default: the run's folder; for several runs, this one]",
+    help="folder to draw into  [default: the run's folder; for several runs, the current one]",
 )
 @click.option("--html", is_flag=True, help="also write grpo_report.html, one page with everything about the run")
 def main(runs: tuple[Path, ...], labels: tuple[str, ...], out: Path | None, html: bool) -> None:

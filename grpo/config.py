@@ -176,7 +176,7 @@ class TrainConfig(TaskOptions):
         0, VARIANTS, "redraw groups whose rewards are all equal, at most this many times", least=0, common=True
     )
     target_kl: float = setting(
-        0.0, VARIANTS, "KL in nats per token that beta is adapted to; 0: constant beta", least=0.0
+        0.0, VARIANTS, "target KL in nats per token, to which beta adapts; 0: constant beta", least=0.0
     )
     warmup_steps: int = setting(0, VARIANTS, "steps of linear warm-up of the learning rate", least=0)
     learning_rate_decay: str = setting(
@@ -190,7 +190,7 @@ class TrainConfig(TaskOptions):
     eval_every: int = setting(50, OUTPUT, "steps between evaluations on validation problems", least=1, common=True)
     eval_problems: int = setting(500, OUTPUT, "validation problems per evaluation", least=1, most=10**5)
     pass_at_k: int = setting(
-        0, OUTPUT, "k of pass@k and maj@k, measured by sampling on the test problems; 0: none", least=0, most=10**4
+        0, OUTPUT, "k of pass@k and maj@k, measured by sampling on the test problems; 0: neither", least=0, most=10**4
     )
     save_every: int = setting(25, OUTPUT, "steps between checkpoints", least=1)
     patience: int = setting(0, OUTPUT, "stop after this many evaluations without a new best; 0: never", least=0)

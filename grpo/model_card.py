@@ -99,7 +99,7 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     """
     entries = read_card(given.get("model", "starter"))
     card = with_new_names(entries.get("settings", {}))
-    if "system_prompt" in entries:  # A trained model whose card names no wording is from a version that had only one.
+    if "system_prompt" in entries:  # Cards of trained models name their wording, except those of older versions.
         card.setdefault("prompt_wording", FIRST_WORDING)
     card.pop(REMOVED, None)  # it affected only how the model itself was trained
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):
@@ -122,7 +122,7 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
         inapplicable = set()
     card = {name: value for name, value in card.items() if name not in inapplicable}
     limit = {"max_new_tokens": STYLE_TOKENS[style]} if style in STYLES else {}
-    given_alone = TrainConfig(**{**limit, **given})  # If this raises, the fault is in `given`; later, on the card.
+    given_alone = TrainConfig(**{**limit, **given})  # An error here is due to `given`; a later one, to the card.
     try:
         config = replace(given_alone, **{name: value for name, value in card.items() if name not in given})
     except ValueError as error:

@@ -83,7 +83,7 @@ def plain_prompts(lm: LanguageModel, questions: Sequence[str]) -> list[list[int]
 def answer_logprobs(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows_per_pass: int
 ) -> list[list[float]]:
-    """Return the log-probability of each token of each answer at temperature 1, from padded rows."""
+    """Return the log-probability of each token of each answer at temperature 1, computed in padded rows."""
     rows: list[list[float]] = []
     for start in range(0, len(prompts), rows_per_pass):
         batch = answers[start : start + rows_per_pass]

@@ -164,7 +164,7 @@ class Evaluator:
         return {"evaluate_limit": self.microbatch.rows, "start": self.start and self.start.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned. Raises ValueError that names the damaged entries, if any."""
+        """Restore a state that `state_dict` returned. Raises a ValueError that names damaged entries, if any."""
         start = state.get("start")
         limit = state.get("evaluate_limit", ROWS_PER_PASS)
         check_entries({"evaluate_limit": is_count(limit), "start": start is None or DriftBaseline.is_state(start)})
@@ -196,7 +196,7 @@ class Evaluator:
         return samples
 
     def _reward(self, evaluation: Evaluation) -> dict[str, float]:
-        """Return the mean reward of the answers, 0 if none applies; {} if accuracy chooses the policy."""
+        """Return the mean reward of the answers, 0 if no reward applies; {} if accuracy chooses the policy."""
         if not self.rewards or (any(evaluation.right) and not self.always_by_reward):
             return {}
         ids = {"completion_ids": evaluation.completion_ids}

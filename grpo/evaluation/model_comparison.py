@@ -28,7 +28,7 @@ class Measured:
     name: str
     evaluations: Mapping[str, Evaluation]  # by name: first the task, then the skills
     sampled: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # pass_at_k and maj_at_k, by k
-    drift: float | None = None  # distance from the first model, on unrelated questions, nats a token
+    drift: float | None = None  # drift from the first model on unrelated questions, nats a token
 
 
 def measure(

@@ -1,6 +1,6 @@
 """Find the other processes of a launch, even after a restart, and notice when one of them no longer answers.
 
-torchrun gives each process its rank and the address of a store of keys and values. All processes see the store, which
+torchrun gives each process its rank and the address of a key-value store. All processes see the store, which
 exists as long as torchrun runs on the first machine. After a restart the store still holds what the earlier processes
 wrote, and the number of restarts differs between machines. So every process draws a random name. A round is a list of
 such names, one for each rank, that all processes in the list have confirmed.
@@ -162,7 +162,7 @@ def _agree_on_round(store: dist.Store, rank: int, size: int, member: str) -> tup
 
 
 def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
-    """Wait until every process is here. Rank 0 may serve the store, so it also waits until every process knows it."""
+    """Wait until every process is here. Rank 0 may serve the store, so it stays until every process has noticed."""
     for key in ("all", "gone"):
         if store.add(f"{key}/count", 1) == size:
             store.set(key, "")

@@ -27,7 +27,7 @@ COMPARED_WEIGHTS = 10_000  # About this many weights are compared, to check that
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank, or number, of this process among the `size` processes of a launch; by default 0 of 1."""
+    """The rank of this process among the `size` processes of a launch; by default, it is the only one."""
 
     rank: int = 0
     size: int = 1
@@ -96,7 +96,7 @@ class Ranks:
         """Sum the gradients over all ranks, in place."""
 
     def end_if_out_of_memory(self, work: str) -> AbstractContextManager[None]:
-        """Raise ValueError if memory runs out in a block that no rank can repeat alone."""
+        """With several ranks, raise ValueError if memory runs out in a block that no rank can repeat alone."""
         return nullcontext()
 
     def barrier(self) -> None:

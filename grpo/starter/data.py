@@ -30,7 +30,7 @@ WIDE_SHARE = 0.6  # share of the rows of `single` with larger numbers than its t
 def example(step: int, row: int, direct_share: float) -> tuple[list[Message], str]:
     """Return a row of training data, a chat and its completion, as a pure function of the arguments.
 
-    A share of `direct_share` of the arithmetic completions has the answer alone, without the first step.
+    `direct_share` is the share of arithmetic completions that have the answer alone, without the first step.
     """
     draw = seeded_rng("starter", SEED, step, row)
     if draw.random() < SKILL_SHARE:
