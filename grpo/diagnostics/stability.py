@@ -7,9 +7,9 @@ from grpo.diagnostics.snapshot import CheckResult, RunSnapshot, lower_bound, per
 KL_MIN = 1.0  # nats a token: on average a token is e times as likely as under the reference.
 KL_SPIKE_MIN_RATIO = 10.0  # A spike is this many times the median of the earlier KL.
 KL_SPIKE_MIN = 0.5  # nats a token: early medians are near 0, so a large ratio alone says little.
-KL_SPIKE_MIN_COMPLETIONS = 32  # The KL is a mean over this many completions, so that one rare token is no spike.
+KL_SPIKE_MIN_COMPLETIONS = 32  # The KL is a mean over this many completions, so that one rare token is not a spike.
 KL_SPIKE_MIN_BLOCKS = 7  # A spike is compared with at least this many earlier blocks of steps.
-KL_SPIKE_MIN_STEPS = 20  # The earlier blocks have at least this many steps, so that a fast start is no spike.
+KL_SPIKE_MIN_STEPS = 20  # The earlier blocks have at least this many steps, so that a fast start is not a spike.
 ENTROPY_MAX_REMAINING = 0.35  # A collapsed entropy is below this part of the entropy of the first steps.
 ENTROPY_MAX = 0.08  # nats a token: a collapsed entropy is also below this value.
 ENTROPY_MIN_TIED_SHARE = 0.75  # A healthy policy that copies text has little entropy too, but fewer ties.
@@ -25,7 +25,7 @@ GRADIENT_MIN_SPIKES = 3  # One spike is harmless.
 GRADIENT_MIN_STEPS = 20  # Fewer untied steps do not show which norm is usual.
 GRADIENT_MAX_STEPS = 50  # Older steps say little about the current policy.
 CLIPPED_MIN_SHARE = 0.3  # Clipping is for outliers; 0.05 to 0.2 of the tokens is usual in PPO.
-MOVED_MIN_SHARE = 0.1  # A step moves nearly all float32 weights; at a rate of 1e-7 it moved 2 to 8% in bfloat16.
+MOVED_MIN_SHARE = 0.1  # A step changes nearly all float32 weights; at a rate of 1e-7, it changed 2 to 8% in bfloat16.
 DISTANCE_MIN = 1e-6  # nats a token: a policy closer to its start than this has hardly changed.
 DISTANCE_MIN_STEPS = 50  # The distance is not judged before this many steps.
 GAP_MIN_FLOAT32 = 0.01  # nats: rounding in float32 explains 1e-5.
@@ -129,7 +129,7 @@ def ends_at_once(run: RunSnapshot) -> CheckResult:
         return None
     return share, (
         f"Completions end at once: {percent(share)} of the last {run.window} steps have at most one token. An empty "
-        "answer costs less than a wrong one: check that no reward (--reward) is negative or rewards being short, "
+        "answer costs less than a wrong one: check that no reward (--reward) is negative or favours short answers, "
         "raise --beta, and lower --learning-rate."
     )
 

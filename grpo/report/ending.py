@@ -1,4 +1,4 @@
-"""What a run prints at its end, or when it is stopped."""
+"""Print the result of a run at its end, or how to continue when it is stopped."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

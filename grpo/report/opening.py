@@ -1,4 +1,4 @@
-"""What a run prints before its first step."""
+"""Print what a user should know before the first step of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
