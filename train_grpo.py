@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 @click.option("--seeds", help="one run for each of these seeds, such as 0,1,2, in the folders seed-0/ and so on")
 @click.option("--fresh", is_flag=True, help="start over; what an earlier run wrote is moved to earlier_runs/")
 @click.option("--train-anyway", is_flag=True, help="train even if hardly any group has mixed rewards at the start")
-@click.option("--accept-changed-files", is_flag=True, help="continue although files of rewards or data changed")
+@click.option("--accept-changed-files", is_flag=True, help="continue even if files of rewards, tasks or data changed")
 @help_all_option
 @click.pass_context
 def main(

@@ -190,7 +190,7 @@ class TrainConfig(TaskOptions):
     eval_every: int = setting(50, OUTPUT, "steps between evaluations on validation problems", least=1, common=True)
     eval_problems: int = setting(500, OUTPUT, "validation problems per evaluation", least=1, most=10**5)
     pass_at_k: int = setting(
-        0, OUTPUT, "k of pass@k and maj@k, measured by sampling on the test problems; 0: none", least=0, most=10**4
+        0, OUTPUT, "k of pass@k and maj@k, measured by sampling on the test problems; 0: neither", least=0, most=10**4
     )
     save_every: int = setting(25, OUTPUT, "steps between checkpoints", least=1)
     patience: int = setting(0, OUTPUT, "stop after this many evaluations without a new best; 0: never", least=0)

@@ -37,7 +37,7 @@ class Measurer:
         progress: Progress,
         ranks: Ranks = ONE,
     ) -> None:
-        """Prepare to write to the run's output folder. Only rank 0 writes."""
+        """Prepare to write to --output-dir. Only rank 0 writes."""
         self.config, self.task, self.ranks = config, task, ranks
         self.evaluator, self.metrics, self.progress = evaluator, metrics, progress
         self.saved_model = Path(config.output_dir) / SAVED_MODEL

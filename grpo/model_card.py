@@ -99,7 +99,7 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     """
     entries = read_card(given.get("model", "starter"))
     card = with_new_names(entries.get("settings", {}))
-    if "system_prompt" in entries:  # A trained model whose card names no wording is from a version that had only one.
+    if "system_prompt" in entries:  # Cards of trained models name their wording, except those of older versions.
         card.setdefault("prompt_wording", FIRST_WORDING)
     card.pop(REMOVED, None)  # it affected only how the model itself was trained
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):

@@ -22,8 +22,8 @@ from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.console import say
 from grpo.runtime.ranks import ONE, Ranks
 
-SAVE_AFTER_SECONDS = 60.0  # Between steps, a checkpoint is also written if the last one is older than this.
-MAX_SAVING_SHARE = 0.02  # If writing is slow, it is done less often, so that it takes at most this share of the time.
+SAVE_AFTER_SECONDS = 60.0  # A checkpoint is also written once the last one is this old.
+MAX_SAVING_SHARE = 0.02  # It is written less often if writing would take more than this share of the time.
 BYTES_PER_WEIGHT = 4  # float32
 TENSORS = ("policy", "optimizer", "reference")
 
@@ -43,7 +43,7 @@ class Progress:
             return True
         if "reward" not in entry:
             return entry["accuracy"] > self.best["accuracy"]
-        if "reward" not in self.best:  # The best has right answers, or an older version measured it.
+        if "reward" not in self.best:  # The best is from an earlier version, or has right answers.
             return entry["accuracy"] >= self.best["accuracy"]
         return entry["reward"] > self.best["reward"]
 

@@ -74,7 +74,7 @@ class SupervisedTrainer:
     def batch(self, step: int) -> tuple[list[list[Message]], list[str]]:
         """Return the chats and ideal completions of a step, one chat and one completion per problem.
 
-        The problems are drawn with the step number −1 − `step`, so that GRPO draws other problems.
+        The problems are drawn with the step number −1 − `step`, so that they differ from the problems of GRPO.
         """
         rows = range(self.config.sft_batch_size)
         solved = [solved_problem(self.task, self.config.seed, -1 - step, row) for row in rows]

@@ -6,7 +6,7 @@ from statistics import fmean, variance
 from grpo.diagnostics.snapshot import NEARLY_ALL, CheckResult, Row, RunSnapshot, noise, percent, upper_bound
 from grpo.evaluation.intervals import Z
 
-BLIND_MIN_SHARE = 0.1  # Least share of groups that are tied although they have right and wrong completions.
+BLIND_MIN_SHARE = 0.1  # Minimum share of groups that are tied although they have right and wrong completions.
 RISE_MIN_ERRORS = 4.0  # A metric rises if its last window is this number of standard errors above its first.
 REWARD_RISE_MIN_STDS = 0.5  # A reward must also rise by this fraction of the standard deviation in a group.
 FORM_MIN_RISE = 0.2  # The form is learned if the share of well-formed answers rises by this much.

@@ -162,7 +162,7 @@ def _agree_on_round(store: dist.Store, rank: int, size: int, member: str) -> tup
 
 
 def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
-    """Wait until every process is here. Rank 0 may serve the store, so it also waits until every process knows it."""
+    """Wait until every process is here. Rank 0 may serve the store, so it stays until every process has noticed."""
     for key in ("all", "gone"):
         if store.add(f"{key}/count", 1) == size:
             store.set(key, "")

@@ -30,7 +30,7 @@ OPTIONAL = ("grpo_sft_curve.png", "grpo_report.html", "tensorboard", ".grpo.trac
 LOCK = ".grpo.lock"
 PROCESS = ".grpo.pid"  # a file with the id of the process that has the lock
 EARLIER = "earlier_runs"
-CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # the disk has no locks, as in some notebooks
+CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of disks that cannot lock files
 
 
 @contextmanager

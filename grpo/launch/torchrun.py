@@ -32,7 +32,7 @@ def train_together(
     """Train as one of the processes that torchrun started, and end this process when all are done.
 
     `settle` returns the settings of this process. `train(config, task, ranks, earlier)` runs the training and returns
-    the exit status; `earlier` is how many seconds ago the launch began to train if torchrun restarted it, else 0.
+    the exit status; after a restart, `earlier` is the number of seconds since the first start, else 0.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = (ConnectedRanks if size > 1 else Ranks)(

@@ -50,7 +50,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint of the run in `folder`, then remove all but the last two; return its folder.
 
     An intact checkpoint of the same step is kept, because equal settings give equal checkpoints. It is replaced only
-    if the step has been evaluated since. Raises OSError if the checkpoint cannot be written; earlier ones are kept.
+    if the step has been evaluated since. Raises OSError if it cannot be written; the last earlier one stays.
     """
     parent = folder / FOLDER
     parent.mkdir(exist_ok=True)

@@ -77,7 +77,7 @@ class Metrics:
         self.record["changed_files"].append({"step": step, "files": dict(files)})
 
     def write(self) -> None:
-        """Replace the file by a new one, completely or not at all."""
+        """Replace the file by a new one, whole or not at all."""
         if self.path is None:
             return
         text = json.dumps(self.record, allow_nan=False, separators=(",", ":")) + "\n"

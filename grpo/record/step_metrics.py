@@ -94,13 +94,13 @@ def _finite(value: Any) -> float | None:
 
 
 def _group_std(groups: Sequence[Sequence[float]]) -> float | None:
-    """Return the mean of the groups' stds, over groups with two or more finite rewards; None if there are none."""
+    """Return the mean std within a group, over the groups with two or more finite rewards; None if there are none."""
     applied = [[r for r in group if isfinite(r)] for group in groups]
     return _mean([stdev(group) for group in applied if len(group) > 1])
 
 
 def _spread(part: Sequence[Value], groups: int) -> float | None:
-    """Return the mean of the groups' stds of a part, (B,), over groups where it is not 0; None if there are none."""
+    """Return the mean std of a part, (B,), in a group, over the groups where it is not 0; None if there are none."""
     g = len(part) // groups
     applied = [[v for v in part[i : i + g] if v is not None] for i in range(0, len(part), g)]
     return _mean([stdev(group) for group in applied if len(group) > 1 and min(group) < max(group)])

@@ -19,7 +19,7 @@ class Tracker:
     _is_open = False
 
     def __init__(self, name: str) -> None:
-        """Import the tracker's package. Raises ValueError with the command that installs it if it is missing."""
+        """Import the tracker's package. Raises ValueError, with the command that installs it, if it is missing."""
         self.name = name
         self.package: Any = None
         if name == "none":
@@ -90,7 +90,7 @@ class Tracker:
             self.package.log(dict(numbers), step=step)
 
     def _attempt(self, call: Callable[[], Any]) -> None:
-        """Call the tracker if its run is open. After a failure, print a warning and do not call it again."""
+        """Call the tracker if its run is open. A failure prints one warning, and ends the tracking."""
         if not self._is_open:
             return
         try:

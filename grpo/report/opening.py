@@ -111,10 +111,10 @@ def _room(outlook: Mapping[str, Any]) -> str:
 def show_trials(
     trials: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], options: Sequence[str], script: Sequence[str]
 ) -> None:
-    """Print what the model does under other settings, and the command of the settings to take, if any helps.
+    """Print what the model does under other settings, and the command with the best settings, if any helps.
 
     Each trial has the settings that differ from the run's, and the shares under them; the first is the run as asked.
-    `options` follow the words of `script` in the command; without options, no settings help.
+    `options` follow the words of `script` in the command; they are empty if no settings help.
     """
     _, look = trials[0]
     best_of_group = f"pass@{look['num_generations']}"
@@ -173,4 +173,4 @@ def show_fine_tuning(entry: Mapping[str, Any], when: str, teaches_working: bool 
     """Print the test of the model before or after the supervised steps."""
     say(f"{when} fine-tuning: test {accuracy_text(entry)}, {100 * entry['well_formed']:.0f}% well-formed")
     if not teaches_working:
-        say("The task's training problems have no working, so fine-tuning trains on answers alone.")
+        say("The task's training problems have no worked steps, so fine-tuning trains on answers alone.")

@@ -105,7 +105,7 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes that this process has held at a time, on CUDA in GPU memory; None if not known."""
+    """Return the largest number of bytes that this process has held (on CUDA, in GPU memory); None if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

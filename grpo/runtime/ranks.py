@@ -27,7 +27,7 @@ COMPARED_WEIGHTS = 10_000  # About this many weights are compared, to check that
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank, or number, of this process among the `size` processes of a launch; by default 0 of 1."""
+    """The rank of this process among the `size` processes of a launch; by default, it is the only one."""
 
     rank: int = 0
     size: int = 1
