@@ -23,7 +23,7 @@ from grpo.runtime.console import say
 from grpo.runtime.ranks import ONE, Ranks
 
 SAVE_AFTER_SECONDS = 60.0  # A checkpoint is also written once the last one is this old.
-MAX_SAVING_SHARE = 0.02  # It is written less often if writing would take more than this share of the time.
+MAX_SAVING_SHARE = 0.02  # Checkpoints are rarer if writing them would take more than this share of the time.
 BYTES_PER_WEIGHT = 4  # float32
 TENSORS = ("policy", "optimizer", "reference")
 

@@ -207,7 +207,7 @@ def _write(figure: Figure, record: Record, text_lines: Sequence[str], height: fl
         before, after = tests[0], tests[-1]
         remarks.append(f"Test {100 * before['accuracy']:.1f}% → {100 * after['accuracy']:.1f}% (n = {after['n']}).")
     if (steps := len(record["steps"])) >= SMOOTHED_FROM:
-        remarks.append(f"Faint: every step; strong: a line fitted to {window_for(steps)} steps around each.")
+        remarks.append(f"Faint lines: single steps. Strong lines: smoothed over {window_for(steps)} steps.")
     figure.text(0.02, 1 - 0.32 / height, " ".join(remarks), fontsize=SMALL, color=GREY, va="top")
     top = TEXT_LINE * (len(text_lines) + 0.35)
     for number, text in enumerate(text_lines):

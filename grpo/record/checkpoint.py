@@ -116,7 +116,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if state.get("format") != FORMAT:
             raise IncompatibleCheckpoint(f"it has format {state.get('format')}, this version reads format {FORMAT}")
         if not is_count(state.get("step")) or path.name != f"step-{state['step']:08d}":
-            raise ValueError("its step is not the step in its name")
+            raise ValueError("its step differs from the step in its name")
         policy, optimizer = load_file(path / POLICY), load_file(path / OPTIMIZER)
         reference = load_file(path / REFERENCE) if (path / REFERENCE).exists() else None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:

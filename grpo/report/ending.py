@@ -137,7 +137,7 @@ def seconds_by_phase(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tokens_per_second(record: Mapping[str, Any]) -> float:
-    """Return how many prompt and completion tokens were trained on per second of the steps."""
+    """Return the number of prompt and completion tokens that were trained on per second."""
     return _sum(record["steps"], "tokens") / max(1e-9, _sum(record["steps"], "time/total"))
 
 

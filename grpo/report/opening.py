@@ -104,7 +104,7 @@ def show_shares(outlook: Mapping[str, Any]) -> None:
 
 
 def _room(outlook: Mapping[str, Any]) -> str:
-    """Return the room that GRPO has: how much higher the chance of a right completion is in a group than alone."""
+    """Return the room that GRPO has, as text: pass@G − pass@1, where G is the group size."""
     return f"{outlook['pass_at_g'] - outlook['pass_at_1']:.0%}"
 
 
