@@ -143,7 +143,7 @@ class TrainConfig(TaskOptions):
     loss_average: str = setting(
         "completion",
         VARIANTS,
-        "how token losses are averaged: per completion, over all tokens (DAPO), by a constant length (Dr. GRPO)",
+        "how token losses are averaged: per completion, over all tokens (DAPO), or over a constant length (Dr. GRPO)",
         choices=AVERAGES,
         common=True,
     )

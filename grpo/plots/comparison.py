@@ -141,7 +141,7 @@ def _series(record: Mapping[str, Any], metric: Metric) -> tuple[np.ndarray, np.n
 
 
 def _look(number: int) -> tuple[str, str]:
-    """Return colour and line style of a group."""
+    """Return the colour and the line style of a group."""
     return COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
 
 

@@ -232,7 +232,8 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="clip_fraction",
-        meaning="share of tokens whose gradient clipping removes (CISPO: caps), in the inner update with the most",
+        meaning="share of clipped tokens, in the inner update that clips most; their surrogate has no gradient "
+        "(CISPO: a capped one)",
         formula=lambda s: max(u.clip_fraction for u in s.updates),
         title="Clipped",
         unit="% of tokens",

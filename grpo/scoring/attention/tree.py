@@ -28,7 +28,7 @@ class Tree:
     def parts(
         self, query: Tensor, key: Tensor, value: Tensor, first_key: Tensor, first_value: Tensor
     ) -> tuple[PartialAttention, ...]:
-        """Return the attention of all tokens to the beginning, of prompts, and of completions including prompts."""
+        """Return the three parts of the attention, in the order in which the module's docstring lists them."""
         heads, key_heads = len(query), len(key)
         prompt_query, completion_query = self.split(query.transpose(0, 1), key_heads)
         prompt_key, completion_key = self.split(key.transpose(0, 1), key_heads)
