@@ -105,7 +105,7 @@ def truncated(run: RunSnapshot) -> CheckResult:
         return None
     return share, (
         f"{percent(share)} of the completions of the last {run.window} steps were cut off by the token limit, "
-        f"so most of them have no answer. Raise --max-new-tokens (now {run.config.get('max_new_tokens')}), or add "
+        f"so most probably have no answer. Raise --max-new-tokens (now {run.config.get('max_new_tokens')}), or add "
         "--mask-truncated-completions to leave them out of the loss."
     )
 
