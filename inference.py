@@ -58,16 +58,16 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
     "--model",
     "models",
     multiple=True,
-    help="a model, as for training  [default: saved_model/ if there, else starter]; give two to --evaluate both",
+    help="a model, named as for training; repeatable with --evaluate  [default: saved_model/ if there, else starter]",
 )
-@click.option("--compare", is_flag=True, help="also use the model before training, side by side")
+@click.option("--compare", is_flag=True, help="also ask the model as it was before training, and show both")
 @click.option("--evaluate", is_flag=True, help="measure accuracy on held-out problems instead of asking")
 @click.option("--split", type=click.Choice(("validation", "test")), help="problems to --evaluate on  [default: test]")
 @click.option(
     "--task",
     multiple=True,
-    help=f"task to --evaluate on: {', '.join(TASKS)} or FILE.py:NAME; to ask a model of several tasks, "
-    "the task whose prompt is used  [default: the model's own]",
+    help=f"task to --evaluate on: {', '.join(TASKS)} or FILE.py:NAME; without --evaluate, for a model of several "
+    "tasks, the task whose prompt is used  [default: the model's own]",
 )
 @click.option("--task-arg", multiple=True, help="key=value, an argument of the --task in your file")
 @task_setting_options
@@ -78,7 +78,7 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--answers", type=click.Path(path_type=Path), help="with --evaluate, write all answers as JSON Lines")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="completions for each question")
-@click.option("--vote", is_flag=True, help="show the answer that most samples give, and their share")
+@click.option("--vote", is_flag=True, help="show the answer that most samples give, and how many give it")
 @click.option("--max-new-tokens", type=click.IntRange(1, MAX_NEW_TOKENS), help="token limit  [default: the model's]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of sampling")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="where to compute")
@@ -107,7 +107,7 @@ def main(
     asks_as = given.pop("task", ()) if not evaluate else ()
     if not evaluate and (given or len(models) > 1):
         options = ", ".join(f"--{option.replace('_', '-')}" for option in given) or "--model given twice"
-        raise click.UsageError(f"{options} needs --evaluate")
+        raise click.UsageError(f"{options} cannot be used without --evaluate")
     if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
         raise click.UsageError(f"--temperature {temperature} is neither 0 (greedy) nor at least {MIN_TEMPERATURE}")
     if samples > 1 and temperature == 0:
@@ -183,7 +183,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 def read_questions(questions: Sequence[str]) -> list[str]:
     """Return the questions from the command line, else from standard input. Raises ValueError if one is empty."""
     if not questions:
-        if sys.stdin is None or sys.stdin.isatty():  # None: it is closed
+        if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
             raise ValueError(f'give a question, such as "{EXAMPLE}", or one a line on standard input')
         questions = [line for line in sys.stdin.read().splitlines() if line.strip()]
         if not questions:
@@ -205,7 +205,7 @@ class Sampling:
 
 
 def load_model(name: str, card: Mapping[str, Any], device: str) -> "LanguageModel":
-    """Load a model in the precision that its card names. Raises ValueError if the model cannot be loaded."""
+    """Load a model in the precision that `card` names. Raises ValueError if the model cannot be loaded."""
     from grpo.model.loading import load
     from grpo.runtime.device import choose_device
 
@@ -254,7 +254,7 @@ def converse(models: Sequence["LanguageModel"], card: Mapping[str, Any], samplin
     with suppress(ImportError):  # Windows has no readline.
         import readline  # noqa: F401, lets the user edit lines and recall earlier ones
 
-    say(f"Ask a question, such as: {EXAMPLE} An empty line or Ctrl-D ends.", sys.stderr)
+    say(f"Ask a question, such as: {EXAMPLE} An empty line or Ctrl-D ends the session.", sys.stderr)
     for number in count():
         try:
             line = input("> ").strip()
@@ -291,7 +291,7 @@ def vote_of(texts: Sequence[str], kind: str) -> str:
 
 
 def parsed(text: str, style: str, kind: str) -> str:
-    """Return the answer parsed from a completion as a text to show, with a remark if the style's form is missing."""
+    """Return a text to show: the answer parsed from a completion, and a remark if it lacks the form of the style."""
     answer = parse_answer(text, kind)
     form = "" if has_form(text, style) else f", not in the form of style {style}"
     return "no answer" if answer is None else f"answer {printable(str(answer))}{form}"

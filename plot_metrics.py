@@ -7,9 +7,9 @@
     python plot_metrics.py runs/a runs/b --label first --label second  compare: grpo_comparison.png
 
 A run gets grpo_training_curve.png, grpo_overview.png, grpo_kl_divergence.png if it has a reference, and
-grpo_sft_curve.png if it has supervised steps. The run may still be going, or have been stopped. In a comparison, runs
-with the same label become one curve with a band from the smallest to the largest value. Without labels, runs become
-one curve if their settings differ only in the seed and in what does not change a curve, such as the output folder.
+grpo_sft_curve.png if it has supervised steps. It may still be going or have been stopped. In a comparison, runs with
+the same label become one curve with a band from the smallest to the largest value. Without labels, runs become one
+curve if their settings differ only in the seed and in what does not change a curve, such as the output folder.
 """
 
 from pathlib import Path
@@ -21,11 +21,11 @@ from grpo.launch.command import Script, run_script
 
 @click.command(cls=Script, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, metavar="[RUN]...")
-@click.option("--label", "labels", multiple=True, help="label of a run in a comparison; once for each run")
+@click.option("--label", "labels", multiple=True, help="label of a run in a comparison; give one for each run")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="folder to draw into  [default: the run's folder; for several runs, this one]",
+    help="folder to draw into  [default: the run's folder; for several runs, the current one]",
 )
 @click.option("--html", is_flag=True, help="also write grpo_report.html, one page with everything about the run")
 def main(runs: tuple[Path, ...], labels: tuple[str, ...], out: Path | None, html: bool) -> None:

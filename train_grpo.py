@@ -2,7 +2,7 @@
 
     python train_grpo.py                                        the bundled starter model, minutes on a CPU
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct     a model of the Hugging Face Hub
-    python train_grpo.py --check                                a prompt, rewards, other settings: trains nothing
+    python train_grpo.py --check                                show a prompt, rewards, expected time; train nothing
     python train_grpo.py --config runs/a/grpo_metrics.json      the settings of another run
 
 Writes saved_model/ (the policy that is best on validation problems), grpo_metrics.json, grpo_samples.jsonl,
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 @click.option("--check", is_flag=True, help="show a prompt, rewards, expected time and memory; train nothing")
 @click.option("--seeds", help="one run for each of these seeds, such as 0,1,2, in the folders seed-0/ and so on")
 @click.option("--fresh", is_flag=True, help="start over; what an earlier run wrote is moved to earlier_runs/")
-@click.option("--train-anyway", is_flag=True, help="train even if hardly a group has mixed rewards at the start")
-@click.option("--accept-changed-files", is_flag=True, help="continue although files of rewards or data changed")
+@click.option("--train-anyway", is_flag=True, help="train even if hardly any group has mixed rewards at the start")
+@click.option("--accept-changed-files", is_flag=True, help="continue even if files of rewards, tasks or data changed")
 @help_all_option
 @click.pass_context
 def main(
@@ -107,10 +107,10 @@ def train(
 ) -> int:
     """Run the training, or only check it, and return the exit status.
 
-    `launched` is the `time.monotonic()` of this launch. With `train_anyway`, a run with hardly a learning signal is
-    trained too. With `accept_changed_files`, a run continues although files of rewards, tasks or problems changed.
-    `earlier` are the seconds before this launch that count towards a time limit. `ranks` are the processes of the
-    run, by default this process alone. The heavy imports come after the output folder is locked.
+    `launched` is the `time.monotonic()` of this launch. With `train_anyway`, train even if there is hardly any
+    learning signal. With `accept_changed_files`, continue even if files of rewards, tasks or problems changed.
+    `earlier` is how many seconds before this launch count towards a time limit. `ranks` are the processes of the run,
+    by default this process alone. Slow imports are inside the function, so that the output folder is locked first.
     """
     from tasks.rewards.scoring import rewards_of, try_out
 

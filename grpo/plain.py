@@ -1,12 +1,12 @@
 """GRPO without shortcuts: one completion at a time, as in the algorithm box of the paper.
 
-    python -m grpo.plain        trains the bundled starter model for three steps and prints each
+    python -m grpo.plain        trains the bundled starter model for three steps
 
 Source: DeepSeekMath, arXiv:2402.03300, algorithm 1, equations 3 and 4. There is no padding, no attention mask, no
 cache, no micro-batch and no second process. `grpo/algorithm/grpo.py` computes the same, many times faster. The random
 numbers that decide the tokens depend only on seed, step, row and column, so both programs draw the same completions.
-The tests compare the weights that they train. Shapes: B completions in a step, G in a group, P tokens in a prompt, C
-in a completion, V in the vocabulary.
+The tests compare the weights that both end with. Shapes: B completions in a step, G in a group, P tokens in a prompt,
+C in a completion, V in the vocabulary.
 """
 
 import copy
@@ -71,14 +71,14 @@ def objective(logprobs: Tensor, completion: Completion, c: TrainConfig) -> Tenso
 
 
 def loss(logprobs: Sequence[Tensor], completions: Sequence[Completion], c: TrainConfig) -> Tensor:
-    """Return the negated mean objective of a step; `logprobs` are the policy's present ones, (C,) per completion."""
+    """Return the negated mean objective of a step; `logprobs` are the current policy's, (C,) for each completion."""
     objectives = [objective(now, completion, c) for now, completion in zip(logprobs, completions, strict=True)]
     if c.loss_average == "completion":  # GRPO: mean over the tokens of each completion, then over completions
         return -torch.stack([values.mean() for values in objectives]).mean()
     tokens = torch.cat(objectives)
     if c.loss_average == "token":  # DAPO: mean over all tokens of the step
         return -tokens.mean()
-    return -tokens.sum() / (len(objectives) * c.max_new_tokens)  # Dr. GRPO: over the most tokens possible
+    return -tokens.sum() / (len(objectives) * c.max_new_tokens)  # Dr. GRPO: divided by the token limit
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def sample_group(
     uniforms = sampling_uniforms(c.seed, step, rows.stop, c.max_new_tokens)[rows]  # (G, C)
     sampled = [sample(lm, prompt, row, c.temperature) for row in uniforms]
     texts = lm.decode([[token for token in ids if token not in lm.end_ids] for ids in sampled])
-    attempts = [task.grade(problem, text) for text in texts]  # tells whether each answer is right
+    attempts = [task.grade(problem, text) for text in texts]  # each says whether its answer is right
     rewards = score(rewards_of(c, task), attempts, {"completion_ids": sampled})
     totals = torch.tensor([reward.total for reward in rewards], dtype=torch.float64)  # (G,)
     advantages = group_advantages(totals, c.num_generations, c.scale_rewards)  # (G,)

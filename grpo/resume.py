@@ -22,8 +22,8 @@ from grpo.runtime.checks import check_entries, is_count
 from grpo.runtime.console import say
 from grpo.runtime.ranks import ONE, Ranks
 
-SAVE_AFTER_SECONDS = 60.0  # A checkpoint is also written once the last one is this old, unless that is too often:
-MAX_SAVING_SHARE = 0.02  # writing these checkpoints may take at most this share of the time.
+SAVE_AFTER_SECONDS = 60.0  # A checkpoint is also written once the last one is this old.
+MAX_SAVING_SHARE = 0.02  # Checkpoints are rarer if writing them would take more than this share of the time.
 BYTES_PER_WEIGHT = 4  # float32
 TENSORS = ("policy", "optimizer", "reference")
 
@@ -43,12 +43,12 @@ class Progress:
             return True
         if "reward" not in entry:
             return entry["accuracy"] > self.best["accuracy"]
-        if "reward" not in self.best:  # Earlier versions measured no reward, or an answer was right before.
+        if "reward" not in self.best:  # The best is from an earlier version, or has right answers.
             return entry["accuracy"] >= self.best["accuracy"]
         return entry["reward"] > self.best["reward"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps besides the step number."""
+        """Return what a checkpoint keeps of the progress besides the step number."""
         return {"sft_step": self.sft_step, "before": self.before, "best": self.best}
 
     @property
@@ -140,8 +140,8 @@ class RunState:
             return f"{error}; nothing is kept"
         with suppress(OSError):
             self.metrics.write()
-        lost = f", what came after it (until step {step}) is lost" if step > saved else ""
-        return f"{error}; the checkpoint of step {saved} is kept{lost}, and the same command continues from it"
+        lost = f"; what came after it, until step {step}, is lost" if step > saved else ""
+        return f"{error}; the checkpoint of step {saved} is kept{lost}. The same command continues from it"
 
     def bytes_to_come(self) -> int:
         """Return how many more bytes the run needs on disk for two checkpoints and a model."""
@@ -195,24 +195,24 @@ def check_same_run(
 ) -> list[str]:
     """Raise ValueError if the run of a checkpoint had other settings or files. `files` has SHA-256 values by path.
 
-    Return the files that changed. Before the first update, when nothing depends on them yet, they may change; later,
-    only with `accept_changed_files`.
+    Return the files that changed. They may change before the first update, because nothing depends on them yet, and
+    later only with `accept_changed_files`.
     """
     if checkpoint.state["config"].get(REMOVED):
         raise ValueError(
             f"{folder.resolve()} holds a run with --{REMOVED}, which this version no longer has; {RECOVERY_HINT}"
         )
-    ways_on = "to continue, --fresh to start over, or --output-dir NEW"
     if conflicts := config.conflicting_settings(checkpoint.state["config"]):
         raise ValueError(
-            f"{folder.resolve()} holds a run with other settings: {', '.join(conflicts)}; give the same {ways_on}"
+            f"{folder.resolve()} holds a run with other settings: {', '.join(conflicts)}; give the same to continue, "
+            "--fresh to start over, or --output-dir NEW"
         )
     saved_files = checkpoint.state.get("files", {})
     changed = [path for path, sha256 in files.items() if saved_files.get(path, sha256) != sha256]
     if changed and checkpoint.step and not accept_changed_files:
         raise ValueError(
-            f"{', '.join(changed)} changed since the run in {folder.resolve()} began; put it back {ways_on}; "
-            "to continue with the changed files, such as one that you corrected, add --accept-changed-files"
+            f"{', '.join(changed)} changed since the run in {folder.resolve()} began; undo the change to continue, "
+            "or give --fresh to start over, --output-dir NEW, or --accept-changed-files to accept the new files"
         )
     return changed
 

@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import Any
 
 LARGEST_FLOAT32 = 3.4e38
-MAX_COUNT = 10**9  # A larger number of steps, prompts or tokens is a typing error and would fill the memory.
+MAX_COUNT = 10**9  # A larger number of steps, prompts or tokens is probably a typo, and would fill the memory.
 _DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")
 
 

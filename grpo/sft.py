@@ -27,12 +27,12 @@ from tasks.base import Message, Task, prompt_of
 from tasks.common.shots import solved_problem
 
 WARM_UP_SHARE = 0.1  # The learning rate rises during this share of the steps.
-SEARCHED_PROBLEMS = 64  # If none of this many training problems has a working, all problems are assumed to have none.
+SEARCHED_PROBLEMS = 64  # If none of this many training problems has worked steps, no problem is assumed to have them.
 
 
 @dataclass(frozen=True)
 class SupervisedTrainer:
-    """Takes the supervised steps before GRPO. A step depends only on the policy, the seed and the step number."""
+    """Takes the supervised steps before GRPO. A step's problems depend only on the seed and the step number."""
 
     config: TrainConfig
     lm: LanguageModel
@@ -41,7 +41,7 @@ class SupervisedTrainer:
 
     @property
     def teaches_working(self) -> bool:
-        """Return whether any of the first training problems has a working that can be taught besides the answer."""
+        """Return whether ideal completions have worked steps besides the answer, judged by some training problems."""
         rows = range(SEARCHED_PROBLEMS)
         return any(self.task.training_problem(self.config.seed, -1, row).working for row in rows)
 
@@ -74,7 +74,7 @@ class SupervisedTrainer:
     def batch(self, step: int) -> tuple[list[list[Message]], list[str]]:
         """Return the chats and ideal completions of a step, one chat and one completion per problem.
 
-        The problems are drawn with the step number −1 − `step`, so that GRPO draws other ones.
+        The problems are drawn with the step number −1 − `step`, so that they differ from the problems of GRPO.
         """
         rows = range(self.config.sft_batch_size)
         solved = [solved_problem(self.task, self.config.seed, -1 - step, row) for row in rows]
@@ -89,7 +89,7 @@ def supervised_tokens(lm: LanguageModel, chats: Sequence[Sequence[Message]], com
 def supervised_gradient(
     model: PreTrainedModel, tokens: Tokens, num_tokens: int, scorer: Scorer, rows_per_pass: int
 ) -> Tensor:
-    """Return the sum of −log p in nats, divided by `num_tokens` of all ranks; leave its gradient in the model."""
+    """Return the sum of −log p divided by `num_tokens`, the tokens of all ranks; leave its gradient in the model."""
     model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=tokens.completion_ids.device)
     for rows in split_microbatches(len(tokens.completion_ids), 1, rows_per_pass):

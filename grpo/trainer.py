@@ -52,9 +52,9 @@ from tasks.base import Reward, Task
 from tasks.rewards.scoring import decides_by_reward, decides_until_right, rewards_of
 
 QUICK_STEP_SECONDS = 1.0  # After a signal, a step is finished if it takes at most this long, else thrown away.
-MAX_SKIPPED_IN_A_ROW = 10  # The run ends after this many updates in a row that were not finite.
+MAX_SKIPPED_IN_A_ROW = 10  # The run ends after this many updates in a row whose loss or gradient was not finite.
 TIME_MARGIN = 1.5  # Expected times are multiplied by this, because a step may be slower than all before it.
-RECENT_STEPS = 10  # A run ends if rewards failed more often in this many steps than a step has completions.
+RECENT_STEPS = 10  # A run ends if, in its last 10 steps, rewards failed more often than a step has completions.
 
 
 class Trainer:
@@ -72,8 +72,8 @@ class Trainer:
     ) -> None:
         """Load the model and make the parts of the run. A time limit counts from `launched`, by default from now.
 
-        With `train_anyway`, a run with hardly a learning signal in its outlook is trained nevertheless. With
-        `accept_changed_files`, a run continues although files of rewards, tasks or problems changed.
+        With `train_anyway`, train even if the outlook finds hardly any learning signal. With `accept_changed_files`,
+        continue even if files of rewards, tasks or problems changed.
         """
         self.config, self.ranks, self.train_anyway = config, ranks, train_anyway
         self.folder = Path(config.output_dir)
@@ -150,7 +150,7 @@ class Trainer:
             raise
 
     def _stop(self, interrupts: InterruptHandler, reason: str) -> None:
-        """Save after a signal, and say how to continue. A policy that a step has partly changed is not saved."""
+        """Save after an early end, and say how to continue. A policy that a step has partly changed is not saved."""
         interrupts.stop_listening()
         place = self.progress.named()
         if self.grpo is not None:  # it is None during the last test, when everything has been saved
@@ -226,9 +226,9 @@ class Trainer:
         return None
 
     def _look_for_a_way_out(self, forecast: Mapping[str, Any]) -> None:
-        """Print what the model does under other settings, and raise NothingToLearn; do neither if more groups help.
+        """Return if more groups show a learning signal; else try other settings, print them, raise NothingToLearn.
 
-        What fine-tuning has trained is kept. Without it, nothing of the run is.
+        The run's files are kept only if the model was fine-tuned.
         """
         look = look_closer(self.grpo, forecast)
         if not is_hopeless(look):

@@ -1,4 +1,4 @@
-"""Turn rewards into advantages: pure functions, in float64, because in float32 1e8 and 1e8 + 1 are equal."""
+"""Turn rewards into advantages: pure functions, in float64 because 1e8 and 1e8 + 1 are equal in float32."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 STD_FLOOR = 1e-4  # added to standard deviations, so that the divisor is never 0
 
-# Each function returns what to divide the deviations from the group's mean by, (N, 1) or (1, 1). Its arguments are
-# the rewards (N, G) and a mask (N, G) of the completions that have a reward.
+# Each function returns the divisor of the deviations from the group's mean, (N, 1) or (1, 1). Its arguments are the
+# rewards (N, G) and a mask (N, G) of the completions that have a reward.
 SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "group": lambda groups, applies: _std(groups, applies, 1) + STD_FLOOR,
     "batch": lambda groups, applies: _std(groups, applies, None) + STD_FLOOR,  # REINFORCE++, arXiv:2501.03262

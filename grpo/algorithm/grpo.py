@@ -36,7 +36,7 @@ class StepOutcome:
 
     step: int
     settings: StepSettings
-    drawn: Rollout  # all groups that were sampled, those that were redrawn too
+    drawn: Rollout  # all groups that were sampled, including tied ones that were replaced
     rollout: Rollout  # the groups that were trained on, with their advantages
     batch: Batch  # this rank's rows of `rollout`, with the log-probabilities of policy and reference
     updates: Sequence[Update]  # one for each inner update
@@ -60,7 +60,7 @@ class GRPO:
         """
         self.config, self.policy, self.ranks = config, lm.model, ranks
         self.clock = Stopwatch()  # seconds of each phase of a step
-        needs_copy = config.beta > 0 and not has_adapter(lm.model)  # else the policy without adapter serves
+        needs_copy = config.beta > 0 and not has_adapter(lm.model)  # with an adapter, the base is the reference
         frozen = frozen_copy(lm.model) if needs_copy else None
         if config.shard:
             for model in filter(None, (lm.model, frozen)):
@@ -92,7 +92,7 @@ class GRPO:
         self.update.reset()
 
     def step(self, step: int) -> StepOutcome:
-        """Take step number `step`, from 1."""
+        """Take step number `step`, counted from 1."""
         settings = self.schedule.at(step)
         drawn, rollout = self.sampler.sample(step, settings.num_generations)  # o_i ~ π_old, r_i, A_i
         batch = Batch.from_rollout(rollout, self.config, self.ranks)
@@ -109,7 +109,7 @@ class GRPO:
     def state_dict(self) -> dict[str, Any]:
         """Return the tensors and numbers that later steps depend on. The reference is included only if it can change.
 
-        All ranks must call this, because a sharded model is put together. Only rank 0 gets tensors.
+        All ranks must call this, because each sends its shards of the weights. Only rank 0 gets tensors.
         """
         changes = self.reference.frozen is not None and (self.config.ref_model_sync_steps or self.config.sft_steps)
         return {
@@ -165,7 +165,7 @@ def check_tensor_shapes(state: Mapping[str, Any], parameters: Mapping[str, Tenso
 def _check_weights(
     kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], dtypes: set[torch.dtype]
 ) -> None:
-    """Raise ValueError unless `tensors` have these shapes, by name, and all have the same data type, one of these."""
+    """Raise ValueError unless `tensors` have these shapes, by name, and share a data type that is one of `dtypes`."""
     present = {tensor.dtype for tensor in tensors.values()}
     if len(present) > 1 or not present <= dtypes or {name: x.shape for name, x in tensors.items()} != shapes:
         raise ValueError(f"its {kind} cannot belong to this model")

@@ -88,7 +88,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, epsilon: float, epsilon
 def cispo_surrogate(logprobs: Tensor, ratio: Tensor, advantages: Tensor, epsilon_high: float) -> Tensor:
     """Return sg(min(ratio, 1 + ε_high)) · A · logprobs, to be maximised; `advantages` is (B,).
 
-    sg stops the gradient, so the ratio only weights the gradient of logprobs, and every token has one. CISPO,
+    sg stops the gradient, so the ratio only weights the gradient of logprobs, and every token has a gradient. CISPO,
     arXiv:2506.13585, section 3.1, equations 4 and 5; without a lower bound, as in the paper's experiments.
     """
     return ratio.clamp(max=1 + epsilon_high).detach() * advantages.unsqueeze(-1) * logprobs
@@ -130,7 +130,7 @@ def average_by_token(values: Tensor, mask: Tensor, sizes: StepSizes) -> Tensor:
 
 
 def average_by_constant(values: Tensor, mask: Tensor, sizes: StepSizes) -> Tensor:
-    """Divide by the longest possible length, which favours no length: Dr. GRPO, arXiv:2503.20783, section 3.1."""
+    """Divide by the token limit, so that no length is favoured: Dr. GRPO, arXiv:2503.20783, section 3.1."""
     return _sums(values, mask).sum() / (sizes.num_completions * sizes.max_new_tokens)
 
 
@@ -153,7 +153,7 @@ class TokenLoss:
     loss: Tensor  # the negated objective, not yet averaged
     kl: Tensor
     ratio: Tensor
-    clipped: Tensor  # bool: no gradient from the surrogate, only from the KL term (CISPO: a capped weight)
+    clipped: Tensor  # bool: the surrogate has no gradient here, only the KL term (CISPO: the weight is capped)
 
 
 def grpo_loss(

@@ -19,7 +19,7 @@ from grpo.scoring.tokens import Tokens
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a model in the precision of its passes, without gradients."""
+    """Return a copy of a model, with weights in the precision of its passes and without gradients."""
     frozen = copy.deepcopy(model).requires_grad_(False)
     lower_weights(frozen)
     return frozen
@@ -37,9 +37,9 @@ class Reference:
         microbatch: AdaptiveMicrobatch,
         clock: Stopwatch,
     ) -> None:
-        """Take a frozen copy, or None if the policy has an adapter or beta is 0. Time goes to `clock`."""
+        """Keep `frozen`, a copy of the policy, or None if the policy has an adapter or beta is 0."""
         if frozen is not None and scorer.shares_prompts:
-            enable(frozen)  # the probe has enabled it in the policy
+            enable(frozen)  # the probe has already enabled the policy
         self.policy, self.frozen, self.config = policy, frozen, config
         self.scorer, self.microbatch, self.clock = scorer, microbatch, clock
 

@@ -1,4 +1,4 @@
-"""Sample the problems, completions, rewards and advantages of one step, and keep them together."""
+"""Sample and score the groups of one step; a `Rollout` holds problems, completions, rewards and advantages."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ class Rollout:
     completion_texts: Sequence[str]  # length B
     # Set by scoring:
     rewards: Sequence[Reward] = ()  # length B
-    # (B, K) float64: the total (K = 1), or each reward with --multi-objective-aggregation normalize_then_sum
+    # (B, K) float64, compared within groups: the total reward (K = 1), or with normalize_then_sum each reward
     compared: Tensor = field(default_factory=lambda: torch.zeros(0))
     # Set for the groups that are trained on:
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,) float32
@@ -73,9 +73,9 @@ class Rollout:
         return self.tokens.completion_mask.sum(-1).cpu()
 
     def loss_tokens(self, config: TrainConfig) -> Tokens:
-        """Return the tokens, with a mask of those that count in the loss.
+        """Return the tokens, with a completion mask of the tokens that count in the loss.
 
-        Completions without a reward do not count. Truncated ones do not with `mask_truncated_completions` (DAPO).
+        Completions without a reward do not count, nor do truncated ones with `mask_truncated_completions` (DAPO).
         """
         counts = self.applies.to(self.truncated.device)
         if config.mask_truncated_completions:
@@ -202,7 +202,7 @@ class RolloutSampler:
     ranks: Ranks = ONE
 
     def sample(self, step: int, num_generations: int) -> tuple[Rollout, Rollout]:
-        """Sample and score a step's groups; return all groups drawn, and those to train on with their advantages."""
+        """Sample and score a step's groups. Return all groups, and the groups to train on with their advantages."""
         c = self.config
 
         def draw(attempt: int, places: Sequence[int]) -> Rollout:
@@ -216,7 +216,7 @@ class RolloutSampler:
         return drawn, replace(rollout, advantages=self._advantages(rollout))
 
     def _sample_across_ranks(self, step: int, attempt: int, places: Sequence[int], num_generations: int) -> Rollout:
-        """Sample a group, without rewards, for each of these places of the batch. Each rank samples a part of them.
+        """Sample a group, not yet scored, for each of these places of the batch. Each rank samples some of them.
 
         Problems and random numbers depend on attempt and place, not on the rank that samples a group.
         """
@@ -237,7 +237,7 @@ class RolloutSampler:
     def _sample(
         self, problems: Sequence[Problem], uniforms: Tensor, num_generations: int, rows_per_pass: int
     ) -> Rollout:
-        """Sample a group, without rewards, for each problem."""
+        """Sample a group, not yet scored, for each problem."""
         c, lm, decoder = self.config, self.lm, self.generator.decoder
         with self.clock("sample"), in_precision(lm.model):
             prompts = lm.prompts([prompt_of(self.task, problem) for problem in problems])

@@ -5,9 +5,9 @@ from math import cos, isfinite, pi
 
 from grpo.config import TrainConfig, parse_group_schedule
 
-KL_MAX_ERROR = 0.2  # The relative error of the KL is clipped to ±0.2, as published.
-KL_GAIN = 0.1  # The weight of the KL changes by 0.1 times the clipped error, as published.
-MAX_BETA = 1e3  # A KL that stays above its target cannot raise the weight without bound.
+KL_MAX_ERROR = 0.2  # The relative error of the KL is clipped to ±0.2, as in the paper (see `adapted_beta`).
+KL_GAIN = 0.1  # The weight of the KL changes by 0.1 times the clipped error, as in the paper.
+MAX_BETA = 1e3  # If the KL stays above its target, its weight rises to this value at most.
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Schedule:
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: int, decay: str) -> float:
-    """Return the learning rate of step number `step`, from 1. It rises linearly to `peak` over `warmup` steps.
+    """Return the learning rate of step number `step`, counted from 1. It rises linearly to `peak` in `warmup` steps.
 
     `decay` is "none", "linear" or "cosine"; a decay would reach 0 one step after the last of `steps` steps.
     """

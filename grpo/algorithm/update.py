@@ -87,7 +87,7 @@ class Updater:
         self.optimizer = torch.optim.AdamW(
             trainable(policy).values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
-        self.skipped_in_a_row = 0  # how many of the latest updates, without a gap, were not finite and skipped
+        self.skipped_in_a_row = 0  # number of updates skipped in a row, up to the latest one
         self.has_begun = False  # True from the first update of a step until the caller has counted the step
         self.reset()
 
@@ -198,7 +198,7 @@ class Updater:
     @contextmanager
     def recompute_activations(self) -> Iterator[None]:
         """Recompute activations in the block. Transformers does so in train mode only."""
-        with suppress_warnings():  # transformers 5.23 renames this function; 5.21 has no other
+        with suppress_warnings():  # transformers 5.23 warns of a new name, which 5.21 does not have
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy.train()
         try:

@@ -7,13 +7,13 @@ from statistics import fmean
 
 from grpo.diagnostics.snapshot import HARDLY_ANY, NEARLY_ALL, CheckResult, RunSnapshot, lower_bound, percent
 
-OUTLOOK_MIN_COMPLETIONS = 16  # Fewer completions may lack the form, or all be cut off, by chance.
+OUTLOOK_MIN_COMPLETIONS = 16  # Fewer completions may all lack the form, or all be cut off, by chance.
 OUTLOOK_MIN_GRADED = 128  # Fewer completions may all be right, or all wrong, by chance.
-UNSOLVED_MAX_CI_HIGH = 0.15  # The upper end of the 95% interval must be below this, as for 0 right of 22.
+UNSOLVED_MAX_CI_HIGH = 0.15  # The 95% interval must end at or below this value; it does for 0 right of 22.
 ALL_OR_NOTHING_MIN_SHARE = 0.15  # All-right and all-wrong groups must each have at least this share.
 TIED_MIN_SHARE = 0.5  # If at least this share of the groups is tied, much of the sampling is wasted.
 TIED_MIN_SHARE_SMALL_GROUPS = 0.7  # Groups of 2 or 3 completions are often tied by chance.
-IDLE_MIN_EXCESS = 0.1  # The share of idle steps must exceed what ties of single groups explain by this much.
+IDLE_MIN_EXCESS = 0.1  # The share of idle steps must be this much larger than independent ties would explain.
 IDLE_MIN_STEPS = 40  # Idle steps are counted over at least this number of steps.
 
 
@@ -24,14 +24,14 @@ def nothing_to_learn(run: RunSnapshot) -> CheckResult:
     if completions < OUTLOOK_MIN_COMPLETIONS or outlook["teaching"] > 0:
         return None
     text = (
-        f"All {outlook['groups']} groups of {outlook['num_generations']} completions have equal rewards, so a step "
-        "would have no learning signal. "
+        f"In each of {outlook['groups']} groups, all {outlook['num_generations']} completions have equal rewards, so "
+        "a step would have no learning signal. "
     )
     are_cut_off = outlook["truncated"] >= NEARLY_ALL
     if are_cut_off:
         text += "Nearly all completions were cut off by the token limit: raise --max-new-tokens. "
     if outlook["well_formed"] <= HARDLY_ANY:
-        text += "Hardly any completion has the form that the prompt asks for: show it by worked examples in the "
+        text += "Hardly any completion has the form that the prompt asks for: show it with worked examples in the "
         return 0.0, text + "prompt (--shots 4), or train on it first (--sft-steps 50)."
     if are_cut_off:
         return 0.0, text
@@ -66,16 +66,16 @@ def too_hard(run: RunSnapshot) -> CheckResult:
     text = (
         f"Too hard for this model: in the last {window} steps {100 * right:.1f}% of the completions were right, and "
         f"{percent(tied)} of the groups were all wrong with equal rewards, which gives no learning signal. Take "
-        "easier problems, a --reward that also rewards coming closer, or a more capable --model."
+        "easier problems, a --reward that gives partial credit, or a more capable --model."
     )
     latest = [*run.evals, *run.tests[1:]][-1:] or run.tests
     if any((e.get("well_formed") or 0) < HARDLY_ANY for e in latest):
-        text += " It does not write the form that the prompt asks for: train on that first, or try --prompt-style."
+        text += " It does not answer in the form that the prompt asks for: try --shots 4 or another --prompt-style."
     return tied, text
 
 
 def unsolved_category(run: RunSnapshot) -> CheckResult:
-    """Report categories of held-out problems that the model has hardly ever solved, but solves others."""
+    """Report categories of held-out problems that the model has hardly ever solved, while it solves others."""
     ended = len(run.tests) > 1
     if not _has_been_right(run) or not (ended or (len(run.evals) >= 3 and len(run.steps) >= run.long_window)):
         return None
@@ -92,7 +92,7 @@ def unsolved_category(run: RunSnapshot) -> CheckResult:
         f"Never solved: in each of {len(run.evals)} evaluations at most {percent(figure)} of the held-out answers in "
         f"{', '.join(unsolved)} were right, while {percent(run.evals[-1]['accuracy'])} of all answers are right now. "
         "Groups that are all wrong with equal rewards give no learning signal. Take easier problems in these "
-        "categories, leave the categories out, or add a --reward that also rewards coming closer."
+        "categories, leave the categories out, or add a --reward that gives partial credit."
     )
 
 
@@ -132,14 +132,14 @@ def tied_groups(run: RunSnapshot) -> CheckResult:
     if not (tied >= least and right < tied / 2 and run.at_least("tied_groups_fraction", least - 0.1, window)):
         return None
     return tied, (
-        f"Ties: {percent(tied)} of the groups that were drawn in the last {window} steps had equal rewards, "
+        f"Ties: in {percent(tied)} of the groups that were drawn in the last {window} steps all rewards were equal, "
         f"so no learning signal ({percent(right)} of all groups were all right). Add --resample-tied 3, a --reward "
         "that tells wrong answers apart, easier problems, or more completions a prompt (--num-generations)."
     )
 
 
 def idle_steps(run: RunSnapshot) -> CheckResult:
-    """Report that steps with only tied groups are far more frequent than ties of single groups explain."""
+    """Report that steps with only tied groups are far more frequent than independent ties would explain."""
     tied = run.values("tied_groups_fraction", max(IDLE_MIN_STEPS, run.long_window))
     if not tied:
         return None

@@ -6,29 +6,29 @@ from statistics import fmean, variance
 from grpo.diagnostics.snapshot import NEARLY_ALL, CheckResult, Row, RunSnapshot, noise, percent, upper_bound
 from grpo.evaluation.intervals import Z
 
-BLIND_MIN_SHARE = 0.1  # Least share of tied groups with both right and wrong completions.
+BLIND_MIN_SHARE = 0.1  # Minimum share of groups that are tied although they have right and wrong completions.
 RISE_MIN_ERRORS = 4.0  # A metric rises if its last window is this number of standard errors above its first.
-REWARD_RISE_MIN_STDS = 0.5  # A reward must also rise by this part of the standard deviation in a group.
+REWARD_RISE_MIN_STDS = 0.5  # A reward must also rise by this fraction of the standard deviation in a group.
 FORM_MIN_RISE = 0.2  # The form is learned if the share of well-formed answers rises by this much.
 FORM_MAX_ACCURACY_RISE = 0.3  # Only the form is learned if accuracy rises by less than this part of the form's rise.
-OVERFITTING_MIN_GAP = 0.15  # Accuracy rises by this much more on training problems than on held-out ones.
+OVERFITTING_MIN_GAP = 0.15  # Accuracy must rise by this much more on training problems than on held-out ones.
 COLLAPSE_MIN_ACCURACY = 0.2  # The loss of an accuracy below this is not worth a warning.
-COLLAPSE_MAX_REMAINING = 0.25  # After a collapse, less than this part of the best accuracy is left.
-COLLAPSE_MIN_GROUPS = 24  # Between evaluations, the completions of at least this number of groups show a collapse.
+COLLAPSE_MAX_REMAINING = 0.25  # After a collapse, less than this fraction of the best accuracy is left.
+COLLAPSE_MIN_GROUPS = 24  # Between evaluations, a collapse must show in at least this number of groups.
 FORGETTING_MIN_DRIFT = 0.5  # nats a token: on average a token of the starting model's answers is 40% less likely.
 SKILL_MIN_LOSS = 0.05  # A skill is lost if accuracy on it falls by this much.
 SKILL_MIN_HALF_WIDTHS = 1.7  # The fall must also be at least this number of half-widths of its 95% interval.
 PART_MIN_RELATIVE_STD = 0.03  # A part that differs less than this, relative to the largest part, has no effect.
-UNSCALED_MIN_STD = 0.01  # Without division by the std, the default --beta suits rewards that differ by about 1.
-UNSCALED_MAX_STD = 10.0  # Rewards with a larger standard deviation are too large for the default --beta.
-SCALED_MIN_STD = 1e-3  # At this std, the 1e-4 that is added to it before the division makes advantages 10% smaller.
+UNSCALED_MIN_STD = 0.01  # With --scale-rewards none, rewards with a smaller std are too small for the default --beta.
+UNSCALED_MAX_STD = 10.0  # With --scale-rewards none, rewards with a larger std are too large for the default --beta.
+SCALED_MIN_STD = 1e-3  # At this std, the 1e-4 that is added to it before the division makes advantages 9% smaller.
 
 
 def _is_better(first: Row, second: Row, candidates: int = 1) -> bool:
     """Return whether the first evaluation is better than the second, beyond the noise of their 95% intervals.
 
     `first` is the best of `candidates` evaluations. By chance alone, the best of n is about √(2 ln n) standard
-    deviations too high, so the difference must be larger by that.
+    deviations too high, so the difference must exceed the noise by that much.
     """
     selection = sqrt(2 * log(candidates)) / (Z * sqrt(2))
     return first["accuracy"] - second["accuracy"] > noise(first, second) * (1 + selection)
@@ -141,7 +141,7 @@ def overfitting(run: RunSnapshot) -> CheckResult:
     return gap, (
         f"Learned by heart: {percent(run.mean('accuracy'))} of the completions to training problems are right "
         f"({percent(run.mean('accuracy', first=True))} at first), but only {percent(last['accuracy'])} of the "
-        f"held-out answers ({percent(first['accuracy'])} at first). Train on more different problems, for "
+        f"held-out answers ({percent(first['accuracy'])} at first). Train on more varied problems, for "
         "fewer steps, or with a larger --beta."
     )
 
@@ -156,13 +156,13 @@ def past_peak(run: RunSnapshot) -> CheckResult:
     what = "Past its peak" if best["step"] else "Worse than the start"
     return last["accuracy"], (
         f"{what}: held-out accuracy was {percent(best['accuracy'])} at step {best['step']} and is "
-        f"{percent(last['accuracy'])}. More steps often make it worse. saved_model/ has the best policy. Stop "
+        f"{percent(last['accuracy'])} now. More steps often make it worse. saved_model/ has the best policy. Stop "
         "earlier with --patience 3, lower --learning-rate, or use --learning-rate-decay linear."
     )
 
 
 def falling_category(run: RunSnapshot) -> CheckResult:
-    """Report categories whose last two held-out accuracies have fallen, while the accuracy of all has not."""
+    """Report categories whose last two held-out accuracies have fallen, while the accuracy over all has not."""
     if len(run.evals) < 3 or past_peak(run) or collapsed(run):
         return None
     candidates = len(run.evals) * len(run.categories)
@@ -214,7 +214,7 @@ def reward_scale(run: RunSnapshot) -> CheckResult:
         return stds[small], (
             "Reward parts of different scales: in groups where a part differs, its standard deviation is "
             f"{stds[small]:.2g} for {small} and {stds[large]:.2g} for {large}. Where both parts differ, {small} has "
-            f"no effect. Where {large} is tied, {small} alone decides, divided by the group's std. Give the parts "
+            f"no effect. Where {large} is tied, {small} alone decides, however little it varies. Give the parts "
             "similar weights (--reward), or divide by the standard deviation of the batch (--scale-rewards batch)."
         )
     untied = 1 - run.mean("tied_groups_fraction", run.long_window)
@@ -230,5 +230,5 @@ def reward_scale(run: RunSnapshot) -> CheckResult:
     return std, (
         f"The scale of the rewards does not fit: in groups that are not tied, their standard deviation is {std:.2g}, "
         f"which is too {'small' if std < low else 'large'} compared with {compared}. Change the weights "
-        "(--reward NAME=WEIGHT) so that completions differ by about 1."
+        "(--reward NAME=WEIGHT) so that rewards differ by about 1."
     )

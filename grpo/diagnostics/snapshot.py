@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo.evaluation.intervals import wilson
 
-WINDOW_MIN_GROUPS = 40  # A window has this many groups, so that means of small batches are as certain.
+WINDOW_MIN_GROUPS = 40  # A window has at least this many groups, so that its means are certain enough.
 WINDOW_MIN_STEPS = 10
 LONG_WINDOW = 2  # Rare or noisy figures are means over this number of windows.
 NEARLY_ALL = 0.9  # From this share of groups or completions on, messages say "nearly all".
@@ -72,7 +72,7 @@ class RunSnapshot:
     def values(self, name: str, window: int | None = None, first: bool = False) -> list[float]:
         """Return a metric over the last (or first) `window` steps, without nulls.
 
-        The list is empty before there are that many steps, or if at least half of the values are null.
+        The list is empty if there are fewer steps, or if at least half of the values are null.
         """
         window = window or self.window
         rows = self.steps[:window] if first else self.steps[-window:]
@@ -93,7 +93,7 @@ class RunSnapshot:
         return (window or self.window) * self.batch
 
     def earlier_blocks(self, name: str, length: int) -> list[float]:
-        """Return the means of a metric over blocks of `length` steps, except the last and blocks of nulls."""
+        """Return the means of a metric over blocks of `length` steps, without the last and without empty ones."""
         blocks = [self.steps[i : i + length] for i in range(0, len(self.steps) - length + 1, length)][:-1]
         values = [[row[name] for row in block if row.get(name) is not None] for block in blocks]
         return [fmean(block) for block in values if block]

@@ -7,26 +7,26 @@ from grpo.diagnostics.snapshot import CheckResult, RunSnapshot, lower_bound, per
 KL_MIN = 1.0  # nats a token: on average a token is e times as likely as under the reference.
 KL_SPIKE_MIN_RATIO = 10.0  # A spike is this many times the median of the earlier KL.
 KL_SPIKE_MIN = 0.5  # nats a token: early medians are near 0, so a large ratio alone says little.
-KL_SPIKE_MIN_COMPLETIONS = 32  # The KL is a mean over this many completions, so that one rare token is no spike.
+KL_SPIKE_MIN_COMPLETIONS = 32  # The KL is a mean over this many completions, so that one rare token is not a spike.
 KL_SPIKE_MIN_BLOCKS = 7  # A spike is compared with at least this many earlier blocks of steps.
-KL_SPIKE_MIN_STEPS = 20  # The earlier blocks have at least this many steps, so that a fast start is no spike.
+KL_SPIKE_MIN_STEPS = 20  # The earlier blocks have at least this many steps, so that a fast start is not a spike.
 ENTROPY_MAX_REMAINING = 0.35  # A collapsed entropy is below this part of the entropy of the first steps.
 ENTROPY_MAX = 0.08  # nats a token: a collapsed entropy is also below this value.
 ENTROPY_MIN_TIED_SHARE = 0.75  # A healthy policy that copies text has little entropy too, but fewer ties.
 ENTROPY_MAX_ACCURACY = 0.8  # A policy that is right this often may have little entropy.
 LENGTH_MIN_RATIO = 4.0  # Completions grow if they have this many times the tokens of the first steps.
 LENGTH_MIN_RATIO_IF_BETTER = 10.0  # The ratio if accuracy has risen: longer completions may be the reason.
-LENGTH_MIN_GROWTH = 20  # tokens: a few more tokens multiply the length of a short completion.
+LENGTH_MIN_GROWTH = 20  # tokens: without it, a few more tokens would multiply the length of short completions.
 MOST_MIN_SHARE = 0.5  # From this share of completions on, messages say "most".
 NEVER_ENDS_MIN_SHARE = 0.95  # If at least this share is truncated, the model does not end its turns.
-REPEATED_MIN_SHARE = 0.1  # Least share of completions; a model that stops at the right place repeats none.
+REPEATED_MIN_SHARE = 0.1  # Minimum share of completions with a repeated ending; a model that stops in time has none.
 GRADIENT_SPIKE_MIN_RATIO = 10.0  # A spike is more than this many times both the median norm and --clip-grad-norm.
 GRADIENT_MIN_SPIKES = 3  # One spike is harmless.
 GRADIENT_MIN_STEPS = 20  # Fewer untied steps do not show which norm is usual.
 GRADIENT_MAX_STEPS = 50  # Older steps say little about the current policy.
 CLIPPED_MIN_SHARE = 0.3  # Clipping is for outliers; 0.05 to 0.2 of the tokens is usual in PPO.
-MOVED_MIN_SHARE = 0.1  # A step moves nearly all float32 weights; at a rate of 1e-7 it moved 2 to 8% in bfloat16.
-DISTANCE_MIN = 1e-6  # nats a token: a policy closer to its start has hardly changed.
+MOVED_MIN_SHARE = 0.1  # A step changes nearly all float32 weights; at a rate of 1e-7, it changed 2 to 8% in bfloat16.
+DISTANCE_MIN = 1e-6  # nats a token: a policy closer to its start than this has hardly changed.
 DISTANCE_MIN_STEPS = 50  # The distance is not judged before this many steps.
 GAP_MIN_FLOAT32 = 0.01  # nats: rounding in float32 explains 1e-5.
 GAP_MIN_BFLOAT16 = 1.0  # nats: rounding in bfloat16 explains a few tenths on a rare token.
@@ -56,8 +56,8 @@ def kl_spike(run: RunSnapshot) -> CheckResult:
         return None
     steps = "one step" if length == 1 else f"{length} steps"
     return kl, (
-        f"The KL jumps: {kl:.2f} nats a token in {steps}, {median(before):.3f} in the {blocks * length} before. A "
-        "single update went too far. Lower --learning-rate, --num-inner-updates or --clip-grad-norm."
+        f"The KL jumps: {kl:.2f} nats a token in {steps}, {median(before):.3f} in the {blocks * length} steps "
+        "before. A single update went too far. Lower --learning-rate, --num-inner-updates or --clip-grad-norm."
     )
 
 
@@ -105,7 +105,7 @@ def truncated(run: RunSnapshot) -> CheckResult:
         return None
     return share, (
         f"{percent(share)} of the completions of the last {run.window} steps were cut off by the token limit, "
-        f"most before their answer. Raise --max-new-tokens (now {run.config.get('max_new_tokens')}), or add "
+        f"so most probably have no answer. Raise --max-new-tokens (now {run.config.get('max_new_tokens')}), or add "
         "--mask-truncated-completions to leave them out of the loss."
     )
 
@@ -129,7 +129,7 @@ def ends_at_once(run: RunSnapshot) -> CheckResult:
         return None
     return share, (
         f"Completions end at once: {percent(share)} of the last {run.window} steps have at most one token. An empty "
-        "answer costs less than a wrong one: check that no reward (--reward) is negative or rewards being short, "
+        "answer costs less than a wrong one: check that no reward (--reward) is negative or favours short answers, "
         "raise --beta, and lower --learning-rate."
     )
 
@@ -150,7 +150,7 @@ def repeated_endings(run: RunSnapshot) -> CheckResult:
 def gradient_spikes(run: RunSnapshot) -> CheckResult:
     """Report that the norm of the gradient jumps again and again in steps in which not all groups are tied.
 
-    Steps whose groups are all tied are left out, since their gradient is the gradient of the KL alone.
+    Steps whose groups are all tied are left out, since their gradient comes from the KL alone.
     """
     untied = [row for row in run.steps if (row.get("tied_groups_fraction") or 0.0) < 1]
     norms = [row["grad_norm"] for row in untied if row.get("grad_norm") is not None][-GRADIENT_MAX_STEPS:]
@@ -235,7 +235,7 @@ def sampler_gap(run: RunSnapshot) -> CheckResult:
     if not gap >= limit:
         return None
     return gap, (
-        f"Sampling and scoring disagree: by up to {gap:.2g} nats on the log-probability of the same token, where "
-        f"rounding explains {limit:g}, so the ratio does not compare with the policy that sampled. Check that "
+        f"Sampling and scoring disagree by up to {gap:.2g} nats on the log-probability of the same token. Rounding "
+        f"explains at most {limit:g}. So the ratio is not relative to the policy that sampled. Check that "
         "this model has no dropout and treats positions and masks as usual, try --deterministic, and report it."
     )

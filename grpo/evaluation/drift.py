@@ -27,7 +27,7 @@ from grpo.runtime.precision import in_precision
 from grpo.scoring.scorer import DENSE
 from grpo.scoring.tokens import tokens_of
 
-MAX_ANSWER_TOKENS = 24  # Answers to the unrelated questions are cut here.
+MAX_ANSWER_TOKENS = 24  # Answers to the unrelated questions are cut after this many tokens.
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def plain_prompts(lm: LanguageModel, questions: Sequence[str]) -> list[list[int]
 def answer_logprobs(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows_per_pass: int
 ) -> list[list[float]]:
-    """Return the log-probability of each token of each answer at temperature 1, from padded rows."""
+    """Return the log-probability of each token of each answer at temperature 1, computed in padded rows."""
     rows: list[list[float]] = []
     for start in range(0, len(prompts), rows_per_pass):
         batch = answers[start : start + rows_per_pass]

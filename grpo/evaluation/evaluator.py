@@ -25,7 +25,7 @@ from tasks.rewards.scoring import RewardFunction, score
 from tasks.unrelated import QUESTIONS
 
 TEST_PROBLEMS = 1000  # The test split has at most this many problems.
-SKILL_PROBLEMS = 100  # Problems of each skill; few, because only a loss of many points matters.
+SKILL_PROBLEMS = 100  # A skill is measured on this many problems; few, because only a large loss matters.
 SAMPLES_PER_K = 2  # pass@k is estimated from 2k samples of each problem.
 MAX_FAILED_SHARE = 0.5  # A run ends if rewards fail on a larger share of the validation answers.
 EVALUATION_ATTEMPT = 10**6  # Training never reaches this `attempt`, so evaluations draw other random numbers.
@@ -51,7 +51,7 @@ class Evaluation:
 
     @property
     def categories(self) -> dict[str, list[bool]]:
-        """Return, by category in the order of names, whether each answer to its problems is right."""
+        """Return for each category, sorted by name, whether each answer to its problems is right."""
         categories: dict[str, list[bool]] = {}
         for problem, right in zip(self.problems, self.right, strict=True):
             if problem.category:
@@ -138,7 +138,7 @@ class Evaluator:
     def sampled(self, lm: LanguageModel, split: str) -> dict[str, dict[str, float]]:
         """Return pass@j and maj@j on a split for j = 1, 2, 4, …, k, from 2k samples of each problem; {} if k is 0.
 
-        Each rank samples a part of the problems, then every rank gets all samples.
+        Each rank samples answers to some of the problems; then every rank gets all samples.
         """
         k = self.config.pass_at_k
         if not k:
@@ -164,7 +164,7 @@ class Evaluator:
         return {"evaluate_limit": self.microbatch.rows, "start": self.start and self.start.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned. Raises ValueError that names the damaged entries, if any."""
+        """Restore a state that `state_dict` returned. Raises a ValueError that names damaged entries, if any."""
         start = state.get("start")
         limit = state.get("evaluate_limit", ROWS_PER_PASS)
         check_entries({"evaluate_limit": is_count(limit), "start": start is None or DriftBaseline.is_state(start)})
@@ -196,7 +196,7 @@ class Evaluator:
         return samples
 
     def _reward(self, evaluation: Evaluation) -> dict[str, float]:
-        """Return the mean reward of the answers, 0 if none applies; {} if accuracy chooses the policy."""
+        """Return the mean reward of the answers, 0 if no reward applies; {} if accuracy chooses the policy."""
         if not self.rewards or (any(evaluation.right) and not self.always_by_reward):
             return {}
         ids = {"completion_ids": evaluation.completion_ids}

@@ -38,7 +38,7 @@ def paired_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[floa
 
     φ = (ad − bc) / √((a + b)(c + d)(a + c)(b + d)), where a problems are right in both, b only in the first, c only
     in the second, and d in neither. A positive numerator is lowered by n/2, but not below 0. φ = 0 if the root is 0.
-    Raises ValueError if there are no answers, or if their numbers differ.
+    Raises ValueError if there are no answers, or if the lengths differ.
     """
     n = len(first)
     if n == 0 or len(second) != n:
@@ -108,7 +108,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def t_quantile(degrees: int) -> float:
     """Return the 97.5% quantile of Student's t for a number of degrees of freedom.
 
-    It is exact up to 4. For more, it is the expansion 26.7.5 of Abramowitz and Stegun, with errors within 0.2%.
+    Up to 4 degrees, it is exact. Beyond, it is expansion 26.7.5 of Abramowitz and Stegun, accurate within 0.2%.
     """
     if degrees <= len(T_QUANTILES):
         return T_QUANTILES[degrees - 1]

@@ -28,7 +28,7 @@ class Measured:
     name: str
     evaluations: Mapping[str, Evaluation]  # by name: first the task, then the skills
     sampled: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # pass_at_k and maj_at_k, by k
-    drift: float | None = None  # distance from the first model, on unrelated questions, nats a token
+    drift: float | None = None  # drift from the first model on unrelated questions, nats a token
 
 
 def measure(
@@ -170,6 +170,6 @@ def answers(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def shortened(name: str, longest: int) -> str:
-    """Return a model's name; of a longer name, … and the end, with `longest` characters in all."""
+    """Return a model's name. If it has more than `longest` characters, … replaces the beginning."""
     name = printable(name)
     return name if len(name) <= longest else f"…{name[1 - longest :]}"

@@ -34,8 +34,8 @@ MAX_DIFFERENCES_SHOWN = 5
 def agree(settle: Callable[[], TrainConfig], ranks: Ranks) -> tuple[TrainConfig, Task, Meeting]:
     """Return the settings, the task, and the meeting with the other processes, once all processes agree.
 
-    `settle` returns the settings of this process. Raises the same ValueError on all processes if they differ, if one
-    of them has a mistake, or if one of them does not join in time.
+    `settle` returns the settings of this process. Raises the same ValueError on all processes if they differ, if a
+    process reports an error, or if a process does not join in time.
     """
     statement = {"host": socket.gethostname()}
     try:
@@ -93,7 +93,7 @@ def _has_token(path: Path, token: str) -> bool:
 
 
 def _content(config: TrainConfig, task: Task, device: str) -> dict[str, str]:
-    """Return everything that determines the result of a run, as texts by the label that an error message shows."""
+    """Return what determines the result of a run, as texts. The keys are the labels that error messages show."""
     settings = config.to_dict()
     del settings["output_dir"]  # the path of the shared folder may differ between machines
     # A reward file is read but not run here, because running it may load a model.
@@ -118,7 +118,7 @@ def _sha256(path: str | Path) -> str:
 
 
 def _refuse_errors(statements: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError with the first error that a process reports, and its processes unless all report it."""
+    """Raise ValueError with the first error that a process reports; name the processes unless all report it."""
     errors = {rank: statement["error"] for rank, statement in enumerate(statements) if "error" in statement}
     if errors:
         first = next(iter(errors.values()))

@@ -53,7 +53,7 @@ def show_examples(grpo: GRPO) -> None:
     lm, task, seed = grpo.sampler.lm, grpo.sampler.task, grpo.config.seed
     try:
         problem, solution = solved_problem(task, seed, 1, 0)
-    except ValueError:  # perhaps no problem has a known answer
+    except ValueError:  # no training problem may have a known answer
         problem, solution = task.training_problem(seed, 1, 0), None
     [prompt] = lm.prompts([task.messages(problem.question)])
     say(f"A prompt, {len(prompt)} tokens:")
@@ -106,7 +106,7 @@ def expected_seconds(grpo: GRPO, evaluator: Evaluator) -> dict[str, float]:
     seconds = _seconds(lambda: evaluator.evaluate(lm, task, timed))
 
     def evaluation(problems: int) -> float:
-        """Return the seconds of an evaluation: proportional to its rows on a CPU, else to its passes."""
+        """Return the expected seconds of an evaluation: proportional to its rows on a CPU, else to its passes."""
         return seconds * (problems / len(timed) if lm.model.device.type == "cpu" else -(-problems // ROWS_PER_PASS))
 
     evaluations = 1 + -(-c.num_iterations // c.eval_every)

@@ -12,7 +12,7 @@ import click
 
 from grpo.runtime.console import folded, for_terminal, make_streams_safe
 
-EXAMPLE = "What is (4 - 9) * 6?"  # an example of a question for inference.py
+EXAMPLE = "What is (4 - 9) * 6?"  # an example question for inference.py
 OPTION_COLUMNS = 30  # An option that is longer gets its own line in --help.
 
 
@@ -60,10 +60,10 @@ class Script(click.Command):
 
 
 def run_script(command: click.Command) -> None:
-    """Run a script, called from its last line, and end the process with its exit status.
+    """Run a script's command and end the process with its exit status. Call this in the script's last line.
 
     The process ends without torch's own cleanup, which would delay the end of a stopped run by one to three seconds.
-    A notebook (`%run`) or any other program that runs the script goes on: it gets the SystemExit.
+    A notebook (`%run`) or any other program that runs the script continues: it gets the SystemExit.
     """
     script = sys._getframe(1)
     is_whole_program = script.f_back is None and not sys.flags.interactive

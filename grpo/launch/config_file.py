@@ -32,7 +32,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     for name, value in settings.items():
         if name not in known:
             raise ValueError(f"--config {path} has {printable(name)!r}, which is not a setting; see --help-all")
-        if name == "task" and isinstance(value, str):  # a file may give a single task as a text
+        if name == "task" and isinstance(value, str):  # a file may give a single task as a string
             value = [value]
         if isinstance(value, list):
             settings[name] = value = tuple(value)

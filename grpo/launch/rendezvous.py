@@ -1,6 +1,6 @@
-"""Find the other processes of a launch, also after a restart, and notice when one of them no longer answers.
+"""Find the other processes of a launch, even after a restart, and notice when one of them no longer answers.
 
-torchrun gives each process its rank and the address of a store of keys and values. All processes see the store, which
+torchrun gives each process its rank and the address of a key-value store. All processes see the store, which
 exists as long as torchrun runs on the first machine. After a restart the store still holds what the earlier processes
 wrote, and the number of restarts differs between machines. So every process draws a random name. A round is a list of
 such names, one for each rank, that all processes in the list have confirmed.
@@ -127,7 +127,7 @@ class Heartbeat:
     def _end(self, silent: str) -> None:
         """Print which process is silent, and end this process."""
         prefix = f"process {self.rank}: " if self.rank else ""
-        fault = f"{silent} has not answered for {SILENT_BEATS * BEAT:.0f} s; it, or its machine, was stopped"
+        fault = f"{silent} has not answered for {SILENT_BEATS * BEAT:.0f} s; it or its machine was stopped"
         # The main thread cannot do this, because it waits for the silent process. `sys.stderr` may be redirected.
         print(f"Error: {prefix}{fault}. {self.hint}", file=sys.__stderr__, flush=True)
         os._exit(1)
@@ -151,7 +151,7 @@ def _agree_on_round(store: dist.Store, rank: int, size: int, member: str) -> tup
         if len(members) == size and members[rank] == member:
             name = f"round-{hashlib.sha256(''.join(members).encode()).hexdigest()[:16]}"
             store.set(f"{name}/here/{rank}", "")
-            if store.check([f"{name}/here/{r}" for r in range(size)]):  # a process from before a restart cannot do so
+            if store.check([f"{name}/here/{r}" for r in range(size)]):  # processes of an earlier start never confirm
                 return name, members
         time.sleep(POLL)
     absent = [r for r in range(size) if not store.check([f"{name}/here/{r}" if name else f"come/{r}"])] or [0]
@@ -162,7 +162,7 @@ def _agree_on_round(store: dist.Store, rank: int, size: int, member: str) -> tup
 
 
 def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
-    """Wait until every process is here. Rank 0 may serve the store, so it also waits until every process knows."""
+    """Wait until every process is here. Rank 0 may serve the store, so it stays until every process has noticed."""
     for key in ("all", "gone"):
         if store.add(f"{key}/count", 1) == size:
             store.set(key, "")
@@ -171,7 +171,7 @@ def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
 
 
 def _peek(store: dist.Store, key: str) -> bytes | None:
-    """Return a value of the store, or None if the key is missing, for which `get` would wait."""
+    """Return a value of the store; None, without the wait of `get`, if the key is missing."""
     return store.get(key) if store.check([key]) else None
 
 

@@ -30,7 +30,7 @@ OPTIONAL = ("grpo_sft_curve.png", "grpo_report.html", "tensorboard", ".grpo.trac
 LOCK = ".grpo.lock"
 PROCESS = ".grpo.pid"  # a file with the id of the process that has the lock
 EARLIER = "earlier_runs"
-CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of disks without locks, as of some notebooks
+CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of disks that cannot lock files
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def _holder(folder: Path) -> str:
 
 
 def _move_aside(config: TrainConfig, folder: Path) -> None:
-    """Move an earlier run to a new folder in `EARLIER`. Raises ValueError if it would move the new run's model."""
+    """Move an earlier run to a new folder in `EARLIER`. Raises ValueError if the new run starts from its model."""
     if not any((folder / name).exists() for name in WRITTEN):
         return
     start = model_folder(config.model)

@@ -1,6 +1,6 @@
 """Train once for each of several seeds, then compare the runs: `train_grpo.py --seeds 0,1,2`.
 
-Each seed is a run of its own, in a folder of its own, so it stops, continues and fails as any run does. The same
+Each seed is a run of its own, in a folder of its own, so it stops, continues and fails like any other run. The same
 command continues with the seeds that have not finished.
 """
 
@@ -36,8 +36,8 @@ def run_seeds(
 ) -> int:
     """Train with each seed, then print and draw the comparison; return the exit status.
 
-    `given` are the settings that differ from the defaults. If a run fails, the later seeds are not run. Raises
-    ValueError under torchrun.
+    `given` are the settings of the command line and the --config file. If a run fails, the later seeds are not run.
+    Raises ValueError under torchrun.
     """
     if is_one_of_several():
         raise ValueError("--seeds cannot be used under torchrun; start torchrun once for each seed, with --seed")
@@ -57,7 +57,7 @@ def run_seeds(
 
 
 def _run(command: Sequence[str]) -> int:
-    """Run a command and return its exit status. Ctrl-C reaches it from the terminal; SIGTERM is passed on to it."""
+    """Run a command and return its exit status. The terminal sends Ctrl-C to it; SIGTERM is passed on to it."""
     with subprocess.Popen(command) as process:
         on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         on_terminate = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())

@@ -32,7 +32,7 @@ def train_together(
     """Train as one of the processes that torchrun started, and end this process when all are done.
 
     `settle` returns the settings of this process. `train(config, task, ranks, earlier)` runs the training and returns
-    the exit status; `earlier` are the seconds since the launch began to train if torchrun has restarted it, else 0.
+    the exit status; after a restart, `earlier` is the number of seconds since the first start, else 0.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = (ConnectedRanks if size > 1 else Ranks)(
@@ -64,7 +64,7 @@ def connect(meeting: Meeting, ranks: Ranks, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = dist.PrefixStore(meeting.round_name, meeting.store)
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=ranks.rank, world_size=ranks.size)
-    ranks.barrier()  # so that a process that fails now does not break the connection of one that still joins
+    ranks.barrier()  # so that a process that fails now does not break the connection of one that is still joining
 
 
 @contextmanager

@@ -35,7 +35,7 @@ PANELS: tuple[tuple[str, Metric, str], ...] = (  # title, metric and scale of ea
 
 
 def draw_comparison(groups: Sequence[Group], folder: Path) -> list[Path]:
-    """Write the comparison into a folder; return its path, as the only item of a list."""
+    """Draw the comparison into a folder; return a list with the picture's path as its only item."""
     return [style.save_figure(comparison(groups), folder / COMPARISON)]
 
 
@@ -53,7 +53,7 @@ def comparison(groups: Sequence[Group]) -> Figure:
         axes = figure.add_subplot(grid[number // 2, number % 2], sharex=first)
         first = first or axes
         style.tidy(axes)
-        lowest = number >= len(panels) - 2  # the lowest panel of its column
+        lowest = number >= len(panels) - 2  # whether this is the lowest panel of its column
         axes.tick_params(labelsize=SMALL, labelbottom=lowest)
         remark = _panel(axes, groups, metric, scale)
         axes.set_title(title + remark, loc="left", fontsize=TEXT, weight="bold", pad=4)
@@ -109,7 +109,7 @@ def _smoothed(values: np.ndarray, axes: Axes | None = None) -> np.ndarray:
 def _curve(
     axes: Axes, series: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, dashes: str, marker: str | None
 ) -> None:
-    """Draw mean and range of several runs; the line is thin at steps where some runs have no value."""
+    """Draw the mean and the range of several runs; the line is thin at steps where some runs have no value."""
     series = [(steps, values) for steps, values in series if np.isfinite(values).any()]
     if not series:
         return
@@ -118,7 +118,7 @@ def _curve(
         several = spread.runs > 1
         axes.fill_between(spread.steps, spread.low, spread.high, several, color=colour, alpha=0.22, linewidth=0)
     look = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4}
-    # One line for each number of runs, because the mean jumps where a run begins or ends.
+    # Where a run begins or ends, the mean jumps. So each number of runs gets a line of its own.
     for runs in np.unique(spread.runs[spread.runs > 0]):
         mean = np.where(spread.runs == runs, spread.mean, np.nan)
         axes.plot(spread.steps, mean, linewidth=LINE if runs == len(series) else RAW, **look)
@@ -141,7 +141,7 @@ def _series(record: Mapping[str, Any], metric: Metric) -> tuple[np.ndarray, np.n
 
 
 def _look(number: int) -> tuple[str, str]:
-    """Return colour and line style of a group."""
+    """Return the colour and the line style of a group."""
     return COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
 
 
@@ -156,9 +156,9 @@ def _explain(figure: Figure, groups: Sequence[Group], height: float) -> None:
         labels.append(f" {style.plain(group.label, LONGEST_LABEL)}: {_description(group)}")
     place = {"loc": "upper left", "bbox_to_anchor": (0.0155, 1 - 0.3 / height), "borderaxespad": 0, "frameon": False}
     figure.legend(handles, labels, fontsize=SMALL, labelspacing=0.35, handlelength=1.6, borderpad=0.1, **place)
-    notes = ["Smoothed (a line fitted around each step). Bars: 95% intervals."]
+    notes = ["Curves are smoothed by local linear fits. Bars: 95% intervals."]
     if any(len(group.records) > 1 for group in groups):
-        notes.append("Bands: smallest to largest of the runs; line: their mean, thin where not all have a value.")
+        notes.append("Bands: smallest to largest value; lines: mean, thin where some runs have no value.")
     place = 1 - (0.34 + TEXT_LINE * len(groups)) / height
     figure.text(0.02, place, " ".join(notes), fontsize=SMALL, color=GREY, va="top")
 

@@ -115,7 +115,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _smoothed(record: Record, label: str) -> str:
-    """Return the label of a line; the label says so if the line is smoothed."""
+    """Return the label of a line, with ", smoothed" at its end if the line is smoothed."""
     return f"{label}, smoothed" if len(record["steps"]) >= SMOOTHED_FROM else label
 
 
@@ -130,7 +130,7 @@ def overview(record: Record) -> Figure:
     over_steps = [(number, axes) for number, (axes, _, has_steps) in enumerate(panels) if has_steps]
     lowest = {number % 2: axes for number, axes in over_steps}.values()  # the lowest panel of each column
     for _, axes in over_steps:
-        margin = 0.35 if last < SMOOTHED_FROM else 0.01 * last  # few steps may be drawn as bars
+        margin = 0.35 if last < SMOOTHED_FROM else 0.01 * last  # few steps may be drawn as bars, which need room
         axes.set_xlim(-margin, last + margin)
         style.whole_steps(axes)
         axes.tick_params(labelbottom=axes in lowest)
@@ -172,9 +172,9 @@ def _panels(figure: Figure, record: Record) -> tuple[list[tuple[Axes, str, bool]
 def _arrange(figure: Figure, panels: Sequence[tuple[Axes, str, bool]], below: float) -> float:
     """Place panels in two columns, with space for the legends of each row; return the figure's height in inches.
 
-    `below` is the height of the text below the panels.
+    `below` is the height in inches of the text below the panels.
     """
-    rows = []  # for each row of panels, the lines of legend above it and the inches below it
+    rows = []  # for each row of panels: the number of legend lines above it, and the space below it in inches
     for i in range(0, len(panels), 2):
         row = [axes for axes, *_ in panels[i : i + 2]]
         numbered = any(axes.xaxis.get_tick_params()["labelbottom"] for axes in row)
@@ -207,7 +207,7 @@ def _write(figure: Figure, record: Record, text_lines: Sequence[str], height: fl
         before, after = tests[0], tests[-1]
         remarks.append(f"Test {100 * before['accuracy']:.1f}% → {100 * after['accuracy']:.1f}% (n = {after['n']}).")
     if (steps := len(record["steps"])) >= SMOOTHED_FROM:
-        remarks.append(f"Faint: every step; strong: a line fitted to {window_for(steps)} steps around each.")
+        remarks.append(f"Faint lines: single steps. Strong lines: smoothed over {window_for(steps)} steps.")
     figure.text(0.02, 1 - 0.32 / height, " ".join(remarks), fontsize=SMALL, color=GREY, va="top")
     top = TEXT_LINE * (len(text_lines) + 0.35)
     for number, text in enumerate(text_lines):
@@ -230,7 +230,7 @@ def _findings_in_words(record: Record) -> list[str]:
 
 def _mark(axes: Axes, entries: Sequence[Record], last: int) -> None:
     """Draw a thin numbered line at the step of each finding; findings that are close together share a label."""
-    groups: list[tuple[int, list[int]]] = []  # the first step of each label, and the numbers on it
+    groups: list[tuple[int, list[int]]] = []  # for each label: its first step, and the numbers of its findings
     for number, finding in enumerate(entries, 1):
         step = finding["step"]
         if step > last:
@@ -249,7 +249,7 @@ def _mark(axes: Axes, entries: Sequence[Record], last: int) -> None:
 
 
 def _head(axes: Axes, title: str, lines: int) -> None:
-    """Write the title of a panel, and its legend between title and axes, in `lines` lines."""
+    """Write the title of a panel, and below it the legend, which takes `lines` lines."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         spacing = {"borderaxespad": 0.1, "handlelength": 1.3, "columnspacing": 1, "labelspacing": 0.2}

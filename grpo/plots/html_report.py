@@ -1,7 +1,7 @@
 """Write a self-contained page about a run: pictures, findings, evaluations, completions, settings.
 
 The page shows text that a model wrote, which is not trusted: jinja2 escapes the text, the page has no script, and a
-content security policy forbids it to load anything.
+content security policy forbids loading anything.
 """
 
 import base64
@@ -21,8 +21,8 @@ from grpo.runtime.console import printable
 
 PAGE = "grpo_report.html"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-SHOWN_STEPS = 60  # the most steps whose completions are shown
-SHOWN_COMPLETIONS = 16  # the most completions that are shown for a step
+SHOWN_STEPS = 60  # The completions of at most this many steps are shown.
+SHOWN_COMPLETIONS = 16  # At most this many completions of a step are shown.
 SHOWN_LETTERS = 2000  # A longer text is cut to this many characters.
 KEYS = ("step", "prompt", "completion", "rewards", "reward", "advantage", "correct")
 CAPTIONS = {
@@ -35,7 +35,7 @@ Cell = str | int | Markup
 
 
 def write_page(record: Record, pictures: Sequence[Path], run: Path, folder: Path) -> Path:
-    """Write the page of a run into `folder` and return its path; `run` is the folder that has the completions."""
+    """Write the page of a run into `folder` and return its path; `run` is the folder of the run."""
     images = {picture.name: picture.read_bytes() for picture in pictures}
     text = page(record, images, *read_samples(run / SAMPLES))
     write_atomic(folder / PAGE, text.encode())
@@ -53,7 +53,7 @@ def read_samples(path: Path) -> tuple[dict[int, list[Mapping[str, Any]]], int]:
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError):
-                damaged += bool(text.strip()) and text.endswith("\n")  # a run may be writing the last line
+                damaged += bool(text.strip()) and text.endswith("\n")  # a run may still be writing it
                 continue
             if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("completion"), str):
                 steps.setdefault(row["step"], []).append({key: row.get(key) for key in KEYS})
@@ -96,7 +96,7 @@ def _text(value: Any, longest: int = SHOWN_LETTERS) -> str:
 
 
 def _number(value: Any, digits: int = 2) -> str:
-    """Return a number with this many decimal digits; – for any other value."""
+    """Format a number with this many decimals; return – for any other value."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
     return f"{value:.{digits}f}".replace("-", "−") if is_number else "–"
 
@@ -135,7 +135,7 @@ def _evaluations(record: Record) -> dict[str, Any]:
 
 
 def _measured(entry: Mapping[str, Any]) -> list[str]:
-    """Return cells: accuracy, its interval, the number of problems, and the well-formed share; shares in %."""
+    """Return cells: accuracy, its interval and the well-formed share, in %, and the number of problems."""
 
     def percent(name: str) -> str:
         return _number(100 * entry[name] if isinstance(entry.get(name), (int, float)) else None, 1)

@@ -1,7 +1,7 @@
-"""Draw the panels of the overview: each draws one aspect of a run and returns a remark for its title.
+"""Draw the panels of the overview. Each function draws one aspect of a run and returns a remark for its title.
 
-A function without values to draw returns None; if its share is always 0, it returns ZERO. The overview leaves out
-both panels. A metric of `STEP_METRICS` that has a title, but is not in `DRAWN`, gets a panel automatically.
+A function returns None if there are no values to draw, and ZERO if its share is always 0. The overview leaves out
+such panels. A metric of `STEP_METRICS` that has a title, but is not in `DRAWN`, gets a panel automatically.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from grpo.plots.style import AMBER, BLACK, BLUE, COLOURS, GREEN, GREY, LINE, ORA
 from grpo.record.schema import evaluations, few_categories
 from grpo.record.step_metrics import STEP_METRICS, metric_title
 
-MOST_PARTS = 11  # Of a reward with more parts, only this many are drawn.
+MOST_PARTS = 11  # At most this many parts of the reward are drawn.
 STYLES = ("-", "--")  # The second style is for parts of a reward whose colour is already taken.
 LEAST_LAYER = 0.005  # A layer that is never above this share of the stack would be invisible, so it is left out.
 ZERO = "always 0"
@@ -46,7 +46,7 @@ def _accuracy(axes: Axes, record: Record) -> str | None:
 
 
 def _number(name: str, colour: str, axes: Axes, record: Record) -> str | None:
-    """Draw a metric on an axis that starts at 0."""
+    """Draw a metric on a y axis that starts at 0, or below if it is negative."""
     scale = style.from_zero(axes, column(record, name))
     return scale if style.line(axes, record, name, colour) else None
 
@@ -154,12 +154,12 @@ def skills(axes: Axes, record: Record) -> str | None:
 
 
 def short(name: str) -> str:
-    """Return a short name for a legend. A space precedes an underscore, or matplotlib would leave the name out."""
+    """Return a short name for a legend. A leading underscore gets a space before it, or matplotlib omits the name."""
     return style.plain(name if not name.startswith("_") else " " + name, 16)
 
 
 def _stack(axes: Axes, record: Record, layers: Sequence[tuple[str, np.ndarray, str]]) -> bool:
-    """Stack layers (name, values, colour), as bars if there are few steps, else as areas; return if any is drawn."""
+    """Stack layers (name, values, colour), as bars for few steps, else as areas; return whether any is drawn."""
     steps = column(record, "step")
     layers = [(name, style.drawable(values), colour) for name, values, colour in layers]
     top = sum(np.nan_to_num(values) for _, values, _ in layers).max(initial=0.0)

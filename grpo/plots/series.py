@@ -1,4 +1,4 @@
-"""Prepare series for the figures: a metric over the steps, smoothed, and several runs as one."""
+"""Prepare the series of the figures: a metric over the steps, smoothed, or several runs combined into one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import numpy as np
 
 from grpo.config import CHANGEABLE_ON_RESUME, TrainConfig, with_new_names
 
-SMOOTHED_FROM = 10  # A run with fewer steps is drawn as markers.
+SMOOTHED_FROM = 10  # A run with fewer steps is drawn without smoothing, with a marker for each step.
 # A run may change these settings when it continues, but they change the values or the length of its curve.
 CHANGES_A_CURVE = ("precision", "num_iterations", "patience", "target_accuracy")
 Record = Mapping[str, Any]
@@ -57,7 +57,7 @@ def reward_parts(record: Record) -> list[str]:
 
 
 def phases(record: Record) -> list[str]:
-    """Return the phases of a step's time, such as "sample"; a part of a phase (`time/reward/exact`) is left out."""
+    """Return the phases of a step's time, such as "sample"; parts of a phase (`time/reward/exact`) are left out."""
     names = dict.fromkeys(name for step in record["steps"] for name in step if name.startswith("time/"))
     return [name.removeprefix("time/") for name in names if name.count("/") == 1 and name != "time/total"]
 
@@ -97,7 +97,7 @@ class Spread:
 
 
 def over_runs(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> Spread:
-    """Return mean and range of runs, each given as (steps, values); each step counts the runs with a value there."""
+    """Return the mean and range, at each step, of the runs with a value there; a run is given as (steps, values)."""
     steps = np.unique(np.concatenate([s for s, _ in series])) if series else np.array([])
     table = np.full((max(1, len(series)), len(steps)), np.nan)
     for row, (run_steps, values) in zip(table, series, strict=False):
@@ -137,7 +137,7 @@ def group_runs(paths: Sequence[Path], records: Sequence[Record], labels: Sequenc
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    """Return the settings, other than the seed, that change a curve; "auto" is replaced by the precision chosen."""
+    """Return the settings, other than the seed, that change a curve; for precision, the one that was used."""
     config = {**TrainConfig().to_dict(), **with_new_names(record["config"])}  # an older record lacks newer settings
     environment = record.get("environment")
     if isinstance(environment, Mapping):  # a damaged or older record may have none

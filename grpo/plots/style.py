@@ -40,14 +40,14 @@ THIN = 1.4  # a horizontal line, such as a limit
 SMALL = 7.5
 TEXT = 8.5
 LARGE = 11
-WIDTH = 8.8  # the width of a figure in inches, which a README shows as 880 pixels
+WIDTH = 8.8  # of a figure, in inches
 LARGEST_DRAWN = 1e100  # The arithmetic of matplotlib overflows above this value.
 LONGEST_NAME = 60  # A longer name is cut to this many characters.
 SPIKE = 50  # A scale is logarithmic if the largest value is more than this many times the median.
 
 
 def plain(text: str, longest: int = LONGEST_NAME) -> str:
-    """Return a text that matplotlib shows literally: without mathematics or control characters, of limited length.
+    """Return a text that matplotlib shows literally: without formulas or control characters, of limited length.
 
     >>> plain("a$b\\n")
     'a\\\\$b\\\\n'
@@ -60,7 +60,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, whole or not at all, and close it."""
     image = BytesIO()
     with warnings.catch_warnings():
-        # A character that the font lacks is drawn as a box.
+        # A character that the font lacks is drawn as a box; the warning about it would not help a user.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(image, dpi=150, format="png")
     plt.close(figure)
@@ -92,7 +92,7 @@ def shares(axes: Axes, top: float = 1.05) -> None:
 
 
 def fitting_shares(axes: Axes, values: np.ndarray) -> None:
-    """Scale the y axis for shares to the first of 1, 10 and 100% that holds all values."""
+    """Scale the y axis for shares to 1, 10 or 100%: the smallest of them that holds all values."""
     most = np.nan_to_num(values).max(initial=0.0)
     shares(axes, next((top for top in (0.0105, 0.105) if 1.05 * most <= top), 1.05))
 
@@ -109,7 +109,7 @@ def drawable(values: np.ndarray) -> np.ndarray:
 
 
 def smooth_as_drawn(axes: Axes, values: np.ndarray) -> np.ndarray:
-    """Smooth values as they are scaled on the axes: on a logarithmic scale, a spike must not become a hill."""
+    """Smooth values on the scale of the y axis, so that on a logarithmic axis a spike does not become a hill."""
     window = window_for(len(values))
     transform = axes.yaxis.get_transform()
     if axes.get_yscale() == "linear":
@@ -120,7 +120,7 @@ def smooth_as_drawn(axes: Axes, values: np.ndarray) -> np.ndarray:
 
 
 def line(axes: Axes, record: Record, name: str, colour: str, label: str | None = None, style: str = "-") -> bool:
-    """Draw a metric over the steps; return whether it has any value.
+    """Draw a metric over the steps; return whether the metric has any value.
 
     Many steps are drawn as a smoothed line over faint raw values, few steps as markers.
     """
@@ -159,7 +159,7 @@ def with_intervals(entries: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np
 
 
 def from_zero(axes: Axes, values: np.ndarray, shown: np.ndarray | None = None) -> str:
-    """Scale the y axis from 0, or from the smallest value if it is negative; return a remark about it for the title.
+    """Scale the y axis from 0, or from the smallest value if it is negative; return a remark for the title.
 
     The scale is logarithmic if a few large values would flatten all others. `shown` are the values that will be
     drawn, if these differ from `values`.

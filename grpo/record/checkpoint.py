@@ -43,14 +43,14 @@ class Checkpoint:
 
 
 class IncompatibleCheckpoint(ValueError):
-    """Raised for an intact checkpoint that cannot be used: it has another format, or may not be read."""
+    """Raised if a checkpoint is intact but cannot be used: it has another format, or reading it is not permitted."""
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint of the run in `folder`, then remove all but the last two; return its folder.
 
     An intact checkpoint of the same step is kept, because equal settings give equal checkpoints. It is replaced only
-    if the step has been evaluated since. Raises OSError if the checkpoint cannot be written; earlier ones stay then.
+    if the step has been evaluated since. Raises OSError if it cannot be written; the last earlier one stays.
     """
     parent = folder / FOLDER
     parent.mkdir(exist_ok=True)
@@ -116,7 +116,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if state.get("format") != FORMAT:
             raise IncompatibleCheckpoint(f"it has format {state.get('format')}, this version reads format {FORMAT}")
         if not is_count(state.get("step")) or path.name != f"step-{state['step']:08d}":
-            raise ValueError("its step is not the step in its name")
+            raise ValueError("its step differs from the step in its name")
         policy, optimizer = load_file(path / POLICY), load_file(path / OPTIMIZER)
         reference = load_file(path / REFERENCE) if (path / REFERENCE).exists() else None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -145,7 +145,7 @@ def _manifest(path: Path) -> bytes:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a checkpoint's files have the sizes and sums of its manifest; OSError if a file is missing."""
+    """Return whether files have the sizes and sums in the manifest. Raises OSError if a file is missing."""
     return (path / MANIFEST).read_bytes() == _manifest(path)
 
 
@@ -155,7 +155,7 @@ def _evaluations(path: Path) -> int:
 
 
 def _make_room(parent: Path, final: Path, checkpoint: Checkpoint) -> None:
-    """Remove all checkpoints but the last if the disk is too full. Raises OSError if it still is too full."""
+    """Remove all checkpoints but the last if the disk is too full. Raises OSError if it is still too full."""
     tensors = [*checkpoint.policy.values(), *checkpoint.optimizer.values(), *(checkpoint.reference or {}).values()]
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if shutil.disk_usage(parent).free < needed:

@@ -46,7 +46,7 @@ class Metrics:
 
         Raises ValueError if the state is damaged or does not belong to these numbers of steps.
         """
-        # Earlier versions lack these parts.
+        # Checkpoints of earlier versions lack these parts.
         state = {"before_sft": None, "sft": [], "outlook": None, "changed_files": [], **state}
         passed = {name: FORMATS[name](state.get(name)) for name in self.state_dict()}
         passed["evals"] = is_list_of(is_evaluation, state.get("evals"))
@@ -77,7 +77,7 @@ class Metrics:
         self.record["changed_files"].append({"step": step, "files": dict(files)})
 
     def write(self) -> None:
-        """Replace the file by a new one in a single step."""
+        """Replace the file by a new one, whole or not at all."""
         if self.path is None:
             return
         text = json.dumps(self.record, allow_nan=False, separators=(",", ":")) + "\n"

@@ -1,4 +1,4 @@
-"""Check that what was read from a file has the format of `grpo_metrics.json`."""
+"""Check that a value that was read from a file has the format of `grpo_metrics.json`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +8,8 @@ from grpo.runtime.checks import LARGEST_NUMBER, is_count, is_list_of
 
 SCHEMA_VERSION = 1
 MEASURED = ("accuracy", "n", "ci_low", "ci_high")  # Every evaluation has these numbers.
-TABLES = ("tasks", "categories", "pass_at_k", "maj_at_k")  # only some evaluations; "tasks": older versions
+# Only some evaluations have these tables. "tasks" was written by older versions.
+TABLES = ("tasks", "categories", "pass_at_k", "maj_at_k")
 NOT_NUMBERS = ("split", "skills", *TABLES)
 MAX_SHOWN_CATEGORIES = 6  # More categories do not fit into a line or a legend.
 

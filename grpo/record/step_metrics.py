@@ -48,14 +48,14 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepMetric:
-    """A metric of a step. If the name ends in `/*`, the formula returns values by the names to put for `*`."""
+    """A metric of a step. If the name ends in `/*`, the formula returns one value for each name that replaces `*`."""
 
     name: str
     meaning: str
     formula: Callable[[StepResult], Any]
     title: str = ""  # the title of its panel; a metric without a title is not drawn
     unit: str = ""
-    scale: str = "number"  # the range of its axis: "share" is 0 to 1, "number" from 0, "reward" at least 0 to 1
+    scale: str = "number"  # the range of the axis: "share" 0 to 1, "number" from 0, "reward" 0 to 1 or wider
 
 
 def metric_title(name: str) -> str:
@@ -94,20 +94,20 @@ def _finite(value: Any) -> float | None:
 
 
 def _group_std(groups: Sequence[Sequence[float]]) -> float | None:
-    """Return the std in a group, mean over the groups with two or more finite rewards; None if there are none."""
+    """Return the mean std within a group, over the groups with two or more finite rewards; None if there are none."""
     applied = [[r for r in group if isfinite(r)] for group in groups]
     return _mean([stdev(group) for group in applied if len(group) > 1])
 
 
 def _spread(part: Sequence[Value], groups: int) -> float | None:
-    """Return the std of a part, (B,), in a group, mean over the groups where it is not 0; None if there are none."""
+    """Return the mean std of a part, (B,), in a group, over the groups where it is not 0; None if there are none."""
     g = len(part) // groups
     applied = [[v for v in part[i : i + g] if v is not None] for i in range(0, len(part), g)]
     return _mean([stdev(group) for group in applied if len(group) > 1 and min(group) < max(group)])
 
 
 STEP_METRICS: tuple[StepMetric, ...] = (
-    StepMetric(name="step", meaning="number of the step, from 1", formula=lambda s: s.step),
+    StepMetric(name="step", meaning="number of the step, counted from 1", formula=lambda s: s.step),
     StepMetric(
         name="reward_mean",
         meaning="mean reward of the completions",
@@ -163,7 +163,7 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="completion_length",
-        meaning="mean tokens of a completion, the end token included",
+        meaning="mean number of tokens in a completion, including the end token",
         formula=lambda s: float(s.drawn.lengths.float().mean()),
         title="Completion length",
         unit="tokens",
@@ -178,7 +178,7 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="empty_fraction",
-        meaning="share of completions of at most one token",
+        meaning="share of completions with at most one token",
         formula=lambda s: float((s.drawn.lengths <= 1).float().mean()),
     ),
     StepMetric(
@@ -232,7 +232,8 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="clip_fraction",
-        meaning="share of tokens whose gradient the clipping removes, in the inner update where it is largest",
+        meaning="share of clipped tokens, in the inner update that clips most; their surrogate has no gradient "
+        "(CISPO: a capped one)",
         formula=lambda s: max(u.clip_fraction for u in s.updates),
         title="Clipped",
         unit="% of tokens",

@@ -1,4 +1,4 @@
-"""Send metrics to an experiment tracker too: trackio or wandb, which have the same interface, or TensorBoard."""
+"""Also send the metrics to an experiment tracker: trackio or wandb, which have the same interface, or TensorBoard."""
 
 import json
 import sys
@@ -14,12 +14,12 @@ PROJECT = "grpo"
 
 
 class Tracker:
-    """The tracker that `--track` names; "none" ignores everything. After its first failure it is left out."""
+    """The tracker that `--track` names; "none" ignores everything. After its first failure, it gets nothing more."""
 
     _is_open = False
 
     def __init__(self, name: str) -> None:
-        """Raises ValueError with the line that installs the package if it is missing."""
+        """Import the tracker's package. Raises ValueError, with the command that installs it, if it is missing."""
         self.name = name
         self.package: Any = None
         if name == "none":
@@ -39,8 +39,8 @@ class Tracker:
     def tracking(self, folder: Path, config: Mapping[str, Any], last_step: int | None = None) -> Iterator[None]:
         """Open a run of the tracker, and close it however the block ends.
 
-        `last_step` is the last step that counts of a run that continues: its run of the tracker continues too. None
-        begins a new run there.
+        If the training run continues, `last_step` is the last step that it keeps, and the tracker's run continues
+        too. With None, the tracker begins a new run.
         """
         if self.package is None:
             yield
@@ -56,7 +56,8 @@ class Tracker:
     def log(self, step: int, entry: Mapping[str, Any], prefix: str = "") -> None:
         """Send the numbers of an entry of `steps`, or of `evals` under a prefix such as "validation/".
 
-        `step` is the current step of the run, also for a test of an earlier policy: wandb drops steps that go back.
+        `step` is the current step of the run, even for a test of an earlier policy, because wandb drops an entry
+        whose step is lower than the last one.
         """
         numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}
         self._attempt(lambda: self._send(numbers, step))
@@ -64,7 +65,7 @@ class Tracker:
     def _open(self, folder: Path, config: Mapping[str, Any], last_step: int | None) -> None:
         """Open a new run of the tracker, or the run whose id or name an earlier launch has left in the folder."""
         if self.name == "tensorboard":
-            first = 0 if last_step is None else last_step + 1  # what an interrupted launch wrote from here on is void
+            first = 0 if last_step is None else last_step + 1  # later entries of an interrupted launch are dropped
             self._writer = self.package.SummaryWriter(str(folder / "tensorboard"), purge_step=first)
             self._writer.add_text("config", json.dumps(dict(config)))
             return
@@ -89,7 +90,7 @@ class Tracker:
             self.package.log(dict(numbers), step=step)
 
     def _attempt(self, call: Callable[[], Any]) -> None:
-        """Call the tracker if its run is open. A failure is one warning, and the last call."""
+        """Call the tracker if its run is open. A failure prints one warning, and ends the tracking."""
         if not self._is_open:
             return
         try:

@@ -1,4 +1,4 @@
-"""What a run prints at its end, or when it is stopped."""
+"""Print the result of a run at its end, or how to continue when it is stopped."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ PHASES = {"sample": "sampling", "reference": "reference", "update": "update"}
 
 
 def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: str) -> None:
-    """Print the accuracies before and after, findings, times and files, and a command with the question `example`."""
+    """Print the accuracies before and after, findings, times and files, and a command that asks `example`."""
     before, after = _first_and_last_test(record)
     steps = record["steps"]
     reason = record["finished"]["reason"]
@@ -92,13 +92,13 @@ def _say_times(record: Mapping[str, Any]) -> None:
     total = sum(phases.values())
     shown = [f"{name} {spent:.1f} s ({100 * spent / total:.0f}%)" for name, spent in phases.items() if spent > 0.05]
     say(f"  Time: {', '.join(shown)}")
-    say(f"  {tokens_per_second(record):,.0f} tokens a second in the steps")
+    say(f"  {tokens_per_second(record):,.0f} tokens a second during the steps")
     if memory := record["finished"]["peak_memory"]:
         say(f"  At most {memory / 2**20:,.0f} MiB of memory")
 
 
 def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Format the accuracies before and after of up to twelve categories, those with the lowest accuracy after."""
+    """Format accuracies before and after training, for the twelve categories with the lowest accuracy after it."""
     now = after.get("categories", {})
     shown = sorted(sorted(now, key=lambda name: now[name]["accuracy"])[:12])
     if not shown:
@@ -127,7 +127,7 @@ def drifted(after: Mapping[str, Any]) -> list[str]:
 
 
 def seconds_by_phase(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds that each phase of a run took; no second counts for two phases."""
+    """Return the seconds that each phase of a run took; no second is counted in two phases."""
     steps, evals = record["steps"], record["evals"]
     phases = {"fine-tuning": _sum(record.get("sft", []), "time/total")}
     phases |= {name: _sum(steps, f"time/{phase}") for phase, name in PHASES.items()}
@@ -137,7 +137,7 @@ def seconds_by_phase(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tokens_per_second(record: Mapping[str, Any]) -> float:
-    """Return how many prompt and completion tokens were trained on per second of the steps."""
+    """Return the number of prompt and completion tokens that were trained on per second."""
     return _sum(record["steps"], "tokens") / max(1e-9, _sum(record["steps"], "time/total"))
 
 

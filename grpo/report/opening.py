@@ -1,4 +1,4 @@
-"""What a run prints before its first step."""
+"""Print what a user should know before the first step of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +34,7 @@ def introduce(
     decoder: Decoder,
     task_notes: Sequence[str] = (),
 ) -> None:
-    """Print the model, the device, the resolved settings, and whether groups cannot share their prompts."""
+    """Print the model, the device, the resolved settings, and a note if groups cannot share their prompts."""
     millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
     where = environment["device"]
     if lm.model.device.type == "cpu":
@@ -50,11 +50,11 @@ def introduce(
     for note in (*lm.notes, *task_notes):
         say(printable(note))
     if recipe := recipe_of(config.model):
-        say(f"Its settings come from grpo/recipes/{recipe.name}; the command line overrides them.")
+        say(f"The model's settings come from grpo/recipes/{recipe.name}; the command line overrides them.")
     _say_settings(config)
     shared = {"the update": scorer.shares_prompts, "sampling": decoder.expands_cache}
     if unshared := " and ".join(phase for phase, is_shared in shared.items() if not is_shared):
-        say(f"With this model, completions of a group cannot share their prompt: {unshared} computes it for each.\n")
+        say(f"In {unshared}, this model cannot share a group's prompt: it is computed for each completion.\n")
 
 
 def _say_settings(config: TrainConfig) -> None:
@@ -104,17 +104,17 @@ def show_shares(outlook: Mapping[str, Any]) -> None:
 
 
 def _room(outlook: Mapping[str, Any]) -> str:
-    """Return the room that GRPO has: how much more often one of a group is right than a single completion."""
+    """Return the room that GRPO has, as text: pass@G − pass@1, where G is the group size."""
     return f"{outlook['pass_at_g'] - outlook['pass_at_1']:.0%}"
 
 
 def show_trials(
     trials: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], options: Sequence[str], script: Sequence[str]
 ) -> None:
-    """Print what the model does under other settings, and the command of the settings to take, if any helps.
+    """Print what the model does under other settings, and the command with the best settings, if any helps.
 
     Each trial has the settings that differ from the run's, and the shares under them; the first is the run as asked.
-    `options` follow the words of `script` in the command; without options, no settings help.
+    `options` follow the words of `script` in the command; they are empty if no settings help.
     """
     _, look = trials[0]
     best_of_group = f"pass@{look['num_generations']}"
@@ -173,4 +173,4 @@ def show_fine_tuning(entry: Mapping[str, Any], when: str, teaches_working: bool 
     """Print the test of the model before or after the supervised steps."""
     say(f"{when} fine-tuning: test {accuracy_text(entry)}, {100 * entry['well_formed']:.0f}% well-formed")
     if not teaches_working:
-        say("The task's training problems have no working, so fine-tuning trains on answers alone.")
+        say("The task's training problems have no worked steps, so fine-tuning trains on answers alone.")

@@ -1,4 +1,4 @@
-"""What a run prints during training: evaluations, completions, findings."""
+"""Print what happens during training: evaluations, completions, findings."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -14,7 +14,8 @@ def saved_readme(
 ) -> str:
     """Return the text of saved_model/README.md: accuracies with n and interval, and the settings of the run.
 
-    `best` is a validation entry; `before` and `after` are test entries. `after` is None until the run ends.
+    `best` is an evaluation on validation problems; `before` and `after` are on test problems. `after` is None until
+    the run ends.
     """
     lines = [
         f"# A model trained with GRPO on {' and '.join(config.task)}",

@@ -19,7 +19,7 @@ from tqdm.utils import disp_len
 WIDEST = 100  # A paragraph is at most this many columns wide.
 BAR_COLUMNS = 44  # Columns that a progress bar needs besides its values and step numbers.
 CELL = re.compile("( *)([^ ]+(?: [^ ]+)*)")  # Two or more spaces separate the cells of a table.
-PLAIN_LINE_SECONDS = 15.0  # Without a terminal, progress is printed as a plain line this often.
+PLAIN_LINE_SECONDS = 15.0  # Without a terminal, a plain line of progress is printed this often.
 
 
 def printable(text: str) -> str:
@@ -32,7 +32,7 @@ def printable(text: str) -> str:
 
 
 def make_streams_safe() -> None:
-    """Let no text end the program: escape what the encoding of an output lacks, and replace a closed output."""
+    """Keep printing from raising errors: escape characters that the encoding lacks, and replace a closed output."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -138,17 +138,17 @@ def command_line(before: str, words: Sequence[str], optional: Sequence[str] = ()
 
 
 def show_command(before: str, words: Sequence[str]) -> None:
-    """Print the text `before`, then a command. A word is never broken, which would change it for the shell."""
+    """Print the text `before`, then a command. No word is broken, because the shell would read it differently."""
     tqdm.write(before, file=sys.stdout)
     tqdm.write(command_line("   ", words), file=sys.stdout)
     sys.stdout.flush()
 
 
 class ProgressBar:
-    """A progress bar on standard error. If that is no terminal, it prints a plain line now and then instead."""
+    """A progress bar on standard error; if standard error is not a terminal, a plain line now and then."""
 
     def __init__(self, first: int, total: int, name: str = "") -> None:
-        """Begin after `first` of `total` steps. `name` is the kind of steps, empty for GRPO."""
+        """Begin after `first` of `total` steps. `name` is the kind of step, empty for GRPO."""
         self.total, self.name = total, f"{name} " if name else ""
         self._bar = None
         if sys.stderr.isatty():

@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD = -1  # parameters of mallopt, from glibc's malloc.h
 M_MMAP_MAX = -4
 # Parts of the error messages of MPS, cuBLAS and the CPU when memory runs out.
 OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
-FEW_PARAMETERS = 2**25  # With at most this many, freed memory is kept; with more, it is returned to the system.
+FEW_PARAMETERS = 2**25  # A model with more parameters returns freed memory to the system; a smaller one keeps it.
 
 
 def choose_device(name: str) -> torch.device:
@@ -36,7 +36,7 @@ def device_name(device: torch.device) -> str:
 
 
 def set_deterministic(enabled: bool) -> None:
-    """Make CUDA compute the same bits each time, which is slower. Call this before the first use of CUDA."""
+    """If enabled, make CUDA compute the same bits each time, more slowly. Call this before the first use of CUDA."""
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     torch.use_deterministic_algorithms(enabled)
@@ -54,8 +54,8 @@ def begin_vector_math() -> None:
     """Compute one cosine, on one thread, before any pass through a model.
 
     If two threads call MKL's vector functions for the first time at the same moment, one of them may use a version
-    with an error of 1.5e-4 (1 of 24 launches on a busy machine, torch 2.13). This makes the rotary embeddings of the
-    first pass inexact, and its log-probabilities wrong by 5e-3 nats, so that the model seems not to support shared
+    with an error of 1.5e-4 (1 of 24 launches on a busy machine, torch 2.13). The rotary embeddings of the first pass
+    are then inexact, and its log-probabilities wrong by 5e-3 nats, so that the model seems not to support shared
     prompts.
     """
     torch.zeros(1).cos()
@@ -105,7 +105,7 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the largest number of bytes that this process has held, on CUDA those of the GPU; None if not known."""
+    """Return the largest number of bytes that this process has held (on CUDA, in GPU memory); None if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

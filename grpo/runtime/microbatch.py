@@ -15,7 +15,7 @@ TOLERANCE = 1e-3  # nats; in float32, shortcuts that are supported agree within 
 
 
 def split_microbatches(rows: int, group: int, rows_per_pass: int) -> list[slice]:
-    """Cut group-major rows into slices of at most `rows_per_pass`: whole groups, or parts of one if none fits.
+    """Cut group-major rows into slices of at most `rows_per_pass`: whole groups, or parts of one that does not fit.
 
     >>> split_microbatches(8, 4, 8), split_microbatches(8, 4, 7)
     ([slice(0, 8, None)], [slice(0, 4, None), slice(4, 8, None)])
@@ -58,7 +58,7 @@ class AdaptiveMicrobatch:
     def run(self, work: Callable[[int], Result]) -> Result:
         """Return `work(rows_per_pass)`. Whenever memory runs out, halve the rows and start the work again.
 
-        Groups are not split as long as one fits. Raises ValueError if a single row does not fit.
+        A group is split only if a whole one does not fit. Raises ValueError if a single row does not fit.
         """
         while True:
             try:

@@ -2,7 +2,7 @@
 
 Weights, optimizer, log-softmax and loss are always float32. A bfloat16 pass computes everything else in bfloat16.
 torch.autocast is not used, because it computes only matrix products in bfloat16: it would cast the inputs of seven
-products in each layer, and hold all the casts for the backward pass.
+products in each layer, and hold all these copies until the backward pass.
 """
 
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def _cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def lower_weights(model: nn.Module) -> None:
-    """Cast the weights of a model to the precision of its passes, in place. Use this only if it is never trained."""
+    """Cast the weights of a model that is never trained to the precision of its passes, in place."""
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(model, "compute_dtype", weight.dtype))
 

@@ -2,9 +2,9 @@
 
 All processes run the same program with the same settings. They divide the groups of a step and the problems of an
 evaluation among them, and gather the results. So every process knows the whole step and makes the same decisions.
-Only rank 0 writes and prints. The default everywhere is `ONE`, a process that trains alone; in its methods one reads
-what a run without torchrun does. `ConnectedRanks` has the same methods with the communication of several processes;
-`grpo/launch/torchrun.py` makes them.
+Only rank 0 writes and prints. The default everywhere is `ONE`, a process that trains alone; its methods show what a
+run without torchrun does. `ConnectedRanks` has the same methods for several processes that communicate;
+`grpo/launch/torchrun.py` creates it.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor
 from grpo.runtime.device import is_out_of_memory
 
 Value = TypeVar("Value")
-BUCKET_NUMBERS = 2**24  # The most numbers of the gradients that one all-reduce sums.
+BUCKET_NUMBERS = 2**24  # One all-reduce sums at most this many numbers, unless a single gradient has more.
 COMPARED_WEIGHTS = 10_000  # About this many weights are compared, to check that all ranks loaded the same model.
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The number of this process, its rank, among the `size` processes of a launch: 0 of 1, unless connected."""
+    """The rank of this process among the `size` processes of a launch; by default, it is the only one."""
 
     rank: int = 0
     size: int = 1
@@ -40,7 +40,7 @@ class Ranks:
 
     @property
     def script(self) -> list[str]:
-        """Return the words that start a launch of a run with as many processes."""
+        """Return the first words of a command that starts a run with as many processes."""
         if self.size == 1:
             return ["python", "train_grpo.py"]
         return ["torchrun", "--nproc-per-node", str(self.size), "train_grpo.py"]
@@ -96,7 +96,7 @@ class Ranks:
         """Sum the gradients over all ranks, in place."""
 
     def end_if_out_of_memory(self, work: str) -> AbstractContextManager[None]:
-        """Raise ValueError if memory runs out in a block that no rank can repeat alone."""
+        """With several ranks, raise ValueError if memory runs out in a block that no rank can repeat alone."""
         return nullcontext()
 
     def barrier(self) -> None:
@@ -190,7 +190,7 @@ class ConnectedRanks(Ranks):
             self._sum_in_buckets(gradients)
 
     def _sum_in_buckets(self, tensors: Sequence[Tensor]) -> None:
-        """Sum each tensor over all ranks, in place. A message has many tensors, because each message costs time."""
+        """Sum each tensor over all ranks, in place, many tensors in one message, because each message costs time."""
         bucket: list[Tensor] = []
         for number, tensor in enumerate(tensors, start=1):
             bucket.append(tensor)
@@ -251,10 +251,10 @@ def is_peer_failure(error: RuntimeError) -> bool:
 def sample_of(weights: Iterable[Tensor], size: int) -> list[Tensor]:
     """Return about `size` evenly spaced numbers of these tensors, always the same ones, one part for each tensor."""
     weights = list(weights)
-    stride = max(1, sum(w.numel() for w in weights) // size) | 1  # odd, so that all columns are reached
+    stride = max(1, sum(w.numel() for w in weights) // size) | 1  # odd, to sample all columns of a matrix
     return [w.flatten()[::stride] for w in weights]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a whole tensor; if it is sharded, put it together. All processes must call this."""
+    """Return a whole tensor: if it is sharded, put its shards together. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

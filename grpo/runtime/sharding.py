@@ -47,7 +47,7 @@ def _run(self: nn.Module, work: Callable[[], Value]) -> Value:
 
 
 def _mesh(device: torch.device, machine_sizes: Sequence[int]) -> DeviceMesh:
-    """Return the mesh of all processes; `machine_sizes` is, for each, how many processes its machine has.
+    """Return the mesh of all processes; `machine_sizes` has, for each, the number of processes on its machine.
 
     The mesh is machines × processes if every machine has the same number of processes, at least 2; else one row.
     """

@@ -41,7 +41,7 @@ def fuse_layers(model: PreTrainedModel) -> int:
         except Exception:  # a layer of an unexpected kind may raise any exception
             same = False
         if same:
-            module.forward = MethodType(forward, module)  # a copy of the model binds a method to the copied layer
+            module.forward = MethodType(forward, module)  # in a deep copy, a method belongs to the copied layer
             fused += 1
     return fused
 

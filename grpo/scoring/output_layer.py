@@ -16,8 +16,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-# The most logits in a block. Blocks are large because adding one to the gradient of the weight takes as long with 300
-# rows as with 1,400.
+# A block has at most this many logits. Blocks are large, because adding a block to the weight's gradient takes as
+# long with 300 rows as with 1,400.
 MAX_PRODUCT = 2**27
 # Rows are padded to a multiple of this, because oneDNN makes and keeps a kernel of 0.7 MiB for each number of rows.
 ROW_MULTIPLE = 64
@@ -27,7 +27,7 @@ CACHE_LOGITS = 2**19  # float32 logits that fit into a CPU's cache: 2 MiB
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a model that computes the hidden states before its output layer."""
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # only peft's wrapper has it
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's method
     return unwrapped.base_model
 
 
@@ -65,7 +65,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 total = top - p.gather(-1, top_ids).log()  # log of the sum of exp(logits)
                 logprobs[few] = (block.gather(-1, ids[few, None]) - total).squeeze(-1)
                 entropies[few] = total.squeeze(-1) - torch.linalg.vecdot(p, block)
-        ctx.set_materialize_grads(False)  # often the loss does not depend on the entropy, and its gradient is None
+        ctx.set_materialize_grads(False)  # the gradient of an unused entropy is then None, not zeros
         return logprobs, entropies
 
     @staticmethod

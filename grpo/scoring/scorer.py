@@ -1,6 +1,6 @@
 """Log-probabilities of completion tokens. Column j comes from the logits at the token before completion token j.
 
-All G completions of a group share their prompt, and prompts share their beginning: a system prompt, worked examples.
+The G completions of a group share their prompt, and prompts may share a beginning, such as a system prompt.
 A scorer that shares prompts runs all real tokens as one packed row, in which the common beginning of S tokens and the
 rest of each prompt appear once. The row has at most S + N · (P − S) + B · C tokens, instead of B · (P + C).
 `attention/packed.py` decides which tokens attend to which. Gradients flow through all tokens of the row. In float32
@@ -21,7 +21,7 @@ from grpo.scoring.attention.packed import is_enabled
 from grpo.scoring.output_layer import LOG_OF_ZERO, body_of, linear_logprobs
 from grpo.scoring.tokens import Tokens, last_columns, position_ids, shared_beginning
 
-# Logits. More are processed in chunks of this size, so that 64 MiB of float32 are in memory at a time.
+# More logits than this are processed in chunks of this size, which take 64 MiB each in float32.
 CHUNK = 2**24
 
 
@@ -112,11 +112,11 @@ def _token_entropy(logits: Tensor, temperature: float) -> Tensor:
 
 
 def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
-    """Return the arguments of a forward pass over prompts and completions as one row, in the order of `Layout`.
+    """Return the keyword arguments of a forward pass over prompts and completions as one row, ordered as in `Layout`.
 
     The last token of a completion is left out because it predicts nothing that is scored.
     """
-    assert is_enabled(model)  # other attention would ignore `layout`
+    assert is_enabled(model)  # any other attention would ignore `layout`
     ids = tokens.completion_ids[:, :-1]  # (B, C - 1)
     is_input = tokens.completion_mask[:, 1:]  # (B, C - 1): tokens with another token after them
     is_prompt = tokens.prompt_mask  # (N, P)
@@ -149,7 +149,7 @@ def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
 
 
 def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Return the logits of first completion tokens (B, V) and of the M other real ones (M, V), from a packed row."""
+    """Return the logits of first completion tokens (B, V) and of M other real tokens (M, V), from a packed row."""
     prompts = len(tokens.prompt_ids)
     scored = prompts + int(tokens.completion_mask[:, 1:].sum())
     logits = model(**packed_inputs(model, tokens), logits_to_keep=scored).logits[0]  # (N + M, V)
@@ -178,7 +178,7 @@ def fused_scores(model: PreTrainedModel, tokens: Tokens, temperature: float) -> 
 
 
 def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Return the logits of first completion tokens (B, V) and of the others (B, C − 1, V), from rows run in full."""
+    """Return the logits of the first completion tokens (B, V) and of the others (B, C − 1, V), from full rows."""
     inputs = tokens.completion_ids[:, :-1]
     prompt_ids = tokens.prompt_ids.repeat_interleave(tokens.num_generations, 0)
     prompt_mask = tokens.prompt_mask.repeat_interleave(tokens.num_generations, 0)
@@ -194,7 +194,7 @@ def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor
 
 
 def _columns(first: Tensor, rest: Tensor, mask: Tensor) -> Tensor:
-    """Join the values of first tokens (B,) and of the others, (M,) or (B, C − 1), into (B, C); 0 on padding."""
+    """Join values of the first tokens (B,) and of the others, (M,) or (B, C − 1), into (B, C); 0 on padding."""
     if rest.dim() == 1:
         rest = rest.new_zeros(mask[:, 1:].shape).masked_scatter(mask[:, 1:], rest)
     return torch.where(mask, torch.cat([first[:, None], rest], 1), 0.0)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from grpo.runtime.precision import precision
 
-# Tokens. Sharing a shorter common beginning saves less time than the extra indexing costs.
+# Length in tokens. Sharing a shorter common beginning saves less time than the extra indexing costs.
 SHARED_FROM = 64
 # In 16 bits, sharing saves time from 16 tokens on, because copying keys and values takes a larger part of the time.
 SHARED_FROM_16_BITS = 16
@@ -95,13 +95,13 @@ def last_columns(ids: Tensor, number: int) -> Tensor:
 
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all prompts begin with, at most all but the last token of the shortest prompt."""
-    smallest, largest = min(prompts), max(prompts)  # in the order of lists; if these two share a beginning, all do
+    smallest, largest = min(prompts), max(prompts)  # lists compare like words: what these two share, all share
     alike = next((i for i, (x, y) in enumerate(zip(smallest, largest, strict=False)) if x != y), len(smallest))
     return min(alike, min(map(len, prompts)) - 1)
 
 
 def shared_from(model: PreTrainedModel) -> int:
-    """Return the length, in tokens, from which running a common beginning only once saves time with this model."""
+    """Return how many tokens a common beginning must have for sharing it to save time with this model."""
     return SHARED_FROM if precision(model) == "float32" else SHARED_FROM_16_BITS
 
 

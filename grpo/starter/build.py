@@ -33,8 +33,8 @@ STEPS = 3700
 DIRECT_FROM = 3300  # the first training step that has direct answers
 DIRECT_SHARE = 0.7  # share of the arithmetic problems with direct answers from then on
 WARM_UP = 200  # The learning rate rises during this many steps.
-LEARNING_RATE = (2e-3, 2e-4)  # It falls linearly from WARM_UP to DIRECT_FROM.
-DIRECT_LEARNING_RATE = (3e-4, 2e-5)  # It falls linearly from DIRECT_FROM to the end.
+LEARNING_RATE = (2e-3, 2e-4)  # first and last; it falls linearly from step WARM_UP to step DIRECT_FROM
+DIRECT_LEARNING_RATE = (3e-4, 2e-5)  # first and last; it falls linearly from step DIRECT_FROM to the end
 WEIGHT_DECAY = 0.1
 VOCABULARY = 336
 MAX_NEW_TOKENS = read_card("starter")["settings"]["max_new_tokens"]
@@ -84,7 +84,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Build a Llama-shaped model of 1.0 million random weights."""
+    """Build a Llama-shaped model with 1.0 million random weights."""
     torch.manual_seed(SEED)
     return LlamaForCausalLM(
         LlamaConfig(

@@ -151,7 +151,7 @@ def test_a_task_in_a_file_trains_and_a_model_cannot_name_it(tmp_path):
     assert "multiples, test problems" in evaluated.output
     assert "answer" in invoke(inference.main, "Name a multiple of 2 above 5.", folder=tmp_path).output
     line = refusal(invoke(inference.main, "--evaluate", folder=tmp_path))
-    assert "'multiples.py:Multiples', a task in a file, which a card must not name; give --task" in line
+    assert "'multiples.py:Multiples', a task in a file. A card must not name files; give --task" in line
     (tmp_path / "multiples.py").write_text(example + "# another\n", encoding="utf-8")
     again = invoke(train_grpo.main, *TINY, *own, "--reward", "exact=1", "--num-iterations", 3, folder=tmp_path)
     assert again.exit_code == 1

@@ -1,4 +1,4 @@
-"""Decoding with the keys and values of the tokens that all prompts begin with held once.
+"""Decode with one copy of the keys and values of the tokens that all prompts begin with.
 
 With worked examples, most tokens of each prompt are the same. If their keys and values were copied for each row,
 reading the copies would take as long as reading the weights of a small model. Here they are held once, and one matrix
@@ -17,7 +17,7 @@ from grpo.scoring.attention.partial import PartialAttention, joined
 
 @dataclass(frozen=True)
 class CommonPrefix:
-    """Keys and values, (K, S, d) for each layer, of the S tokens that all rows begin with, at positions from 0."""
+    """The keys and values, (K, S, d) in each layer, of the S tokens that all rows begin with, from position 0."""
 
     keys: list[Tensor]
     values: list[Tensor]

@@ -16,14 +16,14 @@ COLUMN_MULTIPLE = 8
 class IndexMaps:
     """Indices that split a row of T · H vectors into prompts and completions, and join them again.
 
-    In the row, the H heads of a token are side by side. In prompts (N · H · P, …) and completions (B · H · C, …), the
-    tokens of a head are, padded on the right. All tensors are int64.
+    In the row, the H vectors of a token are side by side. In prompts (N · H · P, …) and completions (B · H · C, …),
+    the vectors of a head are side by side, padded on the right. All tensors are int64.
     """
 
     index: Tensor  # (N · H · P + B · H · C,) where each vector is in the row; an arbitrary index for padding
-    padding: Tensor  # numbers of the entries of `index` that are padding
-    prompts: Tensor  # numbers of the prompts' vectors that are not padding, in the order of the row
-    completions: Tensor  # the same of the completions' vectors
+    padding: Tensor  # the positions in `index` that are padding
+    prompts: Tensor  # the positions, among the prompts' vectors, of all that are not padding, in the order of the row
+    completions: Tensor  # the same positions among the completions' vectors
     num_prompts: int  # N · H · P
     filler: int  # number of vectors at the start of the row that belong to no prompt or completion
 
@@ -64,7 +64,7 @@ class Layout:
     completion_index: Tensor  # (B, C) int64, where each token is in the row; an arbitrary index for padding
     common_prefix: int = 0  # S; every prompt has at least one more token
     filler: int = 0
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # index maps, masks, biases for all layers
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # index maps, masks, biases that layers share
 
     @classmethod
     def of(cls, prompt_lengths: Tensor, completion_lengths: Tensor, common_prefix: int = 0) -> "Layout":
@@ -160,19 +160,19 @@ def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def causal(i: Tensor, reach: float) -> Tensor:
-    """Return which positions `i` (L,) see which, (L, L) bool: each sees itself and the `reach` - 1 before it."""
+    """Return an (L, L) bool mask: each position in `i` (L,) sees itself and the `reach` - 1 positions before it."""
     return (i[:, None] >= i) & (i[:, None] - i < reach)
 
 
 def _vectors(token_index: Tensor, lengths: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Return where the vectors of M padded sequences are in the row, and which are no padding, (M · H · L,) each."""
+    """Return where the vectors of M padded sequences are in the row, and which are not padding, (M · H · L,) each."""
     head = torch.arange(heads, device=lengths.device)[:, None]
     is_real = length_mask(lengths, token_index.shape[1])[:, None].expand(-1, heads, -1)
     return (token_index[:, None] * heads + head).flatten(), is_real.flatten()
 
 
 def _in_order(index: Tensor, is_real: Tensor) -> Tensor:
-    """Return the numbers of the vectors that are no padding, in the order of the row."""
+    """Return the positions in `index` of the vectors that are not padding, in the order of the row."""
     real = is_real.nonzero().squeeze(-1)
     return real[index[real].argsort()]
 
@@ -184,5 +184,5 @@ def _columns(lengths: Tensor, common_prefix: int) -> Tensor:
 
 
 def _filler(total: int) -> int:
-    """Return how many tokens fill a row of `total` up to a multiple of a power of 2, which is 1/32 to 1/16 of it."""
+    """Return how many tokens fill a row up to a multiple of the power of 2 that is 1/32 to 1/16 of `total`."""
     return -total % max(1, 2 ** (total.bit_length() - 5))

@@ -21,7 +21,7 @@ from grpo.scoring.attention.layout import IndexMaps, Layout, causal
 from grpo.scoring.attention.tree import Tree, TreeAttention
 
 NAME = "shared_prefix"
-SCORES = 2**21  # the most attention scores of a layer to hold in memory, 8 MiB in float32
+SCORES = 2**21  # At most this many attention scores of a layer are held in memory: 8 MiB in float32.
 IGNORED_ARGUMENTS = {"position_ids", "cache_position", "use_cache"}  # attention does not depend on these
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 Vectors = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
@@ -31,7 +31,7 @@ class _Split(torch.autograd.Function):
     """Split the vectors of a packed row (T · H, d) into prompts (N · H · P, d) and completions (B · H · C, d).
 
     Padding gets arbitrary vectors, because no token attends to it. The backward pass gathers the gradient by index
-    too, because autograd's backward pass of indexing would sum it slowly and in no fixed order.
+    too, because autograd's backward pass of indexing would sum it slowly and in a varying order.
     """
 
     @staticmethod
@@ -76,7 +76,7 @@ def packed_attention(
 
     The model passes on `layout` when a packed row is scored. When rows are decoded after a common prefix, it passes
     on `common_prefix`, and `attention_mask` is added to the scores of the tokens after the prefix. Raises ValueError
-    if the model asks for something that this attention does not have, such as a softcap.
+    if the model asks for something that this attention does not support, such as a softcap.
     """
     if layout is None and common_prefix is None:
         more |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
@@ -138,7 +138,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float) -> Te
 
 
 def _torch_attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Call torch's fused attention through transformers, which knows what each device supports; (M, H, L, d)."""
+    """Return torch's fused attention, (M, H, L, d), called through transformers, which knows each device's limits."""
     out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling)  # (M, L, H, d)
     return out.transpose(1, 2)
 

@@ -1,6 +1,6 @@
 """Attention to a part of the keys that a query sees, the gradients of this attention, and how two parts are joined.
 
-Attention to several sets of keys is the mean of the attention to each set. The weight of a set is the sum that its
+Attention to several sets of keys is a weighted mean of the attention to each set. A set's weight is the sum that its
 softmax divides by. From the joint result and the joint sums, the gradients of each part are computed separately. The
 backward pass computes the scores again. Products are in the precision of the vectors, everything else is in float32.
 """
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold_
 
-SCORES = 2**21  # the most attention scores to hold in memory at a time, 8 MiB in float32
+SCORES = 2**21  # At most this many attention scores are held in memory at a time: 8 MiB in float32.
 # Lower exponents are raised to this, because a CPU takes 10 to 30 times as long for results that underflow.
 LOWEST_EXPONENT = -80.0
 # Torch's own attention on a CPU is faster than holding the scores in memory. It returns the logarithms of the softmax
-# sums, and its backward pass accepts joint ones. With a bias, its backward pass is slower and not used (see
+# sums, and its backward pass accepts the joint sums. With a bias, its backward pass is slower and not used (see
 # README.md).
 FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 FUSED_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)

@@ -1,4 +1,4 @@
-"""Attention of the tokens after a common beginning.
+"""Compute the attention of the tokens after a common beginning.
 
 It has three parts: all tokens attend to the beginning, in one matrix product; prompts attend to themselves;
 completions attend to their prompt and themselves. One autograd function joins the three parts exactly (`partial.py`).
@@ -28,7 +28,7 @@ class Tree:
     def parts(
         self, query: Tensor, key: Tensor, value: Tensor, first_key: Tensor, first_value: Tensor
     ) -> tuple[PartialAttention, ...]:
-        """Return the parts: all tokens to the beginning, prompts to themselves, completions to both."""
+        """Return the three parts of the attention, in the order in which the module's docstring lists them."""
         heads, key_heads = len(query), len(key)
         prompt_query, completion_query = self.split(query.transpose(0, 1), key_heads)
         prompt_key, completion_key = self.split(key.transpose(0, 1), key_heads)
@@ -59,8 +59,8 @@ class Tree:
     def grad_row(self, grad_prompts: Tensor, grad_all: Tensor, key_heads: int) -> Tensor:
         """Return the gradient (K, T, d) of keys or values.
 
-        `grad_prompts` (N · K, P, d) comes from the queries of prompts, `grad_all` (B · K, P + C, d) from those of
-        completions.
+        `grad_prompts` (N · K, P, d) comes from the queries of prompts, `grad_all` (B · K, P + C, d) from the queries
+        of completions.
         """
         n, g = len(self.layout.prompt_lengths), self.layout.num_generations
         by_group = grad_all.unflatten(0, (n, g, -1))  # (N, G, K, P + C, d)
