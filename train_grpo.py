@@ -33,8 +33,10 @@ from grpo.launch.options import TrainCommand, given_settings, help_all_option, s
 from grpo.launch.start import mistakes_are_wrong_usage, start
 from grpo.model_card import resolve
 from grpo.runtime.console import printable
+from grpo.setting import parse_duration
 from tasks.base import Task
 from tasks.common.user_file import naming_own_code
+from tasks.common.watch import limited
 from tasks.registry import make_task
 
 if TYPE_CHECKING:
@@ -116,8 +118,9 @@ def train(
 
     if "torch" not in sys.modules:  # importing torch takes seconds
         click.echo(f"Loading {printable(config.model)}", err=True)
-    task = make_task(config) if task is None else task  # first, so that an error in its data is reported at once
-    with naming_own_code():
+    deadline = launched - earlier + parse_duration(config.time_limit) if config.time_limit else None
+    with naming_own_code(), limited(deadline):
+        task = make_task(config) if task is None else task  # first, so that an error in its data is reported at once
         for remark in try_out(rewards_of(config, task), task):
             click.echo(printable(f"Note: {remark}"), err=True)
 

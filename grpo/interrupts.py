@@ -17,15 +17,17 @@ import torch
 from grpo.runtime.console import for_terminal
 from grpo.runtime.ranks import ONE, Ranks
 from grpo.setting import parse_duration
+from tasks.common import watch
 
 TIME_IS_UP = 1  # Lower than the signals' numbers, 2 and 15, so that a signal takes precedence.
+TIME_LIMIT = "the time limit"
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 JOIN_SECONDS = 1.0  # At the end, the thread gets this long to print that a signal has come.
 REPEAT_SECONDS = 0.3  # While abandonable work continues after a signal, the signal is sent again this often.
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has come during abandonable work. It is no Exception, so code that catches errors lets it pass."""
+    """Abandonable work was stopped, by a signal or the time limit. Code that catches an Exception lets it pass."""
 
 
 class InterruptHandler:
@@ -33,7 +35,8 @@ class InterruptHandler:
 
     The first signal interrupts `abandonable` work between two operations of Python. Other work is finished, and its
     results are saved. A second signal ends the process. A thread receives the signals, because Python runs no signal
-    handler during a long operation of torch.
+    handler during a long operation of torch. The time limit interrupts abandonable work only while a user's function
+    does not return (`tasks/common/watch.py`).
     """
 
     def __init__(self, time_limit: str, launched: float, ranks: Ranks = ONE) -> None:
@@ -43,6 +46,8 @@ class InterruptHandler:
         self._deadline = launched + parse_duration(time_limit) if time_limit else None
         self._before: dict[signal.Signals, Any] = {}
         self._grace: float | None = None  # seconds that abandonable work gets after a signal; else None
+        # The seconds before the deadline at which a user's function that does not return is interrupted; else None.
+        self._reserved: float | None = None
         self._signal_at = 0.0  # when the first signal came
         self._is_announced = False  # whether a message has said that a signal came
         self._lock = threading.Lock()
@@ -56,9 +61,11 @@ class InterruptHandler:
             self._before[number] = signal.signal(number, self._handle)
         self._thread = threading.Thread(target=self._wait, daemon=True)
         self._thread.start()
+        watch.checks.append(self._raise_if_waiting_in_vain)
         return self
 
     def __exit__(self, *error: object) -> None:
+        watch.checks.remove(self._raise_if_waiting_in_vain)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)  # a notebook's event loop may have one
@@ -66,20 +73,22 @@ class InterruptHandler:
         self._thread.join(JOIN_SECONDS)
 
     @contextmanager
-    def abandonable(self, grace: float = 0.0) -> Iterator[None]:
+    def abandonable(self, grace: float = 0.0, reserved: float | None = None) -> Iterator[None]:
         """Let a signal raise Interrupted in the block, unless the block ends within `grace` seconds after the signal.
 
-        With several processes the block is never interrupted, because they must stop after the same step.
+        A user's function in the block that does not return is also interrupted at the time limit, or `reserved`
+        seconds before it. With several processes only such a function is interrupted, and only if `reserved` is
+        given: rank 0 alone must call it, through `Ranks.on_main`, so that all processes stop after the same step.
         """
-        if self.ranks.size > 1:
-            yield
-            return
-        self._grace = grace
+        is_alone = self.ranks.size == 1
+        self._grace = grace if is_alone else None
+        self._reserved = 0.0 if is_alone and reserved is None else reserved
         try:
             self._raise_if_late()
             yield
         finally:
             self._grace = None
+            self._reserved = None
 
     def reason(self, needed: float) -> str | None:
         """Return why to stop now, or None. `needed` is how many seconds one more step and the end of the run take.
@@ -88,7 +97,7 @@ class InterruptHandler:
         """
         is_late = self._deadline is not None and time.monotonic() + needed > self._deadline
         code = self._agreed(TIME_IS_UP if is_late else 0)
-        return NAMES.get(code, "the time limit") if code else None
+        return NAMES.get(code, TIME_LIMIT) if code else None
 
     def interrupted(self) -> bool:
         """Return whether a signal has come, on any rank."""
@@ -103,8 +112,8 @@ class InterruptHandler:
 
     @property
     def name(self) -> str:
-        """Return the name of the first signal."""
-        return NAMES[self.signal]
+        """Return the name of the first signal; without a signal, of the time limit."""
+        return NAMES.get(self.signal, TIME_LIMIT)
 
     @property
     def exit_status(self) -> int:
@@ -130,6 +139,14 @@ class InterruptHandler:
 
     def _raise_if_late(self) -> None:
         if self.signal is not None and self._grace is not None and time.monotonic() >= self._signal_at + self._grace:
+            raise Interrupted
+
+    def _raise_if_waiting_in_vain(self) -> None:
+        """Interrupt a user's function that does not return, after a signal or when its time is up."""
+        if self._reserved is None:
+            return
+        is_late = self._deadline is not None and time.monotonic() + self._reserved > self._deadline
+        if is_late or self.signal is not None:
             raise Interrupted
 
     def _wait(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from grpo.algorithm.grpo import GRPO
 from grpo.config import TrainConfig
 from grpo.evaluation.evaluator import Evaluator
-from grpo.interrupts import Interrupted, InterruptHandler
+from grpo.interrupts import TIME_LIMIT, Interrupted, InterruptHandler
 from grpo.launch.outlook import NothingToLearn, is_hopeless, look_closer, outlook, try_settings, way_out
 from grpo.launch.run_folder import free_folder
 from grpo.measurer import Measurer
@@ -172,7 +172,9 @@ class Trainer:
         try:
             while True:
                 start = time.monotonic()
-                with interrupts.abandonable(QUICK_STEP_SECONDS if slowest <= QUICK_STEP_SECONDS else 0.0):
+                grace = QUICK_STEP_SECONDS if slowest <= QUICK_STEP_SECONDS else 0.0
+                to_finish = TIME_MARGIN * (self.measurer.slowest_validation() + last_test)
+                with interrupts.abandonable(grace, to_finish):
                     outcome, entry = measured_step(self.grpo, progress.step + 1)
                 progress.step += 1
                 self.grpo.update.has_begun = False
@@ -193,6 +195,10 @@ class Trainer:
                     return reason
                 if progress.step % c.save_every == 0 or self.state.saved_long_ago():
                     self.state.save(self.folder)
+        except Interrupted:
+            if interrupts.interrupted():
+                raise
+            return TIME_LIMIT
         finally:
             bar.close()
 

@@ -28,7 +28,7 @@ LIGHT = (
 SHARED = ("tasks.common", "tasks.rewards", "tasks.selection")  # by all tasks
 # what grpo/ may know of tasks/: no concrete task
 ANY_TASK = {
-    *("base", "registry", "unrelated", "common.prompts", "common.shots", "common.user_file"),
+    *("base", "registry", "unrelated", "common.prompts", "common.shots", "common.user_file", "common.watch"),
     *("rewards.functions", "rewards.scoring", "selection.mixture"),
 }
 

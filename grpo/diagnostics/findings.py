@@ -60,13 +60,16 @@ def _end(record: Mapping[str, Any]) -> RunSnapshot:
     # Earlier versions did not record the precision. They used float32 on a CPU and bfloat16 on some GPUs. Assume
     # bfloat16 off the CPU, because its limits are looser.
     precision = environment.get("precision") or ("float32" if environment.get("device") == "cpu" else "bfloat16")
-    return RunSnapshot(record["config"], record["steps"], validations, tests, precision, record.get("outlook"))
+    outlook = record.get("outlook")
+    before_sft = record.get("before_sft")
+    return RunSnapshot(record["config"], record["steps"], validations, tests, precision, outlook, before_sft)
 
 
 def _snapshots(record: Mapping[str, Any]) -> Iterator[RunSnapshot]:
     """Yield snapshots of a run: before the first step, after each step and each evaluation, and at the end."""
     end = _end(record)
     yield replace(end, steps=[], evals=[], tests=[])
+    yield replace(end, steps=[], evals=[e for e in end.evals if e["step"] == 0], tests=end.tests[:1])
     for n, row in enumerate(end.steps, 1):
         before = [e for e in end.evals if e["step"] < row["step"]]
         yield replace(end, steps=end.steps[:n], evals=before, tests=end.tests[:1])

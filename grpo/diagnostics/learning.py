@@ -183,25 +183,47 @@ def falling_category(run: RunSnapshot) -> CheckResult:
 
 
 def forgetting(run: RunSnapshot) -> CheckResult:
-    """Report that the policy has lost abilities of the starting model outside the task."""
+    """Report that the policy has lost abilities outside the task that it had when GRPO began."""
     drifts = [e["drift"] for e in (*run.evals, *run.tests[1:]) if e.get("drift") is not None]
     drift = drifts[-1] if drifts else 0.0
-    losses, texts = [drift], []
-    if drift >= FORGETTING_MIN_DRIFT:
-        texts.append(f"its answers to unrelated prompts have drifted by {drift:.2f} nats a token")
-    after = (run.tests[-1].get("skills") or {}) if run.tests else {}
-    before = (run.tests[0].get("skills") or {}) if run.tests else {}
-    for name in [name for name in before if name in after]:
-        loss = before[name]["accuracy"] - after[name]["accuracy"]
-        if loss >= max(SKILL_MIN_LOSS, SKILL_MIN_HALF_WIDTHS * noise(before[name], after[name])):
-            losses.append(loss)
-            texts.append(f"{name} {percent(before[name]['accuracy'])} -> {percent(after[name]['accuracy'])}")
-    if not texts:
+    if drifts and run.config.get("sft_steps"):
+        drift -= drifts[0]  # Both are measured on the same answers, and the first is due to the supervised steps.
+    loss, text = _losses(drift, run.tests[0] if run.tests else {}, run.tests[-1] if run.tests else {})
+    if not text:
         return None
-    return max(losses), (
-        f"It forgets: {'; '.join(texts)}. Training has reduced abilities outside the task. Lower --learning-rate, "
+    return loss, (
+        f"It forgets: {text}. Training has reduced abilities outside the task. Lower --learning-rate, "
         "raise --beta, train for fewer steps, or use --lora-rank 16."
     )
+
+
+def fine_tuning_forgets(run: RunSnapshot) -> CheckResult:
+    """Report that the supervised steps before GRPO have reduced abilities of the starting model outside the task."""
+    if not run.config.get("sft_steps") or not run.evals:
+        return None
+    loss, text = _losses(run.evals[0].get("drift") or 0.0, run.before_sft or {}, run.tests[0] if run.tests else {})
+    if not text:
+        return None
+    return loss, (
+        f"Supervised fine-tuning forgets: {text}. Before GRPO began, it reduced abilities outside the task. Lower "
+        "--sft-learning-rate, or train for fewer --sft-steps."
+    )
+
+
+def _losses(drift: float, before: Row, after: Row) -> tuple[float, str]:
+    """Return the largest loss, and a text about all: a drift in nats a token, and the accuracies of lost skills."""
+    losses = [drift]
+    texts = []
+    if drift >= FORGETTING_MIN_DRIFT:
+        texts.append(f"its answers to unrelated prompts have drifted by {drift:.2f} nats a token")
+    earlier = before.get("skills") or {}
+    later = after.get("skills") or {}
+    for name in [name for name in earlier if name in later]:
+        loss = earlier[name]["accuracy"] - later[name]["accuracy"]
+        if loss >= max(SKILL_MIN_LOSS, SKILL_MIN_HALF_WIDTHS * noise(earlier[name], later[name])):
+            losses.append(loss)
+            texts.append(f"{name} {percent(earlier[name]['accuracy'])} -> {percent(later[name]['accuracy'])}")
+    return max(losses), "; ".join(texts)
 
 
 def reward_scale(run: RunSnapshot) -> CheckResult:

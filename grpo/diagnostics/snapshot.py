@@ -32,6 +32,7 @@ class RunSnapshot:
     tests: Sequence[Row]  # on test problems
     precision: str  # the precision of forward and backward passes
     outlook: Row | None  # what was measured on completions before the first step
+    before_sft: Row | None  # the evaluation on test problems before the supervised steps
 
     @cached_property
     def categories(self) -> dict[str, list[Row]]:

@@ -81,7 +81,7 @@ class Ranks:
         return self.gather(value)[0]
 
     def on_main(self, work: Callable[[], Value]) -> Value:
-        """Run `work` on rank 0 alone; return its value, or raise its ValueError, on all ranks."""
+        """Run `work` on rank 0 alone; return its value, or raise its ValueError or interruption, on all ranks."""
         return work()
 
     def all_reduce(self, tensor: Tensor, operation: str = "sum") -> Tensor:
@@ -154,14 +154,18 @@ class ConnectedRanks(Ranks):
         return values
 
     def on_main(self, work: Callable[[], Value]) -> Value:
-        """Run `work` on rank 0; send its value, or the message of its ValueError, to all ranks."""
-        value, message = None, None
+        """Run `work` on rank 0; send its value, its interruption, or the message of its ValueError to all ranks."""
+        value, message, interruption = None, None, None
         if self.is_main:
             try:
                 value = work()
             except ValueError as error:
                 message = str(error)
-        value, message = self.from_main((value, message))
+            except KeyboardInterrupt as error:
+                interruption = error
+        value, message, interruption = self.from_main((value, message, interruption))
+        if interruption is not None:
+            raise interruption
         if message is not None:
             raise ValueError(message)
         return value

@@ -41,7 +41,7 @@ def load_task(spec: str, given: Sequence[str], style: str, system_prompt: str) -
     taken = {key: text for key, text in settings.items() if text and (key in parameters or takes_any)}
     taken |= arguments(name, parameters, given)
     try:
-        with contained():
+        with contained(f"--task {name!a} of {path!a}"):
             task = make(**taken)
             if not isinstance(task, QATask):
                 raise TypeError(f"it makes {type(task).__name__}, not a QATask")

@@ -20,9 +20,10 @@ import importlib
 import inspect
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ from typing import Any
 
 from tasks.base import Answer, Problem, one_line, shown
 from tasks.common.judges import JUDGES
+from tasks.common.watch import watched
 
 PREFIX = "user_file_"  # Prefix of the module name under which a user's file is put in sys.modules.
 _folders: list[str] = []  # the folders of users' files, the newest first; they are at the end of sys.path
@@ -74,9 +76,20 @@ class UserFile:
 
 
 def _run_async(function: Callable[..., Any], **keywords: Any) -> Any:
-    """Run an async function to its end, in another thread, because a notebook has an event loop in this one."""
-    with ThreadPoolExecutor(1) as executor:
-        return executor.submit(lambda: asyncio.run(function(**keywords))).result()
+    """Run an async function to its end, in another thread, because a notebook has an event loop in this one.
+
+    The end of the process does not wait for the thread, because the function may never return.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(asyncio.run(function(**keywords)))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result()
 
 
 def names_a_file(spec: str) -> bool:
@@ -97,11 +110,15 @@ class _Source(SourceFileLoader):
 
 
 @contextmanager
-def contained() -> Iterator[None]:
-    """Raise RuntimeError if a user's code leaves the process in another folder; go back to the folder it was in."""
+def contained(what: str) -> Iterator[None]:
+    """Run a user's code in the block, named as `what` if it does not return.
+
+    Raises RuntimeError if the code leaves the process in another folder, and goes back to the folder it was in.
+    """
     folder = os.getcwd()
     try:
-        yield
+        with watched(what):
+            yield
     finally:
         folder_after = os.getcwd()
         if folder_after != folder:
@@ -168,7 +185,7 @@ def load_file(path: str) -> UserFile:
     sys.modules[loader.name] = module  # dataclasses look up their module there
     folder = os.path.dirname(os.path.abspath(path))
     try:
-        with contained(), _importing_neighbours(folder):
+        with contained(f"the import of {path!a}"), _importing_neighbours(folder):
             before = set(sys.modules)
             loader.exec_module(module)
             files = {path: sha256, **_find_neighbours(folder, before)}
@@ -238,7 +255,7 @@ class Judge:
         """Return whether an answer is right. Raises ValueError, in one line, if the function fails."""
         asked = {"given": given, "question": problem.question, "answer": problem.answer}
         try:
-            with contained():
+            with contained(f"--correct {self.name!a}" + (f" of {self.file.path!a}" if self.file else "")):
                 verdict = self.function(**{**problem.columns, **asked})
             return as_bool(verdict)
         except KeyboardInterrupt:

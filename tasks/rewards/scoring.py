@@ -68,7 +68,8 @@ def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[R
             raise ValueError(f"--reward {name!r} is given twice; the metrics would have two means of this name")
         if colon:
             files[path] = files.get(path) or load_file(path)
-            function = partial(_of_user, files[path].function(name, may_be_async=True))
+            what = f"reward function {name!a} of {path!a}"
+            function = partial(_of_user, what, files[path].function(name, may_be_async=True))
             plain = partial(function, as_texts=True)
             rewards[name] = RewardFunction(name, weight, function, path, files[path].files, plain)
         elif name in REWARDS:
@@ -160,11 +161,12 @@ def _of_each(function: Callable[[Attempt], float], attempts: Sequence[Attempt], 
 
 
 def _of_user(
-    function: Callable[..., Any], attempts: Sequence[Attempt], columns: Columns, as_texts: bool = False
+    what: str, function: Callable[..., Any], attempts: Sequence[Attempt], columns: Columns, as_texts: bool = False
 ) -> Any:
     """Call a user's function as TRL does: with keywords, and with prompts and completions as messages.
 
-    With `as_texts`, the completions are plain texts instead.
+    `what` names the function and its file, in case it does not return. With `as_texts`, the completions are plain
+    texts instead.
     """
     names = {name for attempt in attempts for name in attempt.problem.columns}
     keywords = {name: [attempt.problem.columns.get(name) for attempt in attempts] for name in sorted(names)}
@@ -175,7 +177,7 @@ def _of_user(
     keywords["completions"] = [[{"role": "assistant", "content": attempt.completion}] for attempt in attempts]
     if as_texts:
         keywords["completions"] = [attempt.completion for attempt in attempts]
-    with contained():
+    with contained(what):
         return list(function(**keywords))  # `list` runs the function here if it is a generator
 
 

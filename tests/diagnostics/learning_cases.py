@@ -9,6 +9,7 @@ RISES = {"reward_mean": lambda step: 0.3 + step / 100, "reward_std": 0.2}
 SKILLS = {name: {"accuracy": 0.9, "n": 500, "ci_low": 0.87, "ci_high": 0.92} for name in ("single", "letters")}
 LOST = SKILLS | {"single": {"accuracy": 0.8, "n": 500, "ci_low": 0.76, "ci_high": 0.83}}
 LESS = SKILLS | {"single": {"accuracy": 0.89, "n": 500, "ci_low": 0.86, "ci_high": 0.91}}
+FINE_TUNED = {"sft_steps": 100}
 
 SICK_AND_WELL = {
     "collapsed": (
@@ -63,7 +64,20 @@ SICK_AND_WELL = {
     ),
     "forgetting": (
         {"evals": {"drift": lambda step: step / 100}},
-        [{"evals": {"drift": 0.1}}, {"evals": {"drift": None}}, {"tests": [{"skills": SKILLS}, {"skills": LESS}]}],
+        [
+            {"evals": {"drift": 0.1}},
+            {"evals": {"drift": None}},
+            {"tests": [{"skills": SKILLS}, {"skills": LESS}]},
+            {"evals": {"drift": 0.9}, "config": FINE_TUNED},  # lost before GRPO began
+        ],
+    ),
+    "fine_tuning_forgets": (
+        {"evals": {"drift": 0.9}, "config": FINE_TUNED},
+        [
+            {"evals": {"drift": 0.1}, "config": FINE_TUNED},
+            {"evals": {"drift": lambda step: step / 100}, "config": FINE_TUNED},  # lost to GRPO
+            {"evals": {"drift": 0.9}},
+        ],
     ),
     "reward_scale": (
         {"steps": {"reward_std/exact": 0.4, "reward_std/length": 0.005}},
@@ -87,6 +101,8 @@ MORE_SICK = [
         "reward_hacking",  # held-out accuracy falls, so that a better form is no excuse
         {"steps": RISES, "evals": accuracy(lambda step: 0.3 - step / 400) | {"well_formed": lambda step: step / 80}},
     ),
+    ("forgetting", {"evals": {"drift": lambda step: 0.9 + step / 100}, "config": FINE_TUNED}),
+    ("fine_tuning_forgets", {"tests": [{"skills": LOST}], "before_sft": {"skills": SKILLS}, "config": FINE_TUNED}),
     ("forgetting", {"tests": [{"skills": SKILLS}, {"skills": LOST}]}),
     ("reward_scale", {"steps": {"reward_std": 50.0}, "config": {"scale_rewards": "none"}}),
     ("reward_scale", {"steps": {"reward_std": 1e-4, "tied_groups_fraction": 0.0}}),

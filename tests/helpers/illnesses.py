@@ -142,6 +142,19 @@ def _evals(**figures: Any) -> Callable[[Setting, int], Record]:
     return make
 
 
+def _fine_tuned(drift: float) -> Callable[[Setting, int], Record]:
+    """Return a run whose supervised steps, before the first evaluation, have cost this drift."""
+
+    def make(setting: Setting, seed: int) -> Record:
+        record = run(setting, seed, RISING)
+        record["config"]["sft_steps"] = 100
+        for entry in record["evals"]:
+            entry["drift"] += drift
+        return record
+
+    return make
+
+
 def _outlook(**figures: Any) -> Callable[[Setting, int], Record]:
     """Return a run that begins with groups that are all tied and wrong, with these figures."""
 
@@ -203,6 +216,7 @@ ILLNESSES: dict[str, tuple[Callable[[Setting, int], Record], Callable[[Setting, 
     ),
     "falling_category": (_fallen(0.9), _fallen(0.4)),
     "forgetting": (_evals(drift=2.0), _evals(drift=0.6)),
+    "fine_tuning_forgets": (_fine_tuned(2.0), _fine_tuned(0.6)),
     "reward_scale": (_changed(reward_std=1e-6), _changed(reward_std=3e-4)),
     "kl_diverging": (_changed(**KL), _changed(kl=1.1)),
     "kl_spike": (

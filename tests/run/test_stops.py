@@ -23,6 +23,7 @@ from grpo.algorithm.update import Updater
 from grpo.evaluation.evaluator import Evaluation, Evaluator
 from grpo.interrupts import Interrupted, InterruptHandler
 from grpo.record.metrics import load_metrics
+from tasks.common import watch
 from tests.helpers.runs import ENVIRONMENT, ROOT, fingerprint, options
 
 
@@ -184,6 +185,92 @@ def test_a_reward_that_waits_is_left_at_once_and_may_not_catch_that(model, tmp_p
     result = launch(model, tmp_path / "run", reward=f"{tmp_path / 'mine.py'}:f=1")
     assert result.exit_code == 143, result.output
     assert time.monotonic() - start < 30
+
+
+HANGS = """
+import asyncio, re, time
+calls = 0
+
+def hangs_now():
+    global calls
+    calls += 1
+    return calls >= AT
+
+def sleeps(completions, **columns):
+    if hangs_now():
+        try:
+            time.sleep(60)
+        except:
+            time.sleep(60)
+    return [float(len(c[0]["content"])) for c in completions]
+
+def matches(completions, **columns):  # holds Python's global lock
+    if hangs_now():
+        re.match("(a*)*b", "a" * 60)
+    return [float(len(c[0]["content"])) for c in completions]
+
+async def waits(completions, **columns):
+    if hangs_now():
+        await asyncio.sleep(60)
+    return [float(len(c[0]["content"])) for c in completions]
+
+def judge(given, answer, **columns):
+    if hangs_now():
+        time.sleep(60)
+    return given == int(answer)
+"""
+
+
+@pytest.fixture
+def hangs(tmp_path, monkeypatch):
+    """Write functions that do not return; return a function that makes the file, given the call that hangs."""
+    monkeypatch.setattr(watch, "FIRST_LINE_SECONDS", 0.3)
+    monkeypatch.setattr(watch, "CHECK_SECONDS", 0.1)
+
+    def write(at):
+        (tmp_path / "mine.py").write_text(HANGS.replace("AT", str(at)), encoding="utf-8")
+        return tmp_path / "mine.py"
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["sleeps", "matches", "waits"])
+def test_a_reward_that_does_not_return_is_named_and_ended_by_the_time_limit(name, hangs, model, tmp_path):
+    run, start = tmp_path / "run", time.monotonic()
+    reward = f"{hangs(5)}:{name}=1"
+    result = launch(model, run, reward=reward, time_limit="20s", save_every=1000)
+    assert time.monotonic() - start < 30
+    assert result.exit_code == 0, result.output
+    named = f"Waiting for reward function '{name}' of '{tmp_path / 'mine.py'}'"
+    assert f"{named}: it has not returned for 0 s" in result.stderr
+    record = load_metrics(run)
+    assert record["finished"]["reason"] == "the time limit"
+    done = record["finished"]["step"]
+    assert 1 <= done == len(record["steps"]) < 6
+    assert (run / f"checkpoints/step-{done:08}").is_dir()
+    # Nothing is lost: with a function that returns, the rest of the run has the same bits as an undisturbed run.
+    hangs(10**9)
+    assert launch(model, run, reward=reward, accept_changed_files=True).exit_code == 0
+    assert launch(model, tmp_path / "whole", reward=reward).exit_code == 0
+    assert fingerprint(run)[0] == fingerprint(tmp_path / "whole")[0]
+
+
+def test_the_time_limit_ends_the_trial_of_a_reward_that_does_not_return(hangs, model, tmp_path):
+    start = time.monotonic()
+    result = launch(model, tmp_path / "run", reward=f"{hangs(1)}:matches=1", time_limit="3s")
+    assert time.monotonic() - start < 10
+    assert result.exit_code == 1
+    assert "Waiting for reward function 'matches'" in result.stderr
+    assert "it had not returned when the time limit was over" in " ".join(result.stderr.split())
+
+
+def test_a_judge_that_does_not_return_is_named_and_ended_by_the_time_limit(hangs, model, tmp_path):
+    start = time.monotonic()
+    result = launch(model, tmp_path / "run", correct=f"{hangs(60)}:judge", time_limit="15s")
+    assert time.monotonic() - start < 25
+    assert result.exit_code == 0, result.output
+    assert "Waiting for --correct 'judge' of '" in result.stderr
+    assert "the time limit" in result.stdout
 
 
 def test_a_launch_says_something_and_is_quiet_when_it_is_stopped_at_once(tmp_path):

@@ -25,6 +25,7 @@ from grpo.record.metrics import load_metrics, without_times
 from grpo.runtime import sharding
 from grpo.runtime.ranks import ONE, ConnectedRanks, full_tensor
 from grpo.runtime.sharding import distribute_like, is_sharded, local_tensor
+from tasks.common import watch
 from tests.helpers.runs import ENVIRONMENT, ROOT, forked, options, together, wait_for
 
 SAME = 1e-5  # Weights, which 20 steps move by up to 0.04, agree within this.
@@ -294,6 +295,25 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(model, tmp_path):
 def test_the_time_limit_of_one_process_is_that_of_train_in_two(model, tmp_path):
     train_in_two(model, tmp_path / "run", num_iterations=100_000, eval_every=100_000, time_limit="6s")
     assert load_metrics(tmp_path / "run")["finished"]["reason"] == "the time limit"
+
+
+def test_the_time_limit_ends_two_processes_although_a_reward_does_not_return(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "FIRST_LINE_SECONDS", 0.3)
+    (tmp_path / "mine.py").write_text(
+        "import time\n"
+        "calls = 0\n"
+        "def f(completions, **columns):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if calls == 5:\n"
+        "        time.sleep(60)\n"
+        "    return [float(len(c[0]['content'])) for c in completions]\n",
+        encoding="utf-8",
+    )
+    train_in_two(model, tmp_path / "run", reward=f"{tmp_path / 'mine.py'}:f=1", time_limit="12s")
+    record = load_metrics(tmp_path / "run")
+    assert record["finished"]["reason"] == "the time limit"
+    assert 1 <= record["finished"]["step"] == len(record["steps"]) < 5
 
 
 def test_a_process_that_dies_ends_the_others_in_one_line(model, tmp_path):
