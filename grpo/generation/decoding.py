@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grpo.generation.cuda_graphs import CudaGraphDecoding
 from grpo.runtime.ranks import ONE, Ranks
@@ -24,8 +24,10 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: in
     """Return the cache of N left-padded prompts (N, P), and the logits (N, V) after them.
 
     The first `common_prefix` tokens, the same in all prompts, run once. In float32 this only changes rounding.
+    Layers with a sliding window keep all tokens, as other layers of attention do, so that tokens need no copies.
     """
-    cache = cache_behind_padding(model, ids, mask, common_prefix) if common_prefix else DynamicCache()
+    cache = prefix_cache(model, ids, mask, common_prefix) if common_prefix else DynamicCache(config=model.config)
+    cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
     out = model(
         input_ids=ids[:, common_prefix:],
         attention_mask=mask.long(),
@@ -37,7 +39,7 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: in
     return cache, out.logits[:, -1]
 
 
-def cache_behind_padding(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> DynamicCache:
+def prefix_cache(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> DynamicCache:
     """Return the cache of the first `length` columns of left-padded prompts that begin with the same tokens."""
     cache = prefill_prefix(model, ids, mask, length)
     padding = (~mask).sum(-1, keepdim=True)
@@ -70,8 +72,7 @@ class PreallocatedLayer(DynamicLayer):
         """Copy a layer of N rows, (N, heads, length, size), each row `repeats` times."""
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        if layer.device.type != "cpu":  # else transformers waits for the device to see whether a mask can be dropped
-            self.is_compileable = True
+        self.is_compileable |= layer.device.type != "cpu"  # else transformers waits for the device to see its mask
         self._length = layer.keys.shape[-2]
         self._buffers = [reserve(layer.keys, repeats), reserve(layer.values, repeats)]
         self._update_views()
@@ -88,11 +89,11 @@ class PreallocatedLayer(DynamicLayer):
         self._update_views()
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows, moved to the start of the same memory."""
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep only these rows, moved to the start of the same memory. Layers of all classes have this method."""
         for x in self._buffers:
-            x[: len(indices), :, : self._length] = x[:, :, : self._length][indices]
-        self._buffers = [x[: len(indices)] for x in self._buffers]
+            x[: len(beam_idx), :, : self._length] = x[:, :, : self._length][beam_idx]
+        self._buffers = [x[: len(beam_idx)] for x in self._buffers]
         self._update_views()
 
     def _update_views(self) -> None:
@@ -129,7 +130,7 @@ class CachedDecoding:
             if type(layer) is DynamicLayer:
                 cache.layers[i] = PreallocatedLayer(layer, repeats)
             elif repeats > 1:  # a class of the model's own, which repeats its rows by its own method
-                layer.batch_repeat_interleave(repeats)
+                layer.reorder_cache(torch.arange(len(mask), device=mask.device).repeat_interleave(repeats))
         mask = mask.long().repeat_interleave(repeats, 0)
         self.model, self.cache, self.prefix = model, cache, prefix
         self.width = mask.shape[1]
@@ -139,9 +140,8 @@ class CachedDecoding:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Append one token (B,) to each row; return the logits (B, V) after it."""
         self.width += 1
-        attention = {"attention_mask": self.mask[:, : self.width]}
-        if self.prefix is not None:
-            attention = self.prefix.arguments(self.mask[:, None, : self.width] != 0)
+        mask = self.mask[:, : self.width]
+        attention = {"attention_mask": mask} if self.prefix is None else self.prefix.arguments(mask[:, None] != 0)
         out = self.model(
             input_ids=tokens[:, None],
             position_ids=self.position,
@@ -154,7 +154,7 @@ class CachedDecoding:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)
         self.mask = self.mask[rows]
         self.position = self.position[rows]
 

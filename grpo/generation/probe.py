@@ -1,6 +1,7 @@
 """Find out which shortcuts a model supports: try each once on prompts of the task, and compare it with plain passes.
 
-For example, models with state-space layers or an unusual kind of attention do not support all shortcuts.
+For example, models with state-space layers or an unusual kind of attention do not support all shortcuts. A model that
+decodes a batch of rows differently from each row alone is refused.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from grpo.generation.decoding import CachedDecoding, Decoder, begin_after_prefix
 from grpo.model.language_model import LanguageModel
 from grpo.runtime.console import say
 from grpo.runtime.microbatch import is_unsupported, matches_reference
-from grpo.runtime.precision import in_precision
+from grpo.runtime.precision import in_precision, precision
 from grpo.runtime.ranks import ONE, Ranks
 from grpo.runtime.sharding import is_sharded
 from grpo.scoring import output_layer
@@ -27,6 +28,9 @@ from tasks.base import Task, prompt_of
 PROBED_PROMPTS = 4
 PROBED_GROUP = 2  # completions per prompt
 PROBED_TOKENS = 8  # tokens per completion
+BATCH_ROWS = 3  # rows of different lengths, decoded together and alone
+# Largest difference in nats. In float32, linear attention rounds by up to 2e-3, and mistakes differ by 0.04 or more.
+BATCH_TOLERANCE = 0.01
 GRAPH_TOKENS = WARM_UP_TOKENS + 4  # After the warm-up the graph is recorded once and replayed four times.
 # Largest difference of a log-probability in nats. In float32, graph and plain passes agree within 1e-6.
 GRAPH_TOLERANCE = {torch.float32: 1e-3}
@@ -44,6 +48,10 @@ def probe(lm: LanguageModel, task: Task, cuda_graphs: bool = False, ranks: Ranks
     scorer = probe_scorer(lm.model, ids, mask)
     packs = scorer.shares_prompts
     sharded = is_sharded(lm.model)  # a graph cannot record the communication in a sharded model's passes
+    # Rows round differently in a batch if layers are in 4 bits, or if a sharded model computes in bfloat16.
+    rounds = hasattr(lm.model.config, "quantization_config") or (sharded and precision(lm.model) != "float32")
+    if not packs and not rounds:
+        check_batches(lm.model, prompts[0], lm.pad_id)
     decoder = Decoder(
         expands_cache=supports_cache_expansion(lm.model, ids, mask),
         shares_prefix=supports_common_prefix(lm.model, prompts, lm.pad_id),
@@ -76,6 +84,30 @@ def probe_scorer(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor
         # It may have a softcap, for example.
         say("This model changes its logits, so the logits of all tokens are held in memory.")
     return Scorer(shares_prompts=True, fuses_output=fuses)
+
+
+@torch.no_grad()
+def check_batches(model: PreTrainedModel, prompt: Sequence[int], pad_id: int) -> None:
+    """Raise ValueError unless decoding padded rows, one of which is dropped, agrees with running each row in full.
+
+    A model with states instead of keys and values could take padding for tokens, or keep the states of dropped rows.
+    """
+    ids, mask = left_pad([prompt[start:] for start in range(BATCH_ROWS)], pad_id, model.device)
+
+    def together() -> Tensor:
+        decoding, _ = Decoder().begin(model, ids, mask, 1, 2)
+        decoding(ids[:, -1])
+        decoding.keep(torch.arange(1, BATCH_ROWS, device=ids.device))
+        return decoding(ids[1:, -1]).float().log_softmax(-1)
+
+    def alone(row: int) -> Tensor:
+        tokens = torch.cat([ids[row, row:], ids[row, -1:], ids[row, -1:]])[None]
+        return model(input_ids=tokens, use_cache=False).logits[:, -1].float().log_softmax(-1)
+
+    expected = torch.cat([alone(row) for row in range(1, BATCH_ROWS)])
+    if not matches_reference(together, expected, BATCH_TOLERANCE):
+        kind = model.config.model_type
+        raise ValueError(f"a {kind} model answers differently in a batch than alone: take another --model")
 
 
 @torch.no_grad()

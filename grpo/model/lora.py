@@ -40,7 +40,8 @@ def four_bits(device: torch.device) -> dict[str, Any]:
 def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     """Return the model with an adapter. Only the adapter is trained; before training it changes no output.
 
-    Raises ValueError if peft is missing, or if no layer has one of the names in `lora_targets`.
+    Raises ValueError if peft is missing, if no layer has one of the names in `lora_targets`, or if one names the
+    embedding or the output layer of a model in which they share one weight.
     """
     try:
         with suppress_warnings():
@@ -59,12 +60,23 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
         # On a CPU, the first pass would repack 4-bit layers for inference; from then on they have no gradient.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = outputs is not None and inputs.weight is outputs.weight
+    tied = [name for name, layer in model.named_modules() if is_tied and layer in (inputs, outputs)]
     torch.manual_seed(config.seed)  # An adapter has two factors: one starts random, the other as zeros.
     try:
         with suppress_warnings():
-            return get_peft_model(model, lora).eval()
+            adapted = get_peft_model(model, lora).eval()
     except ValueError as error:
         raise ValueError(f"--lora-targets {targets!r} cannot be used: {' '.join(str(error).split())[:200]}") from None
+    for name in tied:
+        # A merged weight would be used at both ends of the model, but the adapter changes only one.
+        if any(f".{name}.lora_" in parameter for parameter in trainable(adapted)):
+            raise ValueError(
+                f"--lora-targets {targets!r} cannot be used: {name.rpartition('.')[2]} shares its weight with the "
+                "other end of this model, so its adapter cannot be merged; leave it out"
+            )
+    return adapted
 
 
 def has_adapter(model: nn.Module) -> bool:

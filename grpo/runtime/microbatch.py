@@ -37,15 +37,15 @@ def is_unsupported(error: Exception) -> bool:
     return isinstance(error, UNSUPPORTED) and not is_out_of_memory(error)
 
 
-def matches_reference(shortcut: Callable[[], Tensor], expected: Tensor) -> bool:
-    """Return whether `shortcut()` agrees with `expected` within TOLERANCE; False if the model does not support it."""
+def matches_reference(shortcut: Callable[[], Tensor], expected: Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Return whether `shortcut()` agrees with `expected` within `tolerance`; False if it is not supported."""
     try:
         logprobs = shortcut()
     except Exception as error:
         if not is_unsupported(error):
             raise
         return False
-    return bool((logprobs - expected).abs().max() < TOLERANCE)
+    return bool((logprobs - expected).abs().max() < tolerance)
 
 
 class AdaptiveMicrobatch:

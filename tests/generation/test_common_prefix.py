@@ -93,6 +93,7 @@ def test_a_model_without_a_cache_of_keys_and_values_does_not_support_it():
         """A model without a cache of keys and values."""
 
         device = torch.device("cpu")
+        config = tiny_model("llama").config
 
         def forward(self, input_ids, past_key_values, **_):
             past_key_values.layers = [object()]

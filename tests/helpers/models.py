@@ -10,7 +10,7 @@ VOCABULARY = 50
 
 
 def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
-    """Return a random model of a kind of `zoo.KINDS`, in eval mode, with a vocabulary of 50."""
+    """Return a random model of a kind of the zoo, in eval mode, with a vocabulary of 50."""
     return zoo.random_model(kind, seed, vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1, bos_token_id=2)
 
 

@@ -24,11 +24,13 @@ from tokenizers import (
 )
 from transformers import (
     AutoModelForCausalLM,
+    FalconH1Config,
     Gemma3TextConfig,
     GemmaTokenizer,
     GenerationConfig,
     GPT2Config,
     GPT2Tokenizer,
+    Lfm2Config,
     LlamaConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -37,6 +39,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2Tokenizer,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -151,10 +154,38 @@ KINDS = {
     "gpt2": (GPT2Config, {"n_positions": 512}, None, ["<|endoftext|>"]),
 }
 
+# Models with layers of convolution or linear attention, which use none of the shortcuts that KINDS are tested with.
+HYBRIDS = {
+    "lfm2": (
+        Lfm2Config,
+        {"layer_types": ["conv", "full_attention", "conv"]},
+        CHATML,
+        ["<|im_end|>"],
+    ),
+    "qwen3_5": (
+        Qwen3_5TextConfig,
+        {"head_dim": 8, "layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+        | {
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        CHATML,
+        ["<|im_end|>"],
+    ),
+    "falcon_h1": (
+        FalconH1Config,
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+        CHATML,
+        ["<|im_end|>"],
+    ),
+}
+
 
 def random_model(kind: str, seed: int = 1, **ids: int | list[int] | None) -> PreTrainedModel:
     """Return a random model of a kind, in eval mode, with settings such as `vocab_size` and `eos_token_id`."""
-    config_class, own, _, _ = KINDS[kind]
+    config_class, own, _, _ = (KINDS | HYBRIDS)[kind]
     config: PreTrainedConfig = config_class(**(SIZES | own | ids))
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -196,7 +227,7 @@ def parts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def real_tokenizer(kind: str) -> PreTrainedTokenizerBase:
     """Return a tokenizer with the class and special tokens of a kind, without a chat template."""
-    if kind.startswith("qwen"):
+    if kind.startswith("qwen") or kind in HYBRIDS:
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         tokenizer = Qwen2Tokenizer(
             **parts(byte_level(special, PRETOKENIZE_REGEX)), eos_token="<|im_end|>", pad_token="<|endoftext|>"
@@ -226,7 +257,7 @@ def real_tokenizer(kind: str) -> PreTrainedTokenizerBase:
 def build(folder: Path, kind: str) -> Path:
     """Write a model folder of a kind."""
     tokenizer = real_tokenizer(kind)
-    *_, template, ends = KINDS[kind]
+    *_, template, ends = (KINDS | HYBRIDS)[kind]
     ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     ids |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = random_model(kind, **ids)

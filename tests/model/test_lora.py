@@ -197,6 +197,18 @@ def test_names_that_no_layer_has_are_refused(targets, tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_end_of_a_tied_model_is_refused_and_one_of_an_untied_model_is_merged(target):
+    config = TrainConfig(lora_rank=4, lora_targets=f"q_proj,{target}")
+    with pytest.raises(ValueError, match=f"{target} shares its weight with the other end of this model"):
+        add_adapter(tiny_model("qwen2"), config)
+    model = add_adapter(tiny_model("llama"), config)
+    with torch.no_grad():
+        for weight in trainable(model).values():
+            weight.normal_(std=0.1)
+    torch.testing.assert_close(logprobs(model), logprobs(merged(model)), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"lora_rank": 4, "ref_model_sync_steps": 2}], ids=str)
 def test_settings_that_exclude_each_other_are_refused(settings):
     with pytest.raises(ValueError, match="--lora-rank"):
