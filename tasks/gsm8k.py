@@ -17,6 +17,7 @@ from tasks.common.parsing import parse_number
 from tasks.common.rows import Row, Rows, kind_of_all, normal, notes_on, read_rows, split_rows, text_of
 
 HUB = "openai/gsm8k"
+MAX_NEW_TOKENS = 256  # The default token limit: the published workings have about 100 tokens, few more than 256.
 MARK = "####"
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # a calculator mark, such as <<9*2=18>> in 9 * 2 = <<9*2=18>>18
 
