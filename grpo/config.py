@@ -117,7 +117,7 @@ class TrainConfig(TaskOptions):
     max_new_tokens: int = setting(
         16,
         ALGORITHM,
-        "token limit of a completion; with --prompt-style think 128, with reasoning 256",
+        "token limit of a completion; with --prompt-style think 128, with reasoning or --task gsm8k 256",
         least=1,
         most=MAX_NEW_TOKENS,
         common=True,

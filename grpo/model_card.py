@@ -16,7 +16,7 @@ from grpo.config import MAX_NEW_TOKENS, NOT_INHERITED, REMOVED, TrainConfig, wit
 from tasks.base import KINDS
 from tasks.common.prompts import FIRST_WORDING, STYLE_TOKENS, STYLES
 from tasks.common.user_file import names_a_file
-from tasks.registry import unused_options
+from tasks.registry import TASK_TOKENS, unused_options
 
 STARTER = Path(__file__).parent / "starter" / "model"
 RECIPES = Path(__file__).parent / "recipes"
@@ -114,14 +114,18 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     defaults = TrainConfig()
     carried = {"task": defaults.task, "prompt_style": defaults.prompt_style, **card}
     style = given.get("prompt_style", carried["prompt_style"])
+    asked_tasks = _as_list(given.get("task", carried["task"]))
+    task_tokens = max((TASK_TOKENS.get(str(spec).partition("=")[0], 0) for spec in asked_tasks), default=0)
     if style != carried["prompt_style"]:
         inapplicable = {"max_new_tokens", "system_prompt", "reward"}
-    elif list(_as_list(given.get("task", carried["task"]))) != list(_as_list(carried["task"])):
+    elif list(asked_tasks) != list(_as_list(carried["task"])):
         inapplicable = {"system_prompt", "reward"}
+        if task_tokens and given.get("model", "starter") != "starter":  # The starter has no room for more tokens.
+            inapplicable.add("max_new_tokens")
     else:
         inapplicable = set()
     card = {name: value for name, value in card.items() if name not in inapplicable}
-    limit = {"max_new_tokens": STYLE_TOKENS[style]} if style in STYLES else {}
+    limit = {"max_new_tokens": max(STYLE_TOKENS[style], task_tokens)} if style in STYLES else {}
     given_alone = TrainConfig(**{**limit, **given})  # An error here is due to `given`; a later one, to the card.
     try:
         config = replace(given_alone, **{name: value for name, value in card.items() if name not in given})

@@ -82,8 +82,15 @@ class SupervisedTrainer:
 
 
 def supervised_tokens(lm: LanguageModel, chats: Sequence[Sequence[Message]], completions: Sequence[str]) -> Tokens:
-    """Return the tokens of chats with one completion each, in the format of sampled completions."""
-    return tokens_of(lm.prompts(chats), [lm.completion(text) for text in completions], lm.pad_id, lm.model.device)
+    """Return the tokens of chats with one completion each, in the format of sampled completions.
+
+    A completion ends where the model has no more positions.
+    """
+    prompts = lm.prompts(chats)
+    ids = [lm.completion(text) for text in completions]
+    if lm.positions is not None:
+        ids = [row[: lm.positions - len(prompt)] for prompt, row in zip(prompts, ids, strict=True)]
+    return tokens_of(prompts, ids, lm.pad_id, lm.model.device)
 
 
 def supervised_gradient(

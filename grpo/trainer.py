@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from grpo.interrupts import TIME_LIMIT, Interrupted, InterruptHandler
 from grpo.launch.outlook import NothingToLearn, is_hopeless, look_closer, outlook, try_settings, way_out
 from grpo.launch.run_folder import free_folder
 from grpo.measurer import Measurer
-from grpo.model.language_model import fitting_task
+from grpo.model.language_model import fitting_task, limit_note
 from grpo.model.loading import load, load_policy
 from grpo.model.saving import SAVED_MODEL
 from grpo.model_card import read_card
@@ -93,7 +94,10 @@ class Trainer:
         self.parameters_on_cpu = self.lm.model.num_parameters() if device.type == "cpu" else 0
         if self.parameters_on_cpu:
             keep_freed_memory(self.parameters_on_cpu)
-        self.task = task = fitting_task(self.lm, task, config)
+        task = fitting_task(self.lm, task, config)
+        if note := limit_note(self.lm, task, config):
+            task = replace(task, notes=[*task.notes, note])
+        self.task = task
         self.grpo = GRPO(config, task, self.lm, rewards, device, ranks)
         model_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
         choosing_rewards = rewards if decides_until_right(rewards, task) else ()

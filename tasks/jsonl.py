@@ -1,12 +1,16 @@
-"""Problems from a file: `--task jsonl --data FILE`, JSON Lines with question and answer, or prompt and response.
+"""Problems from a file or data set: `--task jsonl --data FILE`, with question and answer, or prompt and response.
 
     {"question": "What is the capital of France?", "answer": "Paris", "level": "easy"}
 
+The file may be JSON Lines, a JSON array, CSV or Parquet; `--data OWNER/NAME` is a data set of the Hub
+(`tasks/common/sources.py`). Chats in a column `messages` will do, and `--columns question=NAME` names other columns.
+
 An answer that is a number is compared as a number (1,234 and 1234.0 are the same), any other as text. A column
 `solution` is the working that stands before the answer in worked examples. All columns but question and answer go to
-the user's rewards. A hash of the question holds out a tenth for validation and another tenth for test. If a question
-has many right answers, `--correct FILE.py:FUNCTION` judges them (`tasks/common/user_file.py`), or a ready judge,
-`--correct choice` or `--correct math` (`tasks/common/judges.py`); the answer in the file must be one of them.
+the user's rewards. A hash of the question holds out a tenth for validation and another tenth for test, unless the
+data set has these splits or `--validation-data` and `--test-data` name them. If a question has many right answers,
+`--correct FILE.py:FUNCTION` judges them (`tasks/common/user_file.py`), or a ready judge, `--correct choice` or
+`--correct math` (`tasks/common/judges.py`); the answer in the file must be one of them.
 """
 
 from dataclasses import replace
@@ -16,41 +20,57 @@ from typing import Annotated
 from tasks.base import Option, Problem
 from tasks.common.parsing import PARSERS, parse_answer
 from tasks.common.prompts import ideal_completion
-from tasks.common.rows import Row, Rows, kind_of, kind_of_all, notes_on, read_rows, split_rows, text_of, tolerance_of
+from tasks.common.rows import (
+    Columns,
+    Data,
+    Rows,
+    TestData,
+    ValidationData,
+    kind_of,
+    kind_of_all,
+    notes_on,
+    read_splits,
+    text_of,
+    tolerance_of,
+)
+from tasks.common.sources import ANSWERS, QUESTIONS, Row
 from tasks.common.user_file import Judge
-
-FIELDS = (("question", "answer"), ("prompt", "response"))
 
 
 def load(
-    data: Annotated[str, Option("JSON Lines file with the problems", inheritable=False)] = "",
+    data: Data = "",
     style: str = "answer",
     system_prompt: str = "",
     correct: Annotated[
         str, Option("choice, math, or FILE.py:FUNCTION that judges answers, instead of equality", inheritable=False)
     ] = "",
+    validation_data: ValidationData = "",
+    test_data: TestData = "",
+    columns: Columns = "",
 ) -> Rows:
-    """Load the task from a file. Raises ValueError, in one line, if the file is malformed or too small."""
+    """Load the task from a file or data set. Raises ValueError, in one line, if it is malformed or too small."""
     if not data:
-        raise ValueError("--task jsonl needs --data FILE: JSON Lines with question and answer")
+        raise ValueError("--task jsonl needs --data: a file with question and answer, or a data set of the Hub")
     judge = Judge.load(correct) if correct else None
-    problems, sha256 = read_rows(data, partial(problem_of, style=style, judge=judge))
+    make = partial(problem_of, style=style, judge=judge)
+    problems, by_split, files = read_splits(data, validation_data, test_data, columns, make)
+    used = sum(map(len, by_split.values()))
     return Rows(
         name="jsonl",
-        problems=split_rows(problems, data),
-        files={data: sha256, **(judge.file.files if judge and judge.file else {})},
+        problems=by_split,
+        files={**files, **(judge.file.files if judge and judge.file else {})},
         judge=judge,
         knows_right=judge is not None,
         style=style,
         kind="text" if judge is not None and judge.reads_text else kind_of_all(problems),
-        notes=notes_on(problems, compare_answers=judge is None),
+        notes=notes_on(problems, used, compare_answers=judge is None),
         system_prompt=system_prompt,
     )
 
 
 def problem_of(row: Row, style: str, judge: Judge | None = None) -> Problem:
     """Return the problem in a row. Raises ValueError with the reason if the row has none."""
-    question, answer = next((pair for pair in FIELDS if pair[0] in row), FIELDS[0])
+    question, answer = fields_of(row)
     columns = {name: value for name, value in row.items() if name not in (question, answer)}
     working = row["solution"].strip() if isinstance(row.get("solution"), str) else ""
     problem = Problem(text_of(row, question), text_of(row, answer, or_number=True), columns, working=working)
@@ -62,3 +82,12 @@ def problem_of(row: Row, style: str, judge: Judge | None = None) -> Problem:
     if judge is not None and not judge(problem, gold):
         raise ValueError(f"--correct {judge.name!r} rejects the {answer!r} in the file; it must accept that")
     return problem
+
+
+def fields_of(row: Row) -> tuple[str, str]:
+    """Return the names of the columns with the question and with the answer."""
+    for names in zip(QUESTIONS, ANSWERS, strict=True):
+        if row.keys() >= set(names):
+            return names
+    question = next((name for name in QUESTIONS if name in row), QUESTIONS[0])
+    return question, next((name for name in ANSWERS if name in row), ANSWERS[0])

@@ -25,6 +25,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "reverse": Reverse,
 }
 DEFAULT_TASK = "arithmetic"
+TASK_TOKENS = {"gsm8k": gsm8k.MAX_NEW_TOKENS}  # the least default of --max-new-tokens, for tasks with long workings
 
 
 class TaskSettings(Protocol):

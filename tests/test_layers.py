@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 STARTER = ("grpo.starter.build", "grpo.starter.data")  # a script and its data: they may use everything
 SCRIPTS = ("train_grpo", "inference", "plot_metrics")
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "tokenizers", "matplotlib", "scipy"}
-OPTIONAL = {"tasks.gsm8k": {"datasets"}}  # imported lazily; a missing one is answered with the line that installs it
+# imported lazily; a missing one is answered with the line that installs it
+OPTIONAL = {"tasks.common.sources": {"datasets", "pyarrow"}}
 LIGHT = (
     *SCRIPTS,
     "grpo.config",

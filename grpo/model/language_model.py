@@ -10,10 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import TrainConfig
 from grpo.runtime.console import printable
-from tasks.base import Message, Task, first_few
+from tasks.base import Message, Task, first_few, task_of
+from tasks.common.prompts import ideal_completion
+from tasks.common.shots import solved_problem
 
 MAX_CHARACTERS_PER_TOKEN = 64  # Before it is encoded, a question is cut to this many per position.
 MAX_NAMED_QUESTIONS = 5  # An error or a note names at most this many questions.
+MEASURED_PROBLEMS = 64  # `limit_note` measures the completions of this many training problems.
 
 
 @dataclass(frozen=True)
@@ -160,3 +163,40 @@ def fitting_task(lm: LanguageModel, task: Task, config: TrainConfig) -> Task:
         places = first_few((other.place for other, _ in too_long[1:]), MAX_NAMED_QUESTIONS - 1)
         advice += f" (and {len(too_long) - 1} more of {len(problems):,}: {places})"
     raise ValueError(f"{place}the prompt{examples} has {at_least}{tokens:,} tokens, and {limits}; {advice}")
+
+
+def limit_note(lm: LanguageModel, task: Task, config: TrainConfig) -> str | None:
+    """Return a note if completions that the run teaches, shows or asks for exceed --max-new-tokens, else None.
+
+    Fine-tuning teaches ideal completions, worked examples show them, and each run asks for the bare answers. A model
+    that has learned to write longer completions is cut off in every one, so none of them gets a reward. Raises
+    ValueError if the run has supervised steps, but the task knows no right completion.
+    """
+    rows = range(MEASURED_PROBLEMS)
+    if config.sft_steps:
+        texts = [solved_problem(task, config.seed, -1, row)[1] for row in rows]
+        what = "completions that fine-tuning teaches"
+    elif texts := [turn["content"] for turn in _examples(task) if turn["role"] == "assistant"]:
+        what = "worked examples in the prompt"
+    else:
+        problems = [task.training_problem(config.seed, -1, row) for row in rows]
+        texts = [ideal_completion(problem.answer, task_of(task, problem).style) for problem in problems]
+        what = "right answers without any working"
+    lengths = [len(lm.completion(text)) for text in texts]
+    limit = config.max_new_tokens
+    too_long = sum(length > limit for length in lengths)
+    if not too_long:
+        return None
+    longest = max(lengths)
+    advice = f"Take --max-new-tokens {longest}"
+    if lm.positions is not None and longest >= lm.positions:
+        advice = f"The model has only {lm.positions:,} positions, so shorten them"
+    return (
+        f"{too_long} of {len(texts)} {what} have more tokens than --max-new-tokens {limit}: such completions are cut "
+        f"off before they end, so they cannot be right. {advice}: the longest of the {len(texts)} has {longest:,}."
+    )
+
+
+def _examples(task: Task) -> list[Message]:
+    """Return the worked examples of a task, or of all tasks of a mixture."""
+    return [turn for part in (task.parts.values() or [task]) for turn in part.examples]

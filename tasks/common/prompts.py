@@ -4,7 +4,7 @@ A style is a system message and the form of an ideal completion. Only `tasks/com
 a completion has that form.
 """
 
-# The token limit of a completion, unless the command line or the model's card sets another one.
+# The token limit of a completion, unless the task, the command line or the model's card sets another one.
 STYLE_TOKENS = {"answer": 16, "think": 128, "reasoning": 256}
 STYLES = tuple(STYLE_TOKENS)
 

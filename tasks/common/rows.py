@@ -1,26 +1,34 @@
-"""Tasks whose problems are the rows of a file: read JSON Lines, report malformed lines, sample problems.
+"""Tasks whose problems are the rows of a file or data set: make problems, report malformed rows, sample problems.
 
     {"question": "What is the capital of France?", "answer": "Paris"}
 
-A file is read once, line by line, before training starts. A hash of the question decides the split of a row.
+The rows are read once (`tasks/common/sources.py`), before training starts. A hash of the question decides the split
+of a row, unless the data have splits.
 """
 
-import hashlib
-import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any
 
-from tasks.base import SPLITS, Answer, Problem, first_few, seeded_rng, split_of
+from tasks.base import SPLITS, Answer, Option, Problem, first_few, seeded_rng, split_of
 from tasks.common.judges import same_text
 from tasks.common.parsing import PARSERS, parse_number
 from tasks.common.qa_task import QATask
+from tasks.common.sources import (
+    WHOLE,
+    Row,
+    file_sha256,
+    names_of,
+    parse_columns,
+    read_source,
+    renamed,
+    with_plain_texts,
+)
 from tasks.common.user_file import Judge
 
 LINES_NAMED = 5  # the largest number of lines that an error or a remark names
@@ -29,8 +37,21 @@ RELATIVE_TOLERANCE = Decimal("0.001")  # of an answer that is a computed number,
 MAX_TOLERANCE = Decimal("0.005")  # of such an answer
 ODD_SHARE = 0.1  # of the answers, from which on the start says how they are compared
 _ODD = re.compile(r"[\W\d]|\w\W?$")  # matches the beginning of a text that people write in several ways
-MAX_LINE_BYTES = 32 * 2**20  # a longer line would fill the memory
-Row = Mapping[str, Any]
+
+# The options of the tasks with rows.
+Data = Annotated[
+    str,
+    Option(
+        "problem file (.jsonl, .json, .csv, .parquet), or OWNER/NAME of a data set on the Hub",
+        inheritable=False,
+        common=True,
+    ),
+]
+ValidationData = Annotated[str, Option("problems for validation, instead of a tenth of --data", inheritable=False)]
+TestData = Annotated[str, Option("problems for the test, instead of a tenth of --data", inheritable=False)]
+Columns = Annotated[
+    str, Option("names of columns in the data, such as question=problem,answer=solution", inheritable=False)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +111,21 @@ def kind_of_all(problems: Iterable[Problem]) -> str:
     return "text"
 
 
-def notes_on(problems: Sequence[Problem], compare_answers: bool = True) -> list[str]:
-    """Return remarks on lines of a file that may be mistakes.
+def notes_on(problems: Sequence[Problem], used: int, compare_answers: bool = True) -> list[str]:
+    """Return remarks on rows that may be mistakes; `used` is the number of problems in the splits.
 
-    One remark is about a minority of answers that decides the kind of all answers. The others, if `compare_answers`,
-    are about questions that occur again with another answer, and about how texts and computed numbers are compared.
+    The first are about problems that are left out, system prompts in the data, and a minority of answers that decides
+    the kind of all answers. The others, if `compare_answers`, are about questions that occur again with another
+    answer, and about how texts and computed numbers are compared.
     """
     notes = []
+    if used < len(problems):
+        notes.append(
+            f"{len(problems) - used} problems are left out of training or validation: their questions are also in "
+            "the data for the test or for validation."
+        )
+    if systems := sum("system" in problem.columns for problem in problems):
+        notes.append(f"{systems} problems have a system prompt of their own, which is not used; see --system-prompt.")
     task_kind = kind_of_all(problems)
     for kind in ("integer", "number"):
         others = [problem for problem in problems if PARSERS[kind](problem.answer) is None]
@@ -141,21 +170,37 @@ def normal(question: str) -> str:
     return " ".join(question.casefold().split())
 
 
-def split_rows(problems: Iterable[Problem], source: str) -> dict[str, list[Problem]]:
-    """Return the problems by split. Raises ValueError if a split is left without problems."""
+def split_rows(given: Mapping[str, Sequence[Problem]], source: str) -> dict[str, list[Problem]]:
+    """Return the problems by split. Raises ValueError if a split is left without problems.
+
+    `given` are the problems of the splits that the data have. A hash of the question takes the problems of the other
+    splits from those of "train". A question of "test" is left out of the other splits, and one of "validation" is
+    left out of "train".
+    """
+    hashed = [split for split in SPLITS if split not in given]
     by_split: dict[str, list[Problem]] = {split: [] for split in SPLITS}
     questions: Counter[str] = Counter()
-    for problem in problems:
-        question = normal(problem.question)
-        questions[question] += 1
-        by_split[split_of(question)].append(problem)
+    held_out: set[str] = set()
+    for split in reversed(SPLITS):  # test, validation, train
+        asked = [(normal(problem.question), problem) for problem in given.get(split, ())]
+        for question, problem in asked:
+            if question not in held_out:
+                by_hash = split_of(question)
+                by_split[by_hash if split == "train" and by_hash in hashed else split].append(problem)
+        held_out |= {question for question, _ in asked}
+        if split == "train":
+            questions.update(question for question, _ in asked)
     if missing := [split for split, rows in by_split.items() if not rows]:
+        if empty := [split for split in missing if split in given and split != "train"]:
+            raise ValueError(f"{source}: there are no problems for {empty[0]} that are not in another split too")
         total = questions.total()
         few = f"too few problems ({total})"
         if len(questions) < total:
             question, times = questions.most_common(1)[0]
             repeated = f"{question[:60]!a} occurs {times} times"
             few = f"too few different questions: {len(questions)} in {total} rows; {repeated}"
+        if not hashed:
+            raise ValueError(f"{source} has {few} that are not in the data for validation or test")
         raise ValueError(
             f"{source} has {few}. A hash of the question puts a tenth into validation and a tenth into test; "
             f"it leaves none for {' and '.join(missing)}. Provide a few hundred different questions"
@@ -163,72 +208,67 @@ def split_rows(problems: Iterable[Problem], source: str) -> dict[str, list[Probl
     return by_split
 
 
-def read_rows(path: str, problem_of: Callable[[Row], Problem]) -> tuple[list[Problem], str]:
-    """Read the problems in a JSON Lines file; also return the SHA-256 of what was read.
+def read_splits(
+    data: str, validation_data: str, test_data: str, columns: str, problem_of: Callable[[Row], Problem]
+) -> tuple[list[Problem], dict[str, list[Problem]], dict[str, str]]:
+    """Read the problems of a task; return them as read, by split, and the SHA-256 of each source.
 
-    `problem_of` makes a problem from a row, or raises ValueError with the reason. This function raises ValueError, in
-    one line: `file:line: reason` for the first malformed line, then the numbers of a few more malformed lines. Blank
-    lines are skipped; a byte order mark and CRLF are allowed.
+    The arguments are the values of the options --data, --validation-data, --test-data and --columns. `problem_of`
+    makes a problem from a row, or raises ValueError with the reason. Raises ValueError, in one line, if a source
+    cannot be read, is malformed or is too small.
     """
-    problems: list[Problem] = []
-    malformed: list[tuple[int, str]] = []  # line number and reason
-    digest = hashlib.sha256()
+    names = parse_columns(columns)
+    given, sha256 = read_rows(data, problem_of, names)
+    files = {data: sha256}
+    given = {split or "train": problems for split, problems in given.items()}
+    for split, source in (("validation", validation_data), ("test", test_data)):
+        if source:
+            found, files[source] = read_rows(source, problem_of, names, f"--{split}-data")
+            if split not in found and WHOLE not in found:
+                raise ValueError(f"--{split}-data {source!r} has no split that is named {split}")
+            given[split] = found.get(split, found.get(WHOLE))
+    return list(chain.from_iterable(given.values())), split_rows(given, data), files
+
+
+def read_rows(
+    source: str,
+    problem_of: Callable[[Row], Problem],
+    columns: Mapping[str, str] | None = None,
+    option: str = "--data",
+) -> tuple[dict[str, list[Problem]], str]:
+    """Read the problems of a file or of a data set of the Hub by split; also return the SHA-256 of what was read.
+
+    A file has the split WHOLE. `columns` has other names of columns, by the names that the tasks use. Raises
+    ValueError, in one line: `place: reason` for the first malformed row, then the numbers of a few more of them.
+    """
+    problems: dict[str, list[Problem]] = {}
     try:
-        if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
-            raise ValueError("it is not a file; a pipe or a device may never end")
-        with open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-                digest.update(line)
-                if len(line) > MAX_LINE_BYTES:
-                    malformed.append((number, f"the line has more than {MAX_LINE_BYTES // 2**20} MB"))
-                    break
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if not line.strip():
-                    continue
+        splits, sha256 = read_source(source)
+        for split, (prefix, rows) in splits.items():
+            malformed: list[tuple[int, str]] = []  # the number of the row and the reason
+            problems[split] = []
+            for number, row in rows:
                 try:
-                    problem = problem_of(parse_row(line))
+                    if isinstance(row, ValueError):
+                        raise row
+                    problem = problem_of(with_plain_texts(renamed(row, columns or {})))
                 except ValueError as error:
                     malformed.append((number, str(error)))
                 else:
-                    problems.append(replace(problem, place=f"{path}:{number}"))
+                    problems[split].append(replace(problem, place=f"{prefix}{number}"))
+            if malformed:
+                break
+        sha256 = sha256 or file_sha256(source)
     except (OSError, ValueError) as error:  # a path with a NUL raises a ValueError
-        raise ValueError(f"cannot read --data {path!r}: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(f"cannot read {option} {source!r}: {getattr(error, 'strerror', None) or error}") from None
     if malformed:
         number, reason = malformed[0]
         more = ""
         if len(malformed) > 1:
             numbers = first_few((n for n, _ in malformed[1:]), LINES_NAMED - 1)
             more = f" (and {len(malformed) - 1} more: {numbers})"
-        raise ValueError(f"{path}:{number}: {reason}{more}")
-    return problems, digest.hexdigest()
-
-
-def parse_row(line: bytes) -> Row:
-    """Parse the JSON object in a line. Raises ValueError with the reason if there is none."""
-    if b"\0" in line:
-        raise ValueError("the line has a NUL character")
-    try:
-        row = json.loads(line.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, character {error.pos + 1})") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    return row
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return row
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"not JSON ({name})")
+        raise ValueError(f"{prefix}{number}: {reason}{more}")
+    return problems, sha256
 
 
 def rounded(value: float) -> str | None:
@@ -255,12 +295,16 @@ def text_of(row: Row, field: str, or_number: bool = False) -> str:
     Raises ValueError with the reason if the field has no text.
     """
     if field not in row:
-        raise ValueError(f"no {field!r}")
+        raise ValueError(f"no {field!r}; {names_of(row)}; name the right one by --columns {field}=NAME")
     value = row[field]
-    if or_number and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if value is None:
+        raise ValueError(f"{field!r} is empty")
+    if or_number and isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        if value != value:
+            raise ValueError(f"{field!r} is not a number")
         if abs(value) == float("inf"):
             raise ValueError(f"{field!r} is too large a number")
-        value = (rounded(value) if isinstance(value, float) else None) or format(Decimal(repr(value)), "f")
+        value = (rounded(value) if isinstance(value, float) else None) or format(Decimal(str(value)), "f")
     if not isinstance(value, str):
         raise ValueError(f"{field!r} is {type(value).__name__}, not text")
     value = value.strip()

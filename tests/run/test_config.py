@@ -47,7 +47,8 @@ def test_a_configuration_cannot_be_changed_and_is_plain_json():
 def test_the_inheritable_settings_leave_out_place_model_and_seed():
     passed = TrainConfig(seed=3, output_dir="here", num_generations=4).inheritable_settings()
     left_out = {"model", "device", "deterministic", "cuda_graphs", "shard", "seed", "track", "sft_steps", "task_arg"}
-    assert set(FIELDS) - set(passed) == left_out | {"data", "correct", "output_dir", "time_limit"}
+    of_data = {"data", "validation_data", "test_data", "columns", "correct"}
+    assert set(FIELDS) - set(passed) == left_out | of_data | {"output_dir", "time_limit"}
     assert passed["num_generations"] == 4
 
 

@@ -130,6 +130,26 @@ def test_the_token_limit_follows_the_style_unless_it_is_given(
     assert tuple(STYLE_TOKENS) == STYLES
 
 
+@pytest.mark.parametrize(
+    ("model", "given", "expected"),
+    [
+        ("some/model", {}, 256),
+        ("some/model", {"prompt_style": "think"}, 256),
+        ("some/model", {"max_new_tokens": 16}, 16),
+        ("some/model", {"task": ("gsm8k=0.5", "arithmetic=0.5")}, 256),
+        ("some/model", {"task": ("jsonl=0.5", "arithmetic=0.5")}, 16),
+        ("smollm2", {}, 256),  # the limit of its recipe belongs to another task
+        ("starter", {}, 22),  # it has 512 positions
+    ],
+)
+def test_gsm8k_has_a_token_limit_that_holds_its_workings(model, given, expected, tmp_path):
+    config = resolve({"model": model, "task": "gsm8k", **given})
+    assert config.max_new_tokens == expected
+    own = folder_with_card(tmp_path / "m", {"settings": {"task": "gsm8k", "max_new_tokens": 99}})
+    assert resolve({"model": own}).max_new_tokens == resolve({"model": own, "task": "gsm8k"}).max_new_tokens == 99
+    assert resolve({"model": own, "task": "reverse"}).max_new_tokens == 99
+
+
 def test_a_system_prompt_and_rewards_of_a_card_are_for_its_own_style_and_task(tmp_path):
     own = {"system_prompt": "Say it.", "reward": ["exact=1"]}
     model = folder_with_card(tmp_path / "m", {"settings": own})

@@ -157,3 +157,14 @@ def test_the_learning_rate_rises_over_a_tenth_of_the_steps_and_falls_to_zero(mon
     rates = [trainer.step(step)["learning_rate"] for step in (1, 2, 3, 12, 20)]
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4, 1e-3 / 18])
     assert update.optimizer.param_groups[0]["lr"] == rates[-1]
+
+
+@pytest.mark.parametrize("kind", ["starter", "gpt2"])
+def test_a_completion_longer_than_the_model_ends_at_its_last_position(kind, tmp_path):
+    lm = load(kind if kind == "starter" else str(build(tmp_path / kind, kind)), CPU)
+    chats = [TASK.messages("What is 1 + 1?"), TASK.messages("What is 1 + 1? Say it.")]
+    tokens = supervised_tokens(lm, chats, ["1 + 1 = 2\n" * 400, "<answer>2</answer>"])
+    lengths = (tokens.prompt_mask.sum(1) + tokens.completion_mask.sum(1)).tolist()
+    assert lengths[0] == lm.positions == 512
+    assert lengths[1] < 200
+    assert math.isfinite(supervised_gradient(lm.model, tokens, int(tokens.completion_mask.sum()), scorer(), 2).item())

@@ -101,6 +101,14 @@ def test_answers_alone_are_taught_where_a_task_knows_no_working_and_it_says_so(m
     assert "trains on answers alone" in out
 
 
+def test_a_limit_below_the_taught_workings_is_said_before_anything_is_taught(model, tmp_path):
+    _, out = trained(model, tmp_path / "run", num_iterations=1, sft_steps=1, sft_batch_size=2)
+    note, _, later = " ".join(out.split()).partition("before fine-tuning: ")
+    assert "completions that fine-tuning teaches have more tokens than --max-new-tokens 6" in note
+    assert "Take --max-new-tokens " in note
+    assert "after fine-tuning: " in later
+
+
 def test_an_adapter_is_refused_in_one_line_unless_there_is_no_reference(model, tmp_path):
     arguments = options(model=model, output_dir=tmp_path / "run", lora_rank=2, **FIRST)
     result = CliRunner().invoke(train_grpo.main, arguments)

@@ -107,7 +107,8 @@ def test_help_all_lists_each_setting_once_under_its_group(tmp_path):
 
 def test_help_all_lists_the_options_of_the_tasks_under_task(tmp_path):
     text = invoke(train_grpo.main, "--help-all", folder=tmp_path).stdout
-    assert {"data", "correct", "min_operand", "max_operand", "numbers", "largest_number"} == set(task_options())
+    of_data = {"data", "validation_data", "test_data", "columns", "correct"}
+    assert {*of_data, "min_operand", "max_operand", "numbers", "largest_number"} == set(task_options())
     assert {"--data", "--correct", "--min-operand", "--max-operand"} <= options_by_group(text)["Task"]
     words = " ".join(text.split())
     for tasks, name in (("arithmetic", "max-operand"), ("arithmetic", "min-operand"), ("gsm8k, jsonl", "data")):

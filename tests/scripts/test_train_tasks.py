@@ -117,6 +117,29 @@ def test_a_run_does_not_continue_with_changed_data(tmp_path):
     assert "sums.jsonl changed" in result.stderr
 
 
+def test_a_run_on_csv_files_of_ones_own_does_not_continue_with_a_changed_one(tmp_path):
+    sums_file(tmp_path / "sums.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "sums.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name, part in (("train.csv", rows[:90]), ("test.csv", rows[90:])):
+        lines = ["problem,level,result", *(f'"{row["question"]}",1,{row["answer"][8:]}' for row in part)]
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    args = ["--task", "jsonl", "--data", "train.csv", "--test-data", "test.csv", "--num-inner-updates", 1]
+    args += ["--columns", "question=problem,answer=result"]
+    train(*args, folder=tmp_path)
+    config = load_metrics(tmp_path)["config"]
+    assert (config["data"], config["test_data"]) == ("train.csv", "test.csv")
+    settings = json.loads((tmp_path / "saved_model" / CARD).read_text(encoding="utf-8"))["settings"]
+    assert not {"data", "test_data", "columns"} & set(settings)  # a downloaded model must not name a file
+    text = (tmp_path / "test.csv").read_text(encoding="utf-8")
+    (tmp_path / "test.csv").write_text(text + "\n", encoding="utf-8")
+    result = invoke(train_grpo.main, *TINY, *args, "--num-iterations", 3, folder=tmp_path)
+    assert result.exit_code == 1
+    assert "test.csv changed" in result.stderr
+    result = invoke(train_grpo.main, *TINY, *args, "--columns", "question=problem,answer=level", folder=tmp_path)
+    assert result.exit_code == 1
+    assert "--columns" in result.stderr
+
+
 def test_a_judge_of_ones_own_decides_accuracy_and_may_not_change(tmp_path):
     sums_file(tmp_path / "sums.jsonl")
     # right is what ends like the answer of the file: "so\n#### 12" is a text, and 12 alone does not equal it

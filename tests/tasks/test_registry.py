@@ -119,7 +119,9 @@ def test_a_file_with_annotations_from_the_future_declares_its_options_too(monkey
 
 
 def test_the_options_are_those_that_the_tasks_declare():
-    data = "gsm8k, jsonl: JSON Lines file with the problems"
+    data = "gsm8k, jsonl: problem file (.jsonl, .json, .csv, .parquet), or OWNER/NAME of a data set on the Hub"
+    held_out = "gsm8k, jsonl: problems for {}, instead of a tenth of --data"
+    columns = "gsm8k, jsonl: names of columns in the data, such as question=problem,answer=solution"
     correct = "jsonl: choice, math, or FILE.py:FUNCTION that judges answers, instead of equality"
     smallest = "arithmetic: smallest operand; a negative one is written in brackets"
     largest, numbers = "arithmetic: largest operand", "countdown: how many numbers a problem gives"
@@ -129,6 +131,9 @@ def test_the_options_are_those_that_the_tasks_declare():
         "numbers": number("countdown", default=3, meaning=numbers, least=2),
         "largest_number": number("countdown", default=20, meaning="countdown: largest of the given numbers", least=2),
         "data": text("gsm8k", "jsonl", meaning=data, inheritable=False, common=True),
+        "validation_data": text("gsm8k", "jsonl", meaning=held_out.format("validation"), inheritable=False),
+        "test_data": text("gsm8k", "jsonl", meaning=held_out.format("the test"), inheritable=False),
+        "columns": text("gsm8k", "jsonl", meaning=columns, inheritable=False),
         "correct": text("jsonl", meaning=correct, inheritable=False),
     }
 

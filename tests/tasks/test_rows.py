@@ -9,9 +9,10 @@ import pytest
 
 from tasks import gsm8k, jsonl
 from tasks.base import split_of
-from tasks.common import rows
+from tasks.common import sources
 from tasks.common.parsing import parse_number
-from tasks.common.rows import normal, parse_row, read_rows
+from tasks.common.rows import normal, read_rows
+from tasks.common.sources import WHOLE, parse_row
 from tests.helpers.data import GSM8K_ROWS, refusal, town_rows, write
 
 
@@ -19,7 +20,7 @@ def read(tmp_path, content):
     """Write bytes to a file and read its problems as the jsonl task does."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
-    return read_rows(str(path), lambda row: jsonl.problem_of(row, "answer"))[0]
+    return read_rows(str(path), lambda row: jsonl.problem_of(row, "answer"))[0][WHOLE]
 
 
 def test_question_and_answer_or_prompt_and_response_and_other_columns(tmp_path):
@@ -27,14 +28,16 @@ def test_question_and_answer_or_prompt_and_response_and_other_columns(tmp_path):
         {"question": "q", "answer": " a ", "level": 3},
         {"prompt": "q", "response": "a", "tags": ["x"]},
         {"question": "q", "answer": "a", "prompt": "p", "response": "r"},
+        {"prompt": "q", "answer": "a"},
+        {"question": "q", "response": "a"},
         {"question": "q", "answer": 5},
         {"question": "q", "answer": -0.25},
         {"question": "q", "answer": 1e22},
         {"question": " q\n", "answer": "北京"},
     ]
     problems = read(tmp_path, "\n".join(map(json.dumps, rows)).encode())
-    assert [problem.question for problem in problems] == ["q"] * 7
-    assert [problem.answer for problem in problems] == ["a", "a", "a", "5", "-0.25", "1" + "0" * 22, "北京"]
+    assert [problem.question for problem in problems] == ["q"] * 9
+    assert [problem.answer for problem in problems] == ["a", "a", "a", "a", "a", "5", "-0.25", "1" + "0" * 22, "北京"]
     assert [dict(problem.columns) for problem in problems[:3]] == [
         {"level": 3},
         {"tags": ["x"]},
@@ -69,16 +72,16 @@ MALFORMED = [
     (b"[1, 2]", "not a JSON object"),
     (b'"text"', "not a JSON object"),
     (b"null", "not a JSON object"),
-    (b"{}", "no 'question'"),
-    (b'{"answer": "a"}', "no 'question'"),
-    (b'{"question": "q"}', "no 'answer'"),
-    (b'{"question": "q", "response": "a"}', "no 'answer'"),
-    (b'{"prompt": "q", "answer": "a"}', "no 'response'"),
+    (b"{}", "no 'question'; there are no columns"),
+    (b'{"answer": "a"}', "no 'question'; the columns are 'answer'; name the right one by --columns question=NAME"),
+    (b'{"question": "q"}', "no 'answer'; the columns are 'question'; name the right one by --columns answer=NAME"),
+    (b'{"prompt": "q", "gold": "a"}', "no 'answer'"),
+    (b'[{"question": "q", "answer": "a"}]', "a file with one array needs a name that ends in .json"),
     (b'{"question": "", "answer": "a"}', "'question' is empty"),
     (b'{"question": "q", "answer": " \\n"}', "'answer' is empty"),
     (b'{"question": 5, "answer": "a"}', "'question' is int"),
     (b'{"question": "q", "answer": true}', "'answer' is bool"),
-    (b'{"question": "q", "answer": null}', "'answer' is NoneType"),
+    (b'{"question": "q", "answer": null}', "'answer' is empty"),
     (b'{"question": ["q"], "answer": "a"}', "'question' is list"),
     (b'{"question": "q", "answer": {"text": "a"}}', "'answer' is dict"),
     (b'{"question": "q", "answer": 1e400}', "too large"),
@@ -267,5 +270,5 @@ def test_what_may_never_end_is_not_read(make, tmp_path):
 
 
 def test_a_line_without_end_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 100)
     assert ":2: the line has more than" in refusal(read, tmp_path, GOOD + b" " * 200 + GOOD)
