@@ -1,6 +1,7 @@
 """Fixtures of all tests: offline, one thread, float32, and settings that make a run quick."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("COLUMNS", None)  # pytest imports readline, which sets it to 80 for the processes that it starts
@@ -10,6 +11,8 @@ import torch
 
 from grpo import trainer
 from grpo.evaluation import evaluator
+from grpo.model import inspection
+from grpo.model_card import CARD
 from grpo.runtime import precision
 from tests.helpers.runs import a_tiny_model
 
@@ -28,6 +31,28 @@ def _float32():
     """Make a tiny run the same on CPUs that multiply bfloat16 and on others, unless a test asks for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "cpu_multiplies_bfloat16", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_trial_of_each_tokenizer():
+    """Try a tokenizer in a child process only the first time that a model with the same files is loaded.
+
+    A trial takes more than a second, and some tests load the same model seven times. A tokenizer that is refused is
+    tried every time.
+    """
+    passed = set()
+    true_trial = inspection.try_tokenizer
+
+    def try_once(folder: Path, size: int) -> None:
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".safetensors"]
+        files = tuple((path.name, path.read_bytes()) for path in paths if path.name not in (CARD, "README.md"))
+        if files not in passed:
+            true_trial(folder, size)
+            passed.add(files)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspection, "try_tokenizer", try_once)
         yield
 
 

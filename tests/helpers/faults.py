@@ -130,9 +130,20 @@ def assert_sound_from(folder, least):
     assert checkpoint.step >= least
 
 
-def assert_continues(public, folder, whole_run):
-    """Check that the same command ends as an undisturbed run does."""
-    status, _, err = forked(train_grpo.main, arguments(public, folder), unprivileged)
+def without_plots(before=unprivileged):
+    """Return a function to call in a fork: it switches the plots off, which take a second, then calls `before`."""
+
+    def switch_off():
+        trainer.draw_all = lambda *_: []
+        before()
+
+    return switch_off
+
+
+def assert_continues(public, folder, whole_run, plots=False):
+    """Check that the same command ends as an undisturbed run does; draw its plots only if asked to."""
+    before = unprivileged if plots else without_plots()
+    status, _, err = forked(train_grpo.main, arguments(public, folder), before)
     assert status == 0, err
     assert fingerprint(folder) == fingerprint(whole_run)
     assert not [path for path in folder.iterdir() if path.name.startswith(".") and path.name != ".grpo.lock"]

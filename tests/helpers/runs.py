@@ -10,12 +10,13 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import traceback
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -37,12 +38,22 @@ SETTINGS |= {"learning_rate": 2e-3}  # better than the start at step 4
 
 
 def a_tiny_model(folder, hidden_size=16):
-    """Make a model of a few kilobytes with the starter's tokenizer that mostly writes a digit in answer tags.
+    """Make a folder with a model of a few kilobytes that mostly writes a digit in answer tags.
 
-    A random one would never be paid, so that no weight would move and every run would be the same.
+    It has the starter's tokenizer. A random model would never be rewarded, so that no weight would move and every run
+    would be the same.
     """
     weights = ("model.safetensors", "config.json", "README.md")
     shutil.copytree(STARTER, folder, ignore=shutil.ignore_patterns(*weights))
+    _tiny_weights(hidden_size).save_pretrained(folder)
+    (folder / CARD).write_text(json.dumps({"skills": [], "settings": {}}), encoding="utf-8")
+    return folder
+
+
+@cache
+def _tiny_weights(hidden_size):
+    """Train a random model on four answers; once in a process, because many tests need a folder of their own."""
+    tokenizer = AutoTokenizer.from_pretrained(STARTER, trust_remote_code=False)
     sizes = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": 1}
     sizes |= {
         "num_attention_heads": 2,
@@ -50,7 +61,6 @@ def a_tiny_model(folder, hidden_size=16):
         "max_position_embeddings": 512,
         "bos_token_id": None,
     }
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     sizes |= {"vocab_size": len(tokenizer), "tie_word_embeddings": True}
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -66,9 +76,7 @@ def a_tiny_model(folder, hidden_size=16):
         optimizer.zero_grad()
         model(ids, labels=labels).loss.backward()
         optimizer.step()
-    model.save_pretrained(folder)
-    (folder / CARD).write_text(json.dumps({"skills": [], "settings": {}}), encoding="utf-8")
-    return folder
+    return model
 
 
 def options(**settings):
@@ -102,10 +110,11 @@ def kept_gradients(grpo):
 
 
 class Fork:
-    """A click command that runs in a fork of this process: its number, and `wait` for how it ends."""
+    """A click command that runs in a fork of this process, with the part of Popen's interface that tests use."""
 
     def __init__(self, command, arguments, before=lambda: None, folder=None):
         (self._out, out), (self._err, err) = os.pipe(), os.pipe()
+        self.returncode = None
         self.pid = os.fork()
         if self.pid == 0:
             os.dup2(out, 1)
@@ -115,11 +124,38 @@ class Fork:
         os.close(out)
         os.close(err)
 
-    def wait(self):
-        """Return exit status, standard output and standard error; each output must fit in a pipe."""
+    def poll(self):
+        """Return the exit status, or None while the command runs."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def send_signal(self, number):
+        """Send a signal."""
+        os.kill(self.pid, number)
+
+    def kill(self):
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout=600):
+        """Return standard output and standard error when the command has ended; each must fit in a pipe.
+
+        Raises TimeoutExpired if it still runs after this many seconds.
+        """
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a fork", timeout)
+            time.sleep(0.002)
         with open(self._out, encoding="utf-8") as out, open(self._err, encoding="utf-8") as err:
-            texts = out.read(), err.read()
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), *texts
+            return out.read(), err.read()
+
+    def wait(self):
+        """Return exit status, standard output and standard error."""
+        out, err = self.communicate()
+        return self.returncode, out, err
 
 
 def _run(command, arguments, before, folder):

@@ -29,6 +29,7 @@ from tests.helpers.faults import (
     the_error,
     unprivileged,
     unreadable,
+    without_plots,
 )
 from tests.helpers.runs import forked, options
 
@@ -55,6 +56,7 @@ def test_what_another_user_cannot_read_is_found(tmp_path):
 
 @pytest.mark.parametrize("name", IN_THE_WAY.values(), ids=IN_THE_WAY)
 def test_a_file_of_another_user_is_in_the_way(public, whole_run, half_run, run_folder, name):
+    plots = name == IN_THE_WAY["plots"]
     shutil.copytree(half_run, run_folder)
     give_away(run_folder)
     obstacle = run_folder / name
@@ -64,7 +66,8 @@ def test_a_file_of_another_user_is_in_the_way(public, whole_run, half_run, run_f
     within = obstacle.parent.name.startswith(".")
     if within:
         obstacle.parent.chmod(0o555)
-    result = forked(train_grpo.main, arguments(public, run_folder), unprivileged)
+    before = unprivileged if plots else without_plots()
+    result = forked(train_grpo.main, arguments(public, run_folder), before)
     if result[0]:
         the_error(result, "", run_folder)
         assert any(word in result[2] for word in (FORBIDDEN, os.strerror(39), os.strerror(17))), result[2]
@@ -72,7 +75,7 @@ def test_a_file_of_another_user_is_in_the_way(public, whole_run, half_run, run_f
     if obstacle.parent.exists():
         obstacle.parent.chmod(0o755)
     shutil.rmtree(obstacle.parent) if within and obstacle.parent.exists() else obstacle.unlink(missing_ok=True)
-    assert_continues(public, run_folder, whole_run)
+    assert_continues(public, run_folder, whole_run, plots)
 
 
 @pytest.mark.parametrize("name", ["", "checkpoints"])

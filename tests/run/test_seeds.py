@@ -1,10 +1,8 @@
 """Test --seeds: which runs are started, what a stop leaves, and the table of results."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 
 import click
@@ -13,10 +11,12 @@ import pytest
 import train_grpo
 from grpo.config import TrainConfig
 from grpo.evaluation.intervals import mean_interval, t_quantile
+from grpo.launch import seeds
 from grpo.launch.options import setting_options
 from grpo.launch.seeds import as_arguments, parse_seeds, table
 from grpo.plots.comparison import COMPARISON
 from grpo.record.metrics import load_metrics
+from tests.helpers.runs import forked, options, wait_for
 from tests.helpers.scripts import ROOT, TINY, invoke, refusal
 from tests.scripts.test_train_options import VALID
 
@@ -56,11 +56,12 @@ def test_the_interval_of_a_mean_by_hand():
         assert t_quantile(degrees) == pytest.approx(value, rel=0.002)
 
 
-def test_a_run_a_seed_then_a_table_and_a_picture(tmp_path):
-    command = [sys.executable, ROOT / "train_grpo.py", *map(str, TINY), "--seeds", "0,3", "--output-dir", "many"]
-    environment = dict(os.environ)  # without the COLUMNS that a library of a terminal may have set for children
-    first = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert first.returncode == 0, first.stderr
+def test_a_run_a_seed_then_a_table_and_a_picture(model, tmp_path, monkeypatch):
+    # The run of each seed is a fork, because a new interpreter needs seconds to start.
+    monkeypatch.setattr(seeds, "_run", lambda command: forked(train_grpo.main, command[2:], folder=tmp_path)[0])
+    arguments = options(model=model, seed=None, num_iterations=2, output_dir="many")
+    first = invoke(train_grpo.main, *arguments, "--seeds", "0,3", folder=tmp_path)
+    assert first.exit_code == 0, first.output
     records = [load_metrics(tmp_path / f"many/seed-{seed}") for seed in (0, 3)]
     assert [record["config"]["seed"] for record in records] == [0, 3]
     assert records[0]["steps"] != records[1]["steps"]
@@ -71,14 +72,12 @@ def test_a_run_a_seed_then_a_table_and_a_picture(tmp_path):
     assert (tmp_path / "many" / COMPARISON).stat().st_size > 10_000
 
 
-def test_sigterm_stops_the_run_of_a_seed_with_a_checkpoint_and_the_command_goes_on(tmp_path):
-    command = [sys.executable, ROOT / "train_grpo.py", *map(str, TINY), "--num-iterations", "2000", "--seeds", "0,1"]
+def test_sigterm_stops_the_run_of_a_seed_with_a_checkpoint_and_the_command_goes_on(model, tmp_path):
+    arguments = options(model=model, seed=None, num_iterations=100_000, save_every=1, output_dir=None)
+    command = [sys.executable, ROOT / "train_grpo.py", *arguments, "--seeds", "0,1"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = tmp_path / "seed-0/grpo_metrics.json"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(1)
+    wait_for(metrics.exists, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
