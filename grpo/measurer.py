@@ -105,6 +105,6 @@ class Measurer:
             "skills": list(self.evaluator.skills),
             "settings": c.inheritable_settings(),
         }
-        readme = saved_readme(c, self.progress.best, self.progress.before, None)
+        readme = saved_readme(c, self.task, self.progress.best, self.progress.before, None)
         save(self.saved_model, lm, card, readme, self.ranks)
         self.metrics.add_time("save", time.perf_counter() - start)

@@ -298,7 +298,7 @@ class Trainer:
                 shard(best.model, device, self.ranks)
         after = self.measurer.measure(best, "test", progress.best["step"], interrupts.abandonable())
         if self.ranks.is_main:
-            readme = saved_readme(self.config, progress.best, progress.before, after)
+            readme = saved_readme(self.config, self.task, progress.best, progress.before, after)
             with name_in_errors(self.saved_model / "README.md"):
                 (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
         finished = {"step": progress.step, "reason": reason, "peak_memory": peak_memory(device)}

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from grpo.model.lora import ADAPTER_CONFIG
 from grpo.model.trial import try_tokenizer
 from grpo.model_card import CARD, STARTER
 from grpo.runtime.console import printable, suppress_warnings
@@ -41,8 +42,6 @@ def check_folder(folder: Path) -> int:
     for path in folder.iterdir():
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError(f"{path.name!a} is a pipe or a device, which may never end, not a file")
-    if (folder / "adapter_config.json").exists():
-        raise ValueError("it is an adapter (adapter_config.json), not a model; merge it into its model first")
     shapes = read_headers(folder)
     check_config(_read_json(folder / "config.json"), "config.json", len(shapes))
     return sum(map(prod, shapes))
@@ -101,6 +100,16 @@ def _read_header(path: Path) -> list[list[int]]:
         if not fits:
             raise ValueError(f"{path.name} does not hold the tensor that its header describes: {name[:80]!r}")
     return [entry["shape"] for entry in header.values()]
+
+
+def base_of_adapter(folder: Path) -> str:
+    """Check the files of an adapter's folder; return the name of its base model. Raises ValueError, in one line."""
+    read_headers(folder)
+    config = _read_json(folder / ADAPTER_CONFIG)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"it is an adapter, but {ADAPTER_CONFIG} does not name its base model; add the name there")
+    return base
 
 
 def read_gguf(path: Path) -> tuple[PreTrainedConfig, int]:

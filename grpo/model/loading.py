@@ -20,7 +20,13 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,9 +39,17 @@ from transformers.utils import logging as transformers_logging
 
 from grpo.config import TrainConfig
 from grpo.model.chat_template import end_of_turn_ids, ensure_chat_template
-from grpo.model.inspection import check_finite, check_folder, check_size, check_tokenizer, read_gguf, silent
+from grpo.model.inspection import (
+    base_of_adapter,
+    check_finite,
+    check_folder,
+    check_size,
+    check_tokenizer,
+    read_gguf,
+    silent,
+)
 from grpo.model.language_model import LanguageModel, switch_off_dropout
-from grpo.model.lora import add_adapter, four_bits
+from grpo.model.lora import ADAPTER_CONFIG, add_adapter, four_bits, merge_saved_adapter
 from grpo.model_card import PACKAGED, model_folder
 from grpo.runtime.console import printable
 from grpo.runtime.device import begin_vector_math
@@ -49,6 +63,8 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 # Only these files of a Hub model are downloaded. Weights come from safetensors files only.
 HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 HUB_FILES_LEFT_OUT = ("*/*", "consolidated*")  # These files hold the same weights in other formats.
+# Two copies of one weight, in 5 and in 8 bits, differed by 0.04 of its norm; two independent weights, by about 1.4.
+MAX_QUANTIZATION_ERROR = 0.1
 GGUF_PACKAGES = ("gguf>=0.10", "accelerate>=1.0")  # Transformers needs these packages to read a GGUF file.
 
 # Reading and writing weights shows no progress bars. `disable_progress_bar` would also remove the bars of downloads.
@@ -105,6 +121,7 @@ def _load_gguf(name: str, path: Path, **quantization: Any) -> Loaded:
             config, numbers = read_gguf(path)
             where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
             model = _build(config, numbers, **where)
+            tie_copies(model)
             tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         if name not in PACKAGED:
             with TemporaryDirectory() as folder:
@@ -127,7 +144,10 @@ def _load_from_hub(name: str, **quantization: Any) -> Loaded:
     try:
         if not offline and not isinstance(try_to_load_from_cache(name, "config.json"), str):
             print(f"Downloading {printable(name)} from the Hugging Face Hub", file=sys.stderr, flush=True)
-        folder = Path(hf_hub_download(name, "config.json", local_files_only=offline)).parent
+        try:
+            folder = Path(hf_hub_download(name, "config.json", local_files_only=offline)).parent
+        except EntryNotFoundError:
+            folder = Path(hf_hub_download(name, ADAPTER_CONFIG, local_files_only=offline)).parent
         if not offline:
             snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT_OUT)
         return _load_folder(name, folder, local_files_only=offline, **quantization)
@@ -185,6 +205,8 @@ def _is_installed(package: str) -> bool:
 
 def _load_folder(source: str, folder: Path, local_files_only: bool = True, **quantization: Any) -> Loaded:
     """Load the model and tokenizer in a folder; `source` is the folder itself or the model's name on the Hub."""
+    if (folder / ADAPTER_CONFIG).exists():
+        return _load_adapter(folder, **quantization)
     numbers = check_folder(folder)
     with silent():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -192,6 +214,23 @@ def _load_folder(source: str, folder: Path, local_files_only: bool = True, **qua
         model = _build(config, numbers, **where, **quantization)
         check_tokenizer(folder)
         return model, AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+
+
+def _load_adapter(folder: Path, **quantization: Any) -> Loaded:
+    """Load the base model that an adapter's folder names, and merge the adapter into it. Raises ValueError."""
+    base = base_of_adapter(folder)
+    if quantization:
+        raise ValueError(f"--load-in-4bit cannot be combined with an adapter of {printable(base)}; merge it first")
+    try:
+        model, tokenizer = _load_files(base)
+    except ValueError as error:
+        raise ValueError(
+            f"it is an adapter of {printable(base)}, which is needed too (base_model_name_or_path in "
+            f"{ADAPTER_CONFIG} may be a folder): {error}"
+        ) from error
+    merge_saved_adapter(model, folder)
+    check_finite(model)
+    return model, tokenizer
 
 
 def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrainedModel:
@@ -211,6 +250,22 @@ def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrained
         raise ValueError(f"weights are missing, or of another shape than config.json says ({lacking}, ...)")
     check_finite(model)
     return model
+
+
+@torch.no_grad()
+def tie_copies(model: PreTrainedModel) -> None:
+    """Tie the output layer to the embedding if both are one weight, quantised twice; keep the output layer's numbers.
+
+    A GGUF file of a tied model may hold the output layer a second time, in more bits than the embedding.
+    """
+    inputs = model.get_input_embeddings().weight
+    outputs = model.get_output_embeddings().weight
+    if inputs is outputs or inputs.shape != outputs.shape:
+        return
+    if (inputs - outputs).norm() < MAX_QUANTIZATION_ERROR * outputs.norm():
+        inputs.copy_(outputs)
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
 
 
 def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:

@@ -4,9 +4,12 @@ The reference is the policy with its adapter off, so no second model is held.
 """
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -15,6 +18,8 @@ from grpo.runtime.console import suppress_warnings
 from grpo.runtime.ranks import ONE, Ranks, full_tensor
 
 ADAPTER = "adapter"  # The adapter is in this folder inside saved_model/.
+ADAPTER_CONFIG = "adapter_config.json"
+MERGE_WITH_PEFT = "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
 
 
 def four_bits(device: torch.device) -> dict[str, Any]:
@@ -60,9 +65,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
         # On a CPU, the first pass would repack 4-bit layers for inference; from then on they have no gradient.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = outputs is not None and inputs.weight is outputs.weight
-    tied = [name for name, layer in model.named_modules() if is_tied and layer in (inputs, outputs)]
+    tied = tied_layers(model)
     torch.manual_seed(config.seed)  # An adapter has two factors: one starts random, the other as zeros.
     try:
         with suppress_warnings():
@@ -77,6 +80,41 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
                 "other end of this model, so its adapter cannot be merged; leave it out"
             )
     return adapted
+
+
+def tied_layers(model: PreTrainedModel) -> list[str]:
+    """Return the names of the embedding and the output layer if they share one weight; else an empty list."""
+    inputs = model.get_input_embeddings()
+    outputs = model.get_output_embeddings()
+    if outputs is None or inputs.weight is not outputs.weight:
+        return []
+    return [name for name, layer in model.named_modules() if layer in (inputs, outputs)]
+
+
+@torch.no_grad()
+def merge_saved_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Add the LoRA adapter that peft saved in a folder to the weights of its base model, in place.
+
+    Raises ValueError, with the way to merge it by peft, if it is more than two factors for each of some layers.
+    """
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    factors = load_file(folder / "adapter_model.safetensors")
+    layers = [name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")]
+    expected = {f"{layer}.lora_{factor}.weight" for layer in layers for factor in "AB"}
+    tied = {f"base_model.model.{name}" for name in tied_layers(model)} & set(layers)
+    varies = [name for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save") if config.get(name)]
+    if config.get("peft_type") != "LORA" or set(factors) != expected or tied or varies:
+        raise ValueError(f"this kind of adapter is not merged here; merge it with peft: {MERGE_WITH_PEFT}")
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    for layer in layers:
+        weight = model.get_submodule(layer.removeprefix("base_model.model.")).weight
+        second = factors[f"{layer}.lora_B.weight"].float()
+        first = factors[f"{layer}.lora_A.weight"].float()
+        if config.get("fan_in_fan_out"):  # the layer holds its weight transposed
+            weight = weight.T
+        if weight.shape != (len(second), first.shape[-1]):
+            raise ValueError(f"the adapter does not fit its base model: the shape of {layer} differs")
+        weight += scale * second @ first
 
 
 def has_adapter(model: nn.Module) -> bool:

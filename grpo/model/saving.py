@@ -19,6 +19,7 @@ from grpo.runtime.sharding import is_sharded
 
 SAVED_MODEL = "saved_model"
 SENTENCEPIECE = "tokenizer.model"
+KEPT_GENERATION = ("bos_token_id", "pad_token_id", "transformers_version")  # entries of generation_config.json
 
 
 def save(folder: Path, lm: LanguageModel, card: dict[str, Any], readme: str, ranks: Ranks = ONE) -> None:
@@ -78,11 +79,12 @@ def _complete_files(folder: Path, source: str, end_ids: Sequence[int], dropout: 
         part.update(_older_rope(part))
     _write_json(folder / "config.json", config | {"torch_dtype": "float32"} | dropout)
 
-    if (folder / "generation_config.json").is_file():
-        generation = _read_json(folder / "generation_config.json")
-        generation.pop("_from_model_config", None)  # This entry lets transformers replace the file by config.json.
-        generation["eos_token_id"] = list(end_ids) if len(end_ids) > 1 else end_ids[0]
-        _write_json(folder / "generation_config.json", generation)
+    path = folder / "generation_config.json"
+    generation = _read_json(path) if path.is_file() else {}
+    # Settings of the base model, such as a repetition penalty, would change the answers that were measured.
+    generation = {name: value for name, value in generation.items() if name in KEPT_GENERATION}
+    generation["eos_token_id"] = list(end_ids) if len(end_ids) > 1 else end_ids[0]
+    _write_json(path, generation)
 
     tokenizer = _read_json(folder / "tokenizer_config.json")
     for name in ("is_local", "local_files_only"):  # These entries say how the tokenizer was loaded here.

@@ -1,5 +1,6 @@
 """Compose the README.md of the model that a run saves."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,12 +8,59 @@ from grpo.config import TrainConfig
 from grpo.evaluation.intervals import accuracy_text
 from grpo.record.schema import few_categories
 from grpo.report.ending import drifted, sampled
+from tasks.base import Task, prompt_of
+
+# How to ask the model as it was measured.
+ELSEWHERE = """\
+## Ask it in other programs
+
+These lines answer as measured: greedily, with no repetition penalty, top-k or top-p, and with the same prompt. Run
+them in this folder, after saving the question there as `request.json`:
+
+```json
+{request}
+```
+
+transformers:
+
+```python
+import json
+from transformers import pipeline
+
+request = json.load(open("request.json", encoding="utf-8"))
+model = pipeline("text-generation", ".", dtype="float32")
+answers = model(request["messages"], max_new_tokens=request["max_tokens"], do_sample=False)
+print(answers[0]["generated_text"][-1]["content"])
+```
+
+vLLM, with the second command in another terminal:
+
+```
+vllm serve . --served-model-name grpo --dtype float32
+curl localhost:8000/v1/chat/completions -H "Content-Type: application/json" -d @request.json
+```
+
+Ollama, for the architectures that it imports:
+
+```
+printf 'FROM .\\nPARAMETER temperature 0\\nPARAMETER repeat_penalty 1\\n' > Modelfile
+ollama create grpo -f Modelfile
+curl localhost:11434/v1/chat/completions -H "Content-Type: application/json" -d @request.json
+```
+
+vLLM and Ollama were not run here. If Ollama does not know the chat template, write it into `Modelfile` as `TEMPLATE`.
+To sample as in training, set the temperature to {temperature} and top-k to 0 (in vLLM -1).
+"""
 
 
 def saved_readme(
-    config: TrainConfig, best: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any] | None
+    config: TrainConfig,
+    task: Task,
+    best: Mapping[str, Any],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any] | None,
 ) -> str:
-    """Return the text of saved_model/README.md: accuracies with n and interval, and the settings of the run.
+    """Return the text of saved_model/README.md: accuracies with n and interval, settings, and how to ask the model.
 
     `best` is an evaluation on validation problems; `before` and `after` are on test problems. `after` is None until
     the run ends.
@@ -48,4 +96,12 @@ def saved_readme(
         "`inference.py` reads the task, the prompt and the token limit from `grpo.json`.",
         "",
     ]
+    request = {
+        "model": "grpo",
+        "temperature": 0,
+        "max_tokens": config.max_new_tokens,
+        "messages": prompt_of(task, task.held_out("validation", 1)[0]),
+    }
+    text = json.dumps(request, indent=2, ensure_ascii=False)
+    lines.append(ELSEWHERE.format(request=text, temperature=config.temperature))
     return "\n".join(lines)

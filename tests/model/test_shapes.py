@@ -115,7 +115,7 @@ def test_the_saved_folder_says_what_other_programs_read(kind, folders, tmp_path)
     assert config.get("partial_rotary_factor") == {"phi3": 1.0, "phi4": 0.75}.get(kind)
     generation = json.loads((tmp_path / "m" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == (list(lm.end_ids) if len(lm.end_ids) > 1 else lm.end_ids[0])
-    assert generation["top_k"] == 2  # the value of the model before it was saved
+    assert set(generation) <= {"eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
     tokenizer = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] in (
         "Qwen2Tokenizer",

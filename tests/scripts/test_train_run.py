@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import trainer
 from grpo.evaluation.evaluator import Evaluator
+from grpo.generation.greedy import greedy
 from grpo.launch.run_folder import WRITTEN
+from grpo.model.loading import load
 from grpo.model_card import CARD, STARTER, resolve
 from grpo.plots.figures import CURVE, KL, OVERVIEW
 from grpo.record.metrics import FILE_NAME, load_metrics
@@ -44,6 +47,22 @@ def test_a_run_leaves_the_files_that_are_promised_and_no_others(run):
         "chat_template.jinja" in names
         or "chat_template" in (folder / "saved_model/tokenizer_config.json").read_text()
     )
+
+
+def test_the_lines_for_transformers_in_the_saved_readme_answer_as_inference_does(run, tmp_path, capsys, monkeypatch):
+    folder, _ = run
+    text = (folder / "saved_model/README.md").read_text(encoding="utf-8")
+    request = json.loads(text.split("```json\n")[1].split("```")[0])
+    assert request["temperature"] == 0
+    assert "PARAMETER repeat_penalty 1\\n" in text
+    copy = shutil.copytree(folder / "saved_model", tmp_path / "copy")
+    (copy / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    monkeypatch.chdir(copy)
+    capsys.readouterr()
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    lm = load(str(folder / "saved_model"), torch.device("cpu"))
+    [answer] = lm.decode(greedy(lm, lm.prompts([request["messages"]]), request["max_tokens"]).rows(with_end=False))
+    assert capsys.readouterr().out.strip() == answer.strip()
 
 
 def test_a_run_says_what_it_did_on_standard_output_and_progress_on_standard_error(run):
