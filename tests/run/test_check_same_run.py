@@ -66,7 +66,8 @@ def another(field, folder):
     special |= {"group_schedule": "8:4", "num_iterations": 4, "target_accuracy": 1.0, "patience": 9}
     special |= {"lora_targets": "q_proj", "task": "reverse", "system_prompt": "Answer.", "reward": "exact=1"}
     special |= {"task_arg": "largest=3"}
-    special |= {"data": folder / "unused.jsonl", "correct": folder / "unused.py:judge"}
+    special |= {"data": folder / "unused.jsonl", "correct": folder / "unused.py:judge", "columns": "question=problem"}
+    special |= {"validation_data": folder / "unused.csv", "test_data": folder / "unused.csv"}
     if field.name in special:
         return special[field.name]
     if field.metadata["choices"]:
@@ -86,7 +87,13 @@ def test_a_run_continues_with_a_changed_setting_or_names_and_refuses_it(field, h
     if field.name == "output_dir":
         (folder / "run").rename(value)
     before = snapshot(folder)
-    if field.name in ("data", "correct"):  # an option of another task is refused before anything else
+    if field.name in (
+        "data",
+        "validation_data",
+        "test_data",
+        "columns",
+        "correct",
+    ):  # an option of another task is refused before anything else
         refused = train(folder, **{"model": half / "model", field.name: value})
         assert refused.exit_code == 1
         assert f"--{field.name}" in refused.stderr
