@@ -8,6 +8,8 @@ a completion has that form.
 STYLE_TOKENS = {"answer": 16, "think": 128, "reasoning": 256}
 STYLES = tuple(STYLE_TOKENS)
 
+THINK = "<think>"  # Some chat templates end each prompt with it.
+
 _ASKED = {"integer": "the result as an integer", "number": "the result as a number", "text": "the answer"}
 _REASONING = (
     "Respond in the following format, with {} between the answer tags:\n"
@@ -41,6 +43,22 @@ def system_prompt(style: str, kind: str = "integer", wording: str = FIRST_WORDIN
     'Answer with the result inside <answer> tags, like <answer>...</answer>.'
     """
     return _FORMS[wording][style].format(_ASKED[kind], short="answer" if kind == "text" else "result")
+
+
+def after_opening(completion: str, opening: str) -> str:
+    """Return the rest of a completion whose prompt ends with `opening`, "<think>" and white space, or "".
+
+    If the completion does not begin with thinking, the rest closes the thinking that the prompt has begun.
+
+    >>> after_opening("<think>4 - 9 = -5</think><answer>-30</answer>", "<think>")
+    '4 - 9 = -5</think><answer>-30</answer>'
+    >>> after_opening("<answer>-30</answer>", "<think>")
+    '</think><answer>-30</answer>'
+    """
+    tag = opening.strip()
+    if completion.startswith(tag):
+        return completion.removeprefix(tag)
+    return tag.replace("<", "</") + completion
 
 
 def ideal_completion(answer: str, style: str, working: str = "") -> str:
