@@ -209,7 +209,9 @@ def load_model(name: str, card: Mapping[str, Any], device: str) -> "LanguageMode
     from grpo.model.loading import load
     from grpo.runtime.device import choose_device
 
-    return load(name, choose_device(device), card.get("settings", {}).get("precision", "auto"))
+    settings = card.get("settings", {})
+    template_args = settings.get("chat_template_arg", ())
+    return load(name, choose_device(device), settings.get("precision", "auto"), template_args=template_args)
 
 
 def complete(
@@ -271,13 +273,14 @@ def converse(models: Sequence["LanguageModel"], card: Mapping[str, Any], samplin
 
 def show(answers: Sequence[Sequence[str]], card: Mapping[str, Any], vote: bool) -> None:
     """Print each model's completions of one question or, with `vote`, the answer that most completions give."""
-    style, kind = card.get("prompt_style", "answer"), card.get("kind", "integer")
+    style, opening = card.get("prompt_style", "answer"), card.get("opening", "")
+    kind = card.get("kind", "integer")
     labels = ["before: ", "after:  "] if len(answers) > 1 else [""]
     for label, texts in zip(labels, answers, strict=True):
         if vote:
             say(f"  {label}{vote_of(texts, kind)}")
         for text in () if vote else texts:
-            say(f"  {label}{printable(text)}   [{parsed(text, style, kind)}]")
+            say(f"  {label}{printable(text)}   [{parsed(text, style, kind, opening)}]")
 
 
 def vote_of(texts: Sequence[str], kind: str) -> str:
@@ -290,10 +293,10 @@ def vote_of(texts: Sequence[str], kind: str) -> str:
     return f"{printable(str(answers[place]))}   [{votes} of {len(texts)} samples ({votes / len(texts):.0%})]"
 
 
-def parsed(text: str, style: str, kind: str) -> str:
+def parsed(text: str, style: str, kind: str, opening: str = "") -> str:
     """Return a text to show: the answer parsed from a completion, and a remark if it lacks the form of the style."""
     answer = parse_answer(text, kind)
-    form = "" if has_form(text, style) else f", not in the form of style {style}"
+    form = "" if has_form(text, style, opening) else f", not in the form of style {style}"
     return "no answer" if answer is None else f"answer {printable(str(answer))}{form}"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, fields, make_dataclass
 from typing import Any
 
-from grpo.setting import as_typed, check_setting, parse_duration, parse_group_schedule, setting
+from grpo.setting import as_typed, check_setting, parse_duration, parse_group_schedule, parse_template_args, setting
 from tasks.common.prompts import DEFAULT_WORDING, FIRST_WORDING, STYLES, WORDINGS
 from tasks.common.user_file import names_a_file
 from tasks.registry import DEFAULT_TASK, TASKS, task_options, task_shares
@@ -87,6 +87,10 @@ class TrainConfig(TaskOptions):
     load_in_4bit: bool = setting(False, MODEL, "keep the frozen weights in 4 bits (bitsandbytes); needs --lora-rank")
     gradient_checkpointing: bool = setting(False, MODEL, "save memory: recompute activations in the backward pass")
     shard: bool = setting(False, MODEL, "split weights, gradients and optimizer state over the processes of torchrun")
+
+    chat_template_arg: tuple[str, ...] = setting(
+        (), MODEL, "NAME=VALUE, a variable of the chat template, such as enable_thinking=false; repeatable"
+    )
 
     task: tuple[str, ...] = setting(
         (DEFAULT_TASK,),
@@ -205,7 +209,7 @@ class TrainConfig(TaskOptions):
     def __post_init__(self) -> None:
         if isinstance(self.task, str):  # JSON files may hold a single task as a string
             object.__setattr__(self, "task", (self.task,))
-        for name in ("task", "reward", "task_arg"):
+        for name in ("task", "reward", "task_arg", "chat_template_arg"):
             if isinstance(getattr(self, name), list):  # JSON has no tuples
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for f in fields(self):
@@ -214,6 +218,7 @@ class TrainConfig(TaskOptions):
         object.__setattr__(self, "task", tuple(map(str, shares)))  # 0.50 becomes 0.5
         if self.task_arg and sum(names_a_file(share.spec) for share in shares) != 1:
             raise ValueError(f"--task-arg needs one --task FILE.py:NAME; --task is {' '.join(self.task)}")
+        parse_template_args(self.chat_template_arg)
         if self.time_limit:
             parse_duration(self.time_limit)
         if self.group_schedule:
@@ -260,7 +265,8 @@ class TrainConfig(TaskOptions):
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values: a single task as a string, several tasks as a list."""
         task = self.task[0] if len(self.task) == 1 else list(self.task)
-        return {**asdict(self), "task": task, "reward": list(self.reward), "task_arg": list(self.task_arg)}
+        lists = {name: list(getattr(self, name)) for name in ("reward", "task_arg", "chat_template_arg")}
+        return {**asdict(self), "task": task, **lists}
 
     def inheritable_settings(self) -> dict[str, Any]:
         """Return the settings that a run takes from the card of the saved model that it starts from."""

@@ -64,6 +64,11 @@ def read_card(name: str) -> dict[str, Any]:
     return recipe_card | card
 
 
+def _are_texts(value: Any) -> bool:
+    """Return whether a value is a list of texts."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def _is_turn(value: Any) -> bool:
     """Return whether a value is a message of the user or of the assistant."""
     if not isinstance(value, dict) or set(value) != {"role", "content"}:
@@ -79,16 +84,17 @@ def _is_task(value: Any) -> bool:
 
 # For each entry of a card, a function that returns whether a value is valid.
 CARD_ENTRIES = {
-    "settings": lambda value: isinstance(value, dict),
+    "settings": lambda value: isinstance(value, dict) and _are_texts(value.get("chat_template_arg", [])),
     "step": lambda value: isinstance(value, int) and value >= 0,
     "max_new_tokens": lambda value: type(value) is int and 0 < value <= MAX_NEW_TOKENS,
     "system_prompt": lambda value: isinstance(value, str),
     "prompt_style": lambda value: value in STYLES,
     "kind": lambda value: value in KINDS,
     "examples": lambda value: isinstance(value, list) and all(map(_is_turn, value)),
+    "opening": lambda value: isinstance(value, str),
     "tasks": lambda value: isinstance(value, dict) and all(map(_is_task, value.values())),
     "base_model": lambda value: isinstance(value, str),
-    "skills": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "skills": _are_texts,
 }
 
 

@@ -1,12 +1,19 @@
 """Declare, check and read a setting. The settings themselves are in `config.py`."""
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
 LARGEST_FLOAT32 = 3.4e38
 MAX_COUNT = 10**9  # A larger number of steps, prompts or tokens is probably a typo, and would fill the memory.
+# A chat template gets these from the code that renders a prompt, so they cannot be given as its variables.
+RESERVED_TEMPLATE_ARGS = {
+    *("self", "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 _DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,8})s)?")
 
 
@@ -52,6 +59,30 @@ def check_setting(name: str, value: Any, kind: type, metadata: Mapping[str, Any]
         raise ValueError(f"{option} is {value}; it must be at most {most if kind is int else format(most, 'g')}")
     if choices and value not in choices:
         raise ValueError(f"{option} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def parse_template_args(items: Sequence[str]) -> dict[str, Any]:
+    """Return the values by name of --chat-template-arg NAME=VALUE: true, false, null, a number, or else a text.
+
+    Raises ValueError if an item is not NAME=VALUE, or if the name is one that a template gets from elsewhere.
+
+    >>> parse_template_args(["enable_thinking=False", "effort=low"])
+    {'enable_thinking': False, 'effort': 'low'}
+    """
+    values = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name.isidentifier() or name in RESERVED_TEMPLATE_ARGS:
+            raise ValueError(
+                f"--chat-template-arg is {item!r}; write NAME=VALUE, such as enable_thinking=false, with a variable "
+                "that the model's chat template leaves open"
+            )
+        try:
+            value = json.loads(text.lower() if text.lower() in ("true", "false") else text)
+        except (ValueError, RecursionError):
+            value = text
+        values[name] = value if isinstance(value, (bool, int, float)) or value is None else text
+    return values
 
 
 def parse_duration(text: str) -> int:

@@ -15,6 +15,7 @@ from grpo.interrupts import TIME_LIMIT, Interrupted, InterruptHandler
 from grpo.launch.outlook import NothingToLearn, is_hopeless, look_closer, outlook, try_settings, way_out
 from grpo.launch.run_folder import free_folder
 from grpo.measurer import Measurer
+from grpo.model.chat_template import task_for
 from grpo.model.language_model import fitting_task, limit_note
 from grpo.model.loading import load, load_policy
 from grpo.model.saving import SAVED_MODEL
@@ -94,7 +95,7 @@ class Trainer:
         self.parameters_on_cpu = self.lm.model.num_parameters() if device.type == "cpu" else 0
         if self.parameters_on_cpu:
             keep_freed_memory(self.parameters_on_cpu)
-        task = fitting_task(self.lm, task, config)
+        task = fitting_task(self.lm, task_for(self.lm, task), config)
         if note := limit_note(self.lm, task, config):
             task = replace(task, notes=[*task.notes, note])
         self.task = task
@@ -293,7 +294,8 @@ class Trainer:
             )
         self.grpo = self.lm = self.state.grpo = None  # free the memory of policy, reference and optimizer
         with interrupts.abandonable():
-            best = load(str(self.saved_model), device, self.config.precision, self.config.shard)
+            c = self.config
+            best = load(str(self.saved_model), device, c.precision, c.shard, c.chat_template_arg)
             if self.config.shard:
                 shard(best.model, device, self.ranks)
         after = self.measurer.measure(best, "test", progress.best["step"], interrupts.abandonable())

@@ -81,6 +81,7 @@ class Task:
     kind: str = "integer"  # the kind of the answers, one of KINDS
     system_prompt: str = ""
     examples: Sequence[Message] = ()  # worked examples, as turns between the system prompt and the question
+    opening: str = ""  # "<think>" and white space, if the model's chat template ends each prompt with them
     example: str = "..."  # a question to try on the trained model
     files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by path, of the files with the problems
     notes: Sequence[str] = ()  # remarks on the problems, printed at the start of a run
@@ -140,6 +141,8 @@ def asked(task: Task) -> dict[str, Any]:
         "system_prompt": task.system_prompt,
         "examples": list(task.examples),
     }
+    if task.opening:
+        how["opening"] = task.opening
     if task.parts:
         how["tasks"] = {name: asked(part) for name, part in task.parts.items()}
     return how

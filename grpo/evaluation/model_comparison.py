@@ -9,6 +9,7 @@ from grpo.evaluation.drift import plain_prompts
 from grpo.evaluation.evaluator import Evaluation, Evaluator, proportion
 from grpo.evaluation.intervals import accuracy_text, paired_interval
 from grpo.generation.probe import probe
+from grpo.model.chat_template import task_for
 from grpo.model.language_model import fitting_task
 from grpo.model.loading import load
 from grpo.runtime.console import printable, say
@@ -43,7 +44,8 @@ def measure(
     measured: list[Measured] = []
     start = None
     for name in names:
-        lm = load(name, choose_device(config.device), config.precision)
+        lm = load(name, choose_device(config.device), config.precision, template_args=config.chat_template_arg)
+        task = task_for(lm, task)
         fitting = fitting_task(lm, task, config)
         if fitting is not task and measured:
             raise ValueError(f"{name} has fewer positions than {names[0]}, too few for some problems; name it first")

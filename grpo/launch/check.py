@@ -18,7 +18,7 @@ from grpo.runtime.device import peak_memory
 from grpo.sft import SupervisedTrainer
 from grpo.step_probe import measured_step
 from tasks.base import Problem, Task
-from tasks.common.prompts import ideal_completion
+from tasks.common.prompts import after_opening, ideal_completion
 from tasks.common.shots import solved_problem
 from tasks.rewards.scoring import score
 
@@ -70,7 +70,7 @@ def show_examples(grpo: GRPO) -> None:
 def wrong_answer(task: Task, problem: Problem) -> str | None:
     """Return a well-formed completion that the task grades as wrong; None if it grades no candidate as wrong."""
     for answer in (f"{problem.answer}0", "1", "2", "wrong"):
-        completion = ideal_completion(answer, task.style, "")
+        completion = after_opening(ideal_completion(answer, task.style, ""), task.opening)
         attempt = task.grade(problem, completion)
         if attempt.well_formed and not attempt.correct:
             return completion

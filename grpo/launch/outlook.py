@@ -13,10 +13,12 @@ from grpo.algorithm.reference import logprobs_in_passes
 from grpo.algorithm.rollout import Rollout
 from grpo.config import TrainConfig
 from grpo.launch.seeds import as_arguments
-from grpo.model.language_model import fitting_task
+from grpo.model.chat_template import task_for
+from grpo.model.language_model import LanguageModel, fitting_task
 from grpo.model_card import resolve
-from tasks.base import Task, asked
-from tasks.common.prompts import WORDINGS
+from grpo.setting import parse_template_args
+from tasks.base import Task, asked, task_of
+from tasks.common.prompts import THINK, WORDINGS
 from tasks.registry import make_task
 
 GROUPS = 8  # The rollout has this many groups, but never more groups than a step.
@@ -25,6 +27,8 @@ MIN_TEACHING = 0.1  # Below this share of groups with mixed rewards, a run stops
 MAX_TRYING_SECONDS = 40.0  # A trial that would probably end later is left out.
 TRIED_SHOTS = (2, 4)
 TRIED_TOKENS = (2, 4)  # times --max-new-tokens
+THINKING_OFF = "enable_thinking=false"  # The templates of Qwen3 and SmolLM3, for example, have this variable.
+MIN_THINKING = 0.5  # From this share of completions that begin with <think> on, it is tried.
 MIN_TRUNCATED = 0.1  # Larger token limits are tried if at least this share of the completions was cut off.
 
 
@@ -48,7 +52,7 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
     rollout = _look(grpo, config, grpo.sampler.task, groups)
     passes = (config.beta > 0) + config.num_inner_updates * (1 + FORWARDS_PER_BACKWARD)
     seconds = grpo.clock.seconds["sample"] + passes * _forward_seconds(grpo, config, rollout)
-    return _shares(rollout), seconds * config.batch_size / groups
+    return _shares(rollout, grpo.sampler.task), seconds * config.batch_size / groups
 
 
 def is_hopeless(shares: Mapping[str, Any]) -> bool:
@@ -60,7 +64,7 @@ def look_closer(grpo: GRPO, look: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the shares of GROUPS groups: `look`, if it has as many or if the model is sharded, else a new look."""
     if look["groups"] >= GROUPS or grpo.config.shard:
         return look
-    return _shares(_look(grpo, grpo.config, grpo.sampler.task, GROUPS))
+    return _shares(_look(grpo, grpo.config, grpo.sampler.task, GROUPS), grpo.sampler.task)
 
 
 def try_settings(grpo: GRPO, look: Mapping[str, Any]) -> list[Trial]:
@@ -68,21 +72,23 @@ def try_settings(grpo: GRPO, look: Mapping[str, Any]) -> list[Trial]:
 
     Settings that are impossible for the task or the model are left out.
     """
-    config, start = grpo.config, time.monotonic()
+    config, lm, start = grpo.config, grpo.sampler.lm, time.monotonic()
     seconds_per_token = grpo.clock.seconds["sample"] / config.max_new_tokens
     trials: list[Trial] = [({}, look)]
-    seen = [(asked(grpo.sampler.task), config.max_new_tokens)]
-    for changes in _changes(config, look["truncated"]):
+    seen = [(asked(grpo.sampler.task), config.max_new_tokens, config.chat_template_arg)]
+    for changes in _changes(config, look, lm):
         try:
             changed = replace(config, **changes)
-            task = fitting_task(grpo.sampler.lm, make_task(changed), changed)
+            asking = replace(lm, template_args=parse_template_args(changed.chat_template_arg))
+            task = fitting_task(asking, task_for(asking, make_task(changed)), changed)
         except ValueError:  # too few problems for the examples, or no room for a longer prompt or completion
             continue
         expected_end = time.monotonic() - start + seconds_per_token * changed.max_new_tokens
-        if (asked(task), changed.max_new_tokens) in seen or grpo.ranks.any(expected_end > MAX_TRYING_SECONDS):
+        key = (asked(task), changed.max_new_tokens, changed.chat_template_arg)
+        if key in seen or grpo.ranks.any(expected_end > MAX_TRYING_SECONDS):
             continue
-        seen.append((asked(task), changed.max_new_tokens))
-        trials.append((changes, _shares(_look(grpo, changed, task, look["groups"]))))
+        seen.append(key)
+        trials.append((changes, _shares(_look(grpo, changed, task, look["groups"], asking), task)))
     return trials
 
 
@@ -107,27 +113,32 @@ def typed(config: TrainConfig) -> list[str]:
     return [word for argument in as_arguments(given) for word in argument.split("=", 1)]
 
 
-def _changes(config: TrainConfig, truncated: float) -> Iterator[dict[str, Any]]:
+def _changes(config: TrainConfig, look: Mapping[str, Any], lm: LanguageModel) -> Iterator[dict[str, Any]]:
     """Yield the settings to try, by name."""
+    has_switch = THINKING_OFF.partition("=")[0] in lm.tokenizer.get_chat_template()
+    if has_switch and look["thinking"] >= MIN_THINKING and config.prompt_style != "think":
+        yield {"chat_template_arg": (*config.chat_template_arg, THINKING_OFF)}
     for wording in WORDINGS:
         yield {"prompt_wording": wording, "system_prompt": ""}
     for shots in TRIED_SHOTS:
         yield {"shots": shots}
-    if truncated >= MIN_TRUNCATED:
+    if look["truncated"] >= MIN_TRUNCATED:
         for factor in TRIED_TOKENS:
             yield {"max_new_tokens": factor * config.max_new_tokens}
 
 
-def _look(grpo: GRPO, config: TrainConfig, task: Task, groups: int) -> Rollout:
+def _look(grpo: GRPO, config: TrainConfig, task: Task, groups: int, lm: LanguageModel | None = None) -> Rollout:
     """Return a rollout of this many groups under other settings, of problems that no run trains on."""
     config = replace(config, batch_size=groups, resample_tied=0)
-    rollout, _ = replace(grpo.sampler, config=config, task=task).sample(0, grpo.schedule.at(1).num_generations)
+    sampler = replace(grpo.sampler, config=config, task=task, lm=lm or grpo.sampler.lm)
+    rollout, _ = sampler.sample(0, grpo.schedule.at(1).num_generations)
     return rollout
 
 
-def _shares(rollout: Rollout) -> dict[str, Any]:
-    """Return the shares of a rollout by name."""
+def _shares(rollout: Rollout, task: Task) -> dict[str, Any]:
+    """Return the shares of a rollout by name; `thinking` is the share of completions that begin with <think>."""
     correct = rollout.correct
+    texts = [task_of(task, rollout.problems[0]).opening + text for text in rollout.completion_texts]
     return {
         "groups": len(rollout.problems),
         "num_generations": rollout.num_generations,
@@ -137,6 +148,7 @@ def _shares(rollout: Rollout) -> dict[str, Any]:
         "pass_at_g": float(correct.any(-1).float().mean()),
         "well_formed": sum(reward.well_formed for reward in rollout.rewards) / len(rollout.rewards),
         "truncated": float(rollout.truncated.float().mean()),
+        "thinking": sum(text.lstrip().startswith(THINK) for text in texts) / len(texts),
     }
 
 

@@ -1,10 +1,21 @@
-"""Make sure that a model's chat template takes a system text and a question; find the ids that end a turn."""
+"""Make sure that a model's chat template takes a system text and a question; find the ids that end a turn.
 
+A template may also end each prompt with <think>, or change worked examples: `task_for` adapts a task to it.
+"""
+
+import json
+import re
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.model.language_model import render, template_end_id
+from grpo.model.language_model import LanguageModel, render, template_end_id
+from tasks.base import Task, chat
+from tasks.common.prompts import THINK
+from tasks.common.shots import with_shots_in_system_prompt
 
 # A base model has no chat template and gets this one, after `bos_token` if the tokenizer begins texts with it.
 PLAIN_TEMPLATE = (
@@ -15,6 +26,9 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+# A chat template writes the current date by such a call; the date is replaced by TEMPLATE_DATE.
+TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
+TEMPLATE_DATE = datetime(2026, 1, 1)
 # This goes before a template without a system role (Gemma 2): the system text begins the first user message.
 MERGE_SYSTEM = (
     "{% if messages[0]['role'] == 'system' and messages | length > 1 %}"
@@ -50,6 +64,29 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return "Its chat template has no system role: the system text becomes the beginning of the user's message."
 
 
+def fix_date(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Replace today's date in the chat template by TEMPLATE_DATE, so that prompts are the same on every day.
+
+    The tokenizer keeps the template, so that a saved model gets the same prompts. Returns a remark, or "" if the
+    template writes no date.
+    """
+    template = tokenizer.get_chat_template()
+    if not TODAY.search(template):
+        return ""
+    tokenizer.chat_template = TODAY.sub(lambda call: json.dumps(TEMPLATE_DATE.strftime(call["format"])), template)
+    return (
+        f"Its chat template writes today's date. Here it is always {TEMPLATE_DATE:%Y-%m-%d}, so that prompts are the "
+        "same on every day."
+    )
+
+
+def check_template_args(tokenizer: PreTrainedTokenizerBase, names: Iterable[str]) -> None:
+    """Raise ValueError if a name of --chat-template-arg does not occur in the model's chat template."""
+    for name in names:
+        if not re.search(rf"\b{re.escape(name)}\b", tokenizer.get_chat_template()):
+            raise ValueError(f"--chat-template-arg sets {name}, but the model's chat template does not use it")
+
+
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return every id that ends a turn: by the tokenizer, by the generation config and by the chat template.
 
@@ -59,3 +96,46 @@ def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids.update(configured if isinstance(configured, list) else [configured])
     return tuple(sorted(i for i in ids if i is not None))
+
+
+def opening_of(lm: LanguageModel) -> str:
+    """Return "<think>" with the white space after it if the chat template ends each prompt with them, else ""."""
+    prompt = render(lm.tokenizer, chat("?", "?"), add_generation_prompt=True, **lm.template_args)
+    _, tag, space = prompt.rpartition(THINK)
+    return "" if space.strip() else tag + space
+
+
+def task_for(lm: LanguageModel, task: Task) -> Task:
+    """Return the task in the form that the model's chat template gives its prompts; `task` itself if that is equal.
+
+    A <think> at the end of each prompt becomes the task's `opening`, so that it counts as a part of the form of a
+    completion. If the template changes worked examples, for example because it removes the thinking from earlier
+    turns, they become a part of the system prompt, unless it changes them there too. A note of the task says so.
+    """
+    if task.parts:
+        parts = {name: task_for(lm, part) for name, part in task.parts.items()}
+        if all(part is task.parts[name] for name, part in parts.items()):
+            return task
+        first = next(iter(parts.values()))
+        shown = {"system_prompt": first.system_prompt, "examples": first.examples, "opening": first.opening}
+        notes = [f"{name}: {n}" for name, part in parts.items() for n in part.notes[len(task.parts[name].notes) :]]
+        return replace(task, parts=parts, **shown, notes=[*task.notes, *notes])
+    opening = opening_of(lm)
+    if opening != task.opening:
+        task = replace(task, opening=opening)
+    if not task.examples:
+        return task
+    texts = [message["content"].strip() for message in task.examples]
+    if _shows(lm, task, texts):
+        return task
+    note = "The model's chat template changes worked examples in earlier turns"
+    moved = with_shots_in_system_prompt(task)
+    if _shows(lm, moved, texts):
+        return replace(moved, notes=[*task.notes, f"{note}, so the system prompt has them."])
+    return replace(task, notes=[*task.notes, f"{note} and in the system prompt; look at a prompt with --check."])
+
+
+def _shows(lm: LanguageModel, task: Task, texts: Iterable[str]) -> bool:
+    """Return whether the task's prompts have all these texts in them, unchanged."""
+    prompt = render(lm.tokenizer, task.messages("?"), add_generation_prompt=True, **lm.template_args)
+    return all(text in prompt for text in texts)

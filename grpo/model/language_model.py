@@ -1,6 +1,6 @@
 """A causal language model with its tokenizer: chats become prompts, token ids become texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ class LanguageModel:
     pad_id: int
     notes: tuple[str, ...] = ()  # remarks on the model's prompts, printed at the start of a run
     dropout: dict[str, float] = field(default_factory=dict)  # rates in config.json; dropout itself is switched off
+    template_args: Mapping[str, Any] = field(default_factory=dict)  # variables of the chat template, by name
 
     @property
     def positions(self) -> int | None:
@@ -37,11 +38,8 @@ class LanguageModel:
         return limit if isinstance(limit, int) and limit > 0 else None
 
     def prompts(self, chats: Sequence[Sequence[Message]]) -> list[list[int]]:
-        """Return the prompt of each chat as token ids. Control tokens in a message stay text.
-
-        Raises ValueError if the chat template refuses a chat, or if an id has no row in the model's embedding.
-        """
-        prompts = [encode_chat(self.tokenizer, chat) for chat in chats]
+        """Return the prompts as token ids. Raises ValueError if the template refuses a chat or an id is too large."""
+        prompts = [encode_chat(self.tokenizer, chat, **self.template_args) for chat in chats]
         rows = self.model.get_input_embeddings().weight.shape[0]
         if (largest := max(map(max, filter(None, prompts)), default=0)) >= rows:
             raise ValueError(f"the tokenizer produces id {largest}, but the model's embedding has only {rows} rows")
@@ -63,9 +61,9 @@ class LanguageModel:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message]) -> list[int]:
+def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], **template_args: Any) -> list[int]:
     """Return the ids of the prompt for the assistant's turn; control tokens in the messages are encoded as text."""
-    options = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
+    options = {**template_args, "tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
     return render(tokenizer, chat, add_generation_prompt=True, **options)["input_ids"]
 
 

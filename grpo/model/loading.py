@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
@@ -38,7 +39,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from grpo.config import TrainConfig
-from grpo.model.chat_template import end_of_turn_ids, ensure_chat_template
+from grpo.model.chat_template import check_template_args, end_of_turn_ids, ensure_chat_template, fix_date
 from grpo.model.inspection import (
     base_of_adapter,
     check_finite,
@@ -57,6 +58,7 @@ from grpo.runtime.precision import precision as precision_of
 from grpo.runtime.precision import set_precision
 from grpo.runtime.ranks import ONE, Ranks
 from grpo.scoring.layers import fuse_layers
+from grpo.setting import parse_template_args
 from tasks.common.user_file import dangling
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -72,22 +74,29 @@ transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **(kwarg
 
 
 def load(
-    name: str, device: torch.device, precision: str = "float32", sharded: bool = False, **quantization: Any
+    name: str,
+    device: torch.device,
+    precision: str = "float32",
+    sharded: bool = False,
+    template_args: Sequence[str] = (),
+    **quantization: Any,
 ) -> LanguageModel:
     """Load "starter", "smollm2", a folder, a GGUF file or a Hub model: float32, eval mode, all dropout switched off.
 
     `precision` is the precision of passes: see `grpo.runtime.precision`. With `sharded`, the weights stay on the CPU,
-    because their shards go to `device` later. `quantization` has the options of `grpo.model.lora.four_bits`, if any.
+    because their shards go to `device` later. `template_args` has variables of the chat template, NAME=VALUE; other
+    models' variables have no effect. `quantization` has the options of `grpo.model.lora.four_bits`, if any.
     Raises ValueError, in one line, if the model cannot be loaded or has no usable chat template or end token.
     """
     begin_vector_math()
     model, tokenizer = _load_files(name, **quantization)
-    note, end_ids, pad_id = _prepare(tokenizer, model, printable(name))
+    notes, end_ids, pad_id = _prepare(tokenizer, model, printable(name))
     model = (model if quantization or sharded else model.to(device)).eval()
     set_precision(model, precision, device)
     if precision_of(model) != "float32":
         fuse_layers(model)
-    return LanguageModel(model, tokenizer, end_ids, pad_id, (note,) if note else (), switch_off_dropout(model))
+    template_values = parse_template_args(template_args)
+    return LanguageModel(model, tokenizer, end_ids, pad_id, notes, switch_off_dropout(model), template_values)
 
 
 def _load_files(name: str, **quantization: Any) -> Loaded:
@@ -160,13 +169,13 @@ def _load_from_hub(name: str, **quantization: Any) -> Loaded:
 
 def _prepare(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str
-) -> tuple[str, tuple[int, ...], int]:
-    """Return a remark on the chat template or "", the ids that end a turn, and the id of padding.
+) -> tuple[tuple[str, ...], tuple[int, ...], int]:
+    """Return remarks on the chat template, the ids that end a turn, and the id of padding.
 
     Raises ValueError, in one line, if the chat template cannot be used or an id has no row in the embedding.
     """
     try:
-        note = ensure_chat_template(tokenizer)
+        notes = (ensure_chat_template(tokenizer), fix_date(tokenizer))
         end_ids = end_of_turn_ids(model, tokenizer)
     except ValueError as error:
         raise ValueError(f"model {name}: {error}") from error
@@ -181,7 +190,7 @@ def _prepare(
             raise ValueError(
                 f"model {name} has {str(i)[:40]!r} as the id of {what}, but its embedding has only {rows} rows"
             )
-    return note, end_ids, pad_id
+    return tuple(filter(None, notes)), end_ids, pad_id
 
 
 def _packaged_file(name: str) -> Path:
@@ -313,9 +322,10 @@ def _why_not_on_the_hub(name: str) -> str:
 def load_policy(config: TrainConfig, device: torch.device, ranks: Ranks = ONE) -> LanguageModel:
     """Load the model to train, with an adapter if `lora_rank` is set; on the CPU if it will be sharded.
 
-    Raises ValueError if the processes loaded different models.
+    Raises ValueError if the processes loaded different models, or if the model's chat template has no such variable.
     """
     quantization = four_bits(device) if config.load_in_4bit else {}
-    lm = load(config.model, device, config.precision, config.shard, **quantization)
+    lm = load(config.model, device, config.precision, config.shard, config.chat_template_arg, **quantization)
+    check_template_args(lm.tokenizer, lm.template_args)
     ranks.check_same_model(lm.model)
     return replace(lm, model=add_adapter(lm.model, config)) if config.lora_rank else lm

@@ -62,14 +62,14 @@ def answer_text(completion: str) -> str | None:
     return None if start > end else completion[start + len(OPEN) : end].strip()
 
 
-def has_form(completion: str, style: str) -> bool:
-    """Return whether the text before the answer block has the form of a style, apart from white space around it."""
+def has_form(completion: str, style: str, begun: str = "") -> bool:
+    """Return whether the text before the answer block has a style's form; `begun`: a <think> in the prompt, or ""."""
     if style not in BLOCKS:
         return True
-    text = completion.partition(OPEN)[0].strip()
+    rest = completion.partition(BLOCKS["think"][1])[2] if begun and style == "reasoning" else begun + completion
+    text = rest.partition(OPEN)[0].strip()
     opening, closing = BLOCKS[style]
-    one_of_each = text.count(opening) == text.count(closing) == 1
-    return one_of_each and text.startswith(opening) and text.endswith(closing)
+    return text.count(opening) == text.count(closing) == 1 and text.startswith(opening) and text.endswith(closing)
 
 
 def parse_number(text: str) -> Decimal | None:

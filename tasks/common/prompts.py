@@ -8,7 +8,10 @@ a completion has that form.
 STYLE_TOKENS = {"answer": 16, "think": 128, "reasoning": 256}
 STYLES = tuple(STYLE_TOKENS)
 
+THINK = "<think>"  # Some chat templates end each prompt with it.
+
 _ASKED = {"integer": "the result as an integer", "number": "the result as a number", "text": "the answer"}
+_EXAMPLE = "Answer with the {short} inside <answer> tags, like <answer>...</answer>."
 _REASONING = (
     "Respond in the following format, with {} between the answer tags:\n"
     "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
@@ -16,8 +19,13 @@ _REASONING = (
 # The system prompts by wording and style. The starter was trained with "plain". tasks/README.md has what each wording
 # gets out of real models.
 _FORMS = {
+    "form": {
+        "answer": _EXAMPLE,
+        "think": "Solve the problem. Answer only in this form: <think>steps</think><answer>{placeholder}</answer>",
+        "reasoning": _REASONING,
+    },
     "example": {
-        "answer": "Answer with the {short} inside <answer> tags, like <answer>...</answer>.",
+        "answer": _EXAMPLE,
         "think": "Think in <think>...</think>, then give {} in <answer>...</answer>.",
         "reasoning": _REASONING,
     },
@@ -28,7 +36,7 @@ _FORMS = {
     },
 }
 WORDINGS = tuple(_FORMS)
-DEFAULT_WORDING = "example"  # The default of --prompt-wording.
+DEFAULT_WORDING = "form"  # The default of --prompt-wording.
 FIRST_WORDING = "plain"  # The starter, and models and runs of older versions, have this wording.
 
 
@@ -37,10 +45,27 @@ def system_prompt(style: str, kind: str = "integer", wording: str = FIRST_WORDIN
 
     >>> system_prompt("answer")
     'Give the result as an integer in <answer>...</answer>.'
-    >>> system_prompt("answer", wording="example")
+    >>> system_prompt("answer", wording="form")
     'Answer with the result inside <answer> tags, like <answer>...</answer>.'
     """
-    return _FORMS[wording][style].format(_ASKED[kind], short="answer" if kind == "text" else "result")
+    names = {"short": "answer", "placeholder": "..."} if kind == "text" else {"short": "result", "placeholder": kind}
+    return _FORMS[wording][style].format(_ASKED[kind], **names)
+
+
+def after_opening(completion: str, opening: str) -> str:
+    """Return the rest of a completion whose prompt ends with `opening`, "<think>" and white space, or "".
+
+    If the completion does not begin with thinking, the rest closes the thinking that the prompt has begun.
+
+    >>> after_opening("<think>4 - 9 = -5</think><answer>-30</answer>", "<think>")
+    '4 - 9 = -5</think><answer>-30</answer>'
+    >>> after_opening("<answer>-30</answer>", "<think>")
+    '</think><answer>-30</answer>'
+    """
+    tag = opening.strip()
+    if completion.startswith(tag):
+        return completion.removeprefix(tag)
+    return tag.replace("<", "</") + completion
 
 
 def ideal_completion(answer: str, style: str, working: str = "") -> str:

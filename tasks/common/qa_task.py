@@ -45,7 +45,7 @@ class QATask(Task):
             gold=self.gold(problem),
             correct=answer is not None and self.is_correct(problem, answer),
             close=answer is not None and self.is_close(problem, answer),
-            well_formed=answer is not None and has_form(completion, self.style),
+            well_formed=answer is not None and has_form(completion, self.style, self.opening),
         )
 
     def is_correct(self, problem: Problem, answer: Answer) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from tasks.base import Problem, Task, task_of
-from tasks.common.prompts import ideal_completion
+from tasks.common.prompts import after_opening, ideal_completion
 from tasks.common.qa_task import QATask
 
 MAX_TRIES = 50  # the largest number of training problems that are tried for one example
@@ -13,12 +13,14 @@ ROWS_BETWEEN_TRIES = 10**6  # more than the rows of a batch, so that two rows ne
 def solution(task: Task, problem: Problem) -> str | None:
     """Return a right completion in the style of the problem's task, with the problem's working if possible.
 
+    If the chat template ends each prompt with <think>, the completion goes on after it.
+
     The working is left out if the task grades the completion with it as wrong, for example because it has a tag in
     it. Return None if the task grades the bare answer as wrong too.
     """
-    style = task_of(task, problem).style
+    own_task = task_of(task, problem)
     for working in dict.fromkeys((problem.working, "")):
-        completion = ideal_completion(problem.answer, style, working)
+        completion = after_opening(ideal_completion(problem.answer, own_task.style, working), own_task.opening)
         attempt = task.grade(problem, completion)
         if attempt.correct and attempt.well_formed:
             return completion
@@ -45,6 +47,13 @@ def with_shots(task: QATask, shots: int) -> QATask:
     for question, completion in solutions.items():
         examples += [{"role": "user", "content": question}, {"role": "assistant", "content": completion}]
     return replace(task, examples=examples)
+
+
+def with_shots_in_system_prompt(task: Task) -> Task:
+    """Return the task with its worked examples as text after the system prompt instead of turns of the chat."""
+    texts = [message["content"].strip() for message in task.examples]
+    examples = [f"Example:\n{question}\n{answer}" for question, answer in zip(texts[::2], texts[1::2], strict=True)]
+    return replace(task, system_prompt="\n\n".join((task.system_prompt, *examples)), examples=())
 
 
 def solved_problem(task: Task, seed: int, step: int, row: int) -> tuple[Problem, str]:

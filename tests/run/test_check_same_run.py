@@ -65,7 +65,7 @@ def another(field, folder):
     special = {"time_limit": "1h", "device": "auto", "model": folder / "other", "output_dir": folder / "elsewhere"}
     special |= {"group_schedule": "8:4", "num_iterations": 4, "target_accuracy": 1.0, "patience": 9}
     special |= {"lora_targets": "q_proj", "task": "reverse", "system_prompt": "Answer.", "reward": "exact=1"}
-    special |= {"task_arg": "largest=3"}
+    special |= {"task_arg": "largest=3", "chat_template_arg": "message=1"}
     special |= {"data": folder / "unused.jsonl", "correct": folder / "unused.py:judge", "columns": "question=problem"}
     special |= {"validation_data": folder / "unused.csv", "test_data": folder / "unused.csv"}
     if field.name in special:

@@ -184,7 +184,7 @@ def test_a_trained_model_keeps_the_wording_that_it_was_trained_with(tmp_path):
 def test_a_run_of_an_older_version_has_the_first_wording():
     older = {name: value for name, value in TrainConfig().to_dict().items() if name != "prompt_wording"}
     assert TrainConfig(prompt_wording="plain").conflicting_settings(older) == []
-    assert TrainConfig().conflicting_settings(older) == ["--prompt-wording plain (now example)"]
+    assert TrainConfig().conflicting_settings(older) == ["--prompt-wording plain (now form)"]
 
 
 def test_a_models_card_can_name_no_file_that_would_be_read_or_run(tmp_path):

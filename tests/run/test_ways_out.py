@@ -94,7 +94,7 @@ def test_a_check_prints_the_table_and_writes_nothing(model, tmp_path):
 def test_two_groups_without_a_signal_are_too_few_to_stop(model, tmp_path, monkeypatch):
     looks = iter([0.0, 1.0])
     true = module._shares
-    monkeypatch.setattr(module, "_shares", lambda rollout: true(rollout) | {"teaching": next(looks)})
+    monkeypatch.setattr(module, "_shares", lambda *args: true(*args) | {"teaching": next(looks)})
     assert launch(tmp_path, model=model, num_iterations=2)[0] == 0
     assert next(looks, None) is None
 

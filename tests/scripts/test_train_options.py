@@ -73,6 +73,7 @@ VALID = {
     "mask_truncated_completions": True,
     "resample_tied": 3,
     "task_arg": ("largest=3",),
+    "chat_template_arg": ("enable_thinking=false", "effort=low"),
     "numbers": 4,
     "largest_number": 9,
     "target_kl": 0.02,

@@ -43,7 +43,7 @@ def settings(task, **given):
             "task": task,
             "prompt_style": "answer",
             "system_prompt": "",
-            "prompt_wording": "example",
+            "prompt_wording": "form",
             "shots": 0,
             **defaults,
             **given,
