@@ -39,12 +39,17 @@ def check_folder(folder: Path) -> int:
 
     Raises ValueError, in one line, if a file is missing or damaged, or if config.json does not fit the weights.
     """
-    for path in folder.iterdir():
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise ValueError(f"{path.name!a} is a pipe or a device, which may never end, not a file")
+    check_files(folder)
     shapes = read_headers(folder)
     check_config(_read_json(folder / "config.json"), "config.json", len(shapes))
     return sum(map(prod, shapes))
+
+
+def check_files(folder: Path) -> None:
+    """Raise ValueError if a file in a folder is a pipe or a device."""
+    for path in folder.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path.name!a} is a pipe or a device, which may never end, not a file")
 
 
 def check_config(value: Any, place: str, tensors: int) -> None:
@@ -104,6 +109,7 @@ def _read_header(path: Path) -> list[list[int]]:
 
 def base_of_adapter(folder: Path) -> str:
     """Check the files of an adapter's folder; return the name of its base model. Raises ValueError, in one line."""
+    check_files(folder)
     read_headers(folder)
     config = _read_json(folder / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path")
