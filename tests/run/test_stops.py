@@ -23,7 +23,9 @@ from grpo.algorithm.update import Updater
 from grpo.evaluation.evaluator import Evaluation, Evaluator
 from grpo.interrupts import Interrupted, InterruptHandler
 from grpo.record.metrics import load_metrics
+from tasks.base import Problem
 from tasks.common import watch
+from tasks.common.user_file import Judge
 from tests.helpers.runs import ENVIRONMENT, ROOT, fingerprint, options
 
 
@@ -265,13 +267,13 @@ def test_the_time_limit_ends_the_trial_of_a_reward_that_does_not_return(hangs, m
     assert "it had not returned when the time limit was over" in " ".join(result.stderr.split())
 
 
-def test_a_judge_that_does_not_return_is_named_and_ended_by_the_time_limit(hangs, model, tmp_path):
-    start = time.monotonic()
-    result = launch(model, tmp_path / "run", correct=f"{hangs(60)}:judge", time_limit="15s")
-    assert time.monotonic() - start < 25
-    assert result.exit_code == 0, result.output
-    assert "Waiting for --correct 'judge' of '" in result.stderr
-    assert "the time limit" in result.stdout
+def test_a_judge_that_does_not_return_is_named_and_ended_by_the_time_limit(hangs, capsys):
+    judge = Judge.load(f"{hangs(1)}:judge")
+    with InterruptHandler("1s", time.monotonic()) as interrupts:
+        with pytest.raises(Interrupted), interrupts.abandonable():
+            judge(Problem("What is 1 + 2?", "3"), 3)
+        assert interrupts.name == "the time limit"
+    assert "Waiting for --correct 'judge' of '" in capsys.readouterr().err
 
 
 def test_a_launch_says_something_and_is_quiet_when_it_is_stopped_at_once(tmp_path):
