@@ -41,7 +41,7 @@ def check(grpo: GRPO, evaluator: Evaluator, environment: Mapping[str, Any], star
     parts = {"loading": loading, **expected_seconds(grpo, evaluator)}
     details = ",  ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
     say("\nEstimate, from a step that was measured and thrown away:")
-    say(f"  a step {parts['steps'] / grpo.config.num_iterations:.2g} s")
+    say(f"  a step {duration(parts['steps'] / grpo.config.num_iterations, decimals=True)}")
     say(f"  the run about {duration(sum(parts.values()))}:  {details}")
     if memory := peak_memory(lm.model.device):
         say(f"  the largest amount of memory so far: {memory / 2**20:,.0f} MiB")

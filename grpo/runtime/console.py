@@ -181,8 +181,10 @@ class ProgressBar:
             self._bar.close()
 
 
-def duration(seconds: float) -> str:
-    """Format seconds as 42 s, 3 min 20 s, or 2 h 05 min."""
+def duration(seconds: float, decimals: bool = False) -> str:
+    """Format seconds as 42 s, 3 min 20 s, or 2 h 05 min; with `decimals`, less than 10 s as 0.52 s or 4.2 s."""
+    if decimals and seconds < 9.95:
+        return f"{seconds:.2g} s"
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

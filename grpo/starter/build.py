@@ -22,6 +22,7 @@ from grpo.generation.greedy import greedy
 from grpo.model.language_model import LanguageModel
 from grpo.model.saving import save
 from grpo.model_card import STARTER, read_card
+from grpo.scoring.attention.packed import enable
 from grpo.scoring.scorer import Scorer
 from grpo.scoring.tokens import Tokens, tokens_of
 from grpo.sft import supervised_gradient
@@ -126,6 +127,7 @@ def learning_rate(step: int) -> float:
 def train(lm: LanguageModel) -> None:
     """Train on the tokens of the completions, in float32."""
     model = lm.model
+    enable(model)
     scorer = Scorer(shares_prompts=True)
     progress = tqdm(range(STEPS), desc="starter", mininterval=10)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)

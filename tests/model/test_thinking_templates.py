@@ -178,7 +178,7 @@ def test_the_finding_names_the_switch_if_completions_begin_with_think(truncated)
     outlook = {"groups": 8, "num_generations": 8, **shares}
 
     def text(outlook, style="answer"):
-        run = RunSnapshot({"prompt_style": style}, [], [], [], "float32", outlook)
+        run = RunSnapshot({"prompt_style": style}, [], [], [], "float32", outlook, before_sft=None)
         return nothing_to_learn(run)[1]
 
     assert "75% of the completions begin with <think>" in text(outlook)

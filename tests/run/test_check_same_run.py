@@ -87,16 +87,11 @@ def test_a_run_continues_with_a_changed_setting_or_names_and_refuses_it(field, h
     if field.name == "output_dir":
         (folder / "run").rename(value)
     before = snapshot(folder)
-    if field.name in (
-        "data",
-        "validation_data",
-        "test_data",
-        "columns",
-        "correct",
-    ):  # an option of another task is refused before anything else
+    of_another_task = ("data", "validation_data", "test_data", "columns", "correct")
+    if field.name in of_another_task:  # refused before anything else
         refused = train(folder, **{"model": half / "model", field.name: value})
         assert refused.exit_code == 1
-        assert f"--{field.name}" in refused.stderr
+        assert as_typed(field.name) in refused.stderr
         assert snapshot(folder) == before
         return
     result = train(folder, **{"model": half / "model", "num_iterations": 3, field.name: value})

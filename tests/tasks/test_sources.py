@@ -308,6 +308,8 @@ def mutated(rng, text):
     """Return bytes with some of them changed, dropped or inserted."""
     text = bytearray(text)
     for _ in range(rng.randint(1, 5)):
+        if not text:
+            break
         place = rng.randrange(len(text))
         kind = rng.randrange(4)
         if kind == 0:
