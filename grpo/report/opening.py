@@ -91,7 +91,8 @@ def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory:
     """Print the outlook, the expected time of a step and of all `steps`, and the memory used so far (bytes)."""
     show_shares(outlook)
     memory_text = f", {memory / 2**20:,.0f} MiB of memory so far" if memory else ""
-    say(f"  about {duration(seconds, decimals=True)} a step, {duration(seconds * steps)} for all steps{memory_text}\n")
+    step = duration(seconds, decimals=True)
+    say(f"  about {step} a step, {duration(seconds * steps)} for all steps{memory_text}\n")
 
 
 def show_shares(outlook: Mapping[str, Any]) -> None:
