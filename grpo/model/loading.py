@@ -3,9 +3,10 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stderr, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -126,7 +127,7 @@ def _load_gguf(name: str, path: Path, **quantization: Any) -> Loaded:
         raise ValueError(f"a GGUF file needs pip install {' '.join(map(repr, missing))}")
     try:
         # Transformers draws progress bars here that stay on the terminal for seconds.
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), silent():
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), silent(), _gguf_read_once():
             config, numbers = read_gguf(path)
             where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
             model = _build(config, numbers, **where)
@@ -142,6 +143,24 @@ def _load_gguf(name: str, path: Path, **quantization: Any) -> Loaded:
             f"read, or without a tokenizer?): {_reason(error)}"
         ) from error
     return _without_quantization(model), tokenizer
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Let transformers read the header of a GGUF file once in the block, instead of three times.
+
+    It also looks up the names of tensors once, instead of for each module. Together this halves the time of loading.
+    """
+    import gguf
+
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = cache(reader)
+    gguf.get_tensor_name_map = cache(name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
+        gguf.get_tensor_name_map = name_map
 
 
 def _load_from_hub(name: str, **quantization: Any) -> Loaded:

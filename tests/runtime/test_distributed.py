@@ -310,7 +310,7 @@ def test_the_time_limit_ends_two_processes_although_a_reward_does_not_return(mod
         "    return [float(len(c[0]['content'])) for c in completions]\n",
         encoding="utf-8",
     )
-    train_in_two(model, tmp_path / "run", reward=f"{tmp_path / 'mine.py'}:f=1", time_limit="12s")
+    train_in_two(model, tmp_path / "run", reward=f"{tmp_path / 'mine.py'}:f=1", time_limit="8s")
     record = load_metrics(tmp_path / "run")
     assert record["finished"]["reason"] == "the time limit"
     assert 1 <= record["finished"]["step"] == len(record["steps"]) < 5
