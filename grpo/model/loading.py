@@ -322,7 +322,7 @@ def _why_not_on_the_hub(name: str) -> str:
 def load_policy(config: TrainConfig, device: torch.device, ranks: Ranks = ONE) -> LanguageModel:
     """Load the model to train, with an adapter if `lora_rank` is set; on the CPU if it will be sharded.
 
-    Raises ValueError if the processes loaded different models, or if the model's chat template has no such variable.
+    Raises ValueError if the processes loaded different models, or if the chat template does not use a given variable.
     """
     quantization = four_bits(device) if config.load_in_4bit else {}
     lm = load(config.model, device, config.precision, config.shard, config.chat_template_arg, **quantization)
