@@ -16,7 +16,7 @@ ENTROPY_MIN_TIED_SHARE = 0.75  # A healthy policy that copies text has little en
 ENTROPY_MAX_ACCURACY = 0.8  # A policy that is right this often may have little entropy.
 LENGTH_MIN_RATIO = 4.0  # Completions grow if they have this many times the tokens of the first steps.
 LENGTH_MIN_RATIO_IF_BETTER = 10.0  # The ratio if accuracy has risen: longer completions may be the reason.
-LENGTH_MIN_GROWTH = 20  # tokens: without it, a few more tokens would multiply the length of short completions.
+LENGTH_MIN_GROWTH = 20  # tokens: smaller growth is ignored, because a few tokens can multiply a short length.
 MOST_MIN_SHARE = 0.5  # From this share of completions on, messages say "most".
 NEVER_ENDS_MIN_SHARE = 0.95  # If at least this share is truncated, the model does not end its turns.
 REPEATED_MIN_SHARE = 0.1  # Minimum share of completions with a repeated ending; a model that stops in time has none.
@@ -116,7 +116,7 @@ def never_ends(run: RunSnapshot) -> CheckResult:
     if not share >= NEVER_ENDS_MIN_SHARE:
         return None
     return share, (
-        f"Completions never end: {percent(share)} of the last {run.window} steps reached the token limit "
+        f"Completions never end: in the last {run.window} steps, {percent(share)} reached the token limit "
         f"({run.config.get('max_new_tokens')}). Either it is far too low (raise --max-new-tokens), or the model is a "
         "base model that does not end its turns: take an instruct model, or reward endings (--reward one_ending=0.2)."
     )
@@ -128,7 +128,7 @@ def ends_at_once(run: RunSnapshot) -> CheckResult:
     if not share >= MOST_MIN_SHARE or run.config.get("max_new_tokens", 2) == 1:
         return None
     return share, (
-        f"Completions end at once: {percent(share)} of the last {run.window} steps have at most one token. An empty "
+        f"Completions end at once: in the last {run.window} steps, {percent(share)} have at most one token. An empty "
         "answer costs less than a wrong one: check that no reward (--reward) is negative or favours short answers, "
         "raise --beta, and lower --learning-rate."
     )

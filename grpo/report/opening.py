@@ -54,7 +54,7 @@ def introduce(
     _say_settings(config)
     shared = {"the update": scorer.shares_prompts, "sampling": decoder.expands_cache}
     if unshared := " and ".join(phase for phase, is_shared in shared.items() if not is_shared):
-        say(f"In {unshared}, this model cannot share a group's prompt: it is computed for each completion.\n")
+        say(f"In {unshared}, this model cannot share a group's prompt: the prompt is computed for each completion.\n")
 
 
 def _say_settings(config: TrainConfig) -> None:
@@ -141,8 +141,8 @@ def show_stop(folder: str, is_kept: bool) -> None:
     """Print why a run ends before its first step, and how to train nevertheless."""
     kept = f"The fine-tuned model is kept in {folder}; --fresh starts over with other settings." if is_kept else ""
     paragraph(
-        "Stopped before the first step: as asked, hardly any group has mixed rewards, so GRPO would learn nothing. "
-        f"{kept or 'The folder is free for a run with other settings.'} --train-anyway trains as asked.",
+        "Stopped before the first step: hardly any group has mixed rewards, so GRPO would learn hardly anything. "
+        f"{kept or 'The folder is free for a run with other settings.'} --train-anyway trains nevertheless.",
         indent=0,
     )
 
