@@ -1,4 +1,4 @@
-"""Measure a step from outside: from its outcome, and from the weights before and after it."""
+"""Compute the metrics of a step from its outcome, and from the weights before and after it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from grpo.record.step_metrics import StepResult, UpdateStats, step_metrics
 from grpo.runtime.ranks import Ranks, sample_of
 from grpo.runtime.sharding import local_tensor
 
-WATCHED_WEIGHTS = 10_000  # Enough to see whether updates change the weights, and cheap to copy.
+WATCHED_WEIGHTS = 10_000  # So many weights show whether updates change any, and they are cheap to copy.
 
 
 def measured_step(grpo: GRPO, step: int) -> tuple[StepOutcome, dict[str, Any]]:
@@ -79,7 +79,7 @@ def sampler_gap(outcome: StepOutcome, ranks: Ranks) -> float:
 
 
 def watched_weights(policy: PreTrainedModel) -> Tensor:
-    """Copy about WATCHED_WEIGHTS trainable weights, always the same ones."""
+    """Return a copy of about WATCHED_WEIGHTS trainable weights, always the same ones."""
     parameters = [local_tensor(parameter.detach()) for parameter in trainable(policy).values()]
     return torch.cat(sample_of(parameters, WATCHED_WEIGHTS))
 
