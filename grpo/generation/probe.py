@@ -81,7 +81,7 @@ def probe_scorer(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor
     is_plain = output_layer.is_plain(model)
     fuses = is_plain and matches_reference(lambda: fused_scores(model, tokens, 1.0)[0], expected)
     if is_plain and not fuses:
-        # It may have a softcap, for example.
+        # The model may have a softcap, for example.
         say("This model changes its logits, so the logits of all tokens are held in memory.")
     return Scorer(shares_prompts=True, fuses_output=fuses)
 

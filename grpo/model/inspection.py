@@ -160,7 +160,7 @@ def silent() -> Iterator[None]:
 def check_finite(model: nn.Module) -> None:
     """Raise ValueError if a weight has a NaN or an infinite number; the error names the first such weight."""
     for name, weight in model.named_parameters():
-        # The sum takes one pass and no copy. It may overflow for large finite numbers, so all are then checked.
+        # The sum takes one pass and no copy. If it is not finite, it may have overflowed, so all are checked.
         if weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all():
             bad = int((~weight.isfinite()).sum())
             raise ValueError(f"{bad:,} of {weight.numel():,} numbers of the weight {name} are NaN or infinite")

@@ -84,9 +84,9 @@ def load(
     """Load "starter", "smollm2", a folder, a GGUF file or a Hub model: float32, eval mode, all dropout switched off.
 
     `precision` is the precision of passes: see `grpo.runtime.precision`. With `sharded`, the weights stay on the CPU,
-    because their shards go to `device` later. `template_args` has variables of the chat template, NAME=VALUE; other
-    models' variables have no effect. `quantization` has the options of `grpo.model.lora.four_bits`, if any.
-    Raises ValueError, in one line, if the model cannot be loaded or has no usable chat template or end token.
+    because their shards go to `device` later. `template_args` has variables of the chat template, NAME=VALUE; a
+    variable that the template does not use has no effect. `quantization` has the options of
+    `grpo.model.lora.four_bits`, if any. Raises ValueError, in one line, if the model cannot be loaded or has no usable chat template or end token.
     """
     begin_vector_math()
     model, tokenizer = _load_files(name, **quantization)
@@ -170,7 +170,7 @@ def _load_from_hub(name: str, **quantization: Any) -> Loaded:
 def _prepare(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str
 ) -> tuple[tuple[str, ...], tuple[int, ...], int]:
-    """Return remarks on the chat template, the ids that end a turn, and the id of padding.
+    """Return remarks on the chat template, the ids that end a turn, and the id of the padding token.
 
     Raises ValueError, in one line, if the chat template cannot be used or an id has no row in the embedding.
     """

@@ -48,8 +48,8 @@ ollama create grpo -f Modelfile
 curl localhost:11434/v1/chat/completions -H "Content-Type: application/json" -d @request.json
 ```
 
-The lines for vLLM and Ollama have not been tried. If Ollama does not know the chat template, write it into `Modelfile`
-as `TEMPLATE`. To sample as in training, set the temperature to {temperature} and top-k to 0 (in vLLM -1).
+The lines for vLLM and Ollama have not been tried. If Ollama does not know the chat template, write it into
+`Modelfile` as `TEMPLATE`. To sample as in training, set the temperature to {temperature} and top-k to 0 (in vLLM -1).
 """
 
 
