@@ -99,12 +99,12 @@ def show_shares(outlook: Mapping[str, Any]) -> None:
     o, g = outlook, outlook["num_generations"]
     mixed = round(o["teaching"] * o["groups"])
     say(f"Outlook: {mixed} of {o['groups']} groups have mixed rewards, so a non-zero advantage.")
-    say(f"  pass@1 {o['pass_at_1']:.0%}, pass@{g} {o['pass_at_g']:.0%}: the room that GRPO has is {_room(o)}")
+    say(f"  pass@1 {o['pass_at_1']:.0%}, pass@{g} {o['pass_at_g']:.0%}: the room for improvement is {_room(o)}")
     say(f"  {o['well_formed']:.0%} well-formed, {o['truncated']:.0%} cut off by the token limit")
 
 
 def _room(outlook: Mapping[str, Any]) -> str:
-    """Return the room that GRPO has, as text: pass@G − pass@1, where G is the group size."""
+    """Return the room for improvement, as text: pass@G − pass@1, where G is the group size."""
     return f"{outlook['pass_at_g'] - outlook['pass_at_1']:.0%}"
 
 
@@ -127,7 +127,7 @@ def show_trials(
             f"  {fitted(name or 'as asked', 25):25}  {o['well_formed']:>11.0%}  {o['truncated']:>7.0%}  "
             f"{o['pass_at_1']:>6.0%}  {o['pass_at_g']:>7.0%}  {_room(o):>4}  {o['teaching']:>5.0%}"
         )
-    say(f"  room: the room that GRPO has, {best_of_group} - pass@1")
+    say(f"  room: the room for improvement, {best_of_group} - pass@1")
     say("  mixed: the share of groups with mixed rewards, from which GRPO learns")
     if options:
         show_command("The setting with the most mixed groups:", [*script, *options])
