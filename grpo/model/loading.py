@@ -86,7 +86,8 @@ def load(
     `precision` is the precision of passes: see `grpo.runtime.precision`. With `sharded`, the weights stay on the CPU,
     because their shards go to `device` later. `template_args` has variables of the chat template, NAME=VALUE; a
     variable that the template does not use has no effect. `quantization` has the options of
-    `grpo.model.lora.four_bits`, if any. Raises ValueError, in one line, if the model cannot be loaded or has no usable chat template or end token.
+    `grpo.model.lora.four_bits`, if any. Raises ValueError, in one line, if the model cannot be loaded or has no
+    usable chat template or end token.
     """
     begin_vector_math()
     model, tokenizer = _load_files(name, **quantization)

@@ -129,7 +129,7 @@ class Layout:
         return self._cache["masks", window]
 
     def biases(self, window: int | None, heads: int, key_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return both masks as biases to add to the scores, (1, R · P, P) and (B · K, R · C, P + C) with R = H / K."""
+        """Return both masks as biases to add to scores, (1, R · P, P) and (B · K, R · C, P + C) with R = H / K."""
         name = ("biases", window, heads, key_heads, dtype)
         if name not in self._cache:
             prompt_mask, completion_mask = self.masks(window)
