@@ -125,8 +125,8 @@ class Updater:
     def _accumulate(self, batch: Batch, beta: float, rows_per_pass: int) -> tuple[Tensor, Tensor, Tensor]:
         """Run each micro-batch forward and backward; the gradients add up in the policy's parameters.
 
-        Return the loss, a scalar, and the log-probabilities and entropies of all tokens, (B, C) each. The entropies
-        are 0 if they were not needed.
+        Return the loss, a scalar, and the log-probabilities and entropies of all tokens, (B, C) each. After
+        the first inner update, the entropies are 0.
         """
         c = self.config
         first = batch.old_logprobs is None

@@ -8,7 +8,7 @@ from statistics import fmean
 from grpo.diagnostics.snapshot import HARDLY_ANY, NEARLY_ALL, CheckResult, RunSnapshot, lower_bound, percent
 
 OUTLOOK_MIN_COMPLETIONS = 16  # Fewer completions may all lack the form, or all be cut off, by chance.
-OUTLOOK_MIN_THINKING = 0.5  # From this share on, a finding names completions that begin with <think>.
+OUTLOOK_MIN_THINKING = 0.5  # From this share on, a finding mentions completions that begin with <think>.
 OUTLOOK_MIN_GRADED = 128  # Fewer completions may all be right, or all wrong, by chance.
 UNSOLVED_MAX_CI_HIGH = 0.15  # The 95% interval must end at or below this value, as it does for 0 right of 22.
 ALL_OR_NOTHING_MIN_SHARE = 0.15  # All-right and all-wrong groups must each have at least this share.
@@ -31,7 +31,7 @@ def nothing_to_learn(run: RunSnapshot) -> CheckResult:
     are_cut_off = outlook["truncated"] >= NEARLY_ALL
     if are_cut_off:
         text += "Nearly all completions were cut off by the token limit: raise --max-new-tokens. "
-    thinking = outlook.get("thinking", 0)  # Older versions did not count it.
+    thinking = outlook.get("thinking", 0)  # Records of older versions lack this entry.
     if thinking >= OUTLOOK_MIN_THINKING and run.config.get("prompt_style") != "think":
         text += (
             f"{percent(thinking)} of the completions begin with <think>: switch thinking off if the model's chat "
