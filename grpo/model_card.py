@@ -111,7 +111,7 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):
         raise ValueError(f"the model's {CARD} has settings that a card cannot have: {', '.join(unknown)}")
     if any(isinstance(spec, str) and names_a_file(spec) for spec in _as_list(card.get("reward", []))):
-        raise ValueError(f"the model's {CARD} names a reward in a file, which a card must not; remove it there")
+        raise ValueError(f"the model's {CARD} names a reward in a file, which is not allowed; remove it there")
     tasks = _as_list(card.get("task", []))
     if in_files := [spec for spec in tasks if isinstance(spec, str) and names_a_file(spec) and "task" not in given]:
         raise ValueError(

@@ -257,7 +257,7 @@ def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrained
     )
     if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers has filled these weights at random
         lacking = ", ".join(sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))[:3])
-        raise ValueError(f"weights are missing, or of another shape than config.json says ({lacking}, ...)")
+        raise ValueError(f"weights are missing, or have another shape than config.json says ({lacking}, ...)")
     check_finite(model)
     return model
 

@@ -73,11 +73,11 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     except ValueError as error:
         raise ValueError(f"--lora-targets {targets!r} cannot be used: {' '.join(str(error).split())[:200]}") from None
     for name in tied:
-        # A merged weight would be used at both ends of the model, but the adapter changes only one.
+        # Two layers would use the merged weight, but the adapter changes only one of them.
         if any(f".{name}.lora_" in parameter for parameter in trainable(adapted)):
             raise ValueError(
-                f"--lora-targets {targets!r} cannot be used: {name.rpartition('.')[2]} shares its weight with the "
-                "other end of this model, so its adapter cannot be merged; leave it out"
+                f"--lora-targets {targets!r} cannot be used: {name.rpartition('.')[2]} shares its weight with "
+                "another layer of this model, so its adapter cannot be merged; leave it out"
             )
     return adapted
 
