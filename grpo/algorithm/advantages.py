@@ -29,7 +29,7 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str = "group"
     Raises ValueError for G below 2, where the std is not defined.
     """
     if num_generations < 2:
-        raise ValueError(f"num_generations is {num_generations}; a group needs at least 2 to be compared")
+        raise ValueError(f"num_generations is {num_generations}; a group needs at least 2 completions")
     groups = rewards.double().view(-1, num_generations)  # (N, G)
     applies = ~groups.isnan()
     advantages = (groups - groups.nanmean(1, keepdim=True)) / SCALES[scale](groups, applies)

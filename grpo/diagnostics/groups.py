@@ -35,7 +35,7 @@ def nothing_to_learn(run: RunSnapshot) -> CheckResult:
     if thinking >= OUTLOOK_MIN_THINKING and run.config.get("prompt_style") != "think":
         text += (
             f"{percent(thinking)} of the completions begin with <think>: switch thinking off if the model's chat "
-            "template can (--chat-template-arg enable_thinking=false), or give it more tokens (--max-new-tokens). "
+            "template can (--chat-template-arg enable_thinking=false), or leave tokens for it (--max-new-tokens). "
         )
     if outlook["well_formed"] <= HARDLY_ANY:
         text += "Hardly any completion has the form that the prompt asks for: show it with worked examples in the "

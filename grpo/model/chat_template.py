@@ -131,7 +131,7 @@ def task_for(lm: LanguageModel, task: Task) -> Task:
     note = "The model's chat template changes worked examples in earlier turns"
     moved = with_shots_in_system_prompt(task)
     if _shows(lm, moved, texts):
-        return replace(moved, notes=[*task.notes, f"{note}, so the system prompt has them."])
+        return replace(moved, notes=[*task.notes, f"{note}, so they are in the system prompt instead."])
     return replace(task, notes=[*task.notes, f"{note} and in the system prompt; look at a prompt with --check."])
 
 

@@ -165,7 +165,7 @@ def _load_from_hub(name: str, **quantization: Any) -> Loaded:
         if unavailable:
             reason = f"there is no such folder here, and {unavailable}; --model starter needs no network"
             raise ValueError(f"cannot load model {printable(name)}: {reason}") from error
-        raise ValueError(f"cannot load {printable(name)} of the Hugging Face Hub: {_reason(error)}") from error
+        raise ValueError(f"cannot load {printable(name)} from the Hugging Face Hub: {_reason(error)}") from error
 
 
 def _prepare(
@@ -306,7 +306,7 @@ def _why_not_on_the_hub(name: str) -> str:
         try:
             get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except GatedRepoError:
-            return "its page on the Hugging Face Hub has terms to accept first; then log in: hf auth login"
+            return "you must first accept its terms on the Hugging Face Hub and log in: hf auth login"
         except RepositoryNotFoundError:
             return "the Hugging Face Hub has no such model (misspelled, or private: hf auth login)"
         except HFValidationError:
