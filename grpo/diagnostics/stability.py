@@ -105,8 +105,8 @@ def truncated(run: RunSnapshot) -> CheckResult:
         return None
     return share, (
         f"{percent(share)} of the completions of the last {run.window} steps were cut off by the token limit, "
-        f"so probably most of them have no answer. Raise --max-new-tokens (now {run.config.get('max_new_tokens')}), or add "
-        "--mask-truncated-completions to leave them out of the loss."
+        f"so probably most of them have no answer. Raise --max-new-tokens (now {run.config.get('max_new_tokens')}), "
+        "or add --mask-truncated-completions to leave them out of the loss."
     )
 
 
@@ -129,8 +129,8 @@ def ends_at_once(run: RunSnapshot) -> CheckResult:
         return None
     return share, (
         f"Completions end at once: in the last {run.window} steps, {percent(share)} have at most one token. Maybe "
-        "an empty answer costs less than a wrong one: check that no reward (--reward) is negative or favours short answers, "
-        "raise --beta, and lower --learning-rate."
+        "an empty answer costs less than a wrong one: check that no reward (--reward) is negative or favours short "
+        "answers, raise --beta, and lower --learning-rate."
     )
 
 
