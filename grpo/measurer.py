@@ -68,7 +68,7 @@ class Measurer:
         entry = {"step": step, "split": split, **measured, "time/evaluate": time.perf_counter() - start}
         self.metrics.add_eval(entry)
         self.tracker.log(self.progress.total, entry, f"{split}/")
-        self.diagnose(aloud=split != "test")  # findings of the last test are printed at the end of the run
+        self.diagnose(aloud=split != "test")  # findings of a test are printed at the end of the run
         return entry
 
     def is_validated(self, step: int) -> bool:

@@ -99,19 +99,19 @@ CARD_ENTRIES = {
 
 
 def resolve(given: Mapping[str, Any]) -> TrainConfig:
-    """Return the settings of a run: `given` overrides the model's card, its recipe, and the defaults, in this order.
+    """Return the settings of a run: the options in `given`, else what the card or the recipe sets, else the defaults.
 
     Raises ValueError for an impossible value in `given` or on the card.
     """
     entries = read_card(given.get("model", "starter"))
     card = with_new_names(entries.get("settings", {}))
-    if "system_prompt" in entries:  # Cards of trained models name their wording, except those of older versions.
+    if "system_prompt" in entries:  # A trained model's card names its wording, unless an older version wrote it.
         card.setdefault("prompt_wording", FIRST_WORDING)
     card.pop(REMOVED, None)  # it affected only how the model itself was trained
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):
         raise ValueError(f"the model's {CARD} has settings that a card cannot have: {', '.join(unknown)}")
     if any(isinstance(spec, str) and names_a_file(spec) for spec in _as_list(card.get("reward", []))):
-        raise ValueError(f"the model's {CARD} names a reward in a file, which a card must not; remove it there")
+        raise ValueError(f"the model's {CARD} names a reward in a file, which is not allowed; remove it there")
     tasks = _as_list(card.get("task", []))
     if in_files := [spec for spec in tasks if isinstance(spec, str) and names_a_file(spec) and "task" not in given]:
         raise ValueError(
@@ -126,13 +126,13 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
         inapplicable = {"max_new_tokens", "system_prompt", "reward"}
     elif list(asked_tasks) != list(_as_list(carried["task"])):
         inapplicable = {"system_prompt", "reward"}
-        if task_tokens and given.get("model", "starter") != "starter":  # The starter has no room for more tokens.
+        if task_tokens and given.get("model", "starter") != "starter":  # The starter has too few positions for these.
             inapplicable.add("max_new_tokens")
     else:
         inapplicable = set()
     card = {name: value for name, value in card.items() if name not in inapplicable}
     limit = {"max_new_tokens": max(STYLE_TOKENS[style], task_tokens)} if style in STYLES else {}
-    given_alone = TrainConfig(**{**limit, **given})  # An error here is due to `given`; a later one, to the card.
+    given_alone = TrainConfig(**{**limit, **given})  # An error here is due to `given`; a later one, to the model.
     try:
         config = replace(given_alone, **{name: value for name, value in card.items() if name not in given})
     except ValueError as error:

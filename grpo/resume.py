@@ -43,7 +43,7 @@ class Progress:
             return True
         if "reward" not in entry:
             return entry["accuracy"] > self.best["accuracy"]
-        if "reward" not in self.best:  # The best is from an earlier version, or has right answers.
+        if "reward" not in self.best:  # The best was measured by an earlier version, or has right answers.
             return entry["accuracy"] >= self.best["accuracy"]
         return entry["reward"] > self.best["reward"]
 
@@ -81,7 +81,7 @@ class RunState:
     """The parts of a run that a checkpoint keeps. Each part has a `state_dict`, and checks what it loads."""
 
     config: TrainConfig
-    files: Mapping[str, str]  # SHA-256 of each file of problems or rewards, by path
+    files: Mapping[str, str]  # SHA-256 of each file with problems, tasks or rewards, by path
     progress: Progress
     grpo: GRPO
     evaluator: Evaluator
@@ -106,7 +106,7 @@ class RunState:
         return None
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint, if there is none of this step yet. All ranks must call this; rank 0 writes."""
+        """Write a checkpoint, unless this step has a current one. All ranks must call this; rank 0 writes."""
         start = time.perf_counter()
         trained = self.grpo.state_dict()
         state = {
@@ -204,8 +204,8 @@ def check_same_run(
         )
     if conflicts := config.conflicting_settings(checkpoint.state["config"]):
         raise ValueError(
-            f"{folder.resolve()} holds a run with other settings: {', '.join(conflicts)}; give the same to continue, "
-            "--fresh to start over, or --output-dir NEW"
+            f"{folder.resolve()} holds a run with other settings: {', '.join(conflicts)}; give the same settings "
+            "to continue, --fresh to start over, or --output-dir NEW"
         )
     saved_files = checkpoint.state.get("files", {})
     changed = [path for path, sha256 in files.items() if saved_files.get(path, sha256) != sha256]

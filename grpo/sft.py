@@ -27,7 +27,7 @@ from tasks.base import Message, Task, prompt_of
 from tasks.common.shots import solved_problem
 
 WARM_UP_SHARE = 0.1  # The learning rate rises during this share of the steps.
-SEARCHED_PROBLEMS = 64  # If none of this many training problems has worked steps, no problem is assumed to have them.
+SEARCHED_PROBLEMS = 64  # If none of this many training problems has worked steps, assume that no problem has.
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class SupervisedTrainer:
 def supervised_tokens(lm: LanguageModel, chats: Sequence[Sequence[Message]], completions: Sequence[str]) -> Tokens:
     """Return the tokens of chats with one completion each, in the format of sampled completions.
 
-    A completion ends where the model has no more positions.
+    A completion is cut off where the model has no more positions.
     """
     prompts = lm.prompts(chats)
     ids = [lm.completion(text) for text in completions]
@@ -96,7 +96,7 @@ def supervised_tokens(lm: LanguageModel, chats: Sequence[Sequence[Message]], com
 def supervised_gradient(
     model: PreTrainedModel, tokens: Tokens, num_tokens: int, scorer: Scorer, rows_per_pass: int
 ) -> Tensor:
-    """Return the sum of −log p divided by `num_tokens`, the tokens of all ranks; leave its gradient in the model."""
+    """Return the sum of −log p divided by `num_tokens`, the number on all ranks; leave its gradient in the model."""
     model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=tokens.completion_ids.device)
     for rows in split_microbatches(len(tokens.completion_ids), 1, rows_per_pass):

@@ -1,4 +1,4 @@
-"""Measure a step from outside: from its outcome, and from the weights before and after it."""
+"""Compute the metrics of a step from its outcome, and from the weights before and after it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from grpo.record.step_metrics import StepResult, UpdateStats, step_metrics
 from grpo.runtime.ranks import Ranks, sample_of
 from grpo.runtime.sharding import local_tensor
 
-WATCHED_WEIGHTS = 10_000  # Enough to see whether updates change the weights, and cheap to copy.
+WATCHED_WEIGHTS = 10_000  # This number is enough to see whether updates change the weights, and cheap to copy.
 
 
 def measured_step(grpo: GRPO, step: int) -> tuple[StepOutcome, dict[str, Any]]:
@@ -40,7 +40,7 @@ def measured_step(grpo: GRPO, step: int) -> tuple[StepOutcome, dict[str, Any]]:
 
 @torch.no_grad()
 def update_stats(updates: Sequence[Update], batch: Batch, config: TrainConfig, ranks: Ranks) -> list[UpdateStats]:
-    """Measure the inner updates of a step by their log-probabilities; `batch` is the step's batch after them."""
+    """Measure the inner updates of a step by their log-probabilities; `batch` is the batch after the last update."""
     mask = batch.tokens.completion_mask
     sums, lowest, highest = [], [], []
     for update in updates:
@@ -79,7 +79,7 @@ def sampler_gap(outcome: StepOutcome, ranks: Ranks) -> float:
 
 
 def watched_weights(policy: PreTrainedModel) -> Tensor:
-    """Copy about WATCHED_WEIGHTS trainable weights, always the same ones."""
+    """Return a copy of about WATCHED_WEIGHTS trainable weights, always the same ones."""
     parameters = [local_tensor(parameter.detach()) for parameter in trainable(policy).values()]
     return torch.cat(sample_of(parameters, WATCHED_WEIGHTS))
 

@@ -237,7 +237,7 @@ class Trainer:
         return None
 
     def _look_for_a_way_out(self, forecast: Mapping[str, Any]) -> None:
-        """Return if more groups show a learning signal; else try other settings, print them, raise NothingToLearn.
+        """Sample more groups. If hardly any has a signal, print what other settings give, and raise NothingToLearn.
 
         The run's files are kept only if the model was fine-tuned.
         """

@@ -29,7 +29,7 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str = "group"
     Raises ValueError for G below 2, where the std is not defined.
     """
     if num_generations < 2:
-        raise ValueError(f"num_generations is {num_generations}; a group needs at least 2 to be compared")
+        raise ValueError(f"num_generations is {num_generations}; a group needs at least 2 completions")
     groups = rewards.double().view(-1, num_generations)  # (N, G)
     applies = ~groups.isnan()
     advantages = (groups - groups.nanmean(1, keepdim=True)) / SCALES[scale](groups, applies)
@@ -51,12 +51,12 @@ def decoupled_advantages(parts: Tensor, weights: Tensor, num_generations: int, s
 
 
 def tied_groups(groups: Tensor) -> Tensor:
-    """Return which groups (N, G) have equal rewards, (N,) bool; NaN, for no reward, is left out."""
+    """Return which groups (N, G) have equal rewards, (N,) bool; a reward of NaN, which means none, is ignored."""
     return groups.nan_to_num(nan=-torch.inf).amax(1) <= groups.nan_to_num(nan=torch.inf).amin(1)
 
 
 def _std(groups: Tensor, applies: Tensor, dim: int | None) -> Tensor:
-    """Return the standard deviation, with n − 1, of the rewards that apply: (N, 1) for `dim` 1, (1, 1) for None."""
+    """Return the sample standard deviation of the rewards that apply: (N, 1) for `dim` 1, (1, 1) for None."""
     deviations = torch.where(applies, groups - groups.nanmean(dim, keepdim=True), 0.0)
     n = applies.sum(dim, keepdim=True)
     return (deviations.square().sum(dim, keepdim=True) / (n - 1).clamp(min=1)).sqrt()

@@ -54,9 +54,9 @@ class GRPO:
         device: torch.device | None = None,
         ranks: Ranks = ONE,
     ) -> None:
-        """Make reference, sampler and optimizer.
+        """Make the reference, the sampler and the optimizer.
 
-        Without `rewards`, the settings define them. The weights of a sharded model are moved to `device`.
+        If `rewards` is empty, `config` defines the rewards. The weights of a sharded model are moved to `device`.
         """
         self.config, self.policy, self.ranks = config, lm.model, ranks
         self.clock = Stopwatch()  # seconds of each phase of a step

@@ -112,7 +112,7 @@ def gmpo_surrogate(
 
 @dataclass(frozen=True)
 class StepSizes:
-    """Denominators of a whole step, with which micro-batches of any size add up to the same gradient."""
+    """The denominators of a whole step: with them, micro-batches of any size add up to the same gradient."""
 
     num_completions: int  # how many completions have a reward
     num_tokens: int  # how many completion tokens count
@@ -153,7 +153,7 @@ class TokenLoss:
     loss: Tensor  # the negated objective, not yet averaged
     kl: Tensor
     ratio: Tensor
-    clipped: Tensor  # bool: the surrogate has no gradient here, only the KL term (CISPO: the weight is capped)
+    clipped: Tensor  # bool: no gradient from the surrogate, only from the KL (CISPO: the gradient's weight is capped)
 
 
 def grpo_loss(

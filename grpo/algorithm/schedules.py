@@ -7,7 +7,7 @@ from grpo.config import TrainConfig, parse_group_schedule
 
 KL_MAX_ERROR = 0.2  # The relative error of the KL is clipped to ±0.2, as in the paper (see `adapted_beta`).
 KL_GAIN = 0.1  # The weight of the KL changes by 0.1 times the clipped error, as in the paper.
-MAX_BETA = 1e3  # If the KL stays above its target, its weight rises to this value at most.
+MAX_BETA = 1e3  # Beta, the weight of the KL, never rises above this, even if the KL stays above its target.
 
 
 @dataclass(frozen=True)

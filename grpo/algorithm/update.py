@@ -1,4 +1,4 @@
-"""One inner update: loss, gradient, and the optimizer's step, which is skipped if either is not finite."""
+"""One inner update: loss, gradient, and the optimizer's step, which is skipped if loss or gradient is not finite."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -44,7 +44,7 @@ class Batch:
         return batch.slice_rows(ranks.own_slice(len(rollout.advantages)))
 
     def kl(self, ranks: Ranks) -> float:
-        """Return the mean KL of the policy that sampled, in nats per token of the step, over all ranks."""
+        """Return the mean KL from the policy that sampled to the reference, in nats per token, over all ranks."""
         kl = token_kl(self.old_logprobs, self.ref_logprobs)
         total = torch.where(self.tokens.completion_mask, kl, 0.0).sum()
         return ranks.all_reduce(total).item() / self.sizes.num_tokens
@@ -92,9 +92,9 @@ class Updater:
         self.reset()
 
     def reset(self) -> None:
-        """Set the optimizer to its start: all moments are 0.
+        """Reset the optimizer: set all moments to 0.
 
-        AdamW would make them in its first step. If memory ran out there, half of them would be missing ever after.
+        Otherwise AdamW would create the moments in its first step, and if memory ran out, some would never exist.
         """
         self.skipped_in_a_row = 0
         for p in self.optimizer.param_groups[0]["params"]:
@@ -125,8 +125,8 @@ class Updater:
     def _accumulate(self, batch: Batch, beta: float, rows_per_pass: int) -> tuple[Tensor, Tensor, Tensor]:
         """Run each micro-batch forward and backward; the gradients add up in the policy's parameters.
 
-        Return the loss, a scalar, and the log-probabilities and entropies of all tokens, (B, C) each. The entropies
-        are 0 if they were not needed.
+        Return the loss, a scalar, and the log-probabilities and entropies of all tokens, (B, C) each. After
+        the first inner update, the entropies are 0.
         """
         c = self.config
         first = batch.old_logprobs is None
@@ -197,8 +197,8 @@ class Updater:
 
     @contextmanager
     def recompute_activations(self) -> Iterator[None]:
-        """Recompute activations in the block. Transformers does so in train mode only."""
-        with suppress_warnings():  # transformers 5.23 warns of a new name, which 5.21 does not have
+        """In the `with` block, recompute activations in backward passes. Transformers does so in train mode only."""
+        with suppress_warnings():  # transformers 5.23 warns that a name is old; 5.21 has only the old one
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy.train()
         try:

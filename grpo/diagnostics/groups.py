@@ -8,9 +8,9 @@ from statistics import fmean
 from grpo.diagnostics.snapshot import HARDLY_ANY, NEARLY_ALL, CheckResult, RunSnapshot, lower_bound, percent
 
 OUTLOOK_MIN_COMPLETIONS = 16  # Fewer completions may all lack the form, or all be cut off, by chance.
-OUTLOOK_MIN_THINKING = 0.5  # From this share on, a finding names completions that begin with <think>.
+OUTLOOK_MIN_THINKING = 0.5  # From this share on, a finding mentions completions that begin with <think>.
 OUTLOOK_MIN_GRADED = 128  # Fewer completions may all be right, or all wrong, by chance.
-UNSOLVED_MAX_CI_HIGH = 0.15  # The 95% interval must end at or below this value; it does for 0 right of 22.
+UNSOLVED_MAX_CI_HIGH = 0.15  # The 95% interval must end at or below this value, as it does for 0 right of 22.
 ALL_OR_NOTHING_MIN_SHARE = 0.15  # All-right and all-wrong groups must each have at least this share.
 TIED_MIN_SHARE = 0.5  # If at least this share of the groups is tied, much of the sampling is wasted.
 TIED_MIN_SHARE_SMALL_GROUPS = 0.7  # Groups of 2 or 3 completions are often tied by chance.
@@ -31,11 +31,11 @@ def nothing_to_learn(run: RunSnapshot) -> CheckResult:
     are_cut_off = outlook["truncated"] >= NEARLY_ALL
     if are_cut_off:
         text += "Nearly all completions were cut off by the token limit: raise --max-new-tokens. "
-    thinking = outlook.get("thinking", 0)  # Older versions did not count it.
+    thinking = outlook.get("thinking", 0)  # Records of older versions lack this entry.
     if thinking >= OUTLOOK_MIN_THINKING and run.config.get("prompt_style") != "think":
         text += (
             f"{percent(thinking)} of the completions begin with <think>: switch thinking off if the model's chat "
-            "template can (--chat-template-arg enable_thinking=false), or leave it room (--max-new-tokens). "
+            "template can (--chat-template-arg enable_thinking=false), or leave tokens for it (--max-new-tokens). "
         )
     if outlook["well_formed"] <= HARDLY_ANY:
         text += "Hardly any completion has the form that the prompt asks for: show it with worked examples in the "
@@ -140,8 +140,8 @@ def tied_groups(run: RunSnapshot) -> CheckResult:
         return None
     return tied, (
         f"Ties: in {percent(tied)} of the groups that were drawn in the last {window} steps all rewards were equal, "
-        f"so no learning signal ({percent(right)} of all groups were all right). Add --resample-tied 3, a --reward "
-        "that tells wrong answers apart, easier problems, or more completions a prompt (--num-generations)."
+        f"so they gave no learning signal ({percent(right)} of all groups were all right). Add --resample-tied 3, a "
+        "--reward that tells wrong answers apart, easier problems, or more completions a prompt (--num-generations)."
     )
 
 

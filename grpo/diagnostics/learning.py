@@ -211,7 +211,7 @@ def fine_tuning_forgets(run: RunSnapshot) -> CheckResult:
 
 
 def _losses(drift: float, before: Row, after: Row) -> tuple[float, str]:
-    """Return the largest loss, and a text about all: a drift in nats a token, and the accuracies of lost skills."""
+    """Return the largest loss, and a text about each: a drift in nats a token, the accuracies of lost skills."""
     losses = [drift]
     texts = []
     if drift >= FORGETTING_MIN_DRIFT:

@@ -94,7 +94,7 @@ class RunSnapshot:
         return (window or self.window) * self.batch
 
     def earlier_blocks(self, name: str, length: int) -> list[float]:
-        """Return the means of a metric over blocks of `length` steps, without the last and without empty ones."""
+        """Return the means of a metric over blocks of `length` steps, without the last block and empty blocks."""
         blocks = [self.steps[i : i + length] for i in range(0, len(self.steps) - length + 1, length)][:-1]
         values = [[row[name] for row in block if row.get(name) is not None] for block in blocks]
         return [fmean(block) for block in values if block]

@@ -15,8 +15,8 @@ ENTROPY_MAX = 0.08  # nats a token: a collapsed entropy is also below this value
 ENTROPY_MIN_TIED_SHARE = 0.75  # A healthy policy that copies text has little entropy too, but fewer ties.
 ENTROPY_MAX_ACCURACY = 0.8  # A policy that is right this often may have little entropy.
 LENGTH_MIN_RATIO = 4.0  # Completions grow if they have this many times the tokens of the first steps.
-LENGTH_MIN_RATIO_IF_BETTER = 10.0  # The ratio if accuracy has risen: longer completions may be the reason.
-LENGTH_MIN_GROWTH = 20  # tokens: without it, a few more tokens would multiply the length of short completions.
+LENGTH_MIN_RATIO_IF_BETTER = 10.0  # This ratio applies if accuracy has risen, perhaps due to the length.
+LENGTH_MIN_GROWTH = 20  # tokens: smaller growth is ignored, because a few tokens can multiply a short length.
 MOST_MIN_SHARE = 0.5  # From this share of completions on, messages say "most".
 NEVER_ENDS_MIN_SHARE = 0.95  # If at least this share is truncated, the model does not end its turns.
 REPEATED_MIN_SHARE = 0.1  # Minimum share of completions with a repeated ending; a model that stops in time has none.
@@ -25,11 +25,11 @@ GRADIENT_MIN_SPIKES = 3  # One spike is harmless.
 GRADIENT_MIN_STEPS = 20  # Fewer untied steps do not show which norm is usual.
 GRADIENT_MAX_STEPS = 50  # Older steps say little about the current policy.
 CLIPPED_MIN_SHARE = 0.3  # Clipping is for outliers; 0.05 to 0.2 of the tokens is usual in PPO.
-MOVED_MIN_SHARE = 0.1  # A step changes nearly all float32 weights; at a rate of 1e-7, it changed 2 to 8% in bfloat16.
+MOVED_MIN_SHARE = 0.1  # A step changes nearly all float32 weights; with rate 1e-7, 2 to 8% of bfloat16 weights.
 DISTANCE_MIN = 1e-6  # nats a token: a policy closer to its start than this has hardly changed.
 DISTANCE_MIN_STEPS = 50  # The distance is not judged before this many steps.
-GAP_MIN_FLOAT32 = 0.01  # nats: rounding in float32 explains 1e-5.
-GAP_MIN_BFLOAT16 = 1.0  # nats: rounding in bfloat16 explains a few tenths on a rare token.
+GAP_MIN_FLOAT32 = 0.01  # nats: rounding in float32 explains a gap of 1e-5.
+GAP_MIN_BFLOAT16 = 1.0  # nats: rounding in bfloat16 explains a gap of a few tenths on a rare token.
 
 
 def kl_diverging(run: RunSnapshot) -> CheckResult:
@@ -105,8 +105,8 @@ def truncated(run: RunSnapshot) -> CheckResult:
         return None
     return share, (
         f"{percent(share)} of the completions of the last {run.window} steps were cut off by the token limit, "
-        f"so most probably have no answer. Raise --max-new-tokens (now {run.config.get('max_new_tokens')}), or add "
-        "--mask-truncated-completions to leave them out of the loss."
+        f"so probably most of them have no answer. Raise --max-new-tokens (now {run.config.get('max_new_tokens')}), "
+        "or add --mask-truncated-completions to leave them out of the loss."
     )
 
 
@@ -116,7 +116,7 @@ def never_ends(run: RunSnapshot) -> CheckResult:
     if not share >= NEVER_ENDS_MIN_SHARE:
         return None
     return share, (
-        f"Completions never end: {percent(share)} of the last {run.window} steps reached the token limit "
+        f"Completions never end: in the last {run.window} steps, {percent(share)} reached the token limit "
         f"({run.config.get('max_new_tokens')}). Either it is far too low (raise --max-new-tokens), or the model is a "
         "base model that does not end its turns: take an instruct model, or reward endings (--reward one_ending=0.2)."
     )
@@ -128,9 +128,9 @@ def ends_at_once(run: RunSnapshot) -> CheckResult:
     if not share >= MOST_MIN_SHARE or run.config.get("max_new_tokens", 2) == 1:
         return None
     return share, (
-        f"Completions end at once: {percent(share)} of the last {run.window} steps have at most one token. An empty "
-        "answer costs less than a wrong one: check that no reward (--reward) is negative or favours short answers, "
-        "raise --beta, and lower --learning-rate."
+        f"Completions end at once: in the last {run.window} steps, {percent(share)} have at most one token. Maybe "
+        "an empty answer costs less than a wrong one: check that no reward (--reward) is negative or favours short "
+        "answers, raise --beta, and lower --learning-rate."
     )
 
 

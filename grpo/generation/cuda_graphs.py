@@ -1,4 +1,4 @@
-"""Decoding by a CUDA graph, which is recorded once for each batch of prompts and replayed without Python.
+"""Decode with a CUDA graph, which is recorded once for each batch of prompts and replayed without Python.
 
 A replay uses the same shapes and memory as the recording. So the cache is allocated for the longest possible
 completion, ended rows are not dropped, and the mask hides the part of the cache that is not written yet. `probe.py`

@@ -24,7 +24,7 @@ def prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, common_prefix: in
     """Return the cache of N left-padded prompts (N, P), and the logits (N, V) after them.
 
     The first `common_prefix` tokens, the same in all prompts, run once. In float32 this only changes rounding.
-    Layers with a sliding window keep all tokens, as other layers of attention do, so that tokens need no copies.
+    Layers with a sliding window keep all tokens, so that new tokens can be appended in place as in other layers.
     """
     cache = prefix_cache(model, ids, mask, common_prefix) if common_prefix else DynamicCache(config=model.config)
     cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
@@ -72,7 +72,7 @@ class PreallocatedLayer(DynamicLayer):
         """Copy a layer of N rows, (N, heads, length, size), each row `repeats` times."""
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self.is_compileable |= layer.device.type != "cpu"  # else transformers waits for the device to see its mask
+        self.is_compileable |= layer.device.type != "cpu"  # else the host waits while transformers reads the mask
         self._length = layer.keys.shape[-2]
         self._buffers = [reserve(layer.keys, repeats), reserve(layer.values, repeats)]
         self._update_views()
@@ -90,7 +90,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep only these rows, moved to the start of the same memory. Layers of all classes have this method."""
+        """Keep only these rows, moved to the start of the same memory. Every kind of cache layer has this method."""
         for x in self._buffers:
             x[: len(beam_idx), :, : self._length] = x[:, :, : self._length][beam_idx]
         self._buffers = [x[: len(beam_idx)] for x in self._buffers]
@@ -129,7 +129,7 @@ class CachedDecoding:
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
                 cache.layers[i] = PreallocatedLayer(layer, repeats)
-            elif repeats > 1:  # a class of the model's own, which repeats its rows by its own method
+            elif repeats > 1:  # another kind of layer, which has its own method to repeat rows
                 layer.reorder_cache(torch.arange(len(mask), device=mask.device).repeat_interleave(repeats))
         mask = mask.long().repeat_interleave(repeats, 0)
         self.model, self.cache, self.prefix = model, cache, prefix
@@ -162,7 +162,7 @@ class CachedDecoding:
 def begin_after_prefix(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, repeats: int, columns: int, length: int
 ) -> tuple[CachedDecoding, Tensor]:
-    """Run N left-padded prompts as `Decoder.begin` does, with the first `length` tokens, common to all, held once.
+    """Run N left-padded prompts as `Decoder.begin` does, but hold the `length` tokens that all begin with only once.
 
     Raises ValueError if a layer of the model's cache is not a plain `DynamicLayer`.
     """

@@ -9,7 +9,7 @@ from grpo.runtime.precision import in_precision
 from grpo.runtime.ranks import ONE, Ranks
 from grpo.scoring.tokens import left_pad
 
-ROWS_PER_PASS = 256  # the most completions to decode together
+ROWS_PER_PASS = 256  # At most this many completions are decoded together.
 
 
 def greedy(

@@ -29,7 +29,7 @@ PROBED_PROMPTS = 4
 PROBED_GROUP = 2  # completions per prompt
 PROBED_TOKENS = 8  # tokens per completion
 BATCH_ROWS = 3  # rows of different lengths, decoded together and alone
-# Largest difference in nats. In float32, linear attention rounds by up to 2e-3, and mistakes differ by 0.04 or more.
+# Largest difference in nats. In float32, linear attention rounds by up to 2e-3; wrong results differ by 0.04 or more.
 BATCH_TOLERANCE = 0.01
 GRAPH_TOKENS = WARM_UP_TOKENS + 4  # After the warm-up the graph is recorded once and replayed four times.
 # Largest difference of a log-probability in nats. In float32, graph and plain passes agree within 1e-6.
@@ -81,7 +81,7 @@ def probe_scorer(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor
     is_plain = output_layer.is_plain(model)
     fuses = is_plain and matches_reference(lambda: fused_scores(model, tokens, 1.0)[0], expected)
     if is_plain and not fuses:
-        # It may have a softcap, for example.
+        # The model may have a softcap, for example.
         say("This model changes its logits, so the logits of all tokens are held in memory.")
     return Scorer(shares_prompts=True, fuses_output=fuses)
 

@@ -1,4 +1,4 @@
-"""From prompts to groups of completions.
+"""Sample groups of completions from prompts.
 
 Tokens are drawn from the plain softmax at the given temperature: no top-k, top-p, min-p or penalties, whatever the
 model's generation config says, because the policy that is scored must be the policy that sampled.
@@ -71,7 +71,7 @@ class Generator:
 
     model: PreTrainedModel
     decoder: Decoder = field(default_factory=Decoder)
-    check_every: int = 0  # tokens between checks for ended rows, which do not change completions; 0: by device
+    check_every: int = 0  # tokens between checks for ended rows; it changes no completion; 0: chosen by device
 
     @torch.no_grad()
     def __call__(
@@ -184,9 +184,9 @@ def sample_inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def shrunk(rows: int, running: int) -> int:
-    """Return how many rows to keep: all running ones, and at least one, because other ranks may still need passes.
+    """Return how many rows to keep: at least the running ones, and one, because other ranks may still need passes.
 
-    Few different results are possible, because a device's library makes new kernels for each number of rows.
+    Only few results are possible, because a device's library makes new kernels for each number of rows.
     """
     while rows > 1 and running <= (fewer := int(rows * SHRINK_TO)):
         rows = fewer

@@ -26,7 +26,7 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-# A chat template writes the current date by such a call; the date is replaced by TEMPLATE_DATE.
+# A chat template writes the current date with such a call; the date is replaced by TEMPLATE_DATE.
 TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
 TEMPLATE_DATE = datetime(2026, 1, 1)
 # This goes before a template without a system role (Gemma 2): the system text begins the first user message.
@@ -106,11 +106,11 @@ def opening_of(lm: LanguageModel) -> str:
 
 
 def task_for(lm: LanguageModel, task: Task) -> Task:
-    """Return the task in the form that the model's chat template gives its prompts; `task` itself if that is equal.
+    """Adapt a task to what the model's chat template does to its prompts; return `task` itself if nothing changes.
 
     A <think> at the end of each prompt becomes the task's `opening`, so that it counts as a part of the form of a
     completion. If the template changes worked examples, for example because it removes the thinking from earlier
-    turns, they become a part of the system prompt, unless it changes them there too. A note of the task says so.
+    turns, they move to the system prompt, unless the template changes them there too. A note of the task says so.
     """
     if task.parts:
         parts = {name: task_for(lm, part) for name, part in task.parts.items()}
@@ -131,7 +131,7 @@ def task_for(lm: LanguageModel, task: Task) -> Task:
     note = "The model's chat template changes worked examples in earlier turns"
     moved = with_shots_in_system_prompt(task)
     if _shows(lm, moved, texts):
-        return replace(moved, notes=[*task.notes, f"{note}, so the system prompt has them."])
+        return replace(moved, notes=[*task.notes, f"{note}, so they are in the system prompt instead."])
     return replace(task, notes=[*task.notes, f"{note} and in the system prompt; look at a prompt with --check."])
 
 

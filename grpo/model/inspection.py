@@ -28,7 +28,7 @@ from grpo.runtime.console import printable, suppress_warnings
 MAX_JSON_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 100_000_000  # The safetensors library has the same limit on a file's header.
 MAX_NUMBER = 10**10  # A larger integer in a configuration is refused; context lengths reach 10^7.
-SPARE_LAYERS = 500  # There may be this many more layers or experts than tensors: experts can share one.
+SPARE_LAYERS = 500  # There may be this many more layers or experts than tensors, because experts can share a tensor.
 NUMBERS_PER_ELEMENT = 8  # A 32-bit element of a file can hold 8 weights of 4 bits.
 SPARE_NUMBERS = 50_000_000  # A model may compute tables of this size that no file holds.
 NOT_TOKENIZER_FILES = {"config.json", "generation_config.json", CARD, "README.md"}
@@ -160,7 +160,7 @@ def silent() -> Iterator[None]:
 def check_finite(model: nn.Module) -> None:
     """Raise ValueError if a weight has a NaN or an infinite number; the error names the first such weight."""
     for name, weight in model.named_parameters():
-        # The sum takes one pass and no copy. It may overflow for large finite numbers, so all are then checked.
+        # The sum takes one pass and no copy. If it is not finite, it may have overflowed, so all are checked.
         if weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all():
             bad = int((~weight.isfinite()).sum())
             raise ValueError(f"{bad:,} of {weight.numel():,} numbers of the weight {name} are NaN or infinite")

@@ -14,7 +14,7 @@ from tasks.base import Message, Task, first_few, task_of
 from tasks.common.prompts import ideal_completion
 from tasks.common.shots import solved_problem
 
-MAX_CHARACTERS_PER_TOKEN = 64  # Before it is encoded, a question is cut to this many per position.
+MAX_CHARACTERS_PER_TOKEN = 64  # A question is cut to this many characters per position before encoding.
 MAX_NAMED_QUESTIONS = 5  # An error or a note names at most this many questions.
 MEASURED_PROBLEMS = 64  # `limit_note` measures the completions of this many training problems.
 
@@ -46,7 +46,7 @@ class LanguageModel:
         return prompts
 
     def completion(self, text: str) -> list[int]:
-        """Return a completion as token ids, with the token that ends the turn. Control tokens in it stay text.
+        """Return a completion as token ids, with the token that ends the turn. Control tokens in `text` stay text.
 
         Raises ValueError if the tokenizer has no token that ends a turn.
         """
@@ -121,8 +121,8 @@ def fitting_task(lm: LanguageModel, task: Task, config: TrainConfig) -> Task:
     A note of the returned task counts and names them. If all fit, return `task` itself. Raises ValueError, with the
     place in the file, if most problems are too long, or if the task cannot leave them out.
 
-    A task that draws its problems is checked with one of them. A token has at least one byte, so only questions with
-    more bytes than tokens are left for them are encoded.
+    If the task draws its problems, one of them is checked. A token has at least one byte, so a question is encoded
+    only if it has more bytes than the prompt has tokens left.
     """
     if lm.positions is None:
         return task
@@ -143,7 +143,8 @@ def fitting_task(lm: LanguageModel, task: Task, config: TrainConfig) -> Task:
     if not too_long:
         return task
     limits = (
-        f"--max-new-tokens is {config.max_new_tokens}: more than the {lm.positions:,} positions of {config.model}"
+        f"--max-new-tokens is {config.max_new_tokens}, together more than the {lm.positions:,} positions of "
+        f"{config.model}"
     )
     if 2 * len(too_long) <= len(problems):
         rest = task.without({problem.question for problem, _ in too_long})
@@ -167,7 +168,7 @@ def limit_note(lm: LanguageModel, task: Task, config: TrainConfig) -> str | None
     """Return a note if completions that the run teaches, shows or asks for exceed --max-new-tokens, else None.
 
     Fine-tuning teaches ideal completions, worked examples show them, and each run asks for the bare answers. A model
-    that has learned to write longer completions is cut off in every one, so none of them gets a reward. Raises
+    that has learned to write longer completions is cut off every time, so no completion gets a reward. Raises
     ValueError if the run has supervised steps, but the task knows no right completion.
     """
     rows = range(MEASURED_PROBLEMS)

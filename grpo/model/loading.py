@@ -85,9 +85,10 @@ def load(
     """Load "starter", "smollm2", a folder, a GGUF file or a Hub model: float32, eval mode, all dropout switched off.
 
     `precision` is the precision of passes: see `grpo.runtime.precision`. With `sharded`, the weights stay on the CPU,
-    because their shards go to `device` later. `template_args` has variables of the chat template, NAME=VALUE; other
-    models' variables have no effect. `quantization` has the options of `grpo.model.lora.four_bits`, if any.
-    Raises ValueError, in one line, if the model cannot be loaded or has no usable chat template or end token.
+    because their shards go to `device` later. `template_args` has variables of the chat template, NAME=VALUE; a
+    variable that the template does not use has no effect. `quantization` has the options of
+    `grpo.model.lora.four_bits`, if any. Raises ValueError, in one line, if the model cannot be loaded or has no
+    usable chat template or end token.
     """
     begin_vector_math()
     model, tokenizer = _load_files(name, **quantization)
@@ -183,13 +184,13 @@ def _load_from_hub(name: str, **quantization: Any) -> Loaded:
         if unavailable:
             reason = f"there is no such folder here, and {unavailable}; --model starter needs no network"
             raise ValueError(f"cannot load model {printable(name)}: {reason}") from error
-        raise ValueError(f"cannot load {printable(name)} of the Hugging Face Hub: {_reason(error)}") from error
+        raise ValueError(f"cannot load {printable(name)} from the Hugging Face Hub: {_reason(error)}") from error
 
 
 def _prepare(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str
 ) -> tuple[tuple[str, ...], tuple[int, ...], int]:
-    """Return remarks on the chat template, the ids that end a turn, and the id of padding.
+    """Return remarks on the chat template, the ids that end a turn, and the id of the padding token.
 
     Raises ValueError, in one line, if the chat template cannot be used or an id has no row in the embedding.
     """
@@ -275,7 +276,7 @@ def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrained
     )
     if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers has filled these weights at random
         lacking = ", ".join(sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))[:3])
-        raise ValueError(f"weights are missing, or of another shape than config.json says ({lacking}, ...)")
+        raise ValueError(f"weights are missing, or have another shape than config.json says ({lacking}, ...)")
     check_finite(model)
     return model
 
@@ -324,7 +325,7 @@ def _why_not_on_the_hub(name: str) -> str:
         try:
             get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except GatedRepoError:
-            return "its page on the Hugging Face Hub has terms to accept first; then log in: hf auth login"
+            return "you must first accept its terms on the Hugging Face Hub and log in: hf auth login"
         except RepositoryNotFoundError:
             return "the Hugging Face Hub has no such model (misspelled, or private: hf auth login)"
         except HFValidationError:
@@ -341,7 +342,7 @@ def _why_not_on_the_hub(name: str) -> str:
 def load_policy(config: TrainConfig, device: torch.device, ranks: Ranks = ONE) -> LanguageModel:
     """Load the model to train, with an adapter if `lora_rank` is set; on the CPU if it will be sharded.
 
-    Raises ValueError if the processes loaded different models, or if the model's chat template has no such variable.
+    Raises ValueError if the processes loaded different models, or if the chat template does not use a given variable.
     """
     quantization = four_bits(device) if config.load_in_4bit else {}
     lm = load(config.model, device, config.precision, config.shard, config.chat_template_arg, **quantization)

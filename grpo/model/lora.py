@@ -45,8 +45,8 @@ def four_bits(device: torch.device) -> dict[str, Any]:
 def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     """Return the model with an adapter. Only the adapter is trained; before training it changes no output.
 
-    Raises ValueError if peft is missing, if no layer has one of the names in `lora_targets`, or if one names the
-    embedding or the output layer of a model in which they share one weight.
+    Raises ValueError if peft is missing, if no layer has one of the names in `lora_targets`, or if a name is that
+    of the embedding or the output layer, and these two share one weight.
     """
     try:
         with suppress_warnings():
@@ -73,11 +73,11 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     except ValueError as error:
         raise ValueError(f"--lora-targets {targets!r} cannot be used: {' '.join(str(error).split())[:200]}") from None
     for name in tied:
-        # A merged weight would be used at both ends of the model, but the adapter changes only one.
+        # Two layers would use the merged weight, but the adapter changes only one of them.
         if any(f".{name}.lora_" in parameter for parameter in trainable(adapted)):
             raise ValueError(
-                f"--lora-targets {targets!r} cannot be used: {name.rpartition('.')[2]} shares its weight with the "
-                "other end of this model, so its adapter cannot be merged; leave it out"
+                f"--lora-targets {targets!r} cannot be used: {name.rpartition('.')[2]} shares its weight with "
+                "another layer of this model, so its adapter cannot be merged; leave it out"
             )
     return adapted
 
@@ -95,7 +95,7 @@ def tied_layers(model: PreTrainedModel) -> list[str]:
 def merge_saved_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Add the LoRA adapter that peft saved in a folder to the weights of its base model, in place.
 
-    Raises ValueError, with the way to merge it by peft, if it is more than two factors for each of some layers.
+    Raises ValueError, with the line that merges it by peft, unless it is a plain LoRA adapter of untied layers.
     """
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     factors = load_file(folder / "adapter_model.safetensors")
@@ -131,7 +131,7 @@ def merged(model: nn.Module, ranks: Ranks = ONE) -> PreTrainedModel:
     """Return a plain model with float32 weights, the adapter merged in; a sharded model is gathered on the CPU.
 
     `model` keeps its weights to the bit: adding the adapter in place and subtracting it again would round them. The
-    result shares all weights without an adapter with `model`. All ranks must call this; only rank 0 gets weights.
+    two models share all weights that have no adapter. All ranks must call this; only rank 0 gets weights.
     """
     base = model.get_base_model() if has_adapter(model) else model
     config = copy.deepcopy(base.config)

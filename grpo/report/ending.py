@@ -16,7 +16,7 @@ PHASES = {"sample": "sampling", "reference": "reference", "update": "update"}
 
 
 def conclude(folder: Path, record: Mapping[str, Any], seconds: float, example: str) -> None:
-    """Print the accuracies before and after, findings, times and files, and a command that asks `example`."""
+    """Print the accuracies before and after, findings, times, files, and a command that asks the model `example`."""
     before, after = _first_and_last_test(record)
     steps = record["steps"]
     reason = record["finished"]["reason"]
@@ -98,7 +98,7 @@ def _say_times(record: Mapping[str, Any]) -> None:
 
 
 def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Format accuracies before and after training, for the twelve categories with the lowest accuracy after it."""
+    """Format accuracies before and after training, for the twelve categories least accurate after training."""
     now = after.get("categories", {})
     shown = sorted(sorted(now, key=lambda name: now[name]["accuracy"])[:12])
     if not shown:

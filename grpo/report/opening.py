@@ -54,7 +54,7 @@ def introduce(
     _say_settings(config)
     shared = {"the update": scorer.shares_prompts, "sampling": decoder.expands_cache}
     if unshared := " and ".join(phase for phase, is_shared in shared.items() if not is_shared):
-        say(f"In {unshared}, this model cannot share a group's prompt: it is computed for each completion.\n")
+        say(f"In {unshared}, this model cannot share a group's prompt: the prompt is computed for each completion.\n")
 
 
 def _say_settings(config: TrainConfig) -> None:
@@ -100,12 +100,12 @@ def show_shares(outlook: Mapping[str, Any]) -> None:
     o, g = outlook, outlook["num_generations"]
     mixed = round(o["teaching"] * o["groups"])
     say(f"Outlook: {mixed} of {o['groups']} groups have mixed rewards, so a non-zero advantage.")
-    say(f"  pass@1 {o['pass_at_1']:.0%}, pass@{g} {o['pass_at_g']:.0%}: the room that GRPO has is {_room(o)}")
+    say(f"  pass@1 {o['pass_at_1']:.0%}, pass@{g} {o['pass_at_g']:.0%}: the room for improvement is {_room(o)}")
     say(f"  {o['well_formed']:.0%} well-formed, {o['truncated']:.0%} cut off by the token limit")
 
 
 def _room(outlook: Mapping[str, Any]) -> str:
-    """Return the room that GRPO has, as text: pass@G − pass@1, where G is the group size."""
+    """Return the room for improvement, as text: pass@G − pass@1, where G is the group size."""
     return f"{outlook['pass_at_g'] - outlook['pass_at_1']:.0%}"
 
 
@@ -128,7 +128,7 @@ def show_trials(
             f"  {fitted(name or 'as asked', 25):25}  {o['well_formed']:>11.0%}  {o['truncated']:>7.0%}  "
             f"{o['pass_at_1']:>6.0%}  {o['pass_at_g']:>7.0%}  {_room(o):>4}  {o['teaching']:>5.0%}"
         )
-    say(f"  room: the room that GRPO has, {best_of_group} - pass@1")
+    say(f"  room: the room for improvement, {best_of_group} - pass@1")
     say("  mixed: the share of groups with mixed rewards, from which GRPO learns")
     if options:
         show_command("The setting with the most mixed groups:", [*script, *options])
@@ -142,8 +142,8 @@ def show_stop(folder: str, is_kept: bool) -> None:
     """Print why a run ends before its first step, and how to train nevertheless."""
     kept = f"The fine-tuned model is kept in {folder}; --fresh starts over with other settings." if is_kept else ""
     paragraph(
-        "Stopped before the first step: as asked, hardly any group has mixed rewards, so GRPO would learn nothing. "
-        f"{kept or 'The folder is free for a run with other settings.'} --train-anyway trains as asked.",
+        "Stopped before the first step: hardly any group has mixed rewards, so GRPO would learn hardly anything. "
+        f"{kept or 'The folder is free for a run with other settings.'} --train-anyway trains nevertheless.",
         indent=0,
     )
 

@@ -11,7 +11,7 @@ from grpo.record.schema import few_categories
 from grpo.runtime.console import fitted, paint, paragraph, printable, say, width
 
 SHOWN_COMPLETIONS = 4  # At most this many completions of a step are printed.
-MIN_COLUMNS_BESIDE_PARTS = 62  # With fewer columns left, the parts of the reward are not shown.
+MIN_COLUMNS_BESIDE_PARTS = 62  # With fewer columns left for texts, the parts of the reward are not shown.
 MIN_QUESTION_COLUMNS = 4  # A question is never cut to fewer columns.
 
 

@@ -10,12 +10,12 @@ from grpo.record.schema import few_categories
 from grpo.report.ending import drifted, sampled
 from tasks.base import Task, prompt_of
 
-# How to ask the model as it was measured.
+# This text shows how to ask the model in the way in which it was measured.
 ELSEWHERE = """\
 ## Ask it in other programs
 
-These lines answer as measured: greedily, with no repetition penalty, top-k or top-p, and with the same prompt. Run
-them in this folder, after saving the question there as `request.json`:
+These lines ask the model as it was measured: greedily, with no repetition penalty, top-k or top-p, and with the same
+prompt. Save the question as `request.json` in this folder, and run them there:
 
 ```json
 {request}
@@ -48,8 +48,8 @@ ollama create grpo -f Modelfile
 curl localhost:11434/v1/chat/completions -H "Content-Type: application/json" -d @request.json
 ```
 
-vLLM and Ollama were not run here. If Ollama does not know the chat template, write it into `Modelfile` as `TEMPLATE`.
-To sample as in training, set the temperature to {temperature} and top-k to 0 (in vLLM -1).
+The lines for vLLM and Ollama have not been tried. If Ollama does not know the chat template, write it into
+`Modelfile` as `TEMPLATE`. To sample as in training, set the temperature to {temperature} and top-k to 0 (in vLLM -1).
 """
 
 

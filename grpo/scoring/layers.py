@@ -20,7 +20,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 @torch.no_grad()
 def fuse_layers(model: PreTrainedModel) -> int:
-    """Replace the forward passes of norms and MLPs by fused ones where these compute the same; return how many.
+    """Replace the forward passes of norms and MLPs by fused ones that compute the same; return how many it replaced.
 
     Each layer with the expected attributes is tried on a few numbers, on its device, because some norms scale by
     1 + weight and some MLPs have another activation.

@@ -149,7 +149,7 @@ def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
 
 
 def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Return the logits of first completion tokens (B, V) and of M other real tokens (M, V), from a packed row."""
+    """Return the logits of the first completion tokens (B, V) and of the M others (M, V), from a packed row."""
     prompts = len(tokens.prompt_ids)
     scored = prompts + int(tokens.completion_mask[:, 1:].sum())
     logits = model(**packed_inputs(model, tokens), logits_to_keep=scored).logits[0]  # (N + M, V)

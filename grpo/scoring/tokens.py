@@ -95,7 +95,7 @@ def last_columns(ids: Tensor, number: int) -> Tensor:
 
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all prompts begin with, at most all but the last token of the shortest prompt."""
-    smallest, largest = min(prompts), max(prompts)  # lists compare like words: what these two share, all share
+    smallest, largest = min(prompts), max(prompts)  # the other lists sort between these, so they begin alike too
     alike = next((i for i, (x, y) in enumerate(zip(smallest, largest, strict=False)) if x != y), len(smallest))
     return min(alike, min(map(len, prompts)) - 1)
 

@@ -109,7 +109,7 @@ def test_a_hub_in_trouble_is_left_to_the_library(monkeypatch, capsys):
 
     monkeypatch.setattr(loading, "is_offline_mode", lambda: False)
     monkeypatch.setattr(loading, "get_hf_file_metadata", answer)
-    with pytest.raises(ValueError, match="of the Hugging Face Hub: "):
+    with pytest.raises(ValueError, match="from the Hugging Face Hub: "):
         load("owner/model", CPU)
     assert capsys.readouterr().err == "Downloading owner/model from the Hugging Face Hub\n"
 

@@ -225,7 +225,7 @@ def test_a_saved_model_is_asked_with_the_examples_in_its_system_prompt(folders, 
     args = options(output_dir=tmp_path, model=folders["removes"], num_iterations=2, prompt_style="think", shots=1)
     result = CliRunner().invoke(train_grpo.main, args)
     assert result.exit_code == 0, result.output
-    assert "so the system prompt has them" in " ".join(result.output.split())
+    assert "so they are in the system prompt instead" in " ".join(result.output.split())
     card = read_card(str(tmp_path / "saved_model"))
     assert card["examples"] == []
     assert card["system_prompt"].count("Example:\n") == 1

@@ -22,8 +22,8 @@ class IndexMaps:
 
     index: Tensor  # (N · H · P + B · H · C,) where each vector is in the row; an arbitrary index for padding
     padding: Tensor  # the positions in `index` that are padding
-    prompts: Tensor  # the positions, among the prompts' vectors, of all that are not padding, in the order of the row
-    completions: Tensor  # the same positions among the completions' vectors
+    prompts: Tensor  # where the real vectors are among the prompts' vectors, in the order of the row
+    completions: Tensor  # where the real vectors are among the completions' vectors, in the order of the row
     num_prompts: int  # N · H · P
     filler: int  # number of vectors at the start of the row that belong to no prompt or completion
 
@@ -129,7 +129,7 @@ class Layout:
         return self._cache["masks", window]
 
     def biases(self, window: int | None, heads: int, key_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return both masks as biases of scores, (1, R · P, P) and (B · K, R · C, P + C) with R = H / K."""
+        """Return both masks as biases to add to scores, (1, R · P, P) and (B · K, R · C, P + C) with R = H / K."""
         name = ("biases", window, heads, key_heads, dtype)
         if name not in self._cache:
             prompt_mask, completion_mask = self.masks(window)
