@@ -214,9 +214,9 @@ class Trainer:
             if progress.step % self.config.eval_every == 0 and not self.measurer.is_validated(progress.step):
                 self._validate(interrupts)  # a signal interrupted this validation in an earlier launch
             return None
+        if self.config.sft_steps and not progress.sft_step:
+            self._remember_start(interrupts)
         if not progress.sft_step:
-            with interrupts.abandonable():
-                self.evaluator.remember_start(self.lm)
             self.state.save(self.folder)  # so that the run can continue even if a user's reward fails
         if self.config.sft_steps and (reason := self._fine_tune(interrupts)):
             return reason
@@ -228,6 +228,8 @@ class Trainer:
         if is_hopeless(forecast) and not self.train_anyway:
             with interrupts.abandonable():
                 self._look_for_a_way_out(forecast)
+        if not self.config.sft_steps:  # Only now, because a run that would learn nothing ends above.
+            self._remember_start(interrupts)
         if self.evaluator.rewards:
             show_choice_by_reward(self.evaluator.always_by_reward)
         progress.before = self.measurer.measure(self.lm, "test", 0, interrupts.abandonable())
@@ -235,6 +237,10 @@ class Trainer:
             show_fine_tuning(progress.before, "after")
         self._validate(interrupts)
         return None
+
+    def _remember_start(self, interrupts: InterruptHandler) -> None:
+        with interrupts.abandonable():
+            self.evaluator.remember_start(self.lm)
 
     def _look_for_a_way_out(self, forecast: Mapping[str, Any]) -> None:
         """Sample more groups. If hardly any has a signal, print what other settings give, and raise NothingToLearn.

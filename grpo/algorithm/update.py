@@ -97,10 +97,16 @@ class Updater:
         Otherwise AdamW would create the moments in its first step, and if memory ran out, some would never exist.
         """
         self.skipped_in_a_row = 0
+        self.optimizer.state.clear()
+        self._make_moments()
+
+    def _make_moments(self) -> None:
+        """Make the moments that are missing, all 0."""
         for p in self.optimizer.param_groups[0]["params"]:
-            step = torch.zeros((), device=p.device)
-            zeros = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2)]
-            self.optimizer.state[p] = {"step": step, "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
+            if p not in self.optimizer.state:
+                step = torch.zeros((), device=p.device)
+                zeros = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2)]
+                self.optimizer.state[p] = {"step": step, "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
 
     def __call__(self, batch: Batch, settings: StepSettings) -> tuple[Update, Batch]:
         """Update the policy; return the result, and the batch with `old_logprobs` from the first update."""
@@ -169,10 +175,14 @@ class Updater:
         return loss, norm, applied
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of policy and optimizer. All ranks must call this; only rank 0 gets the tensors."""
+        """Return the tensors of policy and optimizer, without moments that are still 0.
+
+        All ranks must call this; only rank 0 gets the tensors.
+        """
         moments = (
             (f"{index}.{name}", value)
             for index, entry in self.optimizer.state_dict()["state"].items()
+            if entry["step"]
             for name, value in entry.items()
         )
         return {
@@ -194,6 +204,7 @@ class Updater:
             state.setdefault(int(index), {})[name] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._make_moments()
 
     @contextmanager
     def recompute_activations(self) -> Iterator[None]:
