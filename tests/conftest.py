@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("COLUMNS", None)  # pytest imports readline, which sets it to 80 for the processes that it starts
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from grpo import trainer
 from grpo.evaluation import evaluator
 from grpo.model import inspection
 from grpo.model_card import CARD
+from grpo.plots import figures
 from grpo.runtime import precision
 from tests.helpers.runs import a_tiny_model
 
@@ -54,6 +56,24 @@ def _one_trial_of_each_tokenizer():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspection, "try_tokenizer", try_once)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _empty_pictures(request):
+    """Leave the pictures of a run empty, which saves a second a run, except in the tests that look at pictures."""
+    name = request.module.__name__
+    if name.startswith("tests.plots.") or name.endswith(("test_plot_metrics", "test_train_run")):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for picture in ("training_curve", "kl_divergence", "sft_curve", "overview"):
+            patch.setattr(figures, picture, lambda record: plt.figure(figsize=(1, 1)))
+        yield
+
+
+def pytest_xdist_auto_num_workers():
+    """Start one process more than there are cores, because some tests wait."""
+    return min(4, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else None
 
 
 @pytest.fixture(scope="module")
