@@ -7,8 +7,8 @@
     python inference.py < questions.txt                          one question a line
     python inference.py --evaluate --compare                     accuracy on held-out problems, before and after
 
-Without --model, the model is saved_model/ if it is there, else the bundled starter. --evaluate measures as a
-training run does. With --compare, both models get the task, prompt and token limit of the trained one.
+Without --model, the model is saved_model/ if it is there, else the bundled starter. --evaluate measures accuracy in
+the same way as a training run. With --compare, both models get the task, prompt and token limit of the trained one.
 """
 
 import json
@@ -58,7 +58,7 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
     "--model",
     "models",
     multiple=True,
-    help="a model, named as for training; repeatable with --evaluate  [default: saved_model/ if there, else starter]",
+    help="a model, as for train_grpo.py; repeatable with --evaluate  [default: saved_model/ if there, else starter]",
 )
 @click.option("--compare", is_flag=True, help="also ask the model as it was before training, and show both")
 @click.option("--evaluate", is_flag=True, help="measure accuracy on held-out problems instead of asking")
@@ -69,11 +69,11 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
     help=f"task to --evaluate on: {', '.join(TASKS)} or FILE.py:NAME; without --evaluate, for a model of several "
     "tasks, the task whose prompt is used  [default: the model's own]",
 )
-@click.option("--task-arg", multiple=True, help="key=value, an argument of the --task in your file")
+@click.option("--task-arg", multiple=True, help="key=value, an argument for the task in your file; repeatable")
 @task_setting_options
 @click.option("--prompt-style", type=click.Choice(STYLES), help="for --evaluate  [default: the model's own]")
 @click.option("--shots", type=click.IntRange(0), help="worked examples for --evaluate  [default: the model's own]")
-@click.option("--pass-at-k", type=click.IntRange(0), help="with --evaluate, also sample for pass@k and maj@k")
+@click.option("--pass-at-k", type=click.IntRange(0), help="with --evaluate, also sample for pass@k and maj@k; 0: no")
 @click.option("--json", is_flag=True, help="with --evaluate, print one JSON object instead of a table")
 @click.option("--answers", type=click.Path(path_type=Path), help="with --evaluate, write all answers as JSON Lines")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
@@ -143,7 +143,7 @@ def main(
 
 
 def examine(names: Sequence[str], given: dict[str, Any]) -> None:
-    """Measure models with the settings of the last one, as a training run does, and print a table or JSON.
+    """Measure models as a training run does, all with the settings of the last model, and print a table or JSON.
 
     Raises ValueError if a model cannot be measured or the answers cannot be written.
     """
@@ -183,7 +183,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 def read_questions(questions: Sequence[str]) -> list[str]:
     """Return the questions from the command line, else from standard input. Raises ValueError if one is empty."""
     if not questions:
-        if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
+        if sys.stdin is None or sys.stdin.isatty():  # sys.stdin is None if it is closed
             raise ValueError(f'give a question, such as "{EXAMPLE}", or one a line on standard input')
         questions = [line for line in sys.stdin.read().splitlines() if line.strip()]
         if not questions:
@@ -196,7 +196,7 @@ def read_questions(questions: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of generation: greedy at temperature 0, else samples that are a function of the seed."""
+    """Hold the settings of generation: greedy at temperature 0, else samples that depend on the seed."""
 
     temperature: float
     samples: int

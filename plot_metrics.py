@@ -3,13 +3,14 @@
     python plot_metrics.py                                             ./grpo_metrics.json
     python plot_metrics.py runs/a                                      the run in this folder
     python plot_metrics.py runs/a --out pics                           draw into the folder pics
-    python plot_metrics.py runs/a --html                               also write a page about it: grpo_report.html
+    python plot_metrics.py runs/a --html                               also write a report: grpo_report.html
     python plot_metrics.py runs/a runs/b --label first --label second  compare: grpo_comparison.png
 
 A run gets grpo_training_curve.png, grpo_overview.png, grpo_kl_divergence.png if it has a reference, and
-grpo_sft_curve.png if it has supervised steps. It may still be going or have been stopped. In a comparison, runs with
-the same label become one curve with a band from the smallest to the largest value. Without labels, runs become one
-curve if their settings differ only in the seed and in what does not change a curve, such as the output folder.
+grpo_sft_curve.png if it has supervised steps. The run may still be going, or it may have been stopped. In a
+comparison, runs with the same label become one curve with a band from the smallest to the largest value. Without
+labels, runs become one curve if they differ only in the seed and in settings that do not affect the curves, such as
+the output folder.
 """
 
 from pathlib import Path
@@ -71,7 +72,7 @@ def _refuse(runs: tuple[Path, ...], labels: tuple[str, ...], html: bool) -> None
         raise ValueError(f"there are {len(runs)} runs and {len(labels)} labels; give one --label for each run")
     for run in runs:
         if [other.resolve() for other in runs].count(run.resolve()) > 1:
-            raise ValueError(f"{run} is given twice; a comparison would count it as two seeds")
+            raise ValueError(f"{run} is given twice, and would count as two seeds; give each run once")
 
 
 if __name__ == "__main__":

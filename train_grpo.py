@@ -110,9 +110,10 @@ def train(
     """Run the training, or only check it, and return the exit status.
 
     `launched` is the `time.monotonic()` of this launch. With `train_anyway`, train even if there is hardly any
-    learning signal. With `accept_changed_files`, continue even if files of rewards, tasks or problems changed.
-    `earlier` is how many seconds before this launch count towards a time limit. `ranks` are the processes of the run,
-    by default this process alone. Slow imports are inside the function, so that the output folder is locked first.
+    learning signal. With `accept_changed_files`, continue even if files of rewards, tasks or problems changed. After
+    a restart by torchrun, `earlier` is the number of seconds since the first start, which count towards the time
+    limit. `ranks` are the processes of the run, by default this process alone. Slow imports are inside the function,
+    so that the output folder is locked first.
     """
     from tasks.rewards.scoring import rewards_of, try_out
 

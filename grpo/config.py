@@ -36,7 +36,7 @@ DECAYS = ("none", "linear", "cosine")
 TRACKERS = ("none", "trackio", "wandb", "tensorboard")
 
 MAX_COMPLETIONS_PER_STEP = 10**6
-MAX_NEW_TOKENS = 10**6  # Memory for the longest completion is allocated at once; a larger number is a typing error.
+MAX_NEW_TOKENS = 10**6  # Memory for the longest completion is allocated at once; a larger number is probably a typo.
 
 MACHINE = ("device", "deterministic", "cuda_graphs", "shard")
 COMPUTING = (*MACHINE, "precision", "gradient_checkpointing", "micro_batch_size")
@@ -79,7 +79,7 @@ class TrainConfig(TaskOptions):
         "precision of forward and backward; auto: bfloat16 where the hardware supports it",
         choices=PRECISIONS,
     )
-    deterministic: bool = setting(False, MODEL, "make every run on CUDA give the same bits; slower")
+    deterministic: bool = setting(False, MODEL, "give the same bits each time a run is repeated on CUDA; slower")
     cuda_graphs: bool = setting(False, MODEL, "sample with CUDA graphs, to launch fewer kernels; not tested on a GPU")
     lora_rank: int = setting(0, MODEL, "rank of a LoRA adapter (peft); 0: train all weights", least=0, common=True)
     lora_alpha: float = setting(32.0, MODEL, "LoRA scale: updates are multiplied by alpha / rank", least=1e-9)
@@ -180,7 +180,7 @@ class TrainConfig(TaskOptions):
         0, VARIANTS, "redraw groups whose rewards are all equal, at most this many times", least=0, common=True
     )
     target_kl: float = setting(
-        0.0, VARIANTS, "target KL in nats per token, to which beta adapts; 0: constant beta", least=0.0
+        0.0, VARIANTS, "adapt beta to reach this KL, in nats per token; 0: constant beta", least=0.0
     )
     warmup_steps: int = setting(0, VARIANTS, "steps of linear warm-up of the learning rate", least=0)
     learning_rate_decay: str = setting(
@@ -251,7 +251,7 @@ class TrainConfig(TaskOptions):
 
     def conflicting_settings(self, earlier: Mapping[str, Any]) -> list[str]:
         """Return, in words, the changed settings that prevent this launch from continuing an earlier one."""
-        # The record of an older version lacks newer settings. Those versions had only one wording.
+        # If an older version did not record a setting, its default applies; these versions had only one wording.
         earlier = {**TrainConfig().to_dict(), "prompt_wording": FIRST_WORDING, **with_new_names(earlier)}
         may_change = set(CHANGEABLE_ON_RESUME)
         if self.group_schedule or self.learning_rate_decay != "none":  # both depend on the number of steps

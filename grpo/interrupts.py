@@ -27,11 +27,11 @@ REPEAT_SECONDS = 0.3  # While abandonable work continues after a signal, the sig
 
 
 class Interrupted(KeyboardInterrupt):
-    """Abandonable work was stopped, by a signal or the time limit. Code that catches an Exception lets it pass."""
+    """A signal or the time limit has stopped abandonable work. `except Exception` does not catch this exception."""
 
 
 class InterruptHandler:
-    """Catches SIGINT and SIGTERM, and watches the time limit: call `reason` after each step.
+    """Catch SIGINT and SIGTERM, and watch the time limit; call `reason` after each step.
 
     The first signal interrupts `abandonable` work between two operations of Python. Other work is finished, and its
     results are saved. A second signal ends the process. A thread receives the signals, because Python runs no signal
@@ -45,15 +45,15 @@ class InterruptHandler:
         self.signal: signal.Signals | None = None
         self._deadline = launched + parse_duration(time_limit) if time_limit else None
         self._before: dict[signal.Signals, Any] = {}
-        self._grace: float | None = None  # seconds that abandonable work gets after a signal; else None
-        # The seconds before the deadline at which a user's function that does not return is interrupted; else None.
+        self._grace: float | None = None  # seconds that the work may continue after a signal; None: until it ends
+        # A user's function that does not return is interrupted this many seconds before the deadline; None: never.
         self._reserved: float | None = None
         self._signal_at = 0.0  # when the first signal came
         self._is_announced = False  # whether a message has said that a signal came
         self._lock = threading.Lock()
 
     def __enter__(self) -> "InterruptHandler":
-        self._read, self._write = socket.socketpair()  # Windows cannot wait for a pipe.
+        self._read, self._write = socket.socketpair()  # not a pipe, because Windows cannot `select` on one
         self._write.setblocking(False)
         # From now on the system writes the number of each signal to the socket.
         self._wakeup_before = signal.set_wakeup_fd(self._write.fileno())
@@ -68,7 +68,7 @@ class InterruptHandler:
         watch.checks.remove(self._raise_if_waiting_in_vain)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before)  # a notebook's event loop may have one
+        signal.set_wakeup_fd(self._wakeup_before)  # a notebook's event loop may have set one
         self._write.close()  # ends the thread
         self._thread.join(JOIN_SECONDS)
 
@@ -112,7 +112,7 @@ class InterruptHandler:
 
     @property
     def name(self) -> str:
-        """Return the name of the first signal; without a signal, of the time limit."""
+        """Return the name of the first signal, or TIME_LIMIT if no signal has come."""
         return NAMES.get(self.signal, TIME_LIMIT)
 
     @property
@@ -121,7 +121,7 @@ class InterruptHandler:
         return 0 if self.signal is None else 128 + self.signal
 
     def _agreed(self, code: int) -> int:
-        """Return the largest code of all ranks: the number of a signal if one came, else `code`."""
+        """Return the largest code over all ranks; the code of a rank that got a signal is the signal's number."""
         code = int(self.ranks.all_reduce(torch.tensor(self.signal or code), "max"))
         if code in NAMES:
             self.signal = signal.Signals(code)
@@ -168,7 +168,7 @@ class InterruptHandler:
             else:
                 self._is_announced = True
                 self._remember(byte[0])
-                message = for_terminal(f"\n{self.name}: stopping; once more quits at once")
+                message = for_terminal(f"\n{self.name}: stopping; a second signal quits at once")
                 print(message, file=sys.stderr, flush=True)
         self._read.close()
 

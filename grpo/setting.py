@@ -8,7 +8,7 @@ from typing import Any
 
 LARGEST_FLOAT32 = 3.4e38
 MAX_COUNT = 10**9  # A larger number of steps, prompts or tokens is probably a typo, and would fill the memory.
-# A chat template gets these from the code that renders a prompt, so they cannot be given as its variables.
+# The code that renders a prompt passes these names to the chat template, so --chat-template-arg cannot set them.
 RESERVED_TEMPLATE_ARGS = {
     *("self", "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
     *("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"),
@@ -37,7 +37,7 @@ def setting(
 
 
 def as_typed(name: str) -> str:
-    """Return the option of a setting: --learning-rate for learning_rate."""
+    """Return the command-line option of a setting, such as --learning-rate for learning_rate."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -64,7 +64,7 @@ def check_setting(name: str, value: Any, kind: type, metadata: Mapping[str, Any]
 def parse_template_args(items: Sequence[str]) -> dict[str, Any]:
     """Return the values by name of --chat-template-arg NAME=VALUE: true, false, null, a number, or else a text.
 
-    Raises ValueError if an item is not NAME=VALUE, or if the name is one that a template gets from elsewhere.
+    Raises ValueError if an item is not NAME=VALUE, or if the name is one of RESERVED_TEMPLATE_ARGS.
 
     >>> parse_template_args(["enable_thinking=False", "effort=low"])
     {'enable_thinking': False, 'effort': 'low'}
@@ -86,7 +86,7 @@ def parse_template_args(items: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_duration(text: str) -> int:
-    """Return the seconds in 3h, 90m, 1h30m or 45s. Raises ValueError for any other form, and for zero."""
+    """Return the seconds in a duration such as 3h, 90m or 1h30m. Raises ValueError for other forms and for zero."""
     match = _DURATION.fullmatch(text.strip().lower())
     parts = [int(part or 0) for part in match.groups()] if match else [0]
     if not any(parts):

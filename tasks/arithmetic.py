@@ -2,8 +2,8 @@
 
     What is (4 - 9) * 6?      <answer>-30</answer>
 
-Operands are integers from `min_operand` to `max_operand`; a negative operand is written in brackets, as (4 - (-9)) *
-6. Operators are +, - and *. The category of a problem is its two operators: `-*` for the example above.
+Operands are integers from `min_operand` to `max_operand`; a negative operand is written in brackets, as in
+(4 - (-9)) * 6. Operators are +, - and *. The category of a problem is its two operators: `-*` for the example above.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from tasks.common.qa_task import QATask
 
 OPERATIONS = {"+": add, "-": sub, "*": mul}
 OPERATORS = tuple(OPERATIONS)
-LARGEST_OPERAND = 100_000  # A product of three has at most 16 digits, and the parser accepts 18.
+LARGEST_OPERAND = 100_000  # A product of three operands has at most 16 digits, and the parser accepts 18.
 HINTS = {
     "too_easy": "Raise --max-operand.",
     "too_hard": "Lower --max-operand.",

@@ -25,7 +25,7 @@ class Option:
 
     meaning: str  # the text in --help
     least: float | None = None  # the smallest allowed value
-    inheritable: bool = True  # whether a saved model keeps the option; False if it names a file: a card must not
+    inheritable: bool = True  # whether a saved model's card keeps the option; False if it names a file
     common: bool = False  # whether --help lists the option; --help-all lists all options
 
 
@@ -36,9 +36,9 @@ class Problem:
     question: str
     answer: str
     columns: Mapping[str, Any] = field(default_factory=dict)
-    category: str = ""  # accuracy is also reported by category; in a mixture it is the name of the problem's task
+    category: str = ""  # a group of problems with an accuracy of its own; in a mixture, the name of the task
     working: str = ""  # the working that leads to the answer, for worked examples; "" if not known
-    tolerance: Decimal = Decimal(0)  # the largest difference from a right number
+    tolerance: Decimal = Decimal(0)  # a number is right if it differs from the answer by at most this
     place: str = field(default="", compare=False)  # FILE:LINE that the problem was read from; "" if none
 
 
@@ -83,7 +83,7 @@ class Task:
     examples: Sequence[Message] = ()  # worked examples, as turns between the system prompt and the question
     opening: str = ""  # "<think>" and white space, if the model's chat template ends each prompt with them
     example: str = "..."  # a question to try on the trained model
-    files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by path, of the files with the problems
+    files: Mapping[str, str] = field(default_factory=dict)  # the SHA-256, by path, of the task's files
     notes: Sequence[str] = ()  # remarks on the problems, printed at the start of a run
     hints: Mapping[str, str] = field(default_factory=dict)  # advice to add to a finding, by the name of the finding
     knows_right: bool = True  # False if `correct` only compares with one reference answer of possibly many
@@ -103,10 +103,10 @@ class Task:
 
     @abstractmethod
     def grade(self, problem: Problem, completion: str) -> Attempt:
-        """Parse and grade `completion`. Accepts any string, never raises, runs in linear time."""
+        """Parse and grade any string, in time linear in its length. Raises only what a user's code raises."""
 
     def listed(self) -> Iterable[Problem]:
-        """Return all problems of a task with a list of problems, such as a file; else nothing."""
+        """Return all problems if the task has a finite list of them, such as a file; else nothing."""
         return ()
 
     def without(self, questions: Set[str]) -> "Task | None":
@@ -149,7 +149,7 @@ def asked(task: Task) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return type and message of an exception on one line.
+    """Return the type and the message of an exception on one line, at most 300 characters.
 
     Control characters are replaced, because the message may quote a model or a file.
     """

@@ -108,7 +108,7 @@ def _evaluate(tokens: list[str]) -> Fraction | None:
             values.append(Fraction(int(token)))
             after_value = True
             continue
-        if not after_value:  # an operator or a closing bracket must follow a value; there are no signs
+        if not after_value:  # an operator or a closing bracket must follow a value; numbers have no signs
             return None
         level = PRECEDENCE.get(token, 0)
         while waiting and waiting[-1] != "(" and PRECEDENCE[waiting[-1]] >= level:

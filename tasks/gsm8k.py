@@ -25,7 +25,7 @@ from tasks.common.rows import (
 from tasks.common.sources import Row
 
 HUB = "openai/gsm8k:main"
-MAX_NEW_TOKENS = 256  # The default token limit: the published workings have about 100 tokens, few more than 256.
+MAX_NEW_TOKENS = 256  # The default token limit: the published workings have about 100 tokens; few have more than 256.
 MARK = "####"
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # a calculator mark, such as <<9*2=18>> in 9 * 2 = <<9*2=18>>18
 

@@ -3,13 +3,13 @@
     {"question": "What is the capital of France?", "answer": "Paris", "level": "easy"}
 
 The file may be JSON Lines, a JSON array, CSV or Parquet; `--data OWNER/NAME` is a data set of the Hub
-(`tasks/common/sources.py`). Chats in a column `messages` will do, and `--columns question=NAME` names other columns.
+(`tasks/common/sources.py`). A column `messages` may hold chats instead; `--columns question=NAME` names others.
 
-An answer that is a number is compared as a number (1,234 and 1234.0 are the same), any other as text. A column
-`solution` is the working that stands before the answer in worked examples. All columns but question and answer go to
-the user's rewards. A hash of the question holds out a tenth for validation and another tenth for test, unless the
+A number is compared as a number (1,234 and 1234.0 are equal), any other answer as text. A column `solution` is the
+working, which worked examples show before the answer. All columns but question and answer are passed to the user's
+rewards. A hash of the question holds out a tenth for validation and another tenth for test, unless the
 data set has these splits or `--validation-data` and `--test-data` name them. If a question has many right answers,
-`--correct FILE.py:FUNCTION` judges them (`tasks/common/user_file.py`), or a ready judge, `--correct choice` or
+`--correct FILE.py:FUNCTION` judges them (`tasks/common/user_file.py`), or a built-in judge, `--correct choice` or
 `--correct math` (`tasks/common/judges.py`); the answer in the file must be one of them.
 """
 
@@ -80,7 +80,7 @@ def problem_of(row: Row, style: str, judge: Judge | None = None) -> Problem:
     if gold is None or parse_answer(ideal_completion(problem.answer, style), kind) != gold:
         raise ValueError(f"{answer!r} is a text that cannot be parsed between the tags <answer> and </answer>")
     if judge is not None and not judge(problem, gold):
-        raise ValueError(f"--correct {judge.name!r} rejects the {answer!r} in the file; it must accept that")
+        raise ValueError(f"--correct {judge.name!r} rejects the {answer!r} in the file, which it must accept")
     return problem
 
 

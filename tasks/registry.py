@@ -25,7 +25,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "reverse": Reverse,
 }
 DEFAULT_TASK = "arithmetic"
-TASK_TOKENS = {"gsm8k": gsm8k.MAX_NEW_TOKENS}  # the least default of --max-new-tokens, for tasks with long workings
+TASK_TOKENS = {"gsm8k": gsm8k.MAX_NEW_TOKENS}  # the lowest default of --max-new-tokens, for tasks with long workings
 
 
 class TaskSettings(Protocol):
@@ -41,7 +41,7 @@ class TaskSettings(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOption(Option):
-    """An option of one or more tasks; its meaning begins with their names."""
+    """An option of one or more tasks; its text in --help begins with the tasks' names."""
 
     tasks: tuple[str, ...]
     type: type
@@ -72,12 +72,12 @@ def task_shares(specs: str | Sequence[str]) -> list[Share]:
     for name, option in task_options().items():
         sharing = [share.spec for share in shares if share.spec in option.tasks]
         if len(sharing) > 1 and not option.inheritable:  # Both tasks would read the file that it names.
-            raise ValueError(f"tasks {' and '.join(sharing)} share {_flag(name)}, so only one of them can be mixed")
+            raise ValueError(f"tasks {' and '.join(sharing)} share {_flag(name)}, so they cannot be in one mixture")
     return shares
 
 
 def unused_options(specs: Sequence[str], given: Collection[str]) -> list[str]:
-    """Return the options in `given`, as they are typed, that none of these tasks has."""
+    """Return the options in `given` that none of these tasks has, as they are typed: --data for data."""
     names = {share.spec for share in parse_shares(specs)}
     return [_flag(name) for name, option in task_options().items() if name in given and not names & set(option.tasks)]
 
@@ -106,7 +106,7 @@ def _make(spec: str, settings: TaskSettings) -> Task:
     else:
         options = {name: getattr(settings, name) for name, option in task_options().items() if spec in option.tasks}
         task = TASKS[spec](**options, style=settings.prompt_style, system_prompt=settings.system_prompt)
-    if task.system_prompt == system_prompt(task.style, task.kind):  # it has no prompt of its own
+    if task.system_prompt == system_prompt(task.style, task.kind):  # the task has the default prompt of its style
         task = replace(task, system_prompt=system_prompt(task.style, task.kind, settings.prompt_wording))
     return with_shots(task, settings.shots) if settings.shots else task
 

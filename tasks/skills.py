@@ -58,7 +58,7 @@ class Skill(DrawnTask):
 
 
 def _single(rng: Random) -> Problem:
-    """Sample a problem with one operation, on numbers as in the second step of `(a op b) op c`."""
+    """Sample a problem with one operation, on numbers like those in the second step of `(a op b) op c`."""
     operator = rng.choice(OPERATORS)
     a = rng.randint(-10, 100)
     b = rng.randint(0, 10)

@@ -53,7 +53,7 @@ def show_examples(grpo: GRPO) -> None:
     lm, task, seed = grpo.sampler.lm, grpo.sampler.task, grpo.config.seed
     try:
         problem, solution = solved_problem(task, seed, 1, 0)
-    except ValueError:  # no training problem may have a known answer
+    except ValueError:  # the task does not know a right completion for these problems
         problem, solution = task.training_problem(seed, 1, 0), None
     [prompt] = lm.prompts([task.messages(problem.question)])
     say(f"A prompt, {len(prompt)} tokens:")

@@ -1,4 +1,4 @@
-"""Run the command of a script; lines of help and errors break between words. Imports nothing heavy."""
+"""Run a script's command, with help and errors whose lines break between words. Imports nothing heavy."""
 
 import atexit
 import os
@@ -80,7 +80,7 @@ def run_script(command: click.Command) -> None:
         raise
     finally:
         names = script.f_globals
-        if not is_whole_program and "get_ipython" not in names:  # %run -i runs in the notebook's own variables
+        if not is_whole_program and "get_ipython" not in names:  # %run -i runs in the notebook's namespace
             # %run copies what the script defines over the user's variables of the same name, `train` for example.
             for name in [name for name in names if not name.startswith("__")]:
                 del names[name]
@@ -113,6 +113,6 @@ class Asking(Script):
 
 
 def without_quotes(words: Sequence[str]) -> str:
-    """Return the error for a question that the shell split, or in which the shell replaced a * by file names."""
+    """Return the message for a question that the shell split, or in which the shell replaced a * by file names."""
     question = EXAMPLE if any(os.path.exists(word) for word in words) else " ".join(words)
     return f"this looks like a question without quotes; write: python inference.py {shlex.quote(question)}"

@@ -26,7 +26,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if isinstance(value, dict) and "schema_version" in value:
         value = value.get("config")
     if not isinstance(value, dict):
-        raise ValueError(f"--config {path} is not a JSON object of settings, nor the grpo_metrics.json of a run")
+        raise ValueError(f"--config {path} is neither a JSON object of settings nor the grpo_metrics.json of a run")
     settings = with_new_names(value)
     known = {f.name: f for f in fields(TrainConfig)}
     for name, value in settings.items():

@@ -15,7 +15,7 @@ from grpo.runtime.console import say
 from grpo.setting import as_typed
 
 OTHER = "Other"  # the heading of the options that are not settings
-SHOWS_ALL = "grpo.launch.options.help_all"  # key in the `meta` of click's context, if --help-all was given
+SHOWS_ALL = "grpo.launch.options.help_all"  # a key that click's `ctx.meta` has if --help-all was given
 
 
 class TrainCommand(Script):

@@ -1,6 +1,6 @@
 """Estimate, from one rollout of the starting model, what GRPO has to work with and how long a step takes.
 
-Where hardly any group has a learning signal, `try_settings` looks for settings under which more groups have one.
+If hardly any group has a learning signal, `try_settings` looks for settings under which more groups have one.
 """
 
 import time
@@ -26,9 +26,9 @@ FORWARDS_PER_BACKWARD = 2  # A backward pass takes about as long as two forward 
 MIN_TEACHING = 0.1  # Below this share of groups with mixed rewards, a run stops before its first step.
 MAX_TRYING_SECONDS = 40.0  # A trial that would probably end later is left out.
 TRIED_SHOTS = (2, 4)
-TRIED_TOKENS = (2, 4)  # times --max-new-tokens
+TRIED_TOKENS = (2, 4)  # multiples of --max-new-tokens
 THINKING_OFF = "enable_thinking=false"  # The templates of Qwen3 and SmolLM3, for example, have this variable.
-MIN_THINKING = 0.5  # From this share of completions that begin with <think> on, it is tried.
+MIN_THINKING = 0.5  # THINKING_OFF is tried if at least this share of completions begins with <think>.
 MIN_TRUNCATED = 0.1  # Larger token limits are tried if at least this share of the completions was cut off.
 
 
@@ -36,7 +36,7 @@ class NothingToLearn(Exception):
     """Hardly any group of the starting model has mixed rewards, so the run ends before its first step."""
 
 
-# The settings that differ from the run's, {} for the run as asked; and the shares that were found under them.
+# A pair: the settings that differ from the run's ({} for the run's own settings), and the shares measured with them.
 Trial = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
@@ -44,8 +44,8 @@ def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
     """Return shares of a rollout by name, and the expected seconds of a step.
 
     The problems belong to step 0, which no run trains on, and the training does not depend on the outlook. `teaching`
-    is the share of groups with mixed rewards. A step is expected to take the time of sampling, and the time of a
-    forward pass for each pass of the reference and the updates.
+    is the share of groups with mixed rewards. A step is expected to take the time of sampling, one forward pass for
+    the reference, and three for each update, because a backward pass takes about as long as two forward passes.
     """
     groups = config.batch_size if config.shard else min(GROUPS, config.batch_size)
     grpo.clock.seconds = {}
@@ -61,14 +61,14 @@ def is_hopeless(shares: Mapping[str, Any]) -> bool:
 
 
 def look_closer(grpo: GRPO, look: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the shares of GROUPS groups: `look`, if it has as many or if the model is sharded, else a new look."""
+    """Return `look` if it has GROUPS groups or the model is sharded; else the shares of a rollout of that size."""
     if look["groups"] >= GROUPS or grpo.config.shard:
         return look
     return _shares(_look(grpo, grpo.config, grpo.sampler.task, GROUPS), grpo.sampler.task)
 
 
 def try_settings(grpo: GRPO, look: Mapping[str, Any]) -> list[Trial]:
-    """Sample the problems of `look` under other settings, for about MAX_TRYING_SECONDS; the run as asked comes first.
+    """Sample the problems of `look` under other settings, for about MAX_TRYING_SECONDS; the first trial is `look`.
 
     Settings that are impossible for the task or the model are left out.
     """
@@ -93,13 +93,13 @@ def try_settings(grpo: GRPO, look: Mapping[str, Any]) -> list[Trial]:
 
 
 def way_out(config: TrainConfig, trials: Sequence[Trial]) -> list[str]:
-    """Return the options of the run with the most mixed groups; [] if none has enough of them."""
+    """Return the options of the trial with the most groups of mixed rewards; [] if no trial has enough of them."""
     changes, shares = max(trials, key=lambda trial: trial[1]["teaching"])  # if several are equal, the first
     return [] if is_hopeless(shares) else typed(replace(config, **changes))
 
 
 def typed(config: TrainConfig) -> list[str]:
-    """Return the words after `train_grpo.py` that give these settings, without those that the model sets itself."""
+    """Return the options of `train_grpo.py` that give these settings, without settings that the model implies."""
     given = {name: getattr(config, name) for name in ("model", "task", "prompt_style")}
     defaults = resolve(given)
     given |= {name: value for name, value in vars(config).items() if value != getattr(defaults, name)}
@@ -108,7 +108,7 @@ def typed(config: TrainConfig) -> list[str]:
         try:
             if resolve(fewer) == config:
                 given = fewer
-        except ValueError:  # the model was trained on a task in a file
+        except ValueError:  # the model was trained on a task in a file, so --task is needed
             continue
     return [word for argument in as_arguments(given) for word in argument.split("=", 1)]
 
@@ -128,7 +128,7 @@ def _changes(config: TrainConfig, look: Mapping[str, Any], lm: LanguageModel) ->
 
 
 def _look(grpo: GRPO, config: TrainConfig, task: Task, groups: int, lm: LanguageModel | None = None) -> Rollout:
-    """Return a rollout of this many groups under other settings, of problems that no run trains on."""
+    """Return a rollout of `groups` groups with the settings of `config`, on problems that no run trains on."""
     config = replace(config, batch_size=groups, resample_tied=0)
     sampler = replace(grpo.sampler, config=config, task=task, lm=lm or grpo.sampler.lm)
     rollout, _ = sampler.sample(0, grpo.schedule.at(1).num_generations)

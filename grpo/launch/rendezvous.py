@@ -72,8 +72,8 @@ class Heartbeat:
     """Count a heartbeat every few seconds, and end this process when another process stops counting.
 
     If a process dies, its connections break, which ends the other processes. If a process is stopped, or its machine
-    is off, no connection breaks: the other processes would wait for it as long as they wait for slow work. Heartbeats
-    are counted, not seconds, so that processes that were all stopped together continue together.
+    is off, no connection breaks: the other processes would wait for it until a long timeout. Heartbeats are counted,
+    not seconds, so that processes that were all stopped together continue together.
     """
 
     def __init__(self, meeting: Meeting, hint: str) -> None:
@@ -111,7 +111,7 @@ class Heartbeat:
                 pass  # `_count` sees that nothing changes
 
     def _count(self) -> None:
-        """End this process when the heartbeats of a process have not changed for `SILENT_BEATS`."""
+        """End this process when the count of any process has not changed for `SILENT_BEATS` beats."""
         seen = self._seen
         silent = [0] * len(self.hosts)  # heartbeats missed in a row, by rank
         while not self._done.wait(BEAT):
@@ -171,7 +171,7 @@ def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
 
 
 def _peek(store: dist.Store, key: str) -> bytes | None:
-    """Return a value of the store; None, without the wait of `get`, if the key is missing."""
+    """Return a value of the store, or None if the key is missing; `get` would wait for a missing key."""
     return store.get(key) if store.check([key]) else None
 
 

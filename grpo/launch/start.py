@@ -15,7 +15,7 @@ def start(settle: Callable[[], TrainConfig], train: Callable[..., int], fresh: b
     """Get the settings, lock the output folder, train, and return the exit status.
 
     `settle` returns the settings, and `train(config)` runs the training. With `fresh`, an earlier run in the folder
-    is moved aside; with `check`, nothing is written. A process that torchrun started never returns from here.
+    is moved aside; with `check`, nothing is written. Under torchrun, the process ends here instead of returning.
     """
     if is_one_of_several():
         from grpo.launch.torchrun import train_together

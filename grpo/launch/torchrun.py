@@ -64,7 +64,7 @@ def connect(meeting: Meeting, ranks: Ranks, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = dist.PrefixStore(meeting.round_name, meeting.store)
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=ranks.rank, world_size=ranks.size)
-    ranks.barrier()  # so that a process that fails now does not break the connection of one that is still joining
+    ranks.barrier()  # a process that fails later must not break the connection of one that still joins
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from tasks.base import Problem, seeded_rng, split_of
 from tasks.common.qa_task import QATask
 from tasks.common.rows import normal
 
-# After so many draws without a training problem, the task has none: usually 8 of 10 draws give one.
+# If this many draws give no training problem, the task is taken to have none: usually 8 of 10 draws give one.
 MAX_DRAWS_FOR_TRAINING = 10_000
-# At most this many draws for each held-out problem: about 1 in 10 draws gives a problem of the split.
+# At most this many draws are made for each held-out problem; usually 1 in 10 draws gives one.
 DRAWS_PER_HELD_OUT = 100
 
 

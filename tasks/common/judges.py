@@ -1,4 +1,4 @@
-"""Compare texts as a person does: answers of a file, and the ready judges of `--correct`, choice and math.
+"""Compare answers as a person does: by default, and by the built-in judges `choice` and `math` of `--correct`.
 
 Every function accepts any string without an exception and takes time linear in its length.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks.common.parsing import number_and_unit, unmarked
 
-MATH_TOLERANCE = Fraction(1, 1000)  # relative; for --correct math
+MATH_TOLERANCE = Fraction(1, 1000)  # the largest relative difference that --correct math accepts
 _FRACTION = re.compile(
     r"(?P<sign>-?)(?:\\d?frac\{(?P<a>[0-9]{1,18})\}\{(?P<b>[0-9]{1,18})\}|(?P<c>[0-9]{1,18}) ?/ ?(?P<d>[0-9]{1,18}))"
 )
@@ -30,7 +30,7 @@ def same_text(given: str, answer: str) -> bool:
 
 
 def _value(text: str) -> tuple[Fraction | str, str]:
-    """Return the value of a text, a number if it is one, and its unit."""
+    """Return a text's number and unit; for any other text, the text without marks and an empty unit."""
     text = unmarked(text)
     if match := _IN_BRACKETS.fullmatch(text):
         text = match["letter"] or match["before"]

@@ -29,7 +29,7 @@ def load_task(spec: str, given: Sequence[str], style: str, system_prompt: str) -
     """
     path, _, name = spec.rpartition(":")
     if not path or not name:
-        raise ValueError(f"--task is {spec!r}; write FILE.py:NAME, the name of a class or function that makes it")
+        raise ValueError(f"--task is {spec!r}; write FILE.py:NAME; NAME is a class or function that makes the task")
     file = load_file(path)
     make = file.maker(name)
     try:
@@ -118,4 +118,4 @@ def _check(task: Task, problem: Any) -> None:
         attempt = task.grade(problem, completion)
         right = as_bool(attempt.correct if isinstance(attempt, Attempt) else attempt)
         if completion and not right:
-            raise ValueError(f"it grades its answer {problem.answer[:80]!a} to {problem.question[:80]!a} as wrong")
+            raise ValueError(f"it grades the answer {problem.answer[:80]!a} of {problem.question[:80]!a} as wrong")

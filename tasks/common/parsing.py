@@ -10,7 +10,7 @@ An answer has one of three kinds: `number`, which may have a sign, a dollar sign
 and is compared exactly; `integer`, a whole number; `text`, which must not be empty. Marks around a number and a unit
 after it do not count: `**42**`, `\\boxed{42}`, `42 km` and `42 apples` are 42.
 
-Every function accepts any string without an exception and takes time linear in its length. Therefore they use
+Every function accepts any string without an exception and takes time linear in its length. Tags are found by
 `str.count` and `str.find`, because the pattern `<answer>(.*?)</answer>` takes 14 s on 20,000 unclosed tags. No text
 is evaluated as code.
 """
@@ -32,7 +32,7 @@ SPACES = " \N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}"
 _WHOLE = rf"(?:[0-9]{{1,18}}|[0-9]{{1,3}}(?:,[0-9]{{3}}){{1,5}}|[0-9]{{1,3}}(?:[{SPACES}][0-9]{{3}}){{1,5}})"
 _SIGN = rf"(?:\$?(?P<sign>[-+{MINUS}]?)|(?P<outer_sign>[-+{MINUS}])\$)"  # $5, -5, $-5, -$5
 _NUMBER = re.compile(rf"{_SIGN}(?P<digits>{_WHOLE}(?:\.[0-9]{{0,9}})?|\.[0-9]{{1,9}})")
-# Words after a number that change its value or begin another expression, so they are no unit.
+# Words after a number that change its value or begin another expression, so they are not units.
 _NOT_UNITS = {
     *("hundred", "thousand", "million", "billion", "trillion", "lakh", "crore", "dozen"),
     *("and", "or", "plus", "minus", "times", "point", "half"),
@@ -41,7 +41,7 @@ _NOT_UNITS = {
 _SCALES = frozenset("十百千万萬亿億兆")  # Chinese and Japanese words for powers of ten
 _UNIT_SIGNS = ("%", "$", "€", "£")
 _MARKS = (("**", "**"), ("`", "`"), ("\\boxed{", "}"), ("\\text{", "}"), ("\\(", "\\)"), ("$", "$"))
-MAX_MARKS = 4  # pairs of marks around an answer
+MAX_MARKS = 4  # the largest number of pairs of marks that are removed around an answer
 _SEPARATORS = str.maketrans("", "", "," + SPACES)
 
 
@@ -63,7 +63,7 @@ def answer_text(completion: str) -> str | None:
 
 
 def has_form(completion: str, style: str, begun: str = "") -> bool:
-    """Return whether the text before the answer block has a style's form; `begun`: a <think> in the prompt, or ""."""
+    """Return whether the text before the answer block has a style's form; `begun` is the prompt's <think>, or ""."""
     if style not in BLOCKS:
         return True
     rest = completion.partition(BLOCKS["think"][1])[2] if begun and style == "reasoning" else begun + completion
@@ -130,7 +130,7 @@ def _is_unit(word: str) -> bool:
 
 
 def parse_as(kind: str, text: str) -> Answer | None:
-    """Return the answer of a kind that a completion's text gives; around a number, marks and a unit do not count."""
+    """Parse an answer of a kind, or return None; marks around a number and a unit after it do not count."""
     parse = PARSERS[kind]
     answer = parse(text)
     if answer is None and kind != "text":
@@ -139,9 +139,9 @@ def parse_as(kind: str, text: str) -> Answer | None:
 
 
 def bare_number(text: str) -> str:
-    """Return the number in a text without marks around it and a unit after it; another text only without marks.
+    """Return a text without the marks around it and, if it is a number, without the unit after it.
 
-    A percentage is no number here: 25% may be meant as 25 or as 0.25.
+    A percent sign is kept, because 25% may mean 25 or 0.25.
     """
     text = unmarked(text)
     pair = number_and_unit(text)
@@ -155,7 +155,7 @@ def parse_integer(text: str) -> int | None:
 
 
 def parse_text(text: str) -> str | None:
-    """Return a text without white space around it; None if that is empty or the placeholder of the prompt."""
+    """Return a text without white space around it; None if nothing is left or only the prompt's placeholder."""
     text = text.strip()
     return None if text in ("", PLACEHOLDER) else text
 

@@ -16,8 +16,8 @@ _REASONING = (
     "Respond in the following format, with {} between the answer tags:\n"
     "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
 )
-# The system prompts by wording and style. The starter was trained with "plain". tasks/README.md has what each wording
-# gets out of real models.
+# The system prompts by wording and style. The starter was trained with "plain". tasks/README.md shows how well real
+# models follow each wording.
 _FORMS = {
     "form": {
         "answer": _EXAMPLE,
@@ -53,9 +53,9 @@ def system_prompt(style: str, kind: str = "integer", wording: str = FIRST_WORDIN
 
 
 def after_opening(completion: str, opening: str) -> str:
-    """Return the rest of a completion whose prompt ends with `opening`, "<think>" and white space, or "".
+    """Return a completion without the `opening` that its prompt ends with: "<think>" and white space, or "".
 
-    If the completion does not begin with thinking, the rest closes the thinking that the prompt has begun.
+    If the completion does not begin with <think>, the result begins with </think>, to close the prompt's <think>.
 
     >>> after_opening("<think>4 - 9 = -5</think><answer>-30</answer>", "<think>")
     '4 - 9 = -5</think><answer>-30</answer>'

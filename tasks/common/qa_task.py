@@ -33,7 +33,7 @@ class QATask(Task):
         return {name: weight for name, weight in DEMO.items() if name != "integer" or self.kind != "text"}
 
     def grade(self, problem: Problem, completion: str) -> Attempt:
-        """Parse and grade `completion`. Accepts any string, never raises, runs in linear time."""
+        """Parse and grade any string, in time linear in its length. Raises only what a user's code raises."""
         kind = self.kind_of(problem)
         answer = parse_answer(completion, kind)
         return Attempt(
@@ -49,7 +49,7 @@ class QATask(Task):
         )
 
     def is_correct(self, problem: Problem, answer: Answer) -> bool:
-        """Return whether a parsed answer equals the problem's own; a number may differ by the problem's tolerance."""
+        """Return whether an answer equals the problem's answer; a number may differ by the problem's tolerance."""
         gold = self.gold(problem)
         if isinstance(answer, str) or isinstance(gold, str) or gold is None:
             return answer == gold

@@ -32,10 +32,11 @@ from tasks.common.sources import (
 from tasks.common.user_file import Judge
 
 LINES_NAMED = 5  # the largest number of lines that an error or a remark names
-MAX_DECIMALS = 9  # of a number; tasks/common/parsing.py reads no more
-RELATIVE_TOLERANCE = Decimal("0.001")  # of an answer that is a computed number, such as 0.3333333333333333
-MAX_TOLERANCE = Decimal("0.005")  # of such an answer
-ODD_SHARE = 0.1  # of the answers, from which on the start says how they are compared
+MAX_DECIMALS = 9  # tasks/common/parsing.py reads no number with more decimals
+# If the right answer is a computed number, such as 0.3333333333333333, an answer may differ by at most these.
+RELATIVE_TOLERANCE = Decimal("0.001")  # as a share of the right answer
+MAX_TOLERANCE = Decimal("0.005")
+ODD_SHARE = 0.1  # If at least this share of the answers matches _ODD, a note says how texts are compared.
 _ODD = re.compile(r"[\W\d]|\w\W?$")  # matches the beginning of a text that people write in several ways
 
 # The options of the tasks with rows.
@@ -56,7 +57,7 @@ Columns = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(QATask):
-    """A task whose problems are rows (`tasks.base.Task`)."""
+    """A task whose problems are the rows of a file or data set (`tasks.base.Task`)."""
 
     problems: Mapping[str, Sequence[Problem]]  # the problems of each split, by the split's name
     files: Mapping[str, str]  # the SHA-256 of the source of the problems and of the judge's file, by path
@@ -114,9 +115,9 @@ def kind_of_all(problems: Iterable[Problem]) -> str:
 def notes_on(problems: Sequence[Problem], used: int, compare_answers: bool = True) -> list[str]:
     """Return remarks on rows that may be mistakes; `used` is the number of problems in the splits.
 
-    The first are about problems that are left out, system prompts in the data, and a minority of answers that decides
-    the kind of all answers. The others, if `compare_answers`, are about questions that occur again with another
-    answer, and about how texts and computed numbers are compared.
+    Remarks name problems that are left out, system prompts in the data, and a minority of answers that decides the
+    task's kind. With `compare_answers`, they also name questions that occur again with another answer, and say how
+    texts and computed numbers are compared.
     """
     notes = []
     if used < len(problems):
@@ -149,8 +150,8 @@ def notes_on(problems: Sequence[Problem], used: int, compare_answers: bool = Tru
             notes.append(
                 f"{len(odd)} of {len(problems)} answers are texts that begin with a digit or a sign, or single "
                 f"letters, such as {odd[0].answer[:20]!a}. They are compared as texts, without marks around them; "
-                "1/2 equals 2/4, 42 equals 42 km, B equals (B). --correct choice compares letters only, "
-                "--correct math values, --correct FILE.py:FUNCTION as you define it."
+                "1/2 equals 2/4, 42 equals 42 km, B equals (B). --correct choice compares only letters, "
+                "--correct math compares values, and --correct FILE.py:FUNCTION is a judge of your own."
             )
         if computed := [problem for problem in problems if problem.tolerance]:
             notes.append(
@@ -173,9 +174,9 @@ def normal(question: str) -> str:
 def split_rows(given: Mapping[str, Sequence[Problem]], source: str) -> dict[str, list[Problem]]:
     """Return the problems by split. Raises ValueError if a split is left without problems.
 
-    `given` are the problems of the splits that the data have. A hash of the question takes the problems of the other
-    splits from those of "train". A question of "test" is left out of the other splits, and one of "validation" is
-    left out of "train".
+    `given` are the problems of the splits that the data have. The other splits get a part of the problems of "train",
+    which a hash of the question chooses. A question of "test" is left out of the other splits, and one of
+    "validation" is left out of "train".
     """
     hashed = [split for split in SPLITS if split not in given]
     by_split: dict[str, list[Problem]] = {split: [] for split in SPLITS}
@@ -211,7 +212,7 @@ def split_rows(given: Mapping[str, Sequence[Problem]], source: str) -> dict[str,
 def read_splits(
     data: str, validation_data: str, test_data: str, columns: str, problem_of: Callable[[Row], Problem]
 ) -> tuple[list[Problem], dict[str, list[Problem]], dict[str, str]]:
-    """Read the problems of a task; return them as read, by split, and the SHA-256 of each source.
+    """Read a task's problems; return all of them, the problems by split, and the SHA-256 of each source.
 
     The arguments are the values of the options --data, --validation-data, --test-data and --columns. `problem_of`
     makes a problem from a row, or raises ValueError with the reason. Raises ValueError, in one line, if a source
@@ -238,8 +239,8 @@ def read_rows(
 ) -> tuple[dict[str, list[Problem]], str]:
     """Read the problems of a file or of a data set of the Hub by split; also return the SHA-256 of what was read.
 
-    A file has the split WHOLE. `columns` has other names of columns, by the names that the tasks use. Raises
-    ValueError, in one line: `place: reason` for the first malformed row, then the numbers of a few more of them.
+    A file has the split WHOLE. `columns` has names of columns in the data, by the names that the tasks use. Raises
+    ValueError, in one line: `place: reason` for the first malformed row, then the numbers of a few more such rows.
     """
     problems: dict[str, list[Problem]] = {}
     try:
@@ -283,7 +284,7 @@ def rounded(value: float) -> str | None:
 
 
 def tolerance_of(value: Any) -> Decimal:
-    """Return by how much an answer may differ from the answer in a row; 0 unless that is a computed number."""
+    """Return how much an answer may differ from a row's answer; 0 unless the row's answer is a computed number."""
     if not isinstance(value, float) or (text := rounded(value)) is None:
         return Decimal(0)
     return min(RELATIVE_TOLERANCE * abs(Decimal(text)), MAX_TOLERANCE)

@@ -13,10 +13,10 @@ ROWS_BETWEEN_TRIES = 10**6  # more than the rows of a batch, so that two rows ne
 def solution(task: Task, problem: Problem) -> str | None:
     """Return a right completion in the style of the problem's task, with the problem's working if possible.
 
-    If the chat template ends each prompt with <think>, the completion goes on after it.
+    If the chat template ends each prompt with <think>, the completion continues after this tag.
 
-    The working is left out if the task grades the completion with it as wrong, for example because it has a tag in
-    it. Return None if the task grades the bare answer as wrong too.
+    The working is left out if the task grades the completion with it as wrong, for example because the working has a
+    tag in it. Return None if the task grades the bare answer as wrong too.
     """
     own_task = task_of(task, problem)
     for working in dict.fromkeys((problem.working, "")):
@@ -30,8 +30,8 @@ def solution(task: Task, problem: Problem) -> str | None:
 def with_shots(task: QATask, shots: int) -> QATask:
     """Return the task with `shots` solved training problems before each question, always the same ones.
 
-    They are the problems of step -1, which no run trains on: its steps begin at 1. Raises ValueError if too few are
-    found.
+    The problems belong to step -1, which no run trains on: the steps of a run begin at 1. Raises ValueError if too
+    few are found.
     """
     solutions: dict[str, str] = {}  # the right completion for each question
     for row in range(MAX_TRIES * shots):

@@ -1,4 +1,4 @@
-"""Rows of problems from what people have: JSON Lines, a JSON array, CSV, Parquet, or a data set of the Hub.
+"""Read rows of problems from JSON Lines, a JSON array, CSV, Parquet, or a data set of the Hub.
 
 `read_source` yields each row as a dictionary, whatever the format. The libraries that read Parquet files (pyarrow)
 and data sets of the Hub (datasets) are optional. Every mistake is a ValueError in one line.
@@ -19,21 +19,21 @@ from tasks.base import SPLITS, first_few, one_line
 Row = Mapping[str, Any]
 NumberedRows = Iterator[tuple[int, Row | ValueError]]  # each row with its number, or the reason why it is malformed
 MAX_LINE_BYTES = 32 * 2**20  # A longer line of a JSON Lines file would fill the memory.
-QUESTIONS = ("question", "prompt")  # the columns that may hold the question; the first of them counts
+QUESTIONS = ("question", "prompt")  # columns that may hold the question; the first that a row has counts
 ANSWERS = ("answer", "response")  # the columns that may hold the answer
 COLUMNS_NAMED = 8  # the largest number of columns that an error names
-WHOLE = ""  # The split of the rows of a file, or of a data set with a single split.
+WHOLE = ""  # The name of the only split of a file, or of a data set with a single split.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)  # OWNER/NAME or OWNER/NAME:CONFIGURATION
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
-# A CSV cell with a computed number, such as 0.3333333333333333 or 1e-05, is read as JSON reads it.
+# A CSV cell with a computed number, such as 0.3333333333333333 or 1e-05, becomes a float, as in JSON.
 _COMPUTED = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]{10,}|\.[0-9]+(?=[eE])|(?=[eE]))(?:[eE][+-]?[0-9]{1,3})?")
 
 
 def read_source(source: str) -> tuple[dict[str, tuple[str, NumberedRows]], str | None]:
     """Return the rows of a file or of a data set of the Hub by split, and the SHA-256 of the rows of a data set.
 
-    Each split has a text and its rows: the text, followed by the number of a row, names the place of the row. A file
+    Each split has a text and its rows; the text, followed by a row's number, names the row's place. A file
     has one split, WHOLE, and None for the SHA-256. This function and the iterators raise ValueError or OSError if the
     source cannot be read.
     """
@@ -194,7 +194,7 @@ def _parquet_rows(path: str) -> NumberedRows:
 def _hub_splits(source: str) -> tuple[dict[str, tuple[str, NumberedRows]], str]:
     """Load a data set of the Hub, OWNER/NAME or OWNER/NAME:CONFIGURATION, as `read_source` returns it.
 
-    The splits are those of the data set that are named train, validation and test; a single split is WHOLE.
+    Splits that are not named train, validation or test are left out; a single split gets the name WHOLE.
     """
     try:
         from datasets import load_dataset
@@ -247,7 +247,7 @@ def names_of(row: Row) -> str:
 
 
 def with_plain_texts(row: Row) -> Row:
-    """Return a row with the texts of its chats: question or prompt, and answer or response.
+    """Return a row in which texts replace chats: question or prompt, and answer or response.
 
     A chat is a list of messages with role and content. The column `messages` has the question, and it has the answer
     if it ends with a turn of the assistant. The column `system` gets a chat's system prompt. Raises ValueError if a

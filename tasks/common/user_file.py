@@ -44,21 +44,21 @@ _neighbours: set[str] = set()  # names of the modules that the last user's file 
 
 @dataclass(frozen=True)
 class UserFile:
-    """A user's file that was run, with the SHA-256 of its text and of its own modules at that moment."""
+    """A user's file after it was run, with the SHA-256 of its text and of its own modules at that moment."""
 
     path: str
     module: ModuleType
     files: Mapping[str, str]  # the SHA-256, by path, of this file and of the modules it imports from its folder
 
     def function(self, name: str, may_be_async: bool = False) -> Callable[..., Any]:
-        """Return a function of the file. With `may_be_async`, make an async function one that runs to its end.
+        """Return a function of the file. With `may_be_async`, an async function is wrapped in a plain one.
 
         Raises ValueError if the name belongs to a class, to an async generator, or to an async function without
         `may_be_async`.
         """
         function = self.maker(name)
         if inspect.isclass(function):
-            raise ValueError(f"{self.path}:{name} is a class, not a function; name a function, or an object of it")
+            raise ValueError(f"{self.path}:{name} is a class, not a function; name a function or an instance")
         calls = (function, getattr(function, "__call__", None))  # noqa: B004, an object's method may be async
         if may_be_async and any(map(inspect.iscoroutinefunction, calls)):
             return partial(_run_async, function)
@@ -111,9 +111,9 @@ class _Source(SourceFileLoader):
 
 @contextmanager
 def contained(what: str) -> Iterator[None]:
-    """Run a user's code in the block, named as `what` if it does not return.
+    """Run a user's code in the block; a message names the code as `what` if it does not return.
 
-    Raises RuntimeError if the code leaves the process in another folder, and goes back to the folder it was in.
+    If the code leaves the process in another folder, change back to the earlier folder and raise RuntimeError.
     """
     folder = os.getcwd()
     try:
@@ -138,7 +138,7 @@ def dangling(path: str) -> str:
 
 @contextmanager
 def _importing_neighbours(folder: str) -> Iterator[None]:
-    """Let the block import modules from a user's folder. They are read again, and no bytecode is written there.
+    """Let the block import modules from a user's folder, read anew each time. No bytecode is written there.
 
     The folder comes last in sys.path, so that its files hide no module of Python, of this project or of a library.
     """

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-FIRST_LINE_SECONDS = 5.0  # A function that takes longer is named.
-CHECK_SECONDS = 1.0  # After that, the run may interrupt the function once in this time.
-LINE_FACTOR = 4  # The next line comes when the function has taken this many times as long.
+FIRST_LINE_SECONDS = 5.0  # A message names a function that takes longer than this.
+CHECK_SECONDS = 1.0  # After that, `checks` are called at this interval.
+LINE_FACTOR = 4  # Each next message comes when the function has taken this many times as long.
 
-checks: list[Callable[[], None]] = []  # called while a function does not return; each may raise an exception
+checks: list[Callable[[], None]] = []  # called while a function does not return; each may raise to end the call
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def limited(deadline: float | None) -> Iterator[None]:
 
     def check() -> None:
         if deadline is not None and time.monotonic() > deadline:
-            raise TimeoutError("it had not returned when the time limit was over")
+            raise TimeoutError("it had not returned when the time limit was reached")
 
     checks.append(check)
     try:

@@ -2,7 +2,7 @@
 
 Each function takes an `Attempt` and returns a number from 0 to 1. It accepts any completion and takes time linear in
 its length. To add a reward, write it here and name it in REWARDS, or keep it in a file of your own (`--reward
-FILE.py:FUNCTION=WEIGHT`, see `tasks/common/user_file.py`). Its mean is `reward/<name>` in the metrics.
+FILE.py:FUNCTION=WEIGHT`, see `tasks/common/user_file.py`). In the metrics, `reward/<name>` is a reward's mean.
 """
 
 import unicodedata
@@ -51,7 +51,7 @@ def integer(attempt: Attempt) -> float:
 
 
 def strict_format(attempt: Attempt) -> float:
-    r"""Return 1 for `<reasoning>\n…\n</reasoning>\n<answer>\n…\n</answer>`, and perhaps a line feed after it."""
+    r"""Return 1 for `<reasoning>\n…\n</reasoning>\n<answer>\n…\n</answer>`, with or without a line feed after it."""
     text = attempt.completion.removesuffix("\n")
     middle = f"\n{REASONING_CLOSE}\n{OPEN}\n"
     once = all(text.count(tag) == 1 for tag in (REASONING_OPEN, REASONING_CLOSE, OPEN, CLOSE, middle))
@@ -107,7 +107,7 @@ def one_ending(attempt: Attempt) -> float:
 
 
 def repeats_an_ending(completion: str) -> bool:
-    """Return whether a closing tag or an end marker occurs twice: the model does not know where to stop."""
+    """Return whether a closing tag or an end marker is repeated, as by a model that does not know where to stop."""
     return any(completion.count(ending) > 1 for ending in ENDINGS)
 
 

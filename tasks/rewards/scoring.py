@@ -288,12 +288,12 @@ def try_out(rewards: Sequence[RewardFunction], task: Task) -> list[str]:
 
     This finds a mistake in a user's function in a second, before the model is loaded. Return a remark on each user's
     function that gives all completions the same value. Raises ValueError, in one line, for a mistake, and if such a
-    function gives different values for the same completions as plain texts. The problems belong to step 0, which no
-    run trains on: the steps of a run begin at 1.
+    function gives different values when it gets plain texts. The problems belong to step 0, which no run trains on:
+    the steps of a run begin at 1.
     """
     for split in ("validation", "test"):
         if not task.held_out(split, PROBLEMS_TRIED):
-            raise ValueError(f"the task has no {split} problems; it needs more different ones")
+            raise ValueError(f"the task has no {split} problems; it needs more different problems")
     attempts = []
     for row in range(PROBLEMS_TRIED):
         problem = task.training_problem(0, 0, row)
@@ -309,7 +309,7 @@ def try_out(rewards: Sequence[RewardFunction], task: Task) -> list[str]:
         same = f"{_named(reward)} gave all {len(attempts)} made-up completions the same value"
         if _reads_plain_texts(reward, attempts, columns):
             raise ValueError(f"{same}: it seems to expect plain texts, but {READ_A_MESSAGE}")
-        remarks.append(f"{same}; if it does so in training too, it has no learning signal")
+        remarks.append(f"{same}; if it does so in training too, nothing is learned from it")
     return remarks
 
 

@@ -41,7 +41,7 @@ def parse_shares(specs: str | Sequence[str]) -> list[Share]:
         raise ValueError("--task is empty; name a task")
     if len(shares) == 1 and shares[0].weight is not None:
         raise ValueError(
-            f"--task is {specs[0]!r}, a single task; only several need weights, as in --task A=0.7 --task B=0.3"
+            f"--task is {specs[0]!r}; a single task needs no weight, only several do: --task A=0.7 --task B=0.3"
         )
     if len(shares) > 1:
         for share in shares:

@@ -264,7 +264,7 @@ def test_the_time_limit_ends_the_trial_of_a_reward_that_does_not_return(hangs, m
     assert time.monotonic() - start < 10
     assert result.exit_code == 1
     assert "Waiting for reward function 'matches'" in result.stderr
-    assert "it had not returned when the time limit was over" in " ".join(result.stderr.split())
+    assert "it had not returned when the time limit was reached" in " ".join(result.stderr.split())
 
 
 def test_a_judge_that_does_not_return_is_named_and_ended_by_the_time_limit(hangs, capsys):

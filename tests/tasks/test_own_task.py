@@ -112,7 +112,7 @@ BAD = [
     (changed("a, b = rng", "a, b = 1 / 0, rng"), "ZeroDivisionError", 7),
     (changed("return Problem", "return str"), "raised TypeError", None),
     (changed("str(a + b)", "a + b"), "must be texts", None),
-    (changed("str(a + b)", "'many'"), "it grades its answer 'many' to 'Add", None),
+    (changed("str(a + b)", "'many'"), "it grades the answer 'many' of 'Add", None),
     (changed("rng.randrange(100), rng", "__import__('random').random(), rng"), "a resumed run needs the same", None),
     (changed("rng.randrange(100), rng.randrange(100)", "1, 2"), "", None),
     (changed("def key", NOT_A_VERDICT), "None, not True or False", None),
