@@ -128,7 +128,7 @@ def test_damaged_progress_is_refused_by_name(entry, value):
 
 
 def test_every_damaged_entry_is_named():
-    with pytest.raises(ValueError, match=r"its before, best cannot be right"):
+    with pytest.raises(ValueError, match=r"invalid entries: before, best"):
         Progress().load_state_dict({"step": 2, "before": 3})
 
 
