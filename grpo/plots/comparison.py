@@ -118,14 +118,14 @@ def _curve(
         several = spread.runs > 1
         axes.fill_between(spread.steps, spread.low, spread.high, several, color=colour, alpha=0.22, linewidth=0)
     look = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4}
-    # Where a run begins or ends, the mean jumps. So each number of runs gets a line of its own.
+    # Where a run begins or ends, the mean jumps. So steps with equally many runs are drawn as a separate line.
     for runs in np.unique(spread.runs[spread.runs > 0]):
         mean = np.where(spread.runs == runs, spread.mean, np.nan)
         axes.plot(spread.steps, mean, linewidth=LINE if runs == len(series) else RAW, **look)
 
 
 def _at_the_same_steps(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Interpolate the evaluations of each run to all steps at which at least one run was evaluated."""
+    """Interpolate each run's evaluations to all steps where any run was evaluated; NaN outside its own range."""
     known = [(steps[np.isfinite(values)], values[np.isfinite(values)]) for steps, values in series]
     known = [(steps, values) for steps, values in known if len(steps)]
     every = np.unique(np.concatenate([np.empty(0), *(steps for steps, _ in known)]))
@@ -133,7 +133,7 @@ def _at_the_same_steps(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[
 
 
 def _series(record: Mapping[str, Any], metric: Metric) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps and the values of a metric of a run."""
+    """Return a run's steps and the values of a metric at these steps, (steps,) each."""
     if not isinstance(metric, str):
         split, metric = metric
         record = {"steps": evaluations(record, split)}

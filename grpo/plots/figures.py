@@ -35,7 +35,7 @@ PANEL_WIDTH = 3.5
 BETWEEN = 0.85
 TEXT_COLUMNS = 145  # Lines of text below the panels wrap at this many characters.
 MOST_FINDINGS = 12
-NEAR = 0.035  # Findings that are closer than this share of all steps get a common label.
+NEAR = 0.035  # Findings that are closer together than this share of all steps get a common label.
 
 
 def draw_all(record: Record, folder: Path) -> list[Path]:
@@ -95,7 +95,7 @@ def sft_curve(record: Record) -> Figure:
 
 
 def _one_metric(record: Record, name: str, colour: str, title: str, quantity: str, label: str) -> Figure:
-    """Draw one metric in nats a token over the steps."""
+    """Draw one metric, measured in nats a token, over the steps."""
     figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
     figure.suptitle(title, fontsize=12, parse_math=False)
     style.tidy(axes)

@@ -53,7 +53,7 @@ def read_samples(path: Path) -> tuple[dict[int, list[Mapping[str, Any]]], int]:
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError):
-                damaged += bool(text.strip()) and text.endswith("\n")  # a run may still be writing it
+                damaged += bool(text.strip()) and text.endswith("\n")  # a run may still be writing the last line
                 continue
             if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("completion"), str):
                 steps.setdefault(row["step"], []).append({key: row.get(key) for key in KEYS})
@@ -96,7 +96,7 @@ def _text(value: Any, longest: int = SHOWN_LETTERS) -> str:
 
 
 def _number(value: Any, digits: int = 2) -> str:
-    """Format a number with this many decimals; return – for any other value."""
+    """Format a number with `digits` decimals; return – for any other value."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
     return f"{value:.{digits}f}".replace("-", "−") if is_number else "–"
 
@@ -111,7 +111,7 @@ def _state(record: Record) -> str:
 
 
 def _evaluations(record: Record) -> dict[str, Any]:
-    """Return the tables of evaluations and of neighbouring skills, by their names in the template."""
+    """Return heads and rows of two tables, evaluations and neighbouring skills, by their names in the template."""
     drifts = any(entry.get("drift") is not None for entry in record["evals"])
     head = ["step", "problems", "right", "95% interval", "n", "well-formed"] + ["drift, nats a token"] * drifts
     rows = [
@@ -135,7 +135,7 @@ def _evaluations(record: Record) -> dict[str, Any]:
 
 
 def _measured(entry: Mapping[str, Any]) -> list[str]:
-    """Return cells: accuracy, its interval and the well-formed share, in %, and the number of problems."""
+    """Return four cells: accuracy in %, its interval in %, the number of problems, the well-formed share in %."""
 
     def percent(name: str) -> str:
         return _number(100 * entry[name] if isinstance(entry.get(name), (int, float)) else None, 1)
@@ -163,7 +163,7 @@ def _parts(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _cells(row: Mapping[str, Any], parts: Iterable[str]) -> list[Cell]:
-    """Return a completion as cells of a table."""
+    """Return a completion as the cells of a table row."""
     correct = row.get("correct")
     mark: Cell = "–"
     if correct is not None:

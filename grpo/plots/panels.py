@@ -1,6 +1,6 @@
-"""Draw the panels of the overview. Each function draws one aspect of a run and returns a remark for its title.
+"""Draw the panels of the overview. Each function draws one panel and returns a remark for the panel's title.
 
-A function returns None if there are no values to draw, and ZERO if its share is always 0. The overview leaves out
+A function returns None if there are no values to draw, and ZERO if a share is always 0. The overview leaves out
 such panels. A metric of `STEP_METRICS` that has a title, but is not in `DRAWN`, gets a panel automatically.
 """
 
@@ -19,7 +19,7 @@ from grpo.record.step_metrics import STEP_METRICS, metric_title
 
 MOST_PARTS = 11  # At most this many parts of the reward are drawn.
 STYLES = ("-", "--")  # The second style is for parts of a reward whose colour is already taken.
-LEAST_LAYER = 0.005  # A layer that is never above this share of the stack would be invisible, so it is left out.
+LEAST_LAYER = 0.005  # A layer that never exceeds this share of the highest stack is left out.
 ZERO = "always 0"
 Panel = Callable[[Axes, Record], str | None]
 
@@ -159,7 +159,7 @@ def short(name: str) -> str:
 
 
 def _stack(axes: Axes, record: Record, layers: Sequence[tuple[str, np.ndarray, str]]) -> bool:
-    """Stack layers (name, values, colour), as bars for few steps, else as areas; return whether any is drawn."""
+    """Stack layers (name, values, colour) as areas, or as bars if steps are few; return whether any is drawn."""
     steps = column(record, "step")
     layers = [(name, style.drawable(values), colour) for name, values, colour in layers]
     top = sum(np.nan_to_num(values) for _, values, _ in layers).max(initial=0.0)

@@ -10,7 +10,7 @@ import numpy as np
 from grpo.config import CHANGEABLE_ON_RESUME, TrainConfig, with_new_names
 
 SMOOTHED_FROM = 10  # A run with fewer steps is drawn without smoothing, with a marker for each step.
-# A run may change these settings when it continues, but they change the values or the length of its curve.
+# These settings may change when a run continues, but they change the values or the length of the run's curve.
 CHANGES_A_CURVE = ("precision", "num_iterations", "patience", "target_accuracy")
 Record = Mapping[str, Any]
 
@@ -87,7 +87,7 @@ class Group:
 
 @dataclass
 class Spread:
-    """Hold mean and range of several runs at each step, (steps,) each; NaN at a step without a value."""
+    """Hold arrays (steps,): mean and range of several runs at each step, NaN at steps where no run has a value."""
 
     steps: np.ndarray
     mean: np.ndarray
@@ -97,7 +97,7 @@ class Spread:
 
 
 def over_runs(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> Spread:
-    """Return the mean and range, at each step, of the runs with a value there; a run is given as (steps, values)."""
+    """Return the mean and range, at each step, of the runs with a value there; each run is a pair (steps, values)."""
     steps = np.unique(np.concatenate([s for s, _ in series])) if series else np.array([])
     table = np.full((max(1, len(series)), len(steps)), np.nan)
     for row, (run_steps, values) in zip(table, series, strict=False):
@@ -111,10 +111,10 @@ def over_runs(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> Spread:
 
 
 def group_runs(paths: Sequence[Path], records: Sequence[Record], labels: Sequence[str]) -> list[Group]:
-    """Group runs by label; without labels, group runs that have the same settings except the seed.
+    """Group runs by label; without labels, group runs that have different seeds and otherwise the same settings.
 
-    Settings that do not change a curve, such as the output folder, are not compared. A group of one run is labelled
-    by the run's path and the settings that differ between the groups. `labels` is empty, or as long as `paths`.
+    Settings that do not change a curve, such as the output folder, are not compared. Without labels, a single run is
+    labelled by its path and the settings that differ between groups. `labels` is empty, or as long as `paths`.
     """
     if labels:
         groups = {label: Group(label) for label in labels}
@@ -137,17 +137,17 @@ def group_runs(paths: Sequence[Path], records: Sequence[Record], labels: Sequenc
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    """Return the settings, other than the seed, that change a curve; for precision, the one that was used."""
+    """Return the settings, other than the seed, that change a curve; `precision` is what the run used, never auto."""
     config = {**TrainConfig().to_dict(), **with_new_names(record["config"])}  # an older record lacks newer settings
     environment = record.get("environment")
-    if isinstance(environment, Mapping):  # a damaged or older record may have none
+    if isinstance(environment, Mapping):  # a damaged or older record may have no environment
         config["precision"] = environment.get("precision", config["precision"])
     left_out = {"seed", *CHANGEABLE_ON_RESUME} - set(CHANGES_A_CURVE)
     return {name: value for name, value in config.items() if name not in left_out}
 
 
 def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a label for the settings of each group: the settings that differ between groups; "" if none differ."""
+    """Return a label for each group: those of its settings in which groups differ; "" if all settings are equal."""
     names = dict.fromkeys(name for group in settings for name in group)
     differing = [name for name in names if len({repr(group.get(name)) for group in settings}) > 1]
     return [", ".join(f"{name} {group.get(name, '?')}" for name in differing) for group in settings]

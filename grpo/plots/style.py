@@ -40,14 +40,14 @@ THIN = 1.4  # a horizontal line, such as a limit
 SMALL = 7.5
 TEXT = 8.5
 LARGE = 11
-WIDTH = 8.8  # of a figure, in inches
+WIDTH = 8.8  # width of a figure, in inches
 LARGEST_DRAWN = 1e100  # The arithmetic of matplotlib overflows above this value.
 LONGEST_NAME = 60  # A longer name is cut to this many characters.
 SPIKE = 50  # A scale is logarithmic if the largest value is more than this many times the median.
 
 
 def plain(text: str, longest: int = LONGEST_NAME) -> str:
-    """Return a text that matplotlib shows literally: without formulas or control characters, of limited length.
+    """Return a text that matplotlib shows literally: no formulas, control characters escaped, cut to `longest`.
 
     >>> plain("a$b\\n")
     'a\\\\$b\\\\n'
@@ -85,7 +85,7 @@ def whole_steps(axes: Axes) -> None:
 
 
 def shares(axes: Axes, top: float = 1.05) -> None:
-    """Scale the y axis for shares, in %, up to `top`: by default to 100%, so that a small gain looks small."""
+    """Scale the y axis for shares, in %, up to `top`: by default to 105%, so that a small gain looks small."""
     axes.set_ylim(0, top)
     axes.set_yticks(np.linspace(0, top / 1.05, 5 if top > 1 else 3))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1 if top < 0.1 else 0))
@@ -104,7 +104,7 @@ def rewards(axes: Axes, values: np.ndarray) -> None:
 
 
 def drawable(values: np.ndarray) -> np.ndarray:
-    """Return the values, with NaN instead of a value that is too large to draw."""
+    """Return the values, with NaN in place of values that are too large to draw."""
     return np.where(np.abs(np.nan_to_num(values)) < LARGEST_DRAWN, values, np.nan)
 
 
@@ -122,7 +122,7 @@ def smooth_as_drawn(axes: Axes, values: np.ndarray) -> np.ndarray:
 def line(axes: Axes, record: Record, name: str, colour: str, label: str | None = None, style: str = "-") -> bool:
     """Draw a metric over the steps; return whether the metric has any value.
 
-    Many steps are drawn as a smoothed line over faint raw values, few steps as markers.
+    Many steps are drawn as a smoothed line over faint raw values, few steps as a line with markers.
     """
     steps, values = column(record, "step"), drawable(column(record, name))
     if not np.isfinite(values).any():

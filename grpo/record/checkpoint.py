@@ -50,7 +50,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint of the run in `folder`, then remove all but the last two; return its folder.
 
     An intact checkpoint of the same step is kept, because equal settings give equal checkpoints. It is replaced only
-    if the step has been evaluated since. Raises OSError if it cannot be written; the last earlier one stays.
+    if the step has been evaluated since. If writing fails, raises OSError and keeps the last earlier checkpoint.
     """
     parent = folder / FOLDER
     parent.mkdir(exist_ok=True)
@@ -90,8 +90,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest intact checkpoint, None if there is none, and a line about each damaged newer checkpoint.
 
-    A damaged checkpoint is renamed to `<name>.damaged-<n>`, never deleted. Raises IncompatibleCheckpoint,
-    and changes nothing more, if a checkpoint is intact but cannot be used.
+    A damaged checkpoint is renamed to `<name>.damaged-<n>`, never deleted. Raises IncompatibleCheckpoint
+    if a checkpoint is intact but cannot be used; older checkpoints are then left as they are.
     """
     problems = []
     for path in reversed(_checkpoints(folder / FOLDER)):
@@ -105,7 +105,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Verify every byte of a checkpoint and load it. Raises ValueError, in one line, if it is damaged."""
+    """Verify every byte of a checkpoint and load it. Raises ValueError, with a one-line message, if it is damaged."""
     try:
         if not _is_whole(path):
             raise ValueError("its content does not match its SHA-256 sums")
@@ -145,7 +145,7 @@ def _manifest(path: Path) -> bytes:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether files have the sizes and sums in the manifest. Raises OSError if a file is missing."""
+    """Return whether all files match the sizes and SHA-256 in the manifest. Raises OSError if a file is missing."""
     return (path / MANIFEST).read_bytes() == _manifest(path)
 
 

@@ -99,7 +99,7 @@ def _finite(value: Any) -> Any:
 def load_metrics(path: Path) -> dict[str, Any]:
     """Read a metrics file, given its path or the folder of the run.
 
-    Raises ValueError, in one line, if the file is missing, empty, damaged or was written by another program.
+    Raises ValueError, with a one-line message, if the file is missing, empty, damaged or from another program.
     """
     path = path / FILE_NAME if path.is_dir() else path
     try:

@@ -13,7 +13,7 @@ GROUPS = 2  # The first two groups of such a step are recorded.
 
 
 class Samples:
-    """The file of samples of a run: whole groups every few steps."""
+    """A run's file of sampled completions: two whole groups every few steps."""
 
     def __init__(self, folder: Path | None) -> None:
         """Write to `folder`, which is None for all ranks but rank 0."""
@@ -24,7 +24,7 @@ class Samples:
         return self.path is not None and (step == 1 or step % EVERY == 0)
 
     def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Append completions. Raises OSError that names the file."""
+        """Append one line for each completion. Raises an OSError that names the file."""
         with name_in_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
 

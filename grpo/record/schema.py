@@ -1,4 +1,4 @@
-"""Check that a value that was read from a file has the format of `grpo_metrics.json`."""
+"""Check that a value read from a file has the format of `grpo_metrics.json`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -48,7 +48,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepMetric:
-    """A metric of a step. If the name ends in `/*`, the formula returns one value for each name that replaces `*`."""
+    """A metric of a step. If its name ends in `/*`, the formula returns a dict of values by what replaces the `*`."""
 
     name: str
     meaning: str
@@ -77,7 +77,7 @@ def step_metrics(result: StepResult) -> dict[str, Value]:
 
 
 def _by_part(rollout: "Rollout", figure: Callable[[Sequence[Value]], Value]) -> dict[str, Value]:
-    """Return `figure` of each reward part's values, (B,); a value is None where the part does not apply."""
+    """Return `figure(values)` by name of the reward part. `values`, (B,), has None where the part does not apply."""
     rewards = rollout.rewards
     return {name: figure([reward.parts[name] for reward in rewards]) for name in rewards[0].parts}
 
@@ -100,7 +100,7 @@ def _group_std(groups: Sequence[Sequence[float]]) -> float | None:
 
 
 def _spread(part: Sequence[Value], groups: int) -> float | None:
-    """Return the mean std of a part, (B,), in a group, over the groups where it is not 0; None if there are none."""
+    """Return a part's std within a group, mean over the groups where it is not 0; None if it is 0 in every group."""
     g = len(part) // groups
     applied = [[v for v in part[i : i + g] if v is not None] for i in range(0, len(part), g)]
     return _mean([stdev(group) for group in applied if len(group) > 1 and min(group) < max(group)])
@@ -129,7 +129,7 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="reward_errors",
-        meaning="failures of your reward functions, counted by completion; a completion with a failure has no reward",
+        meaning="failures of your reward functions, over all completions; a completion with a failure has no reward",
         formula=lambda s: sum(len(reward.errors) for reward in s.drawn.rewards),
     ),
     StepMetric(
@@ -163,7 +163,7 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="completion_length",
-        meaning="mean number of tokens in a completion, including the end token",
+        meaning="mean number of tokens in a completion, with its end token if it has one",
         formula=lambda s: float(s.drawn.lengths.float().mean()),
         title="Completion length",
         unit="tokens",
@@ -261,8 +261,7 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     ),
     StepMetric(
         name="weights_moved",
-        meaning="share of weights that the step changed, in a sample of about 10,000 trainable weights, which is the "
-        "same in all steps",
+        meaning="share of weights that the step changed, in a fixed sample of about 10,000 trainable weights",
         formula=lambda s: s.weights_moved,
     ),
     StepMetric(

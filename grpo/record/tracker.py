@@ -14,7 +14,7 @@ PROJECT = "grpo"
 
 
 class Tracker:
-    """The tracker that `--track` names; "none" ignores everything. After its first failure, it gets nothing more."""
+    """The tracker that `--track` names; "none" sends nothing. After a first failure, nothing more is sent."""
 
     _is_open = False
 
@@ -54,10 +54,10 @@ class Tracker:
             self._is_open = False
 
     def log(self, step: int, entry: Mapping[str, Any], prefix: str = "") -> None:
-        """Send the numbers of an entry of `steps`, or of `evals` under a prefix such as "validation/".
+        """Send the numbers in an entry of `steps`, or, with a prefix such as "validation/", in an entry of `evals`.
 
         `step` is the current step of the run, even for a test of an earlier policy, because wandb drops an entry
-        whose step is lower than the last one.
+        whose step is lower than that of the entry before it.
         """
         numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}
         self._attempt(lambda: self._send(numbers, step))

@@ -24,4 +24,4 @@ def is_list_of(is_item: Callable[[Any], bool], value: Any) -> bool:
 def check_entries(passed: Mapping[str, bool]) -> None:
     """Raise a ValueError that names the entries whose value in `passed` is False."""
     if wrong := [name for name, is_valid in passed.items() if not is_valid]:
-        raise ValueError(f"its {', '.join(wrong)} cannot be right")
+        raise ValueError(f"invalid entries: {', '.join(wrong)}")

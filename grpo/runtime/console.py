@@ -1,4 +1,4 @@
-"""The terminal: lines that fit it, text that is safe to print, a progress bar, and no useless warnings."""
+"""Print to the terminal: break long lines, escape unsafe characters, draw a progress bar, hide useless warnings."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from tqdm.utils import disp_len
 WIDEST = 100  # A paragraph is at most this many columns wide.
 BAR_COLUMNS = 44  # Columns that a progress bar needs besides its values and step numbers.
 CELL = re.compile("( *)([^ ]+(?: [^ ]+)*)")  # Two or more spaces separate the cells of a table.
-PLAIN_LINE_SECONDS = 15.0  # Without a terminal, a plain line of progress is printed this often.
+PLAIN_LINE_SECONDS = 15.0  # Without a terminal, plain lines of progress are at least this far apart.
 
 
 def printable(text: str) -> str:
@@ -72,7 +72,7 @@ def terminal_columns() -> int | None:
 def folded(text: str, columns: int, indent: int | None = None) -> str:
     """Break lines that are longer than `columns`: between table cells if they fit on a line, else between words.
 
-    The continuation of a line is indented by `indent`, by default by 4 more than the line. A word is never broken.
+    Continuation lines are indented by `indent` columns, by default by 4 more than the line. No word is ever broken.
 
     >>> print(folded("step 10  accuracy 70%, n = 500  best so far", 36))
     step 10  accuracy 70%, n = 500
@@ -138,7 +138,7 @@ def command_line(before: str, words: Sequence[str], optional: Sequence[str] = ()
 
 
 def show_command(before: str, words: Sequence[str]) -> None:
-    """Print the text `before`, then a command. No word is broken, because the shell would read it differently."""
+    """Print the text `before`, then a command. No word is broken, because the shell would misread a broken word."""
     tqdm.write(before, file=sys.stdout)
     tqdm.write(command_line("   ", words), file=sys.stdout)
     sys.stdout.flush()

@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD = -1  # parameters of mallopt, from glibc's malloc.h
 M_MMAP_MAX = -4
 # Parts of the error messages of MPS, cuBLAS and the CPU when memory runs out.
 OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
-FEW_PARAMETERS = 2**25  # A model with more parameters returns freed memory to the system; a smaller one keeps it.
+FEW_PARAMETERS = 2**25  # With more parameters, freed memory is returned to the system; with fewer, it is kept.
 
 
 def choose_device(name: str) -> torch.device:
@@ -45,7 +45,7 @@ def set_deterministic(enabled: bool) -> None:
 def use_large_pages() -> None:
     """Keep large tensors of the CPU in memory pages of 2 MiB, on Linux. Call this before torch's first tensor.
 
-    With it, a step of smollm2 (16 prompts, 8 completions each, 2 cores) takes 18.0 s instead of 19.9 s.
+    With large pages, a step of smollm2 (16 prompts, 8 completions each, 2 cores) takes 18.0 s instead of 19.9 s.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once, at the first tensor
 
@@ -54,15 +54,15 @@ def begin_vector_math() -> None:
     """Compute one cosine, on one thread, before any pass through a model.
 
     If two threads call MKL's vector functions for the first time at the same moment, one of them may use a version
-    with an error of 1.5e-4 (1 of 24 launches on a busy machine, torch 2.13). The rotary embeddings of the first pass
-    are then inexact, and its log-probabilities wrong by 5e-3 nats, so that the model seems not to support shared
-    prompts.
+    of the function with an error of 1.5e-4 (1 of 24 launches on a busy machine, torch 2.13). Then the rotary
+    embeddings of the first pass are inexact, and its log-probabilities wrong by 5e-3 nats, so that the model seems
+    not to support shared prompts.
     """
     torch.zeros(1).cos()
 
 
 def keep_freed_memory(parameters: int) -> None:
-    """Keep freed memory of the CPU for the next tensors, if a model has at most FEW_PARAMETERS.
+    """Keep freed memory of the CPU for the next tensors, if the model has at most FEW_PARAMETERS.
 
     By default, glibc returns freed memory to the system and must request it again page by page, which makes a step of
     the starter 5% slower. On other systems, and with other C libraries, nothing is changed.
@@ -73,7 +73,7 @@ def keep_freed_memory(parameters: int) -> None:
 
 
 def return_freed_memory(parameters: int) -> None:
-    """Return freed memory of the CPU to the system, if a model has more than FEW_PARAMETERS.
+    """Return freed memory of the CPU to the system, if the model has more than FEW_PARAMETERS.
 
     The memory that glibc keeps after a step is fragmented and grows: smollm2, with 16 prompts and 8 completions each,
     held 6.6 GiB after 4 steps, and more after each further step. With this call it holds at most 5.7 GiB. The call

@@ -15,7 +15,7 @@ TOLERANCE = 1e-3  # nats; in float32, shortcuts that are supported agree within 
 
 
 def split_microbatches(rows: int, group: int, rows_per_pass: int) -> list[slice]:
-    """Cut group-major rows into slices of at most `rows_per_pass`: whole groups, or parts of one that does not fit.
+    """Cut group-major rows into slices of at most `rows_per_pass`: whole groups, or parts of a larger group.
 
     >>> split_microbatches(8, 4, 8), split_microbatches(8, 4, 7)
     ([slice(0, 8, None)], [slice(0, 4, None), slice(4, 8, None)])
@@ -49,10 +49,10 @@ def matches_reference(shortcut: Callable[[], Tensor], expected: Tensor, toleranc
 
 
 class AdaptiveMicrobatch:
-    """The number of rows in a pass of one kind of work. It is halved, and stays so, when memory runs out."""
+    """Hold the number of rows per pass for one kind of work, such as sampling. Halve it when memory runs out."""
 
     def __init__(self, work: str, rows: int, group: int, collective: bool = False) -> None:
-        """Begin with `rows` rows, in groups of `group`. With `collective`, all processes run every pass together."""
+        """Begin with `rows` rows, in groups of `group`. If `collective`, the run ends if memory runs out."""
         self.work, self.rows, self.group, self.collective = work, rows, group, collective
 
     def run(self, work: Callable[[int], Result]) -> Result:

@@ -40,7 +40,7 @@ class Ranks:
 
     @property
     def script(self) -> list[str]:
-        """Return the first words of a command that starts a run with as many processes."""
+        """Return the first words of a command that starts a run with the same number of processes."""
         if self.size == 1:
             return ["python", "train_grpo.py"]
         return ["torchrun", "--nproc-per-node", str(self.size), "train_grpo.py"]
@@ -194,7 +194,7 @@ class ConnectedRanks(Ranks):
             self._sum_in_buckets(gradients)
 
     def _sum_in_buckets(self, tensors: Sequence[Tensor]) -> None:
-        """Sum each tensor over all ranks, in place, many tensors in one message, because each message costs time."""
+        """Sum each tensor over all ranks, in place. Each message holds many tensors, because messages cost time."""
         bucket: list[Tensor] = []
         for number, tensor in enumerate(tensors, start=1):
             bucket.append(tensor)
@@ -253,7 +253,7 @@ def is_peer_failure(error: RuntimeError) -> bool:
 
 
 def sample_of(weights: Iterable[Tensor], size: int) -> list[Tensor]:
-    """Return about `size` evenly spaced numbers of these tensors, always the same ones, one part for each tensor."""
+    """Return about `size` evenly spaced numbers from `weights`, always the same ones, as one tensor per weight."""
     weights = list(weights)
     stride = max(1, sum(w.numel() for w in weights) // size) | 1  # odd, to sample all columns of a matrix
     return [w.flatten()[::stride] for w in weights]

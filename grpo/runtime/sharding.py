@@ -23,8 +23,8 @@ Value = TypeVar("Value")
 def shard(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
     """Spread a model, which every process holds on the CPU, over the devices of the processes, in place.
 
-    With several machines, each machine holds the whole model, spread over its own devices. So weights are sent within
-    a machine, and only gradients between machines (FSDP2's hybrid sharding). All ranks must call this.
+    If several machines have equally many processes, each machine holds the whole model, spread over its devices. Then
+    only gradients are sent between machines (FSDP2's hybrid sharding). All ranks must call this.
     """
     mesh = _mesh(device, ranks.gather(int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))))
     # Passes are in the model's precision; gradients are summed in float32.
@@ -47,9 +47,9 @@ def _run(self: nn.Module, work: Callable[[], Value]) -> Value:
 
 
 def _mesh(device: torch.device, machine_sizes: Sequence[int]) -> DeviceMesh:
-    """Return the mesh of all processes; `machine_sizes` has, for each, the number of processes on its machine.
+    """Return the mesh of all processes; `machine_sizes` has, for each process, the number on its machine.
 
-    The mesh is machines × processes if every machine has the same number of processes, at least 2; else one row.
+    The mesh is machines × processes if several machines have the same number of processes, at least 2; else one row.
     """
     processes = len(machine_sizes)
     on_one_machine = machine_sizes[0]
@@ -70,7 +70,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def distribute_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """Shard a tensor, which every process holds completely, in the same way as `example`."""
+    """Return a tensor, which every process holds completely, sharded in the same way as `example`."""
     if not isinstance(example, DTensor):
         return tensor
     return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)

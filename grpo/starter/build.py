@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a byte-level tokenizer with a token for each word of the prompts and for each tag.
+    """Build a byte-level tokenizer with a token for each frequent word of the training data and for each tag.
 
     There are no merges: a word that is not in the vocabulary is spelled byte by byte. So the tokenizer can encode any
     text, and each letter of an invented word is a token.
@@ -115,7 +115,7 @@ def batch(lm: LanguageModel, step: int) -> Tokens:
 
 
 def learning_rate(step: int) -> float:
-    """Return the learning rate of a step: a linear rise, a linear fall to DIRECT_FROM, and another to the end."""
+    """Return the rate of a step: a linear rise, a linear fall to step DIRECT_FROM, a second one to the end."""
     if step < WARM_UP:
         return LEARNING_RATE[0] * (step + 1) / WARM_UP
     is_direct = step >= DIRECT_FROM

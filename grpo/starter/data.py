@@ -21,7 +21,7 @@ Draw = TypeVar("Draw")
 SEED = 0
 BATCH = 96  # rows a step
 SKILL_SHARE = 0.35  # share of the rows that train a skill; the other rows are arithmetic
-ANY_PROMPT_SHARE = 0.35  # share of the arithmetic rows with a random prompt of PROMPTS; other rows have the first
+ANY_PROMPT_SHARE = 0.35  # share of the arithmetic rows with a random prompt of PROMPTS; others have its first
 CARRY_SHARE = 0.4  # share of the arithmetic rows that are drawn again until the last operation carries
 SINGLE_CARRY_SHARE = 0.5  # share of the rows of `single` that are drawn again until the operation carries
 WIDE_SHARE = 0.6  # share of the rows of `single` with larger numbers than its test problems have
@@ -30,7 +30,7 @@ WIDE_SHARE = 0.6  # share of the rows of `single` with larger numbers than its t
 def example(step: int, row: int, direct_share: float) -> tuple[list[Message], str]:
     """Return a row of training data, a chat and its completion, as a pure function of the arguments.
 
-    `direct_share` is the share of arithmetic completions that have the answer alone, without the first step.
+    `direct_share` is the share of arithmetic completions that give only the answer, without the first step.
     """
     draw = seeded_rng("starter", SEED, step, row)
     if draw.random() < SKILL_SHARE:
