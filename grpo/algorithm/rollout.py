@@ -129,7 +129,7 @@ class Rollout:
         ]
 
     def top_rewarded_wrong(self, count: int = 2) -> list[str]:
-        """Describe up to `count` of the wrong completions with the highest rewards, one line each."""
+        """Return up to `count` lines, each with one of the wrong completions that have the highest rewards."""
         g = self.num_generations
         wrong = [i for i, reward in enumerate(self.rewards) if not reward.correct and reward.total is not None]
         wrong.sort(key=lambda i: -self.rewards[i].total)
@@ -190,7 +190,7 @@ def redraw_tied(
 
 @dataclass(frozen=True)
 class RolloutSampler:
-    """Samples and scores the groups of a step. What is sampled depends only on the policy, the seed and the step."""
+    """Samples and scores the groups of a step. The random numbers depend on seed and step, not on the process."""
 
     config: TrainConfig
     lm: LanguageModel
