@@ -35,7 +35,7 @@ class Rollout:
     completion_texts: Sequence[str]  # length B
     # Set by scoring:
     rewards: Sequence[Reward] = ()  # length B
-    # (B, K) float64, compared within groups: the total reward (K = 1), or with normalize_then_sum each reward
+    # (B, K) float64, compared within groups: total rewards (K = 1), or each of K rewards with normalize_then_sum
     compared: Tensor = field(default_factory=lambda: torch.zeros(0))
     # Set for the groups that are trained on:
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,) float32
@@ -73,7 +73,7 @@ class Rollout:
         return self.tokens.completion_mask.sum(-1).cpu()
 
     def loss_tokens(self, config: TrainConfig) -> Tokens:
-        """Return the tokens, with a completion mask of the tokens that count in the loss.
+        """Return the tokens; their completion mask is True only for tokens that count in the loss.
 
         Completions without a reward do not count, nor do truncated ones with `mask_truncated_completions` (DAPO).
         """
@@ -104,7 +104,7 @@ class Rollout:
         )
 
     def to(self, device: torch.device | str) -> "Rollout":
-        """Return a copy whose tensors from sampling are on `device`."""
+        """Return a copy; the tensors set by sampling are moved to `device`."""
         return replace(
             self,
             tokens=self.tokens.to(device),
