@@ -15,7 +15,7 @@ WARM_UP_TOKENS = 2
 
 
 class CudaGraphDecoding:
-    """`CachedDecoding` with a CUDA graph and tensors of constant shape; without a graph on other devices."""
+    """`CachedDecoding` with a CUDA graph and tensors of constant shape; outside CUDA devices, without the graph."""
 
     can_shrink = False  # rows cannot be dropped
 
