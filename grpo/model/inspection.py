@@ -35,7 +35,7 @@ NOT_TOKENIZER_FILES = {"config.json", "generation_config.json", CARD, "README.md
 
 
 def check_folder(folder: Path) -> int:
-    """Check config.json of a model's folder and the headers of its weights; return the number of elements.
+    """Check config.json and the weights' headers in a model's folder; return the weights' number of elements.
 
     Raises ValueError, in one line, if a file is missing or damaged, or if config.json does not fit the weights.
     """
@@ -160,7 +160,7 @@ def silent() -> Iterator[None]:
 def check_finite(model: nn.Module) -> None:
     """Raise ValueError if a weight has a NaN or an infinite number; the error names the first such weight."""
     for name, weight in model.named_parameters():
-        # The sum takes one pass and no copy. If it is not finite, it may have overflowed, so all are checked.
+        # The sum takes one pass and no copy. If it is not finite, it may have overflowed, so each number is checked.
         if weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all():
             bad = int((~weight.isfinite()).sum())
             raise ValueError(f"{bad:,} of {weight.numel():,} numbers of the weight {name} are NaN or infinite")
