@@ -102,7 +102,7 @@ def load(
 
 
 def _load_files(name: str, **quantization: Any) -> Loaded:
-    """Load a float32 model and its tokenizer from the source that `name` means. Raises ValueError, in one line."""
+    """Load a float32 model and its tokenizer that `name` stands for. Raises ValueError, in one line."""
     if name in PACKAGED:
         return _load_gguf(name, _packaged_file(name), **quantization)
     if folder := model_folder(name):
@@ -214,7 +214,7 @@ def _prepare(
 
 
 def _packaged_file(name: str) -> Path:
-    """Return the GGUF file in a model's package. Raises ValueError, with two ways to get one, if it is missing."""
+    """Return the GGUF file in a model's package. Raises ValueError, with two ways to get it, if it is missing."""
     package, version, hub = PACKAGED[name]
     if _is_installed(package):
         for file in distribution(package).files or ():
@@ -271,7 +271,7 @@ def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrained
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # The error below names them.
+        ignore_mismatched_sizes=True,  # The error below names the mismatched weights.
         **options,
     )
     if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers has filled these weights at random
