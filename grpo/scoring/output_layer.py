@@ -1,11 +1,10 @@
 """Log-probabilities from the hidden states before the output layer, without holding the logits of all tokens.
 
-Even a small model can have a large vocabulary: with 49,152 entries, the logits of 1,700 tokens take 330 MB in
-float32, and a softmax with its gradient reads or writes them a dozen times. Here output layer, log-softmax and
-entropy are one function with its own backward pass. It computes the logits of one block of rows at a time, in the
-precision of the hidden states, and processes a few rows of the block at a time in float32, so that they fit into a
-CPU's cache. The backward pass computes the logits again, because this takes less time than reading stored logits from
-memory.
+A vocabulary can be large: with 49,152 entries, the logits of 1,700 tokens take 330 MB in float32, and a softmax with
+its gradient reads or writes them a dozen times. Here output layer, log-softmax and entropy are one function with its
+own backward pass. It computes the logits of one block of rows at a time, in the precision of the hidden states, and
+processes a few rows of the block at a time in float32, so that they fit into a CPU's cache. The backward pass
+computes the logits again, because this takes less time than reading stored logits from memory.
 """
 
 import math
