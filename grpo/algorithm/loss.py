@@ -130,7 +130,7 @@ def average_by_token(values: Tensor, mask: Tensor, sizes: StepSizes) -> Tensor:
 
 
 def average_by_constant(values: Tensor, mask: Tensor, sizes: StepSizes) -> Tensor:
-    """Divide the sum by B · token limit, so that no length is favoured: Dr. GRPO, arXiv:2503.20783, section 3.1."""
+    """Divide sums by completions · token limit, so no length is favoured: Dr. GRPO, arXiv:2503.20783, section 3.1."""
     return _sums(values, mask).sum() / (sizes.num_completions * sizes.max_new_tokens)
 
 
