@@ -129,7 +129,7 @@ class Rollout:
         ]
 
     def top_rewarded_wrong(self, count: int = 2) -> list[str]:
-        """Return up to `count` lines, each with one of the wrong completions that have the highest rewards."""
+        """Return up to `count` lines, one for each of the wrong completions with the highest rewards."""
         g = self.num_generations
         wrong = [i for i, reward in enumerate(self.rewards) if not reward.correct and reward.total is not None]
         wrong.sort(key=lambda i: -self.rewards[i].total)
