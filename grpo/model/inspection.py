@@ -35,7 +35,7 @@ NOT_TOKENIZER_FILES = {"config.json", "generation_config.json", CARD, "README.md
 
 
 def check_folder(folder: Path) -> int:
-    """Check config.json and the weights' headers in a model's folder; return the weights' number of elements.
+    """Check config.json and the weights' headers in a model's folder; return how many elements the weights have.
 
     Raises ValueError, in one line, if a file is missing or damaged, or if config.json does not fit the weights.
     """
