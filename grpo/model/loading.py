@@ -102,7 +102,7 @@ def load(
 
 
 def _load_files(name: str, **quantization: Any) -> Loaded:
-    """Load a float32 model and its tokenizer that `name` stands for. Raises ValueError, in one line."""
+    """Load the model that `name` stands for, in float32, with its tokenizer. Raises ValueError, in one line."""
     if name in PACKAGED:
         return _load_gguf(name, _packaged_file(name), **quantization)
     if folder := model_folder(name):
