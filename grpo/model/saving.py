@@ -100,7 +100,7 @@ def _complete_files(folder: Path, source: str, end_ids: Sequence[int], dropout: 
 
 
 def _sentencepiece(source: str) -> Path | None:
-    """Return the path of a model's tokenizer.model, None if it has none; llama.cpp needs it for Gemma and Phi-3."""
+    """Return the path of a model's tokenizer.model, which llama.cpp needs for Gemma and Phi-3; None if missing."""
     if folder := model_folder(source):
         path = folder / SENTENCEPIECE
         return path if path.is_file() else None
