@@ -184,5 +184,5 @@ def _columns(lengths: Tensor, common_prefix: int) -> Tensor:
 
 
 def _filler(total: int) -> int:
-    """Return how many tokens to add to `total` to reach a multiple of the power of 2 from 1/32 to 1/16 of it."""
+    """Return how many tokens to add to `total` to reach a multiple of the power of 2 that is 1/32 to 1/16 of it."""
     return -total % max(1, 2 ** (total.bit_length() - 5))
