@@ -94,7 +94,7 @@ def last_columns(ids: Tensor, number: int) -> Tensor:
 
 
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Return the length of the prompts' common beginning, without the last token of the shortest prompt."""
+    """Return the number of leading tokens that all prompts share, not counting the last token of any prompt."""
     smallest, largest = min(prompts), max(prompts)  # the other lists sort between these, so they begin alike too
     alike = next((i for i, (x, y) in enumerate(zip(smallest, largest, strict=False)) if x != y), len(smallest))
     return min(alike, min(map(len, prompts)) - 1)
