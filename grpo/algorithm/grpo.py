@@ -36,7 +36,7 @@ class StepOutcome:
 
     step: int
     settings: StepSettings
-    drawn: Rollout  # all groups that were sampled, including tied ones that were replaced
+    drawn: Rollout  # all groups that were sampled, including tied groups that were replaced
     rollout: Rollout  # the groups that were trained on, with their advantages
     batch: Batch  # this rank's rows of `rollout`, with the log-probabilities of policy and reference
     updates: Sequence[Update]  # one for each inner update
@@ -99,7 +99,7 @@ class GRPO:
         batch = replace(batch, ref_logprobs=self.reference.logprobs(batch.tokens))  # log π_ref
         updates = []
         for _ in range(self.config.num_inner_updates):  # μ
-            update, batch = self.update(batch, settings)  # the first one fills in log π_old
+            update, batch = self.update(batch, settings)  # the first update fills in log π_old
             updates.append(update)
         if self.config.target_kl:
             self.schedule.adapt(batch.kl(self.ranks))
