@@ -184,7 +184,7 @@ def sample_inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def shrunk(rows: int, running: int) -> int:
-    """Return how many rows to keep: all running ones, and at least one, as other ranks may still need passes.
+    """Return how many rows to keep: all running rows, and at least one, as other ranks may still need passes.
 
     Only a few numbers of rows can occur, because a device's library makes new kernels for each number.
     """
