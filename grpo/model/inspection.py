@@ -75,7 +75,7 @@ def check_config(value: Any, place: str, tensors: int) -> None:
 def read_headers(folder: Path) -> list[list[int]]:
     """Return the shape of each tensor in the safetensors files of a folder.
 
-    Raises ValueError if there is no such file, if one is damaged, or if an index names another kind of file.
+    Raises ValueError if there is no such file, if a file is damaged, or if an index names another kind of file.
     """
     for path in folder.glob("*.safetensors.index.json"):
         names = _read_json(path).get("weight_map")
