@@ -317,7 +317,7 @@ def _why_not_on_the_hub(name: str) -> str:
     """Return why a model cannot be loaded from the Hub; "" if it seems possible.
 
     This makes one request and, if it fails, another one a second later. Without a network, `from_pretrained` would
-    try twelve times in 50 s. Each request waits for HF_HUB_ETAG_TIMEOUT seconds (10, unless the environment sets it).
+    try twelve times in 50 s. Each request waits at most HF_HUB_ETAG_TIMEOUT seconds (10, if it is not set).
     """
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
