@@ -146,7 +146,7 @@ def merged(model: nn.Module, ranks: Ranks = ONE) -> PreTrainedModel:
     )
     plain.load_state_dict(weights, strict=False, assign=True)
     plain.tie_weights()
-    for name, buffer in base.named_buffers():  # Buffers, such as rotary frequencies, are in no file.
+    for name, buffer in base.named_buffers():  # Buffers, such as rotary frequencies, are not among the weights.
         layer, _, leaf = name.rpartition(".")
         plain.get_submodule(layer).register_buffer(leaf, buffer, persistent=False)
     plain.generation_config = copy.deepcopy(base.generation_config)
