@@ -118,7 +118,7 @@ class Generator:
         lengths = torch.zeros(rows, dtype=torch.long, device=device)
         ended = torch.ones(rows, dtype=torch.bool, device=device)  # True for dropped rows; the others are set last
         decoded = torch.arange(rows, device=device)  # numbers of the rows that have not been dropped
-        running = torch.ones_like(ended)  # for each decoded row: whether it has not ended
+        running = torch.ones_like(ended)  # for each row in `decoded`: True until it has ended
         for column in range(columns):
             if uniforms is None:
                 tokens = logits.argmax(-1)
