@@ -274,7 +274,7 @@ def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrained
         ignore_mismatched_sizes=True,  # The error below names the mismatched weights.
         **options,
     )
-    if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers has filled these weights at random
+    if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers has filled them with random numbers
         lacking = ", ".join(sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))[:3])
         raise ValueError(f"weights are missing, or have another shape than config.json says ({lacking}, ...)")
     check_finite(model)
