@@ -78,7 +78,7 @@ def loss(logprobs: Sequence[Tensor], completions: Sequence[Completion], c: Train
     tokens = torch.cat(objectives)
     if c.loss_average == "token":  # DAPO: mean over all tokens of the step
         return -tokens.mean()
-    return -tokens.sum() / (len(objectives) * c.max_new_tokens)  # Dr. GRPO: divided by the token limit
+    return -tokens.sum() / (len(objectives) * c.max_new_tokens)  # Dr. GRPO: sum / (completions · limit)
 
 
 @torch.no_grad()
