@@ -74,7 +74,7 @@ class Layout:
         filler = _filler(common_prefix + int(p.sum() + c.sum())) if common_prefix else 0
         i = _columns(p, common_prefix)
         j = _columns(c, common_prefix)
-        body = p - 1  # all tokens but the last
+        body = p - 1  # lengths without the last token
         last = filler + body.sum() + torch.arange(len(p), device=p.device)[:, None]
         prompts = torch.where(i < body, filler + body.cumsum(0) - body + i, last)
         completions = torch.where(j < c, last[-1] + 1 + c.cumsum(0) - c + j, 0)
