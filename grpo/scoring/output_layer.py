@@ -27,7 +27,7 @@ CACHE_LOGITS = 2**19  # float32 logits that fit into a CPU's cache: 2 MiB
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a model that computes the hidden states before its output layer."""
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's method
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft adds this method
     return unwrapped.base_model
 
 
