@@ -3,10 +3,10 @@
     python -m grpo.plain        trains the bundled starter model for three steps
 
 Source: DeepSeekMath, arXiv:2402.03300, algorithm 1, equations 3 and 4. There is no padding, no attention mask, no
-cache, no micro-batch and no second process. `grpo/algorithm/grpo.py` computes the same, many times faster. The random
-numbers that decide the tokens depend only on seed, step, row and column, so both programs draw the same completions.
-The tests compare the weights that both end with. Shapes: B completions in a step, G in a group, P tokens in a prompt,
-C in a completion, V in the vocabulary.
+cache, no micro-batch and no second process. `grpo/algorithm/grpo.py` takes the same steps many times faster. The
+random numbers that decide the tokens depend only on seed, step, row and column, so both programs draw the same
+completions. The tests compare the weights after training with each of the two. Shapes: B completions in a step, G in
+a group, P tokens in a prompt, C in a completion, V in the vocabulary.
 """
 
 import copy
@@ -42,7 +42,7 @@ class Completion:
 
 
 def sample(lm: LanguageModel, prompt: Sequence[int], uniforms: Tensor, temperature: float) -> list[int]:
-    """Sample a completion until a token ends the turn. Each of `uniforms`, in [0, 1), decides one token."""
+    """Sample token ids until one ends the turn or `uniforms` runs out. Each of `uniforms`, in [0, 1), decides one."""
     ids: list[int] = []
     for uniform in uniforms:
         logits = lm.model(torch.tensor([[*prompt, *ids]])).logits[:, -1]  # (1, V)
@@ -78,21 +78,21 @@ def loss(logprobs: Sequence[Tensor], completions: Sequence[Completion], c: Train
     tokens = torch.cat(objectives)
     if c.loss_average == "token":  # DAPO: mean over all tokens of the step
         return -tokens.mean()
-    return -tokens.sum() / (len(objectives) * c.max_new_tokens)  # Dr. GRPO: divided by the token limit
+    return -tokens.sum() / (len(objectives) * c.max_new_tokens)  # Dr. GRPO: sum / (completions · limit)
 
 
 @torch.no_grad()
 def sample_group(
     lm: LanguageModel, reference: PreTrainedModel, task: Task, c: TrainConfig, step: int, group: int
 ) -> list[Completion]:
-    """Sample the G completions of one group of a step, score them, and compare each with its group."""
+    """Return the G completions of group number `group`, sampled, scored, and each compared with the others."""
     problem = task.training_problem(c.seed, step, group)
     [prompt] = lm.prompts([prompt_of(task, problem)])
-    rows = slice(group * c.num_generations, (group + 1) * c.num_generations)  # the rows of this group among all B
+    rows = slice(group * c.num_generations, (group + 1) * c.num_generations)  # this group's rows among all B
     uniforms = sampling_uniforms(c.seed, step, rows.stop, c.max_new_tokens)[rows]  # (G, C)
     sampled = [sample(lm, prompt, row, c.temperature) for row in uniforms]
     texts = lm.decode([[token for token in ids if token not in lm.end_ids] for ids in sampled])
-    attempts = [task.grade(problem, text) for text in texts]  # each says whether its answer is right
+    attempts = [task.grade(problem, text) for text in texts]  # an attempt says whether its answer is right
     rewards = score(rewards_of(c, task), attempts, {"completion_ids": sampled})
     totals = torch.tensor([reward.total for reward in rewards], dtype=torch.float64)  # (G,)
     advantages = group_advantages(totals, c.num_generations, c.scale_rewards)  # (G,)

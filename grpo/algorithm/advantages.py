@@ -7,8 +7,8 @@ from torch import Tensor
 
 STD_FLOOR = 1e-4  # added to standard deviations, so that the divisor is never 0
 
-# Each function returns the divisor of the deviations from the group's mean, (N, 1) or (1, 1). Its arguments are the
-# rewards (N, G) and a mask (N, G) of the completions that have a reward.
+# Each function returns the number that deviations from a group's mean are divided by, (N, 1) or (1, 1). Its arguments
+# are the rewards (N, G) and a mask (N, G) of the completions that have a reward.
 SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "group": lambda groups, applies: _std(groups, applies, 1) + STD_FLOOR,
     "batch": lambda groups, applies: _std(groups, applies, None) + STD_FLOOR,  # REINFORCE++, arXiv:2501.03262
@@ -20,11 +20,11 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str = "group"
     """Return the group-relative advantages, (B,) float32, of group-major `rewards` (B,).
 
     (r − mean) / (std + 1e-4) within each group of G, std with G − 1: DeepSeekMath, arXiv:2402.03300, section 4.1.2.
-    With `scale` "batch" the std is taken over all B rewards; with "none" nothing is divided.
+    With `scale` "batch" the std is taken over all B rewards; with "none" the deviations are not divided.
 
-    A tied group, whose rewards are all equal, gets exactly 0. In floating point, the mean of eight rewards of 0.2 is
-    off by one unit in the last place, and a division by 1e-4 would turn this error into a signal. A completion that
-    no reward applies to has the reward NaN: it is left out of mean and std, and its advantage is 0.
+    A tied group, whose rewards are all equal, gets exactly 0. Otherwise a rounding error of its mean, divided by a
+    std of almost 0, could become an advantage. A completion that no reward applies to has the reward NaN: it is left
+    out of mean and std, and its advantage is 0.
 
     Raises ValueError for G below 2, where the std is not defined.
     """
@@ -37,11 +37,11 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str = "group"
 
 
 def decoupled_advantages(parts: Tensor, weights: Tensor, num_generations: int, scale: str = "group") -> Tensor:
-    """Return advantages, (B,) float32, for K rewards, each compared separately within its group.
+    """Return advantages, (B,) float32, for K rewards, comparing each reward separately within the groups.
 
     `parts` (B, K) are the rewards times their `weights` (K,). Group-relative advantages are computed for each reward
     without its weight, and added up with the weights. The sum is divided by its standard deviation over the batch:
-    GDPO, arXiv:2601.05242, as in TRL. So completions with equal totals but different parts get different advantages.
+    GDPO, arXiv:2601.05242, as in TRL. So completions with equal totals but different parts can differ in advantage.
     """
     total = torch.zeros(len(parts), dtype=torch.float64)
     for part, weight in zip(parts.double().unbind(1), weights.tolist(), strict=True):
@@ -51,7 +51,7 @@ def decoupled_advantages(parts: Tensor, weights: Tensor, num_generations: int, s
 
 
 def tied_groups(groups: Tensor) -> Tensor:
-    """Return which groups (N, G) have equal rewards, (N,) bool; a reward of NaN, which means none, is ignored."""
+    """Return which of `groups` (N, G) have equal rewards, (N,) bool. Completions with the reward NaN are ignored."""
     return groups.nan_to_num(nan=-torch.inf).amax(1) <= groups.nan_to_num(nan=torch.inf).amin(1)
 
 

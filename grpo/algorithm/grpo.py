@@ -36,7 +36,7 @@ class StepOutcome:
 
     step: int
     settings: StepSettings
-    drawn: Rollout  # all groups that were sampled, including tied ones that were replaced
+    drawn: Rollout  # all groups that were sampled, including tied groups that were replaced
     rollout: Rollout  # the groups that were trained on, with their advantages
     batch: Batch  # this rank's rows of `rollout`, with the log-probabilities of policy and reference
     updates: Sequence[Update]  # one for each inner update
@@ -59,8 +59,8 @@ class GRPO:
         If `rewards` is empty, `config` defines the rewards. The weights of a sharded model are moved to `device`.
         """
         self.config, self.policy, self.ranks = config, lm.model, ranks
-        self.clock = Stopwatch()  # seconds of each phase of a step
-        needs_copy = config.beta > 0 and not has_adapter(lm.model)  # with an adapter, the base is the reference
+        self.clock = Stopwatch()  # seconds per phase of a step
+        needs_copy = config.beta > 0 and not has_adapter(lm.model)  # with an adapter, the base model is the reference
         frozen = frozen_copy(lm.model) if needs_copy else None
         if config.shard:
             for model in filter(None, (lm.model, frozen)):
@@ -92,14 +92,14 @@ class GRPO:
         self.update.reset()
 
     def step(self, step: int) -> StepOutcome:
-        """Take step number `step`, counted from 1."""
+        """Take step number `step`, counted from 1; return its settings, rollouts, batch and updates."""
         settings = self.schedule.at(step)
         drawn, rollout = self.sampler.sample(step, settings.num_generations)  # o_i ~ π_old, r_i, A_i
         batch = Batch.from_rollout(rollout, self.config, self.ranks)
         batch = replace(batch, ref_logprobs=self.reference.logprobs(batch.tokens))  # log π_ref
         updates = []
         for _ in range(self.config.num_inner_updates):  # μ
-            update, batch = self.update(batch, settings)  # the first one fills in log π_old
+            update, batch = self.update(batch, settings)  # the first update fills in log π_old
             updates.append(update)
         if self.config.target_kl:
             self.schedule.adapt(batch.kl(self.ranks))

@@ -60,7 +60,7 @@ def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Return the geometric mean of each completion's token ratios, the same in every column, (B, C).
 
-    It is exp of the mean of logprobs − old_logprobs over the completion: GSPO, arXiv:2507.18071, equation 7.
+    It is exp of the completion's mean of logprobs − old_logprobs: GSPO, arXiv:2507.18071, equation 7.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).sum(-1, keepdim=True)  # (B, 1)
     mean = log_ratio / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -97,7 +97,7 @@ def cispo_surrogate(logprobs: Tensor, ratio: Tensor, advantages: Tensor, epsilon
 def gmpo_surrogate(
     log_ratio: Tensor, advantages: Tensor, mask: Tensor, epsilon: float, epsilon_high: float
 ) -> tuple[Tensor, Tensor]:
-    """Return A times the geometric mean of each completion's clipped ratios, to be maximised, and the clipped tokens.
+    """Return A · the geometric mean of a completion's clipped ratios, to be maximised, and which tokens are clipped.
 
     The first result has the same value in every column of a row, the second is (B, C) bool. The logarithm of a ratio
     is clipped to at most ε_high if A > 0, else to at least −ε. So --epsilon 0.4 is the paper's range (e^−0.4, e^0.4):
@@ -130,7 +130,7 @@ def average_by_token(values: Tensor, mask: Tensor, sizes: StepSizes) -> Tensor:
 
 
 def average_by_constant(values: Tensor, mask: Tensor, sizes: StepSizes) -> Tensor:
-    """Divide by the token limit, so that no length is favoured: Dr. GRPO, arXiv:2503.20783, section 3.1."""
+    """Divide sums by completions · token limit, so no length is favoured: Dr. GRPO, arXiv:2503.20783, section 3.1."""
     return _sums(values, mask).sum() / (sizes.num_completions * sizes.max_new_tokens)
 
 
@@ -165,7 +165,7 @@ def grpo_loss(
     config: TrainConfig,
     beta: float,
 ) -> TokenLoss:
-    """Return the negated objective of each token; `beta` is the weight of the KL in this step.
+    """Return the negated objective of each token, with values to log; `beta` is the step's weight of the KL.
 
     `ref_logprobs` is None if there is no reference (β = 0). `advantages` is (B,), `completion_mask` is (B, C) bool.
     """

@@ -39,7 +39,7 @@ class Reference:
     ) -> None:
         """Keep `frozen`, a copy of the policy, or None if the policy has an adapter or beta is 0."""
         if frozen is not None and scorer.shares_prompts:
-            enable(frozen)  # the probe has already enabled the policy
+            enable(frozen)  # the probe has already done this for the policy
         self.policy, self.frozen, self.config = policy, frozen, config
         self.scorer, self.microbatch, self.clock = scorer, microbatch, clock
 

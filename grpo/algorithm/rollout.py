@@ -35,7 +35,7 @@ class Rollout:
     completion_texts: Sequence[str]  # length B
     # Set by scoring:
     rewards: Sequence[Reward] = ()  # length B
-    # (B, K) float64, compared within groups: the total reward (K = 1), or with normalize_then_sum each reward
+    # (B, K) float64, compared within groups: total rewards (K = 1), or each of K rewards with normalize_then_sum
     compared: Tensor = field(default_factory=lambda: torch.zeros(0))
     # Set for the groups that are trained on:
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,) float32
@@ -73,7 +73,7 @@ class Rollout:
         return self.tokens.completion_mask.sum(-1).cpu()
 
     def loss_tokens(self, config: TrainConfig) -> Tokens:
-        """Return the tokens, with a completion mask of the tokens that count in the loss.
+        """Return the tokens; their completion mask is True only for tokens that count in the loss.
 
         Completions without a reward do not count, nor do truncated ones with `mask_truncated_completions` (DAPO).
         """
@@ -104,7 +104,7 @@ class Rollout:
         )
 
     def to(self, device: torch.device | str) -> "Rollout":
-        """Return a copy whose tensors from sampling are on `device`."""
+        """Return a copy; the tensors set by sampling are moved to `device`."""
         return replace(
             self,
             tokens=self.tokens.to(device),
@@ -129,7 +129,7 @@ class Rollout:
         ]
 
     def top_rewarded_wrong(self, count: int = 2) -> list[str]:
-        """Describe up to `count` of the wrong completions with the highest rewards, one line each."""
+        """Return up to `count` lines, one for each of the wrong completions with the highest rewards."""
         g = self.num_generations
         wrong = [i for i, reward in enumerate(self.rewards) if not reward.correct and reward.total is not None]
         wrong.sort(key=lambda i: -self.rewards[i].total)
@@ -190,7 +190,7 @@ def redraw_tied(
 
 @dataclass(frozen=True)
 class RolloutSampler:
-    """Samples and scores the groups of a step. What is sampled depends only on the policy, the seed and the step."""
+    """Samples and scores the groups of a step. The random numbers depend on seed and step, not on the process."""
 
     config: TrainConfig
     lm: LanguageModel

@@ -12,7 +12,7 @@ MAX_BETA = 1e3  # Beta, the weight of the KL, never rises above this, even if th
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The settings of one step that may change from step to step."""
+    """One step's values of the settings that may change from step to step."""
 
     learning_rate: float
     num_generations: int  # completions per prompt, G

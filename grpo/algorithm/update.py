@@ -50,7 +50,7 @@ class Batch:
         return ranks.all_reduce(total).item() / self.sizes.num_tokens
 
     def slice_rows(self, rows: slice) -> "Batch":
-        """Return these rows, which are whole groups or a part of one, cut to their longest prompt and completion."""
+        """Return these rows, whole groups or a part of one group, cut to their longest prompt and completion."""
         tokens = self.tokens.slice_rows(rows)
         width = tokens.completion_ids.shape[1]
         ref = None if self.ref_logprobs is None else self.ref_logprobs[rows, :width]
@@ -87,14 +87,14 @@ class Updater:
         self.optimizer = torch.optim.AdamW(
             trainable(policy).values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
-        self.skipped_in_a_row = 0  # number of updates skipped in a row, up to the latest one
+        self.skipped_in_a_row = 0  # number of updates skipped in a row, up to the latest update
         self.has_begun = False  # True from the first update of a step until the caller has counted the step
         self.reset()
 
     def reset(self) -> None:
         """Reset the optimizer: set all moments to 0.
 
-        Otherwise AdamW would create the moments in its first step, and if memory ran out, some would never exist.
+        Otherwise AdamW would create the moments in its first step, and if memory ran out then, some would be missing.
         """
         self.skipped_in_a_row = 0
         self.optimizer.state.clear()
@@ -121,7 +121,7 @@ class Updater:
         return update, batch
 
     def inner_update(self, batch: Batch, beta: float, rows_per_pass: int) -> Update:
-        """Accumulate the gradient of the whole step over micro-batches, clip it, and apply it."""
+        """Accumulate the gradient of the whole step over micro-batches, clip it, and apply it if it is finite."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, logprobs, entropies = self._accumulate(batch, beta, rows_per_pass)
         with self.ranks.end_if_out_of_memory("the optimizer's step"):
@@ -209,7 +209,7 @@ class Updater:
     @contextmanager
     def recompute_activations(self) -> Iterator[None]:
         """In the `with` block, recompute activations in backward passes. Transformers does so in train mode only."""
-        with suppress_warnings():  # transformers 5.23 warns that a name is old; 5.21 has only the old one
+        with suppress_warnings():  # transformers 5.23 warns that this method is deprecated; 5.21 has no other
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy.train()
         try:

@@ -15,7 +15,7 @@ WARM_UP_TOKENS = 2
 
 
 class CudaGraphDecoding:
-    """`CachedDecoding` with a CUDA graph and tensors of constant shape; without a graph on other devices."""
+    """`CachedDecoding` with tensors of constant shape and, if the device is CUDA, with a CUDA graph."""
 
     can_shrink = False  # rows cannot be dropped
 

@@ -162,7 +162,7 @@ class CachedDecoding:
 def begin_after_prefix(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, repeats: int, columns: int, length: int
 ) -> tuple[CachedDecoding, Tensor]:
-    """Run N left-padded prompts as `Decoder.begin` does, but hold the `length` tokens that all begin with only once.
+    """Run N left-padded prompts as `Decoder.begin` does, but hold the first `length` tokens, equal in all, only once.
 
     Raises ValueError if a layer of the model's cache is not a plain `DynamicLayer`.
     """
@@ -173,7 +173,7 @@ def begin_after_prefix(
     prefix = CommonPrefix([layer.keys[0] for layer in layers], [layer.values[0] for layer in layers])
     cache = DynamicCache()
     positions = position_ids(mask)
-    mask = (mask & (positions >= length))[:, length:]  # padding moves tokens of the prefix into these columns
+    mask = (mask & (positions >= length))[:, length:]  # left padding moves tokens of the prefix into these columns
     causal = torch.ones(2 * mask.shape[1:], dtype=torch.bool, device=mask.device).tril()
     out = model(
         input_ids=ids[:, length:],
@@ -192,7 +192,7 @@ Decoding = CachedDecoding | CudaGraphDecoding
 
 @dataclass(frozen=True)
 class Decoder:
-    """How to decode with a model: which shortcuts to use. Without shortcuts it works with every model."""
+    """How to decode with a model: which shortcuts to use. Without shortcuts, decoding works with every model."""
 
     expands_cache: bool = False  # run each prompt once, and copy its cache for each completion of its group
     shares_prefix: bool = False  # run the common beginning of the prompts once

@@ -82,7 +82,7 @@ def probe_scorer(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor
     fuses = is_plain and matches_reference(lambda: fused_scores(model, tokens, 1.0)[0], expected)
     if is_plain and not fuses:
         # The model may have a softcap, for example.
-        say("This model changes its logits, so the logits of all tokens are held in memory.")
+        say("This model changes its logits after the output layer, so the logits of all tokens are held in memory.")
     return Scorer(shares_prompts=True, fuses_output=fuses)
 
 

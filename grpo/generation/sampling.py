@@ -71,7 +71,7 @@ class Generator:
 
     model: PreTrainedModel
     decoder: Decoder = field(default_factory=Decoder)
-    check_every: int = 0  # tokens between checks for ended rows; it changes no completion; 0: chosen by device
+    check_every: int = 0  # tokens between checks for ended rows, which change no completion; 0: depends on device
 
     @torch.no_grad()
     def __call__(
@@ -118,7 +118,7 @@ class Generator:
         lengths = torch.zeros(rows, dtype=torch.long, device=device)
         ended = torch.ones(rows, dtype=torch.bool, device=device)  # True for dropped rows; the others are set last
         decoded = torch.arange(rows, device=device)  # numbers of the rows that have not been dropped
-        running = torch.ones_like(ended)  # for each decoded row: whether it has not ended
+        running = torch.ones_like(ended)  # for each row in `decoded`: True until it has ended
         for column in range(columns):
             if uniforms is None:
                 tokens = logits.argmax(-1)
@@ -184,9 +184,9 @@ def sample_inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def shrunk(rows: int, running: int) -> int:
-    """Return how many rows to keep: at least the running ones, and one, because other ranks may still need passes.
+    """Return how many rows to keep: all running rows, and at least one, as other ranks may still need passes.
 
-    Only few results are possible, because a device's library makes new kernels for each number of rows.
+    Only a few numbers of rows can occur, because a device's library makes new kernels for each number.
     """
     while rows > 1 and running <= (fewer := int(rows * SHRINK_TO)):
         rows = fewer

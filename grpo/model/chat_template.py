@@ -1,6 +1,6 @@
 """Make sure that a model's chat template takes a system text and a question; find the ids that end a turn.
 
-A template may also end each prompt with <think>, or change worked examples: `task_for` adapts a task to it.
+A template may also end each prompt with <think>, or change worked examples: `task_for` adapts a task to this.
 """
 
 import json
@@ -26,10 +26,10 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-# A chat template writes the current date with such a call; the date is replaced by TEMPLATE_DATE.
+# A chat template writes the current date with such a call, which is replaced by the text of TEMPLATE_DATE.
 TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
 TEMPLATE_DATE = datetime(2026, 1, 1)
-# This goes before a template without a system role (Gemma 2): the system text begins the first user message.
+# Put before a template without a system role (Gemma 2), this adds the system text to the first user message.
 MERGE_SYSTEM = (
     "{% if messages[0]['role'] == 'system' and messages | length > 1 %}"
     "{% set first = {'role': 'user', 'content': messages[0]['content'] + '\n\n' + messages[1]['content']} %}"
@@ -39,10 +39,10 @@ MERGE_SYSTEM = (
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Give a base model a plain chat template, and a template without a system role a place for the system text.
+    """Give a base model a plain chat template; let a template without a system role take a system text.
 
     The tokenizer keeps the template, so that a saved model gets the same prompts. Returns a remark on what was done,
-    or "" if nothing was. Raises ValueError if the template is not a text, or leaves the user's message out.
+    or "" if nothing changed. Raises ValueError if the template is not a text, or leaves the user's message out.
     """
     if not isinstance(tokenizer.chat_template or "", (str, dict)):
         raise ValueError(f"the model's chat template is {type(tokenizer.chat_template).__name__}, not a text")
@@ -88,7 +88,7 @@ def check_template_args(tokenizer: PreTrainedTokenizerBase, names: Iterable[str]
 
 
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return every id that ends a turn: by the tokenizer, by the generation config and by the chat template.
+    """Return every id that ends a turn, according to the tokenizer, the generation config or the chat template.
 
     The chat template is needed because Gemma 3 ends a turn with <end_of_turn>, which is not its EOS token.
     """
@@ -108,8 +108,8 @@ def opening_of(lm: LanguageModel) -> str:
 def task_for(lm: LanguageModel, task: Task) -> Task:
     """Adapt a task to what the model's chat template does to its prompts; return `task` itself if nothing changes.
 
-    A <think> at the end of each prompt becomes the task's `opening`, so that it counts as a part of the form of a
-    completion. If the template changes worked examples, for example because it removes the thinking from earlier
+    A <think> at the end of each prompt becomes the task's `opening`, so that it counts as a part of a completion's
+    form. If the template changes worked examples, for example because it removes the thinking from earlier
     turns, they move to the system prompt, unless the template changes them there too. A note of the task says so.
     """
     if task.parts:
@@ -136,6 +136,6 @@ def task_for(lm: LanguageModel, task: Task) -> Task:
 
 
 def _shows(lm: LanguageModel, task: Task, texts: Iterable[str]) -> bool:
-    """Return whether the task's prompts have all these texts in them, unchanged."""
+    """Return whether the task's prompts contain all these texts, unchanged."""
     prompt = render(lm.tokenizer, task.messages("?"), add_generation_prompt=True, **lm.template_args)
     return all(text in prompt for text in texts)

@@ -35,7 +35,7 @@ NOT_TOKENIZER_FILES = {"config.json", "generation_config.json", CARD, "README.md
 
 
 def check_folder(folder: Path) -> int:
-    """Check config.json of a model's folder and the headers of its weights; return the number of elements.
+    """Check config.json and the weights' headers in a model's folder; return how many elements the weights have.
 
     Raises ValueError, in one line, if a file is missing or damaged, or if config.json does not fit the weights.
     """
@@ -75,7 +75,7 @@ def check_config(value: Any, place: str, tensors: int) -> None:
 def read_headers(folder: Path) -> list[list[int]]:
     """Return the shape of each tensor in the safetensors files of a folder.
 
-    Raises ValueError if there is no such file, if one is damaged, or if an index names another kind of file.
+    Raises ValueError if there is no such file, if a file is damaged, or if an index names another kind of file.
     """
     for path in folder.glob("*.safetensors.index.json"):
         names = _read_json(path).get("weight_map")
@@ -160,7 +160,7 @@ def silent() -> Iterator[None]:
 def check_finite(model: nn.Module) -> None:
     """Raise ValueError if a weight has a NaN or an infinite number; the error names the first such weight."""
     for name, weight in model.named_parameters():
-        # The sum takes one pass and no copy. If it is not finite, it may have overflowed, so all are checked.
+        # The sum takes one pass and no copy. If it is not finite, it may have overflowed, so each number is checked.
         if weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all():
             bad = int((~weight.isfinite()).sum())
             raise ValueError(f"{bad:,} of {weight.numel():,} numbers of the weight {name} are NaN or infinite")

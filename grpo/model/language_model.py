@@ -14,7 +14,7 @@ from tasks.base import Message, Task, first_few, task_of
 from tasks.common.prompts import ideal_completion
 from tasks.common.shots import solved_problem
 
-MAX_CHARACTERS_PER_TOKEN = 64  # A question is cut to this many characters per position before encoding.
+MAX_CHARACTERS_PER_TOKEN = 64  # Before encoding, a question is cut to this many characters per position of the model.
 MAX_NAMED_QUESTIONS = 5  # An error or a note names at most this many questions.
 MEASURED_PROBLEMS = 64  # `limit_note` measures the completions of this many training problems.
 
@@ -46,7 +46,7 @@ class LanguageModel:
         return prompts
 
     def completion(self, text: str) -> list[int]:
-        """Return a completion as token ids, with the token that ends the turn. Control tokens in `text` stay text.
+        """Return a completion as token ids, with the token that ends the turn. Control tokens are encoded as text.
 
         Raises ValueError if the tokenizer has no token that ends a turn.
         """
@@ -80,7 +80,7 @@ def template_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], **options: Any) -> Any:
-    """Render a chat by the template. Raises ValueError, in one printable line, if the template refuses the chat."""
+    """Render a chat with the template. Raises ValueError, in one printable line, if the template refuses the chat."""
     try:
         return tokenizer.apply_chat_template(list(chat), **({"tokenize": False} | options))
     except TemplateError as error:
@@ -118,10 +118,10 @@ def check_room(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_toke
 def fitting_task(lm: LanguageModel, task: Task, config: TrainConfig) -> Task:
     """Return the task without the problems whose prompt and completion have more tokens than the model has positions.
 
-    A note of the returned task counts and names them. If all fit, return `task` itself. Raises ValueError, with the
-    place in the file, if most problems are too long, or if the task cannot leave them out.
+    A note of the returned task counts and names the problems left out. If all fit, return `task` itself. Raises
+    ValueError, with the place in the file, if most problems are too long, or if the task cannot leave them out.
 
-    If the task draws its problems, one of them is checked. A token has at least one byte, so a question is encoded
+    If the task generates its problems, only one is checked. A token has at least one byte, so a question is encoded
     only if it has more bytes than the prompt has tokens left.
     """
     if lm.positions is None:

@@ -102,7 +102,7 @@ def load(
 
 
 def _load_files(name: str, **quantization: Any) -> Loaded:
-    """Load a float32 model and its tokenizer from the source that `name` means. Raises ValueError, in one line."""
+    """Load the model that `name` stands for, in float32, with its tokenizer. Raises ValueError, in one line."""
     if name in PACKAGED:
         return _load_gguf(name, _packaged_file(name), **quantization)
     if folder := model_folder(name):
@@ -214,7 +214,7 @@ def _prepare(
 
 
 def _packaged_file(name: str) -> Path:
-    """Return the GGUF file in a model's package. Raises ValueError, with two ways to get one, if it is missing."""
+    """Return the GGUF file in a model's package. Raises ValueError, with two ways to get it, if it is missing."""
     package, version, hub = PACKAGED[name]
     if _is_installed(package):
         for file in distribution(package).files or ():
@@ -271,10 +271,10 @@ def _build(config: PreTrainedConfig, numbers: int, **options: Any) -> PreTrained
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # The error below names them.
+        ignore_mismatched_sizes=True,  # The error below names the mismatched weights.
         **options,
     )
-    if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers has filled these weights at random
+    if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers has filled them with random numbers
         lacking = ", ".join(sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))[:3])
         raise ValueError(f"weights are missing, or have another shape than config.json says ({lacking}, ...)")
     check_finite(model)
@@ -317,7 +317,7 @@ def _why_not_on_the_hub(name: str) -> str:
     """Return why a model cannot be loaded from the Hub; "" if it seems possible.
 
     This makes one request and, if it fails, another one a second later. Without a network, `from_pretrained` would
-    try twelve times in 50 s. Each request waits for HF_HUB_ETAG_TIMEOUT seconds (10, unless the environment sets it).
+    try twelve times in 50 s. Each request waits at most HF_HUB_ETAG_TIMEOUT seconds (10, if it is not set).
     """
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"

@@ -45,8 +45,8 @@ def four_bits(device: torch.device) -> dict[str, Any]:
 def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     """Return the model with an adapter. Only the adapter is trained; before training it changes no output.
 
-    Raises ValueError if peft is missing, if no layer has one of the names in `lora_targets`, or if a name is that
-    of the embedding or the output layer, and these two share one weight.
+    Raises ValueError if peft is missing, if no layer has one of the names in `lora_targets`, or if a name
+    belongs to the embedding or the output layer, and these two share one weight.
     """
     try:
         with suppress_warnings():
@@ -62,11 +62,11 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
         task_type="CAUSAL_LM",
     )
     for layer in model.modules():
-        # On a CPU, the first pass would repack 4-bit layers for inference; from then on they have no gradient.
+        # On a CPU, the first pass would repack 4-bit layers for inference; from then on they would have no gradient.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     tied = tied_layers(model)
-    torch.manual_seed(config.seed)  # An adapter has two factors: one starts random, the other as zeros.
+    torch.manual_seed(config.seed)  # Of an adapter's two factors, one starts as random numbers, the other as zeros.
     try:
         with suppress_warnings():
             adapted = get_peft_model(model, lora).eval()
@@ -95,7 +95,7 @@ def tied_layers(model: PreTrainedModel) -> list[str]:
 def merge_saved_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Add the LoRA adapter that peft saved in a folder to the weights of its base model, in place.
 
-    Raises ValueError, with the line that merges it by peft, unless it is a plain LoRA adapter of untied layers.
+    Raises ValueError, with the code that merges it with peft, unless it is a plain LoRA adapter of untied layers.
     """
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     factors = load_file(folder / "adapter_model.safetensors")
@@ -118,7 +118,7 @@ def merge_saved_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Return whether a model has an adapter, as `add_adapter` returns it."""
+    """Return whether a model has an adapter, as models from `add_adapter` do."""
     return hasattr(model, "peft_config")
 
 
@@ -146,7 +146,7 @@ def merged(model: nn.Module, ranks: Ranks = ONE) -> PreTrainedModel:
     )
     plain.load_state_dict(weights, strict=False, assign=True)
     plain.tie_weights()
-    for name, buffer in base.named_buffers():  # Buffers, such as rotary frequencies, are in no file.
+    for name, buffer in base.named_buffers():  # Buffers, such as rotary frequencies, are not among the weights.
         layer, _, leaf = name.rpartition(".")
         plain.get_submodule(layer).register_buffer(leaf, buffer, persistent=False)
     plain.generation_config = copy.deepcopy(base.generation_config)

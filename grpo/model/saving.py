@@ -49,7 +49,7 @@ def _replace_folder(
             plain.save_pretrained(fresh)
             if adapter:
                 lm.model.save_pretrained(fresh / ADAPTER, state_dict=dict(adapter))
-                (fresh / ADAPTER / "README.md").unlink(missing_ok=True)  # peft writes an empty form
+                (fresh / ADAPTER / "README.md").unlink(missing_ok=True)  # peft writes a template without content
             lm.tokenizer.save_pretrained(fresh)
         with name_in_errors(folder):
             _complete_files(fresh, lm.tokenizer.name_or_path, lm.end_ids, lm.dropout)
@@ -100,7 +100,7 @@ def _complete_files(folder: Path, source: str, end_ids: Sequence[int], dropout: 
 
 
 def _sentencepiece(source: str) -> Path | None:
-    """Return the path of a model's tokenizer.model, or None; llama.cpp needs that file for Gemma and Phi-3."""
+    """Return the path of a model's tokenizer.model, which llama.cpp needs for Gemma and Phi-3; None if missing."""
     if folder := model_folder(source):
         path = folder / SENTENCEPIECE
         return path if path.is_file() else None
@@ -112,7 +112,7 @@ def _sentencepiece(source: str) -> Path | None:
 
 
 def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings in a config.json's `rope_parameters`, under their names in transformers 4."""
+    """Return the rotary settings in `rope_parameters` of config.json, under their names in transformers 4."""
     rope = config.get("rope_parameters") or {}
     sliding = rope.get("sliding_attention")  # Gemma 3 has separate settings for full and for sliding attention.
     rope = rope.get("full_attention", rope)

@@ -1,7 +1,7 @@
 """Try the tokenizer and chat template of an unknown model in a child process with limits of time and memory.
 
-A chat template is a program, and a tokenizer's chain of replacements works like one. A few bytes of either can take
-all time and memory. A tokenizer that passes the trial is used in the training process from then on.
+A chat template is a program, and a tokenizer's chain of replacements works like one. A few bytes of either can use
+up all time and memory. A tokenizer that passes the trial is used in the training process from then on.
 
 The child process runs this file as a script. It does not import torch, so it starts in a second and takes 70 MB.
 """
@@ -19,7 +19,7 @@ SECONDS_PER_MB = 4  # seconds of CPU time added for each MB of the tokenizer's f
 MEMORY = 600 * 2**20  # bytes that the trial may use
 MEMORY_PER_BYTE = 12  # bytes of memory added for each byte of the tokenizer's files
 MAX_FILE_BYTES = 512 * 2**20  # A larger tokenizer is refused; Gemma 3's has 33 MB.
-MAX_CHAT_CHARACTERS = 2**20  # A chat that the template renders as a longer text is refused.
+MAX_CHAT_CHARACTERS = 2**20  # A template is refused if it renders a chat as a longer text.
 MAX_TOKENS_PER_CHARACTER = 100
 TEXT = "What is (4 - 9) * 6? a\u0301 \u5317\u4eac \U0001f600\n\t<answer>-30</answer>  " + "word " * 200
 QUESTION = [{"role": "system", "content": "Answer in one line."}, {"role": "user", "content": TEXT}]

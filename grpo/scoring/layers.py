@@ -3,7 +3,7 @@
 Written out in elementary operations, an RMSNorm keeps its input in float32 and three more tensors until the backward
 pass, which reads or writes them a dozen times; a gated MLP keeps four tensors of its inner size. Here the norm keeps
 its input and one number per token, and the MLP keeps the outputs of its first two projections. The backward pass
-computes the rest again. Passes in float32 use the layers of transformers, so their results are the same to the bit.
+computes the rest again. Passes in float32 use the layers of transformers and give exactly their results.
 """
 
 from types import MethodType
@@ -20,7 +20,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 @torch.no_grad()
 def fuse_layers(model: PreTrainedModel) -> int:
-    """Replace the forward passes of norms and MLPs by fused ones that compute the same; return how many it replaced.
+    """Replace the forward passes of norms and MLPs by fused ones that compute the same; return how many are replaced.
 
     Each layer with the expected attributes is tried on a few numbers, on its device, because some norms scale by
     1 + weight and some MLPs have another activation.

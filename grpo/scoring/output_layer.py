@@ -1,10 +1,10 @@
 """Log-probabilities from the hidden states before the output layer, without holding the logits of all tokens.
 
-A small model has a large vocabulary: with 49,152 entries, the logits of 1,700 tokens take 330 MB in float32, and a
-softmax with its gradient reads or writes them a dozen times. Here output layer, log-softmax and entropy are one
-function with its own backward pass. It computes the logits of one block of rows at a time, in the precision of the
-hidden states, and processes a few rows of the block at a time in float32, so that they fit into a CPU's cache. The
-backward pass computes the logits again, because this takes less time than reading stored logits from memory.
+A vocabulary can be large: with 49,152 entries, the logits of 1,700 tokens take 330 MB in float32, and a softmax with
+its gradient reads or writes them a dozen times. Here output layer, log-softmax and entropy are one function with its
+own backward pass. It computes the logits of one block of rows at a time, in the precision of the hidden states, and
+processes a few rows of the block at a time in float32, so that they fit into a CPU's cache. The backward pass
+computes the logits again, because this takes less time than reading stored logits from memory.
 """
 
 import math
@@ -27,7 +27,7 @@ CACHE_LOGITS = 2**19  # float32 logits that fit into a CPU's cache: 2 MiB
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a model that computes the hidden states before its output layer."""
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's method
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft adds this method
     return unwrapped.base_model
 
 

@@ -4,7 +4,7 @@ The G completions of a group share their prompt, and prompts may share a beginni
 A scorer that shares prompts runs all real tokens as one packed row, in which the common beginning of S tokens and the
 rest of each prompt appear once. The row has at most S + N · (P − S) + B · C tokens, instead of B · (P + C).
 `attention/packed.py` decides which tokens attend to which. Gradients flow through all tokens of the row. In float32
-the results differ from rows run in full by rounding only.
+the results differ only by rounding from those of rows run in full.
 """
 
 from dataclasses import dataclass
@@ -91,12 +91,12 @@ def _token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Return logits / temperature in float32, without a copy of float32 logits if the temperature is 1."""
+    """Return logits / temperature in float32; float32 logits are not copied if the temperature is 1."""
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 def token_entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Return the entropy (…) of softmax(logits / temperature) in nats for logits (…, V), in chunks of rows."""
+    """Return the entropy (…), in nats, of softmax(logits / temperature); logits (…, V) are processed in chunks."""
     rows = max(1, CHUNK // max(1, logits.shape[1:].numel()))
     parts = [checkpoint(_token_entropy, chunk, temperature, use_reentrant=False) for chunk in logits.split(rows)]
     return torch.cat(parts)
@@ -118,7 +118,7 @@ def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
     """
     assert is_enabled(model)  # any other attention would ignore `layout`
     ids = tokens.completion_ids[:, :-1]  # (B, C - 1)
-    is_input = tokens.completion_mask[:, 1:]  # (B, C - 1): tokens with another token after them
+    is_input = tokens.completion_mask[:, 1:]  # (B, C - 1): completion tokens that another one follows
     is_prompt = tokens.prompt_mask  # (N, P)
     lengths = is_prompt.sum(-1)
     common = shared_beginning(model, tokens.prompt_ids, is_prompt)
@@ -149,7 +149,7 @@ def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
 
 
 def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Return the logits of the first completion tokens (B, V) and of the M others (M, V), from a packed row."""
+    """Return the logits that predict first completion tokens (B, V) and the M others (M, V), from a packed row."""
     prompts = len(tokens.prompt_ids)
     scored = prompts + int(tokens.completion_mask[:, 1:].sum())
     logits = model(**packed_inputs(model, tokens), logits_to_keep=scored).logits[0]  # (N + M, V)
@@ -178,7 +178,7 @@ def fused_scores(model: PreTrainedModel, tokens: Tokens, temperature: float) -> 
 
 
 def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Return the logits of the first completion tokens (B, V) and of the others (B, C − 1, V), from full rows."""
+    """Return the logits that predict first completion tokens (B, V) and the others (B, C − 1, V), from full rows."""
     inputs = tokens.completion_ids[:, :-1]
     prompt_ids = tokens.prompt_ids.repeat_interleave(tokens.num_generations, 0)
     prompt_mask = tokens.prompt_mask.repeat_interleave(tokens.num_generations, 0)

@@ -17,7 +17,7 @@ from grpo.scoring.attention.partial import PartialAttention, joined
 
 @dataclass(frozen=True)
 class CommonPrefix:
-    """The keys and values, (K, S, d) in each layer, of the S tokens that all rows begin with, from position 0."""
+    """For each layer, the keys and values (K, S, d) of the S tokens that all rows begin with; K key heads."""
 
     keys: list[Tensor]
     values: list[Tensor]

@@ -74,7 +74,7 @@ class Layout:
         filler = _filler(common_prefix + int(p.sum() + c.sum())) if common_prefix else 0
         i = _columns(p, common_prefix)
         j = _columns(c, common_prefix)
-        body = p - 1  # all tokens but the last
+        body = p - 1  # lengths without the last token
         last = filler + body.sum() + torch.arange(len(p), device=p.device)[:, None]
         prompts = torch.where(i < body, filler + body.cumsum(0) - body + i, last)
         completions = torch.where(j < c, last[-1] + 1 + c.cumsum(0) - c + j, 0)
@@ -96,7 +96,7 @@ class Layout:
         return self._cache["maps", heads]
 
     def beginning_bias(self, window: int | None, repeats: int) -> Tensor | None:
-        """Return the bias of the attention scores to the common beginning, (1, R · T, S) with R = `repeats`.
+        """Return the bias to add to scores for the common beginning, (1, R · T, S) with R = `repeats`.
 
         Return None without a sliding window: all T tokens after the beginning see the whole beginning.
         """
@@ -152,7 +152,7 @@ class Layout:
 
 
 def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the bias of attention scores, in the shape of `seen`: 0 for a seen key, else the lowest finite number.
+    """Return what to add to attention scores, shaped like `seen`: 0 for a seen key, else the lowest finite number.
 
     With -inf instead, the attention of a query that sees no key, such as padding, would be NaN.
     """
@@ -178,11 +178,11 @@ def _in_order(index: Tensor, is_real: Tensor) -> Tensor:
 
 
 def _columns(lengths: Tensor, common_prefix: int) -> Tensor:
-    """Return the column numbers that sequences with these lengths are padded to, at least one column."""
+    """Return 0, 1, ..., L - 1, where sequences with these lengths are padded to L columns, at least one."""
     multiple = COLUMN_MULTIPLE if common_prefix else 1
     return torch.arange(-(-max(1, int(lengths.max())) // multiple) * multiple, device=lengths.device)
 
 
 def _filler(total: int) -> int:
-    """Return how many tokens fill a row up to a multiple of the power of 2 that is 1/32 to 1/16 of `total`."""
+    """Return how many tokens to add to `total` to reach a multiple of the power of 2 that is 1/32 to 1/16 of it."""
     return -total % max(1, 2 ** (total.bit_length() - 5))

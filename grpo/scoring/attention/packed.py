@@ -30,7 +30,7 @@ Vectors = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
 class _Split(torch.autograd.Function):
     """Split the vectors of a packed row (T · H, d) into prompts (N · H · P, d) and completions (B · H · C, d).
 
-    Padding gets arbitrary vectors, because no token attends to it. The backward pass gathers the gradient by index
+    Padding may get arbitrary vectors, because no token attends to it. The backward pass gathers the gradient by index
     too, because autograd's backward pass of indexing would sum it slowly and in a varying order.
     """
 
@@ -165,6 +165,6 @@ def is_enabled(model: PreTrainedModel) -> bool:
 
 
 def disable(model: PreTrainedModel) -> None:
-    """Undo `enable`."""
+    """Undo `enable`: make a model use the attention of transformers ("sdpa") again."""
     if is_enabled(model):
         model.set_attn_implementation("sdpa")

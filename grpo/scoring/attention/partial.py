@@ -55,7 +55,7 @@ class PartialAttention:
         """Return the gradients of query, key and value that come from this part of the keys.
 
         `out` (M, L, d) is the joint result and `grad_out` its gradient, both contiguous. `sums` (M, L) are the
-        logarithms of the joint sums; a query whose `sums` are inf gets no gradient.
+        logarithms of the joint sums; a query with inf in `sums` gets no gradient.
         """
         if self._is_fused() and self.bias is None:
             vectors = (x[None] for x in (grad_out, self.query, self.key, self.value, out, sums))
@@ -92,7 +92,7 @@ class PartialAttention:
 
 
 def joined(out: Tensor, sums: Tensor, other: Tensor, other_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Join two partial attentions: outputs (…, d) and log-sums of their softmaxes (…), as `run` returns them."""
+    """Return the attention (…, d) and log-sums (…) of two parts together; each part is given as `run` returns it."""
     share = torch.sigmoid(other_sums - sums)[..., None]  # the weight of the other part in the joint softmax
     return torch.lerp(out, other, share.to(out.dtype)), torch.logaddexp(sums, other_sums)
 
