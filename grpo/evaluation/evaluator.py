@@ -28,7 +28,9 @@ TEST_PROBLEMS = 1000  # The test split has at most this many problems.
 SKILL_PROBLEMS = 100  # A skill is measured on this many problems; few, because only a large loss matters.
 SAMPLES_PER_K = 2  # pass@k is estimated from 2k samples of each problem.
 MAX_FAILED_SHARE = 0.5  # A run ends if rewards fail on a larger share of the validation answers.
-EVALUATION_ATTEMPT = 10**6  # Training never reaches this `attempt`, so evaluations draw other random numbers.
+# The `attempt` of `sampling_uniforms` in evaluations. Training never redraws a group this often, so evaluations and
+# training never share random numbers.
+EVALUATION_ATTEMPT = 10**6
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Evaluation:
 
     problems: Sequence[Problem]
     attempts: Sequence[Attempt]  # one for each problem
-    completion_ids: Sequence[Sequence[int]] = ()  # including end tokens
+    completion_ids: Sequence[Sequence[int]] = ()  # including end tokens, unless the answer was cut off
 
     @cached_property
     def right(self) -> list[bool]:
