@@ -109,7 +109,7 @@ def _move_aside(config: TrainConfig, folder: Path) -> None:
         return
     start = model_folder(config.model)
     if start is not None and start.resolve() == (folder / "saved_model").resolve():
-        raise ValueError(f"--fresh would move {config.model} aside, but this run starts there; give --output-dir NEW")
+        raise ValueError(f"--fresh would move {config.model} aside, but the run starts from it; use --output-dir NEW")
     aside = next(path for n in range(1, 10**6) if not (path := folder / EARLIER / str(n)).exists())
     aside.mkdir(parents=True)
     for name in (*WRITTEN, *OPTIONAL):
