@@ -1,4 +1,4 @@
-"""Checks of tied groups: problems that are too easy or too hard, rewards that do not depend on the completion.
+"""Checks of tied groups: problems that are too easy or too hard, and rewards that do not depend on the completion.
 
 A group is tied if its completions have equal rewards. It has no learning signal, because its advantages are 0.
 """
