@@ -118,7 +118,7 @@ class Evaluator:
         return self._held_out(self.task, split, TEST_PROBLEMS if split == "test" else self.config.eval_problems)
 
     def by_name(self, lm: LanguageModel, split: str) -> dict[str, Evaluation]:
-        """Return evaluations by name: first of the task on a split, then of each skill, named "skill: NAME"."""
+        """Return evaluations by name: first the task's on a split, then each skill's, named "skill: NAME"."""
         evaluations = {self.task.name: self.evaluate(lm, self.task, self.problems(split))}
         for name, skill in self.skills.items():
             problems = self._held_out(skill, "test", SKILL_PROBLEMS)
@@ -198,7 +198,7 @@ class Evaluator:
         return samples
 
     def _reward(self, evaluation: Evaluation) -> dict[str, float]:
-        """Return the mean reward of the answers, 0 if no reward applies; {} if accuracy chooses the policy."""
+        """Return the mean reward under "reward", 0 if no reward applies; {} if accuracy chooses the policy."""
         if not self.rewards or (any(evaluation.right) and not self.always_by_reward):
             return {}
         ids = {"completion_ids": evaluation.completion_ids}
