@@ -86,7 +86,7 @@ def _check_resumable(folder: Path) -> None:
 
 
 def free_folder(folder: Path) -> None:
-    """Remove what a run that ends before its first step has written, so that a run with other settings can begin."""
+    """Remove the files of a run that ends before its first step, so that a run with other settings can begin."""
     checkpoints = folder / "checkpoints"
     if [path.name for path in checkpoints.iterdir()] == ["step-00000000"]:
         for path in (folder / name for name in WRITTEN):
