@@ -58,7 +58,7 @@ def introduce(
 
 
 def _say_settings(config: TrainConfig) -> None:
-    """Print all settings of task and algorithm, and the other settings that differ from their defaults."""
+    """Print the non-empty settings of task and algorithm, and other settings that differ from their defaults."""
     line = "Settings:"
     options = task_options()
     columns = min(WIDEST, width()) - 2
