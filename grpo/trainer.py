@@ -228,7 +228,7 @@ class Trainer:
         if is_hopeless(forecast) and not self.train_anyway:
             with interrupts.abandonable():
                 self._look_for_a_way_out(forecast)
-        if not self.config.sft_steps:  # Only now, because a run that would learn nothing ends above.
+        if not self.config.sft_steps:  # Not earlier, because a run that would learn nothing ends above.
             self._remember_start(interrupts)
         if self.evaluator.rewards:
             show_choice_by_reward(self.evaluator.always_by_reward)
