@@ -68,7 +68,7 @@ class InterruptHandler:
         watch.checks.remove(self._raise_if_waiting_in_vain)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before)  # a notebook's event loop may have set one
+        signal.set_wakeup_fd(self._wakeup_before)  # a notebook's event loop may have set its own
         self._write.close()  # ends the thread
         self._thread.join(JOIN_SECONDS)
 
@@ -76,7 +76,7 @@ class InterruptHandler:
     def abandonable(self, grace: float = 0.0, reserved: float | None = None) -> Iterator[None]:
         """Let a signal raise Interrupted in the block, unless the block ends within `grace` seconds after the signal.
 
-        A user's function in the block that does not return is also interrupted at the time limit, or `reserved`
+        In the block, a user's function that does not return is also interrupted at the time limit, or `reserved`
         seconds before it. With several processes only such a function is interrupted, and only if `reserved` is
         given: rank 0 alone must call it, through `Ranks.on_main`, so that all processes stop after the same step.
         """
@@ -91,7 +91,7 @@ class InterruptHandler:
             self._reserved = None
 
     def reason(self, needed: float) -> str | None:
-        """Return why to stop now, or None. `needed` is how many seconds one more step and the end of the run take.
+        """Return the reason to stop now, or None. `needed`: the seconds that one more step and the run's end take.
 
         All ranks must call this together, and get the same answer. The same holds for `interrupted`.
         """
@@ -173,7 +173,7 @@ class InterruptHandler:
         self._read.close()
 
     def _signal_again(self) -> bool:
-        """Send the signal to the main thread again if abandonable work still runs; return whether it does."""
+        """Send the signal to the main thread again if abandonable work still runs; return whether it was sent."""
         with self._lock:
             if self._grace is not None:
                 if hasattr(signal, "pthread_kill"):

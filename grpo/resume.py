@@ -102,11 +102,11 @@ class RunState:
         validations = evaluations(self.metrics.record, "validation")
         later = [entry for entry in validations if best and entry["step"] > best["step"]]
         if c.patience and len(later) >= c.patience:
-            return f"the last {len(later)} evaluations were no better than the one of step {best['step']}"
+            return f"the last {len(later)} evaluations were no better than the one at step {best['step']}"
         return None
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint, unless this step has a current one. All ranks must call this; rank 0 writes."""
+        """Write a checkpoint, unless the newest one is up to date. All ranks must call this; rank 0 writes."""
         start = time.perf_counter()
         trained = self.grpo.state_dict()
         state = {
@@ -140,7 +140,7 @@ class RunState:
             return f"{error}; nothing is kept"
         with suppress(OSError):
             self.metrics.write()
-        lost = f"; what came after it, until step {step}, is lost" if step > saved else ""
+        lost = f"; later work, up to step {step}, is lost" if step > saved else ""
         return f"{error}; the checkpoint of step {saved} is kept{lost}. The same command continues from it"
 
     def bytes_to_come(self) -> int:

@@ -96,7 +96,7 @@ def supervised_tokens(lm: LanguageModel, chats: Sequence[Sequence[Message]], com
 def supervised_gradient(
     model: PreTrainedModel, tokens: Tokens, num_tokens: int, scorer: Scorer, rows_per_pass: int
 ) -> Tensor:
-    """Return the sum of −log p divided by `num_tokens`, the number on all ranks; leave its gradient in the model."""
+    """Return the sum of −log p divided by `num_tokens`, counted on all ranks; leave its gradient in the model."""
     model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=tokens.completion_ids.device)
     for rows in split_microbatches(len(tokens.completion_ids), 1, rows_per_pass):

@@ -40,7 +40,7 @@ def measured_step(grpo: GRPO, step: int) -> tuple[StepOutcome, dict[str, Any]]:
 
 @torch.no_grad()
 def update_stats(updates: Sequence[Update], batch: Batch, config: TrainConfig, ranks: Ranks) -> list[UpdateStats]:
-    """Measure the inner updates of a step by their log-probabilities; `batch` is the batch after the last update."""
+    """Return the statistics of each inner update of a step; `batch` is the batch after the last update."""
     mask = batch.tokens.completion_mask
     sums, lowest, highest = [], [], []
     for update in updates:

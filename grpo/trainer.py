@@ -160,7 +160,7 @@ class Trainer:
         place = self.progress.named()
         if self.grpo is not None:  # it is None during the last test, when everything has been saved
             if self.grpo.update.has_begun:
-                place += f"; the checkpoint is of step {self.state.saved_step}"
+                place += f"; the newest checkpoint is from step {self.state.saved_step}"
             else:
                 self.state.save(self.folder)
         self.metrics.write()
@@ -228,7 +228,7 @@ class Trainer:
         if is_hopeless(forecast) and not self.train_anyway:
             with interrupts.abandonable():
                 self._look_for_a_way_out(forecast)
-        if not self.config.sft_steps:  # Only now, because a run that would learn nothing ends above.
+        if not self.config.sft_steps:  # Not earlier, because a run that would learn nothing ends above.
             self._remember_start(interrupts)
         if self.evaluator.rewards:
             show_choice_by_reward(self.evaluator.always_by_reward)
@@ -243,7 +243,7 @@ class Trainer:
             self.evaluator.remember_start(self.lm)
 
     def _look_for_a_way_out(self, forecast: Mapping[str, Any]) -> None:
-        """Sample more groups. If hardly any has a signal, print what other settings give, and raise NothingToLearn.
+        """Sample more groups. If hardly any has a signal, print shares under other settings; raise NothingToLearn.
 
         The run's files are kept only if the model was fine-tuned.
         """
@@ -262,7 +262,7 @@ class Trainer:
         raise NothingToLearn
 
     def _fine_tune(self, interrupts: InterruptHandler) -> str | None:
-        """Take the remaining supervised steps, then begin GRPO with that policy; return a reason to stop, or None."""
+        """Take the remaining supervised steps, then begin GRPO from the result; return a reason to stop, or None."""
         c, progress, record = self.config, self.progress, self.metrics.record
         trainer = SupervisedTrainer(c, self.lm, self.task, self.grpo.update)
         if record["before_sft"] is None:

@@ -1,4 +1,4 @@
-"""Checks of tied groups: problems that are too easy or too hard, rewards that do not depend on the completion.
+"""Checks of tied groups: problems that are too easy or too hard, and rewards that do not depend on the completion.
 
 A group is tied if its completions have equal rewards. It has no learning signal, because its advantages are 0.
 """
@@ -11,7 +11,7 @@ OUTLOOK_MIN_COMPLETIONS = 16  # Fewer completions may all lack the form, or all 
 OUTLOOK_MIN_THINKING = 0.5  # From this share on, a finding mentions completions that begin with <think>.
 OUTLOOK_MIN_GRADED = 128  # Fewer completions may all be right, or all wrong, by chance.
 UNSOLVED_MAX_CI_HIGH = 0.15  # The 95% interval must end at or below this value, as it does for 0 right of 22.
-ALL_OR_NOTHING_MIN_SHARE = 0.15  # All-right and all-wrong groups must each have at least this share.
+ALL_OR_NOTHING_MIN_SHARE = 0.15  # All-right and all-wrong groups must each be at least this share of all groups.
 TIED_MIN_SHARE = 0.5  # If at least this share of the groups is tied, much of the sampling is wasted.
 TIED_MIN_SHARE_SMALL_GROUPS = 0.7  # Groups of 2 or 3 completions are often tied by chance.
 IDLE_MIN_EXCESS = 0.1  # The share of idle steps must be this much larger than independent ties would explain.

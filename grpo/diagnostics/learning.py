@@ -8,7 +8,7 @@ from grpo.evaluation.intervals import Z
 
 BLIND_MIN_SHARE = 0.1  # Minimum share of groups that are tied although they have right and wrong completions.
 RISE_MIN_ERRORS = 4.0  # A metric rises if its last window is this number of standard errors above its first.
-REWARD_RISE_MIN_STDS = 0.5  # A reward must also rise by this fraction of the standard deviation in a group.
+REWARD_RISE_MIN_STDS = 0.5  # A reward must also rise by this fraction of its standard deviation within groups.
 FORM_MIN_RISE = 0.2  # The form is learned if the share of well-formed answers rises by this much.
 FORM_MAX_ACCURACY_RISE = 0.3  # Only the form is learned if accuracy rises by less than this part of the form's rise.
 OVERFITTING_MIN_GAP = 0.15  # Accuracy must rise by this much more on training problems than on held-out ones.
@@ -18,7 +18,7 @@ COLLAPSE_MIN_GROUPS = 24  # Between evaluations, a collapse must show in at leas
 FORGETTING_MIN_DRIFT = 0.5  # nats a token: on average a token of the starting model's answers is 40% less likely.
 SKILL_MIN_LOSS = 0.05  # A skill is lost if accuracy on it falls by this much.
 SKILL_MIN_HALF_WIDTHS = 1.7  # The fall must also be at least this number of half-widths of its 95% interval.
-PART_MIN_RELATIVE_STD = 0.03  # A part that differs less than this, relative to the largest part, has no effect.
+PART_MIN_RELATIVE_STD = 0.03  # A part with a std below this fraction of the largest std has hardly any effect.
 UNSCALED_MIN_STD = 0.01  # With --scale-rewards none, rewards with a smaller std are too small for the default --beta.
 UNSCALED_MAX_STD = 10.0  # With --scale-rewards none, rewards with a larger std are too large for the default --beta.
 SCALED_MIN_STD = 1e-3  # At this std, the 1e-4 that is added to it before the division makes advantages 9% smaller.
@@ -162,7 +162,7 @@ def past_peak(run: RunSnapshot) -> CheckResult:
 
 
 def falling_category(run: RunSnapshot) -> CheckResult:
-    """Report categories whose last two held-out accuracies have fallen, while the accuracy over all has not."""
+    """Report categories whose last two held-out accuracies have fallen, while accuracy on all problems has not."""
     if len(run.evals) < 3 or past_peak(run) or collapsed(run):
         return None
     candidates = len(run.evals) * len(run.categories)
@@ -211,7 +211,7 @@ def fine_tuning_forgets(run: RunSnapshot) -> CheckResult:
 
 
 def _losses(drift: float, before: Row, after: Row) -> tuple[float, str]:
-    """Return the largest loss, and a text about each: a drift in nats a token, the accuracies of lost skills."""
+    """Return the largest loss, and a text about all: the drift in nats a token, the accuracies of lost skills."""
     losses = [drift]
     texts = []
     if drift >= FORGETTING_MIN_DRIFT:

@@ -36,7 +36,7 @@ class RunSnapshot:
 
     @cached_property
     def categories(self) -> dict[str, list[Row]]:
-        """Return the validation entries, with their steps, of each category that every evaluation has."""
+        """Return, for each category that every evaluation has, its validation entries with their steps."""
         tables = [e.get("categories", {}) for e in self.evals]
         names = [name for name in (tables[-1] if tables else {}) if all(name in table for table in tables)]
         return {name: [{**e["categories"][name], "step": e["step"]} for e in self.evals] for name in names}
@@ -71,7 +71,7 @@ class RunSnapshot:
         return HARDLY_ANY < self.mean("accuracy") < 1 - HARDLY_ANY
 
     def values(self, name: str, window: int | None = None, first: bool = False) -> list[float]:
-        """Return a metric over the last (or first) `window` steps, without nulls.
+        """Return the values of a metric in the last (or first) `window` steps, without nulls.
 
         The list is empty if there are fewer steps, or if at least half of the values are null.
         """

@@ -35,11 +35,11 @@ class DriftBaseline:
     """The starting model's answers: token ids of prompts and answers, and log-probabilities of the answers."""
 
     prompts: list[list[int]]
-    answers: list[list[int]]  # including the end token
+    answers: list[list[int]]  # including the end token, unless the answer was cut off
     logprobs: list[list[float]]  # one float32 value per token of an answer
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the baseline as JSON values; floats survive JSON to the bit."""
+        """Return the baseline as JSON values; JSON keeps the floats exactly."""
         return asdict(self)
 
     @classmethod

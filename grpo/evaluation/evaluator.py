@@ -28,7 +28,9 @@ TEST_PROBLEMS = 1000  # The test split has at most this many problems.
 SKILL_PROBLEMS = 100  # A skill is measured on this many problems; few, because only a large loss matters.
 SAMPLES_PER_K = 2  # pass@k is estimated from 2k samples of each problem.
 MAX_FAILED_SHARE = 0.5  # A run ends if rewards fail on a larger share of the validation answers.
-EVALUATION_ATTEMPT = 10**6  # Training never reaches this `attempt`, so evaluations draw other random numbers.
+# The `attempt` of `sampling_uniforms` in evaluations. Training never redraws a group this often, so evaluations and
+# training never share random numbers.
+EVALUATION_ATTEMPT = 10**6
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Evaluation:
 
     problems: Sequence[Problem]
     attempts: Sequence[Attempt]  # one for each problem
-    completion_ids: Sequence[Sequence[int]] = ()  # including end tokens
+    completion_ids: Sequence[Sequence[int]] = ()  # including end tokens, unless the answer was cut off
 
     @cached_property
     def right(self) -> list[bool]:
@@ -116,7 +118,7 @@ class Evaluator:
         return self._held_out(self.task, split, TEST_PROBLEMS if split == "test" else self.config.eval_problems)
 
     def by_name(self, lm: LanguageModel, split: str) -> dict[str, Evaluation]:
-        """Return evaluations by name: first of the task on a split, then of each skill, named "skill: NAME"."""
+        """Return evaluations by name: first the task's on a split, then each skill's, named "skill: NAME"."""
         evaluations = {self.task.name: self.evaluate(lm, self.task, self.problems(split))}
         for name, skill in self.skills.items():
             problems = self._held_out(skill, "test", SKILL_PROBLEMS)
@@ -196,7 +198,7 @@ class Evaluator:
         return samples
 
     def _reward(self, evaluation: Evaluation) -> dict[str, float]:
-        """Return the mean reward of the answers, 0 if no reward applies; {} if accuracy chooses the policy."""
+        """Return the mean reward under "reward", 0 if no reward applies; {} if accuracy chooses the policy."""
         if not self.rewards or (any(evaluation.right) and not self.always_by_reward):
             return {}
         ids = {"completion_ids": evaluation.completion_ids}

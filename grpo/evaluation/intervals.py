@@ -11,7 +11,7 @@ T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764)  # 97.5% quantiles of Student's 
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Return the Wilson 95% interval of a proportion, inside [0, 1] and accurate near its ends: low, high.
+    """Return the Wilson 95% interval of a proportion, inside [0, 1] and accurate near 0 and 1: low, high.
 
     E. B. Wilson (1927), J. Am. Stat. Assoc. 22, 209. Raises ValueError unless 0 <= successes <= n and n > 0.
     """
@@ -64,7 +64,7 @@ def paired_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[floa
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Return 1 − C(n − c, k) / C(n, k), an unbiased estimate of the chance that one of `k` samples is right.
+    """Return 1 − C(n − c, k) / C(n, k), an unbiased estimate of the chance that any of `k` samples is right.
 
     c = `correct` of n samples are right. Chen et al. (2021), arXiv:2107.03374, equation 1; ValueError if k > n.
     """

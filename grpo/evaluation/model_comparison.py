@@ -35,7 +35,7 @@ class Measured:
 def measure(
     names: Sequence[str], config: TrainConfig, task: Task, skills: Mapping[str, Task], split: str
 ) -> list[Measured]:
-    """Measure each model with the prompts and limits of `config`, with only one model in memory at a time.
+    """Return each model's figures, measured with the limits of `config`. Only one model at a time is in memory.
 
     Drift is None for the first model, and for a model whose tokenizer gives the questions other ids. Problems that
     are too long for the first model are left out and named. Raises ValueError if a model cannot be loaded, or has too

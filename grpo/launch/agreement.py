@@ -82,7 +82,7 @@ def claim_shared_folder(config: TrainConfig, meeting: Meeting, ranks: Ranks, fre
 
 
 def _has_token(path: Path, token: str) -> bool:
-    """Return whether the file holds the token within `SIGHT_PATIENCE`."""
+    """Wait up to `SIGHT_PATIENCE` seconds until the file holds the token; return whether it does."""
     end = time.monotonic() + SIGHT_PATIENCE
     while time.monotonic() < end:
         with suppress(OSError):

@@ -34,7 +34,7 @@ def as_task(card: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
         )
     if tasks and not names:
         first, *others = map(printable, tasks)
-        click.echo(f"The question gets the prompt of {first}; for another: --task {' or '.join(others)}", err=True)
+        click.echo(f"The question has the prompt of {first}; for another, use --task {' or '.join(others)}", err=True)
     return {**card, **tasks[names[0]]} if names else card
 
 

@@ -61,7 +61,7 @@ def show_examples(grpo: GRPO) -> None:
         say(f"  {printable(line)}")
     for name, completion in (("A solution", solution), ("A wrong answer", wrong_answer(task, problem))):
         if completion is None:
-            say(f"{name} of this problem is not known.")
+            say(f"{name} to this problem is not known.")
         else:
             say(f"{name}, {_length_and_reward(grpo, problem, completion)}:\n  {printable(completion)}")
     say()

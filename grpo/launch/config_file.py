@@ -44,7 +44,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def resolve_with_file(path: Path, in_file: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
-    """Return the settings of a run: `given` overrides the file. A ValueError names the file if the fault is in it."""
+    """Return the settings of a run: `given` overrides the file. A ValueError about the file names it."""
     try:
         return resolve({**in_file, **given})
     except ValueError:

@@ -100,7 +100,7 @@ def help_all_option(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def given_settings(ctx: click.Context, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings given on the command line, under today's names; warn about old names on standard error."""
+    """Return the settings given on the command line, by current name; warn about old names on standard error."""
     default = ParameterSource.DEFAULT
     given = {name: value for name, value in settings.items() if ctx.get_parameter_source(name) is not default}
     for old, new in OLD_NAMES.items():

@@ -1,4 +1,4 @@
-"""Estimate, from one rollout of the starting model, what GRPO has to work with and how long a step takes.
+"""Estimate, from one rollout of the starting model, how much signal GRPO would have and how long a step takes.
 
 If hardly any group has a learning signal, `try_settings` looks for settings under which more groups have one.
 """
@@ -21,10 +21,10 @@ from tasks.base import Task, asked, task_of
 from tasks.common.prompts import THINK, WORDINGS
 from tasks.registry import make_task
 
-GROUPS = 8  # The rollout has this many groups, but never more groups than a step.
+GROUPS = 8  # The rollout has this many groups; fewer if a step has fewer. With --shard it has a step's groups.
 FORWARDS_PER_BACKWARD = 2  # A backward pass takes about as long as two forward passes.
 MIN_TEACHING = 0.1  # Below this share of groups with mixed rewards, a run stops before its first step.
-MAX_TRYING_SECONDS = 40.0  # A trial that would probably end later is left out.
+MAX_TRYING_SECONDS = 40.0  # A trial that would probably end later than this after the first began is left out.
 TRIED_SHOTS = (2, 4)
 TRIED_TOKENS = (2, 4)  # multiples of --max-new-tokens
 THINKING_OFF = "enable_thinking=false"  # The templates of Qwen3 and SmolLM3, for example, have this variable.
@@ -41,7 +41,7 @@ Trial = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
 def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
-    """Return shares of a rollout by name, and the expected seconds of a step.
+    """Return the figures of a rollout that `_shares` describes, and the expected seconds of a step.
 
     The problems belong to step 0, which no run trains on, and the training does not depend on the outlook. `teaching`
     is the share of groups with mixed rewards. A step is expected to take the time of sampling, one forward pass for
@@ -61,16 +61,17 @@ def is_hopeless(shares: Mapping[str, Any]) -> bool:
 
 
 def look_closer(grpo: GRPO, look: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return `look` if it has GROUPS groups or the model is sharded; else the shares of a rollout of that size."""
+    """Return `look` if it has GROUPS groups or the model is sharded; else the shares of GROUPS new groups."""
     if look["groups"] >= GROUPS or grpo.config.shard:
         return look
     return _shares(_look(grpo, grpo.config, grpo.sampler.task, GROUPS), grpo.sampler.task)
 
 
 def try_settings(grpo: GRPO, look: Mapping[str, Any]) -> list[Trial]:
-    """Sample the problems of `look` under other settings, for about MAX_TRYING_SECONDS; the first trial is `look`.
+    """Sample the problems of `look` under other settings, for about MAX_TRYING_SECONDS; return the trials.
 
-    Settings that are impossible for the task or the model are left out.
+    The first trial has the run's own settings, and the shares in `look`. Settings that are impossible for the task or
+    the model are left out.
     """
     config, lm, start = grpo.config, grpo.sampler.lm, time.monotonic()
     seconds_per_token = grpo.clock.seconds["sample"] / config.max_new_tokens
@@ -93,7 +94,7 @@ def try_settings(grpo: GRPO, look: Mapping[str, Any]) -> list[Trial]:
 
 
 def way_out(config: TrainConfig, trials: Sequence[Trial]) -> list[str]:
-    """Return the options of the trial with the most groups of mixed rewards; [] if no trial has enough of them."""
+    """Return the command-line options of the trial with the most mixed groups; [] if no trial has enough of them."""
     changes, shares = max(trials, key=lambda trial: trial[1]["teaching"])  # if several are equal, the first
     return [] if is_hopeless(shares) else typed(replace(config, **changes))
 
@@ -114,7 +115,7 @@ def typed(config: TrainConfig) -> list[str]:
 
 
 def _changes(config: TrainConfig, look: Mapping[str, Any], lm: LanguageModel) -> Iterator[dict[str, Any]]:
-    """Yield the settings to try, by name."""
+    """Yield each alternative to try, as a dict of the settings that it changes."""
     has_switch = THINKING_OFF.partition("=")[0] in lm.tokenizer.get_chat_template()
     if has_switch and look["thinking"] >= MIN_THINKING and config.prompt_style != "think":
         yield {"chat_template_arg": (*config.chat_template_arg, THINKING_OFF)}
@@ -136,7 +137,7 @@ def _look(grpo: GRPO, config: TrainConfig, task: Task, groups: int, lm: Language
 
 
 def _shares(rollout: Rollout, task: Task) -> dict[str, Any]:
-    """Return the shares of a rollout by name; `thinking` is the share of completions that begin with <think>."""
+    """Return, by name, the number and size of a rollout's groups, and shares of the groups and completions."""
     correct = rollout.correct
     texts = [task_of(task, rollout.problems[0]).opening + text for text in rollout.completion_texts]
     return {

@@ -25,8 +25,8 @@ from grpo.runtime.ranks import Ranks
 JOIN_TIMEOUT = 120.0  # seconds; torchrun starts the processes of all machines together
 POLL = 0.1  # seconds between two reads of the store
 BEAT = 5.0  # seconds between two heartbeats
-SILENT_BEATS = 36  # This many missed heartbeats, 3 minutes, end the run: a process may be busy in one long call.
-BEGUN = "begun"  # the key of the time at which the launch first began to train
+SILENT_BEATS = 36  # A run ends after this many missed heartbeats (3 minutes); one long call may cause a few.
+BEGUN = "begun"  # key in the store for the time at which the launch first began to train
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Meeting:
 
 
 def meet(statement: Mapping[str, Any], ranks: Ranks) -> Meeting:
-    """Wait until all processes of the launch have joined, and exchange their statements, a JSON object each.
+    """Wait until all processes have joined, exchange their statements (JSON objects), and return the meeting.
 
     Raises ValueError if a process does not join in time.
     """
@@ -128,7 +128,7 @@ class Heartbeat:
         """Print which process is silent, and end this process."""
         prefix = f"process {self.rank}: " if self.rank else ""
         fault = f"{silent} has not answered for {SILENT_BEATS * BEAT:.0f} s; it or its machine was stopped"
-        # The main thread cannot do this, because it waits for the silent process. `sys.stderr` may be redirected.
+        # The main thread cannot print this, because it waits for the silent process. `sys.stderr` may be redirected.
         print(f"Error: {prefix}{fault}. {self.hint}", file=sys.__stderr__, flush=True)
         os._exit(1)
 
@@ -162,7 +162,7 @@ def _agree_on_round(store: dist.Store, rank: int, size: int, member: str) -> tup
 
 
 def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
-    """Wait until every process is here. Rank 0 may serve the store, so it stays until every process has noticed."""
+    """Wait until every process is here. Rank 0, which may serve the store, also waits until all others know this."""
     for key in ("all", "gone"):
         if store.add(f"{key}/count", 1) == size:
             store.set(key, "")

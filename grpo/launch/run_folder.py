@@ -86,7 +86,7 @@ def _check_resumable(folder: Path) -> None:
 
 
 def free_folder(folder: Path) -> None:
-    """Remove what a run that ends before its first step has written, so that a run with other settings can begin."""
+    """Remove the files of a run that ends before its first step, so that a run with other settings can begin."""
     checkpoints = folder / "checkpoints"
     if [path.name for path in checkpoints.iterdir()] == ["step-00000000"]:
         for path in (folder / name for name in WRITTEN):
@@ -109,7 +109,7 @@ def _move_aside(config: TrainConfig, folder: Path) -> None:
         return
     start = model_folder(config.model)
     if start is not None and start.resolve() == (folder / "saved_model").resolve():
-        raise ValueError(f"--fresh would move {config.model} aside, but this run starts there; give --output-dir NEW")
+        raise ValueError(f"--fresh would move {config.model} aside, but the run starts from it; use --output-dir NEW")
     aside = next(path for n in range(1, 10**6) if not (path := folder / EARLIER / str(n)).exists())
     aside.mkdir(parents=True)
     for name in (*WRITTEN, *OPTIONAL):

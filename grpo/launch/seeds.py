@@ -1,7 +1,7 @@
 """Train once for each of several seeds, then compare the runs: `train_grpo.py --seeds 0,1,2`.
 
-Each seed is a run of its own, in a folder of its own, so it stops, continues and fails like any other run. The same
-command continues with the seeds that have not finished.
+Each seed is trained in its own folder, as a run that stops, continues and fails like any other. The same command
+continues with the seeds that have not finished.
 """
 
 import signal

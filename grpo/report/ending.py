@@ -49,7 +49,7 @@ def _first_and_last_test(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], 
 
 
 def _say_accuracies(rows: Sequence[tuple[str, Any, Any]], before_sft: Mapping[str, Any] | None) -> None:
-    """Print accuracies before and after, beside their name if all lines fit the terminal, else below the name."""
+    """Print accuracies before and after training, beside their names if all lines fit the terminal, else below."""
     table = [(printable(name), accuracy_text(was), f"  ->  {accuracy_text(now)}") for name, was, now in rows]
     table += [("before fine-tuning", accuracy_text(before_sft), "")] if before_sft else []
     lines = [f"  {name:<18} {was:>32}{now}" for name, was, now in table]
@@ -62,7 +62,7 @@ def _say_accuracies(rows: Sequence[tuple[str, Any, Any]], before_sft: Mapping[st
 
 
 def show_interruption(folder: Path, place: str, reason: str) -> None:
-    """Print after a signal what was saved and how to continue. The run stopped at `place`, such as "step 25"."""
+    """Print what was saved and how to continue, after a run has stopped early at `place`, such as "step 25"."""
     optional = {"plots": "grpo_overview.png", f"{SAVED_MODEL}/": SAVED_MODEL}
     *saved, last = ["Checkpoint", "metrics", *(what for what, name in optional.items() if (folder / name).exists())]
     say(f"\nStopped after {place} ({reason}). {', '.join(saved)} and {last} are in {printable(str(folder))}/.")
@@ -98,7 +98,7 @@ def _say_times(record: Mapping[str, Any]) -> None:
 
 
 def by_category(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Format accuracies before and after training, for the twelve categories least accurate after training."""
+    """Return lines with accuracies before and after training, for the twelve categories least accurate at the end."""
     now = after.get("categories", {})
     shown = sorted(sorted(now, key=lambda name: now[name]["accuracy"])[:12])
     if not shown:
@@ -137,7 +137,7 @@ def seconds_by_phase(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tokens_per_second(record: Mapping[str, Any]) -> float:
-    """Return the number of prompt and completion tokens that were trained on per second."""
+    """Return how many tokens of prompts and completions a run trains on per second."""
     return _sum(record["steps"], "tokens") / max(1e-9, _sum(record["steps"], "time/total"))
 
 

@@ -58,7 +58,7 @@ def introduce(
 
 
 def _say_settings(config: TrainConfig) -> None:
-    """Print all settings of task and algorithm, and the other settings that differ from their defaults."""
+    """Print the non-empty settings of task and algorithm, and other settings that differ from their defaults."""
     line = "Settings:"
     options = task_options()
     columns = min(WIDEST, width()) - 2
@@ -84,7 +84,7 @@ def show_continuation(place: str, threads_then: int, threads_now: int) -> None:
     """Print where a run continues, such as "step 25", and whether the number of threads has changed."""
     say(f"Continuing from the checkpoint of {place}.")
     if threads_then != threads_now:
-        say(f"It was computed with {threads_then} threads, now there are {threads_now}: results may differ slightly.")
+        say(f"The run used {threads_then} threads before and uses {threads_now} now: results may differ slightly.")
 
 
 def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory: int | None) -> None:
@@ -112,9 +112,9 @@ def _room(outlook: Mapping[str, Any]) -> str:
 def show_trials(
     trials: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], options: Sequence[str], script: Sequence[str]
 ) -> None:
-    """Print what the model does under other settings, and the command with the best settings, if any helps.
+    """Print the shares under other settings, and a command with the best settings if there are better ones.
 
-    Each trial has the settings that differ from the run's, and the shares under them; the first is the run as asked.
+    Each trial has the settings that differ from the run's, and the shares under them; the first changes no setting.
     `options` follow the words of `script` in the command; they are empty if no settings help.
     """
     _, look = trials[0]
@@ -172,7 +172,7 @@ def show_choice_by_reward(always: bool) -> None:
 
 
 def show_fine_tuning(entry: Mapping[str, Any], when: str, teaches_working: bool = True) -> None:
-    """Print the test of the model before or after the supervised steps."""
+    """Print the model's test accuracy before or after the supervised steps."""
     say(f"{when} fine-tuning: test {accuracy_text(entry)}, {100 * entry['well_formed']:.0f}% well-formed")
     if not teaches_working:
         say("The task's training problems have no worked steps, so fine-tuning trains on answers alone.")

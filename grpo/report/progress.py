@@ -50,7 +50,7 @@ def show_completions(step: int, rollout: Rollout) -> None:
 
 def show_reward_error(step: int, error: str, count: int, completions: int) -> None:
     """Print why a user's reward failed on `count` of the `completions` of a step."""
-    counted = f"{count} of {completions} completions have no reward; later failures of this kind are only counted"
+    counted = f"{count} of {completions} completions have no reward; later failures with this error are only counted"
     paragraph(f"step {step:>4}  {error}: {counted}", indent=11)
 
 

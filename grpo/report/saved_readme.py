@@ -10,12 +10,12 @@ from grpo.record.schema import few_categories
 from grpo.report.ending import drifted, sampled
 from tasks.base import Task, prompt_of
 
-# This text shows how to ask the model in the way in which it was measured.
+# This text shows how to ask the model in other programs with the prompt and settings of the evaluations.
 ELSEWHERE = """\
 ## Ask it in other programs
 
 These lines ask the model as it was measured: greedily, with no repetition penalty, top-k or top-p, and with the same
-prompt. Save the question as `request.json` in this folder, and run them there:
+prompt. Save the question as `request.json` in this folder, and run the lines there:
 
 ```json
 {request}
@@ -40,7 +40,7 @@ vllm serve . --served-model-name grpo --dtype float32
 curl localhost:8000/v1/chat/completions -H "Content-Type: application/json" -d @request.json
 ```
 
-Ollama, for the architectures that it imports:
+Ollama, for the architectures that it can import:
 
 ```
 printf 'FROM .\\nPARAMETER temperature 0\\nPARAMETER repeat_penalty 1\\n' > Modelfile

@@ -106,7 +106,7 @@ def test_the_saved_model_is_measured_on_all_its_tasks_and_asks_as_one(place, tas
         assert f"{100 * figures['accuracy']:.1f}%" in rows[name]
         assert f"n = {figures['n']}" in rows[name]
     alone = CliRunner().invoke(inference.main, [*model, "What is (1 + 0) - 1?"])
-    assert "prompt of arithmetic; for another: --task Digits" in alone.stderr
+    assert "prompt of arithmetic; for another, use --task Digits" in alone.stderr
     as_digits = CliRunner().invoke(inference.main, [*model, "--task", "Digits", "What is the last digit of 12?"])
     assert (as_digits.exit_code, "for another" in as_digits.stderr) == (0, False)
     wrong = CliRunner().invoke(inference.main, [*model, "--task", "chess", "Why?"])

@@ -414,7 +414,7 @@ def test_a_disk_that_fills_up_keeps_the_newest_checkpoint_and_says_what_is_lost(
     assert result.exit_code == 1
     [line] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert "the checkpoint of step 4 is kept" in line
-    assert "until step 6" in line
+    assert "up to step 6" in line
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000004"]
     monkeypatch.undo()
     assert launch(model, tmp_path / "run").exit_code == 0

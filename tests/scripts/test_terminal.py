@@ -175,7 +175,7 @@ def test_check_of_problems_without_a_known_solution(tmp_path, monkeypatch):
     monkeypatch.setattr("grpo.launch.check.solved_problem", unknown)
     result = invoke(train_grpo.main, *TINY, "--check", folder=tmp_path)
     assert result.exit_code == 0, result.output
-    assert "A solution of this problem is not known" in result.stdout
+    assert "A solution to this problem is not known" in result.stdout
 
 
 QUESTION_IN_CHINESE = "北京 4 + 3 是多少?"
