@@ -15,8 +15,8 @@ def solution(task: Task, problem: Problem) -> str | None:
 
     If the chat template ends each prompt with <think>, the completion continues after this tag.
 
-    The working is left out if the task grades the completion with it as wrong, for example because the working has a
-    tag in it. Return None if the task grades the bare answer as wrong too.
+    The working is left out if a completion that shows it is not graded as right and well-formed, for example because
+    the working contains a tag. Return None if the completion without working fails this check too.
     """
     own_task = task_of(task, problem)
     for working in dict.fromkeys((problem.working, "")):
