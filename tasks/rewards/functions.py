@@ -26,7 +26,7 @@ DEMO = {"correctness": 2.0, "integer": 0.5, "strict_format": 0.5, "soft_format":
 
 
 def _last_answer(attempt: Attempt) -> Answer | None:
-    """Parse the text between the last <answer> and the next </answer>; return None if there is none."""
+    """Parse the text between the last <answer> and the next </answer>; return None if no valid answer is there."""
     _, opening, rest = attempt.completion.rpartition(OPEN)
     text, closing, _ = rest.partition(CLOSE)
     return parse_as(attempt.kind, text.strip()) if opening and closing else None
