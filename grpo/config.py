@@ -174,7 +174,7 @@ class TrainConfig(TaskOptions):
         0, VARIANTS, "reward falling from 0 to -1 over this many tokens before the limit (DAPO); 0: none", least=0
     )
     mask_truncated_completions: bool = setting(
-        False, VARIANTS, "leave completions cut off by the token limit out of the loss"
+        False, VARIANTS, "compute the loss without completions that the token limit cut off"
     )
     resample_tied: int = setting(
         0, VARIANTS, "redraw groups whose rewards are all equal, at most this many times", least=0, common=True
