@@ -11,7 +11,7 @@ Each item of `prompts` is a list of messages, and each item of `completions` is 
 each completion, or None where the reward does not apply. A judge is called for each answer; see `Judge`.
 
 This is the only place where the project runs code that is not its own, and it runs only files that the command line
-names. A model's card must not name such a file (grpo/model_card.py).
+or a --config file names. A model's card must not name such a file (grpo/model_card.py).
 """
 
 import asyncio
@@ -173,7 +173,7 @@ def _find_neighbours(folder: str, before: Collection[str]) -> dict[str, str]:
 
 
 def load_file(path: str) -> UserFile:
-    """Run a user's file. Raises ValueError, in one line, if the file cannot be read or raises an exception."""
+    """Run a user's file and return it. Raises ValueError, in one line, if it cannot be read or raises an error."""
     try:
         text = Path(path).read_bytes()
     except (OSError, ValueError) as error:
@@ -208,7 +208,7 @@ def place_of(error: BaseException, path: str) -> str:
 
 @contextmanager
 def naming_own_code() -> Iterator[None]:
-    """Turn an exception from a user's code into a ValueError, in one line with file and line."""
+    """Turn an exception from a user's code into a ValueError of one line, with the file and the line number."""
     try:
         yield
     except Exception as error:
