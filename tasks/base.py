@@ -1,4 +1,4 @@
-"""The interface of a task: it makes problems, splits them by a hash, asks them, and grades completions.
+"""The interface of a task: it makes problems, splits them by a hash, writes their prompts, and grades completions.
 
 No file of tasks/ imports torch: a task handles only strings and numbers, so that a reward can be read, changed and
 tested without a model.

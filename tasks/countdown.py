@@ -2,8 +2,8 @@
 
     Make 46 from 25, 3 and 7, each once, with + - * / and brackets.      <answer>25 + 3 * 7</answer>
 
-A problem is made from a random expression, so it has a solution. A model wrote the answer, so Python never runs it as
-code: the functions below split it into tokens and evaluate it in exact fractions.
+A problem is made from a random expression, so it has a solution. Python never runs an answer as code, because a model
+wrote it: the functions below split the answer into tokens and evaluate it in exact fractions.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Prompt styles: what the model is told about the form of its answer.
 
-A style is a system message and the form of an ideal completion. Only `tasks/common/parsing.py` decides whether
+A style defines a system message and the form of an ideal completion. Only `tasks/common/parsing.py` decides whether
 a completion has that form.
 """
 

@@ -31,7 +31,7 @@ def with_shots(task: QATask, shots: int) -> QATask:
     """Return the task with `shots` solved training problems before each question, always the same ones.
 
     The problems belong to step -1, which no run trains on: the steps of a run begin at 1. Raises ValueError if too
-    few are found.
+    few problems are found.
     """
     solutions: dict[str, str] = {}  # the right completion for each question
     for row in range(MAX_TRIES * shots):
@@ -57,7 +57,7 @@ def with_shots_in_system_prompt(task: Task) -> Task:
 
 
 def solved_problem(task: Task, seed: int, step: int, row: int) -> tuple[Problem, str]:
-    """Return a training problem and a right completion for it, as a pure function of the three numbers.
+    """Return a training problem and a right completion for it; they depend only on seed, step and row.
 
     Problems without a right completion are skipped. Raises ValueError if none of MAX_TRIES problems has one.
     """

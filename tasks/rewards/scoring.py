@@ -105,7 +105,7 @@ def rewards_of(settings: RewardSettings, task: Task) -> list[RewardFunction]:
 
 
 def join_rewards(by_task: Mapping[str, Sequence[RewardFunction]]) -> list[RewardFunction]:
-    """Join the rewards of tasks, given by the task's name, into the rewards of a mixture.
+    """Return the rewards of a mixture, joined from the rewards of its tasks; the keys of `by_task` are task names.
 
     A reward applies only to problems of the tasks that have it. If a reward has the same weight and file in all tasks
     that have it, it is one shared reward. If weight or file differ, the mixture has a reward NAME/TASK for each task.
