@@ -25,7 +25,7 @@ GROUPS = (MODEL, TASK, ALGORITHM, SFT, VARIANTS, OUTPUT)  # the headings of --he
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "float32", "bfloat16")
-# Each choice of a variant is one function in algorithm/loss.py or algorithm/advantages.py.
+# The variants, from AVERAGES to KL_ESTIMATORS, are implemented in algorithm/loss.py and algorithm/advantages.py.
 AVERAGES = ("completion", "token", "constant")
 RATIOS = ("token", "sequence")
 SCALES = ("group", "batch", "none")

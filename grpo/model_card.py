@@ -126,7 +126,7 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
         inapplicable = {"max_new_tokens", "system_prompt", "reward"}
     elif list(asked_tasks) != list(_as_list(carried["task"])):
         inapplicable = {"system_prompt", "reward"}
-        if task_tokens and given.get("model", "starter") != "starter":  # The starter has no room for more.
+        if task_tokens and given.get("model", "starter") != "starter":  # The starter has no room for more tokens.
             inapplicable.add("max_new_tokens")
     else:
         inapplicable = set()
