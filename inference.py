@@ -185,7 +185,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 
 
 def read_questions(questions: Sequence[str]) -> list[str]:
-    """Return the questions on the command line or standard input. Raises ValueError if one is empty or none is given."""
+    """Return the questions from the command line or standard input. Raises ValueError if a question is missing."""
     if not questions:
         if sys.stdin is None or sys.stdin.isatty():  # sys.stdin is None if it is closed
             raise ValueError(f'give a question, such as "{EXAMPLE}", or write one a line on standard input')
