@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from grpo.model.language_model import LanguageModel
 
 MIN_TEMPERATURE = 1e-3  # Logits divided by a smaller temperature may overflow float32.
-DEFAULT_MAX_NEW_TOKENS = 128  # This is the limit for a model without a grpo.json.
+DEFAULT_MAX_NEW_TOKENS = 128  # This is the token limit for a model without a grpo.json.
 
 
 def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -73,7 +73,11 @@ def task_setting_options(command: Callable[..., None]) -> Callable[..., None]:
 @task_setting_options
 @click.option("--prompt-style", type=click.Choice(STYLES), help="for --evaluate  [default: the model's own]")
 @click.option("--shots", type=click.IntRange(0), help="worked examples for --evaluate  [default: the model's own]")
-@click.option("--pass-at-k", type=click.IntRange(0), help="with --evaluate, also sample for pass@k and maj@k; 0: no")
+@click.option(
+    "--pass-at-k",
+    type=click.IntRange(0),
+    help="with --evaluate, also measure pass@k and maj@k, for k = 1, 2, 4, … up to this; 0: neither",
+)
 @click.option("--json", is_flag=True, help="with --evaluate, print one JSON object instead of a table")
 @click.option("--answers", type=click.Path(path_type=Path), help="with --evaluate, write all answers as JSON Lines")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
@@ -150,7 +154,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
     split = given.pop("split", "test")
     is_json = given.pop("json", False)
     file = given.pop("answers", None)
-    # Check the file before the models are measured, which takes long.
+    # Check the file first, because measuring the models may take minutes.
     if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
         raise ValueError(f"--answers {printable(str(file))} cannot be written; give a file in a writable folder")
     with mistakes_are_wrong_usage():
@@ -181,10 +185,10 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 
 
 def read_questions(questions: Sequence[str]) -> list[str]:
-    """Return the questions from the command line, else from standard input. Raises ValueError if one is empty."""
+    """Return the questions from the command line or standard input. Raises ValueError if a question is missing."""
     if not questions:
         if sys.stdin is None or sys.stdin.isatty():  # sys.stdin is None if it is closed
-            raise ValueError(f'give a question, such as "{EXAMPLE}", or one a line on standard input')
+            raise ValueError(f'give a question, such as "{EXAMPLE}", or write one a line on standard input')
         questions = [line for line in sys.stdin.read().splitlines() if line.strip()]
         if not questions:
             raise ValueError("there is no question on standard input; write one a line")

@@ -7,7 +7,7 @@
     python plot_metrics.py runs/a runs/b --label first --label second  compare: grpo_comparison.png
 
 A run gets grpo_training_curve.png, grpo_overview.png, grpo_kl_divergence.png if it has a reference, and
-grpo_sft_curve.png if it has supervised steps. The run may still be going, or it may have been stopped. In a
+grpo_sft_curve.png if it has supervised steps. The run may still be running, or it may have been stopped. In a
 comparison, runs with the same label become one curve with a band from the smallest to the largest value. Without
 labels, runs become one curve if they differ only in the seed and in settings that do not affect the curves, such as
 the output folder.

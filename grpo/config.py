@@ -25,7 +25,7 @@ GROUPS = (MODEL, TASK, ALGORITHM, SFT, VARIANTS, OUTPUT)  # the headings of --he
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "float32", "bfloat16")
-# Each choice of a variant is one function in algorithm/loss.py or algorithm/advantages.py.
+# The variants, from AVERAGES to KL_ESTIMATORS, are implemented in algorithm/loss.py and algorithm/advantages.py.
 AVERAGES = ("completion", "token", "constant")
 RATIOS = ("token", "sequence")
 SCALES = ("group", "batch", "none")
@@ -174,7 +174,7 @@ class TrainConfig(TaskOptions):
         0, VARIANTS, "reward falling from 0 to -1 over this many tokens before the limit (DAPO); 0: none", least=0
     )
     mask_truncated_completions: bool = setting(
-        False, VARIANTS, "leave completions cut off by the token limit out of the loss"
+        False, VARIANTS, "compute the loss without completions that the token limit cut off"
     )
     resample_tied: int = setting(
         0, VARIANTS, "redraw groups whose rewards are all equal, at most this many times", least=0, common=True

@@ -105,7 +105,7 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     """
     entries = read_card(given.get("model", "starter"))
     card = with_new_names(entries.get("settings", {}))
-    if "system_prompt" in entries:  # A trained model's card names its wording, unless an older version wrote it.
+    if "system_prompt" in entries:  # Only a card of an older version lacks the wording.
         card.setdefault("prompt_wording", FIRST_WORDING)
     card.pop(REMOVED, None)  # it affected only how the model itself was trained
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):
@@ -126,13 +126,13 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
         inapplicable = {"max_new_tokens", "system_prompt", "reward"}
     elif list(asked_tasks) != list(_as_list(carried["task"])):
         inapplicable = {"system_prompt", "reward"}
-        if task_tokens and given.get("model", "starter") != "starter":  # The starter has too few positions for these.
+        if task_tokens and given.get("model", "starter") != "starter":  # The starter has no room for more tokens.
             inapplicable.add("max_new_tokens")
     else:
         inapplicable = set()
     card = {name: value for name, value in card.items() if name not in inapplicable}
     limit = {"max_new_tokens": max(STYLE_TOKENS[style], task_tokens)} if style in STYLES else {}
-    given_alone = TrainConfig(**{**limit, **given})  # An error here is due to `given`; a later one, to the model.
+    given_alone = TrainConfig(**{**limit, **given})  # An error here is due to `given`, not to the card or recipe.
     try:
         config = replace(given_alone, **{name: value for name, value in card.items() if name not in given})
     except ValueError as error:

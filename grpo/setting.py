@@ -50,7 +50,7 @@ def check_setting(name: str, value: Any, kind: type, metadata: Mapping[str, Any]
         return
     if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"{option} is {value!r}; it must be {kind.__name__}")
-    if kind is float and not abs(value) <= LARGEST_FLOAT32:  # a comparison with NaN is false
+    if kind is float and not abs(value) <= LARGEST_FLOAT32:  # `not <=`, because NaN must fail too
         raise ValueError(f"{option} is {value}; it must be a finite number")
     least, most, choices = metadata["least"], metadata["most"], metadata["choices"]
     if least is not None and value < least:
@@ -62,7 +62,7 @@ def check_setting(name: str, value: Any, kind: type, metadata: Mapping[str, Any]
 
 
 def parse_template_args(items: Sequence[str]) -> dict[str, Any]:
-    """Return the values by name of --chat-template-arg NAME=VALUE: true, false, null, a number, or else a text.
+    """Return the values of --chat-template-arg NAME=VALUE, by name: each is a bool, None, a number or a text.
 
     Raises ValueError if an item is not NAME=VALUE, or if the name is one of RESERVED_TEMPLATE_ARGS.
 

@@ -20,7 +20,7 @@ LARGEST_OPERAND = 100_000  # A product of three operands has at most 16 digits, 
 HINTS = {
     "too_easy": "Raise --max-operand.",
     "too_hard": "Lower --max-operand.",
-    "overfitting": "Raise --max-operand for more different problems.",
+    "overfitting": "Raise --max-operand, so that there are more distinct problems.",
 }
 
 
@@ -54,8 +54,8 @@ class Expression:
     def key(self) -> str:
         """Return a text that expressions share if they differ only in the order or grouping of terms or factors.
 
-        These are one problem each: (a - b) + c, (a + c) - b and (c - b) + a; (a * b) * c and (c * a) * b; (a + b) * c
-        and (b + a) * c.
+        For example, (a - b) + c, (a + c) - b and (c - b) + a are one problem. So are (a * b) * c and (c * a) * b, and
+        also (a + b) * c and (b + a) * c.
         """
         inner = [self.a, -self.b if self.op == "-" else self.b]
         last = -self.c if self.op2 == "-" else self.c
@@ -116,7 +116,7 @@ class Arithmetic(QATask):
         return Expression(numbers[a], OPERATORS[op], numbers[b], OPERATORS[op2], numbers[c])
 
     def training_expression(self, *place: object) -> Expression:
-        """Sample a training expression uniformly, as a pure function of `place`, such as seed, step and row."""
+        """Return a training expression, drawn uniformly; it depends only on `place`, such as (seed, step, row)."""
         rng = seeded_rng("arithmetic", *place)
         while True:
             expression = self.expression(rng.randrange(self.size))
@@ -124,7 +124,7 @@ class Arithmetic(QATask):
                 return expression
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem of a row of a step."""
+        """Return the training problem at place `row` of step `step`."""
         return _problem(self.training_expression(seed, step, row))
 
     def held_out(self, split: str, limit: int) -> list[Problem]:

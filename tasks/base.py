@@ -1,7 +1,7 @@
-"""The interface of a task: it makes problems, splits them by a hash, asks them, and grades completions.
+"""The interface of a task: it makes problems, splits them by a hash, writes their prompts, and grades completions.
 
-No file of tasks/ imports torch: a task has only strings and numbers, so that a reward can be read, changed and tested
-without a model.
+No file of tasks/ imports torch: a task handles only strings and numbers, so that a reward can be read, changed and
+tested without a model.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class Option:
 
     meaning: str  # the text in --help
     least: float | None = None  # the smallest allowed value
-    inheritable: bool = True  # whether a saved model's card keeps the option; False if it names a file
+    inheritable: bool = True  # whether a saved model's card keeps the option; False if it is about a user's file
     common: bool = False  # whether --help lists the option; --help-all lists all options
 
 
@@ -65,7 +65,7 @@ class Reward:
     """
 
     total: float | None  # the sum of the parts that apply; None if no reward function applies
-    parts: Mapping[str, float | None]  # value times weight, by reward function; None if it does not apply
+    parts: Mapping[str, float | None]  # value times weight, by reward function; None if the function does not apply
     correct: bool  # copied from the `Attempt`
     well_formed: bool  # copied from the `Attempt`
     errors: Sequence[str] = ()  # one line for each function that failed on the completion; then `total` is None
@@ -83,10 +83,10 @@ class Task:
     examples: Sequence[Message] = ()  # worked examples, as turns between the system prompt and the question
     opening: str = ""  # "<think>" and white space, if the model's chat template ends each prompt with them
     example: str = "..."  # a question to try on the trained model
-    files: Mapping[str, str] = field(default_factory=dict)  # the SHA-256, by path, of the task's files
+    files: Mapping[str, str] = field(default_factory=dict)  # the SHA-256 of each of the task's files, by path
     notes: Sequence[str] = ()  # remarks on the problems, printed at the start of a run
     hints: Mapping[str, str] = field(default_factory=dict)  # advice to add to a finding, by the name of the finding
-    knows_right: bool = True  # False if `correct` only compares with one reference answer of possibly many
+    knows_right: bool = True  # False if an answer is only compared with the gold answer, though others may be right
 
     @property
     @abstractmethod
@@ -95,7 +95,7 @@ class Task:
 
     @abstractmethod
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem of a row of a step, as a pure function of the three numbers."""
+        """Return the training problem at place `row` of step `step`; it depends only on the three arguments."""
 
     @abstractmethod
     def held_out(self, split: str, limit: int) -> list[Problem]:
@@ -106,7 +106,7 @@ class Task:
         """Parse and grade any string, in time linear in its length. Raises only what a user's code raises."""
 
     def listed(self) -> Iterable[Problem]:
-        """Return all problems if the task has a finite list of them, such as a file; else nothing."""
+        """Return all problems if the task has a finite list of them, such as a file; otherwise ()."""
         return ()
 
     def without(self, questions: Set[str]) -> "Task | None":
@@ -151,7 +151,7 @@ def asked(task: Task) -> dict[str, Any]:
 def one_line(error: BaseException) -> str:
     """Return the type and the message of an exception on one line, at most 300 characters.
 
-    Control characters are replaced, because the message may quote a model or a file.
+    Control characters are replaced, because the message may quote a completion or a file.
     """
     try:
         text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -177,15 +177,15 @@ def first_few(items: Iterable[object], most: int) -> str:
 def split_of(key: str) -> str:
     """Return the split of the problem with this key: 80% train, 10% validation, 10% test.
 
-    SHA-256 of the key decides, so the split is the same on every machine and in every process; Python's `hash` is
-    salted. Two spellings of one problem must have the same key.
+    The SHA-256 of the key decides, because it is the same on every machine and in every process; Python's `hash` of a
+    text is not. Two spellings of one problem must have the same key.
     """
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 10
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 
 def seeded_rng(*names: object) -> random.Random:
-    """Return a random generator whose numbers depend on `names` only, on every machine.
+    """Return a random generator whose numbers depend only on `names` and are the same on every machine.
 
     Python seeds from a string with SHA-512, not with the salted `hash`.
     """

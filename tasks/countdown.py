@@ -1,9 +1,9 @@
-"""Countdown: make a target from given numbers. Many answers are right, so each is judged by its value.
+"""Countdown: make a target from given numbers. Many answers are right, so an answer is judged by its value.
 
     Make 46 from 25, 3 and 7, each once, with + - * / and brackets.      <answer>25 + 3 * 7</answer>
 
-A problem is made from a random expression, so it has a solution. A model wrote the answer, so Python never runs it as
-code: the functions below split it into tokens and evaluate it in exact fractions.
+A problem is made from a random expression, so it has a solution. Python never runs an answer as code, because a model
+wrote it: the functions below split the answer into tokens and evaluate it in exact fractions.
 """
 
 import re
@@ -17,7 +17,7 @@ from tasks.common.drawn_task import DrawnTask
 from tasks.common.qa_task import CLOSE_ENOUGH
 
 LARGEST_TARGET = 100
-MAX_NUMBERS = 8  # the most numbers that a problem gives
+MAX_NUMBERS = 8  # the largest value of --numbers
 MAX_CHARACTERS = 300  # A longer answer is wrong; an expression of 8 numbers, each in brackets, has about 100.
 MAX_DIGITS = 6  # A number with more digits makes an answer wrong.
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}

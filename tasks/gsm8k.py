@@ -64,7 +64,7 @@ def problem_of(row: Row) -> Problem:
 def gold_answer(solution: str) -> str:
     """Return the number after the last ####, without thousands separators, dollar and plus sign.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is no such number.
 
     >>> gold_answer("She makes 9 * 2 = $<<9*2=18>>18.\\n#### $1,018")
     '1018'

@@ -3,14 +3,15 @@
     {"question": "What is the capital of France?", "answer": "Paris", "level": "easy"}
 
 The file may be JSON Lines, a JSON array, CSV or Parquet; `--data OWNER/NAME` is a data set of the Hub
-(`tasks/common/sources.py`). A column `messages` may hold chats instead; `--columns question=NAME` names others.
+(`tasks/common/sources.py`). A column `messages` may hold chats instead. If columns have other names, give
+`--columns question=NAME`.
 
 A number is compared as a number (1,234 and 1234.0 are equal), any other answer as text. A column `solution` is the
 working, which worked examples show before the answer. All columns but question and answer are passed to the user's
-rewards. A hash of the question holds out a tenth for validation and another tenth for test, unless the
-data set has these splits or `--validation-data` and `--test-data` name them. If a question has many right answers,
-`--correct FILE.py:FUNCTION` judges them (`tasks/common/user_file.py`), or a built-in judge, `--correct choice` or
-`--correct math` (`tasks/common/judges.py`); the answer in the file must be one of them.
+rewards. A hash of the question holds out a tenth for validation and another tenth for test, unless the data set has
+these splits or `--validation-data` and `--test-data` name them. If a question has many right answers, `--correct`
+names a judge: FILE.py:FUNCTION (`tasks/common/user_file.py`), or the built-in judge choice or math
+(`tasks/common/judges.py`). The judge must accept the answer in the file.
 """
 
 from dataclasses import replace
@@ -42,7 +43,7 @@ def load(
     style: str = "answer",
     system_prompt: str = "",
     correct: Annotated[
-        str, Option("choice, math, or FILE.py:FUNCTION that judges answers, instead of equality", inheritable=False)
+        str, Option("judge of answers, instead of equality: choice, math, or FILE.py:FUNCTION", inheritable=False)
     ] = "",
     validation_data: ValidationData = "",
     test_data: TestData = "",
@@ -85,7 +86,7 @@ def problem_of(row: Row, style: str, judge: Judge | None = None) -> Problem:
 
 
 def fields_of(row: Row) -> tuple[str, str]:
-    """Return the names of the columns with the question and with the answer."""
+    """Return the columns of question and answer: a pair such as prompt and response, or else the first of each."""
     for names in zip(QUESTIONS, ANSWERS, strict=True):
         if row.keys() >= set(names):
             return names

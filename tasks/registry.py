@@ -64,14 +64,14 @@ def task_options() -> dict[str, TaskOption]:
 
 
 def task_shares(specs: str | Sequence[str]) -> list[Share]:
-    """Return the tasks of --task. Raises ValueError if one is unknown, or if two cannot be in one mixture."""
+    """Return the tasks that --task names. Raises ValueError if one is unknown, or if two cannot be in one mixture."""
     shares = parse_shares(specs)
     for share in shares:
         if share.spec not in TASKS and not names_a_file(share.spec):
             raise ValueError(f"--task is {share.spec!r}; it must be one of {', '.join(TASKS)}, or FILE.py:NAME")
     for name, option in task_options().items():
         sharing = [share.spec for share in shares if share.spec in option.tasks]
-        if len(sharing) > 1 and not option.inheritable:  # Both tasks would read the file that it names.
+        if len(sharing) > 1 and not option.inheritable:  # Both tasks would read the file that the option names.
             raise ValueError(f"tasks {' and '.join(sharing)} share {_flag(name)}, so they cannot be in one mixture")
     return shares
 
@@ -83,7 +83,7 @@ def unused_options(specs: Sequence[str], given: Collection[str]) -> list[str]:
 
 
 def make_task(settings: TaskSettings) -> Task:
-    """Make the task of the settings. Raises ValueError, in one line, if its data are missing or malformed."""
+    """Make the task that the settings name. Raises ValueError, in one line, if its data are missing or malformed."""
     shares = task_shares(settings.task)
     specs = {share.spec for share in shares}
     for name, option in task_options().items():

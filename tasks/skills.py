@@ -47,7 +47,7 @@ class Skill(DrawnTask):
         return [{"role": "user", "content": question}]
 
     def completion(self, problem: Problem) -> str:
-        """Return the right completion."""
+        """Return the right completion of a problem."""
         return ideal_completion(problem.answer, "answer") if self.tagged else problem.answer
 
     def grade(self, problem: Problem, completion: str) -> Attempt:

@@ -1,4 +1,4 @@
-"""Compare answers as a person does: by default, and by the built-in judges `choice` and `math` of `--correct`.
+"""Compare answers as a person would: with `same_text` by default, or with `--correct choice` or `--correct math`.
 
 Every function accepts any string without an exception and takes time linear in its length.
 """
@@ -14,8 +14,8 @@ MATH_TOLERANCE = Fraction(1, 1000)  # the largest relative difference that --cor
 _FRACTION = re.compile(
     r"(?P<sign>-?)(?:\\d?frac\{(?P<a>[0-9]{1,18})\}\{(?P<b>[0-9]{1,18})\}|(?P<c>[0-9]{1,18}) ?/ ?(?P<d>[0-9]{1,18}))"
 )
-_LETTER = re.compile(r"\(?(?P<letter>[A-Za-z])(?:[).:]|$)")  # B, (B), B., B) Paris
-_IN_BRACKETS = re.compile(r"\((?P<letter>\w)\)|(?P<before>\w)[).]")  # (B), B), B.
+_LETTER = re.compile(r"\(?(?P<letter>[A-Za-z])(?:[).:]|$)")  # matches the letter in B, (B), B. and B) Paris
+_IN_BRACKETS = re.compile(r"\((?P<letter>\w)\)|(?P<before>\w)[).]")  # matches (B), B) and B. as a whole
 
 
 def same_text(given: str, answer: str) -> bool:
@@ -42,7 +42,7 @@ def _value(text: str) -> tuple[Fraction | str, str]:
 
 
 def _fraction(text: str) -> Fraction | None:
-    r"""Return the value of 1/2 or \frac{1}{2}; None for any other text."""
+    r"""Return the value of a fraction, written like 1/2 or \frac{1}{2}; None for any other text."""
     match = _FRACTION.fullmatch(text)
     if match is None or int(match["b"] or match["d"]) == 0:
         return None
@@ -51,7 +51,7 @@ def _fraction(text: str) -> Fraction | None:
 
 
 def choice(given: str, answer: str, **columns: Any) -> bool:
-    """Return whether two answers begin with the same letter of a choice: B, (b), `B.`, `B) Paris`."""
+    """Return whether two answers name the same letter, as in B, (b), `B.` or `B) Paris`, or else are equal texts."""
     letters = [_LETTER.match(unmarked(text)) for text in (given, answer)]
     if None in letters:
         return unmarked(given).casefold() == unmarked(answer).casefold()

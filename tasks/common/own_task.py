@@ -1,7 +1,7 @@
 """A task in a user's file: `--task FILE.py:NAME`, a class or a function that makes a `QATask`.
 
-Its parameters are set by `--task-arg key=value`. It is tried on a few problems before a model is loaded, so that a
-mistake in it is reported at once.
+`--task-arg key=value` sets a parameter of the class or function. The task is tried on a few problems before a model
+is loaded, so that a mistake in the file is reported at once.
 """
 
 import inspect
@@ -29,7 +29,7 @@ def load_task(spec: str, given: Sequence[str], style: str, system_prompt: str) -
     """
     path, _, name = spec.rpartition(":")
     if not path or not name:
-        raise ValueError(f"--task is {spec!r}; write FILE.py:NAME; NAME is a class or function that makes the task")
+        raise ValueError(f"--task is {spec!r}; write FILE.py:NAME, the name of a class or function in the file")
     file = load_file(path)
     make = file.maker(name)
     try:
@@ -55,7 +55,7 @@ def load_task(spec: str, given: Sequence[str], style: str, system_prompt: str) -
 
 
 def arguments(name: str, parameters: Mapping[str, inspect.Parameter], given: Sequence[str]) -> dict[str, Any]:
-    """Return the texts `key=value` as arguments of a task. Raises ValueError if one is wrong or missing."""
+    """Convert texts `key=value` to the arguments of a task, by name. Raises ValueError if one is wrong or missing."""
     values: dict[str, Any] = {}
     settable = {key: p for key, p in parameters.items() if key not in RESERVED and p.kind not in NOT_NAMED}
     for spec in given:
@@ -72,7 +72,7 @@ def arguments(name: str, parameters: Mapping[str, inspect.Parameter], given: Seq
 
 
 def _converted(spec: str, text: str, parameter: inspect.Parameter) -> Any:
-    """Return the value of a parameter, in the type of its annotation, or of its default if it has no annotation."""
+    """Convert an argument's text to the type that the parameter is annotated with, or else to its default's type."""
     kind = getattr(parameter.annotation, "__origin__", parameter.annotation)
     if kind is parameter.empty:
         kind = str if parameter.default in (parameter.empty, None) else type(parameter.default)

@@ -46,7 +46,7 @@ _SEPARATORS = str.maketrans("", "", "," + SPACES)
 
 
 def answer_text(completion: str) -> str | None:
-    """Return the text in the one answer block at the end of a completion, without white space around it, or None.
+    """Return the stripped text of the only answer block, which must end the completion; None without such a block.
 
     >>> answer_text("4 - 9 = -5<answer> -30 </answer>\\n")
     '-30'
@@ -63,7 +63,7 @@ def answer_text(completion: str) -> str | None:
 
 
 def has_form(completion: str, style: str, begun: str = "") -> bool:
-    """Return whether the text before the answer block has a style's form; `begun` is the prompt's <think>, or ""."""
+    """Return whether the text before the answer has a style's form; `begun` is a <think> at the end of the prompt."""
     if style not in BLOCKS:
         return True
     rest = completion.partition(BLOCKS["think"][1])[2] if begun and style == "reasoning" else begun + completion
@@ -73,7 +73,7 @@ def has_form(completion: str, style: str, begun: str = "") -> bool:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """Parse a number of at most 18 digits, with thousands in groups of three, and 9 decimals; None for other text.
+    """Parse a number with at most 18 digits before the point and 9 after it; return None for any other text.
 
     >>> [str(parse_number(text)) for text in ("-1,234.50", "-$18", "18.", ".5", "1 000")]
     ['-1234.50', '-18', '18', '0.5', '1000']
@@ -130,7 +130,7 @@ def _is_unit(word: str) -> bool:
 
 
 def parse_as(kind: str, text: str) -> Answer | None:
-    """Parse an answer of a kind, or return None; marks around a number and a unit after it do not count."""
+    """Parse a text as `kind`, or return None; marks around a number and a unit after it do not count."""
     parse = PARSERS[kind]
     answer = parse(text)
     if answer is None and kind != "text":
@@ -164,6 +164,6 @@ PARSERS = {"integer": parse_integer, "number": parse_number, "text": parse_text}
 
 
 def parse_answer(completion: str, kind: str = "integer") -> Answer | None:
-    """Return the answer of this kind in a completion, whatever text precedes it; None if there is none."""
+    """Return the answer in a completion, parsed as `kind`, whatever text precedes it; None if there is no answer."""
     text = answer_text(completion)
     return None if text is None else parse_as(kind, text)

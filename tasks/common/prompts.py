@@ -1,6 +1,6 @@
 """Prompt styles: what the model is told about the form of its answer.
 
-A style is a system message and the form of an ideal completion. Only `tasks/common/parsing.py` decides whether
+A style defines a system message and the form of an ideal completion. Only `tasks/common/parsing.py` decides whether
 a completion has that form.
 """
 
@@ -41,7 +41,7 @@ FIRST_WORDING = "plain"  # The starter, and models and runs of older versions, h
 
 
 def system_prompt(style: str, kind: str = "integer", wording: str = FIRST_WORDING) -> str:
-    """Return the system prompt of a style for answers of a kind.
+    """Return the system prompt for a prompt style, a kind of answer and a wording.
 
     >>> system_prompt("answer")
     'Give the result as an integer in <answer>...</answer>.'

@@ -60,11 +60,11 @@ class Rows(QATask):
     """A task whose problems are the rows of a file or data set (`tasks.base.Task`)."""
 
     problems: Mapping[str, Sequence[Problem]]  # the problems of each split, by the split's name
-    files: Mapping[str, str]  # the SHA-256 of the source of the problems and of the judge's file, by path
+    files: Mapping[str, str]  # the SHA-256 of each source of problems and of the judge's file, by path
     judge: Judge | None = None  # decides which answers are right; None: an answer must equal the problem's own
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Sample the training problem of a row of a step uniformly."""
+        """Return the training problem at place `row` of step `step`, drawn uniformly from the training split."""
         train = self.problems["train"]
         return train[seeded_rng(self.name, seed, step, row).randrange(len(train))]
 
@@ -144,7 +144,7 @@ def notes_on(problems: Sequence[Problem], used: int, compare_answers: bool = Tru
                 for before, again in differing
             )
             count = f"{len(differing)} lines"
-            notes.append(f"Questions asked again with another answer, in {count}: {first_few(lines, LINES_NAMED)}.")
+            notes.append(f"A question occurs again with another answer in {count}: {first_few(lines, LINES_NAMED)}.")
         odd = [p for p in problems if kind_of(p.answer) == "text" and _ODD.match(p.answer)]
         if odd and len(odd) >= ODD_SHARE * len(problems):
             notes.append(
@@ -174,9 +174,9 @@ def normal(question: str) -> str:
 def split_rows(given: Mapping[str, Sequence[Problem]], source: str) -> dict[str, list[Problem]]:
     """Return the problems by split. Raises ValueError if a split is left without problems.
 
-    `given` are the problems of the splits that the data have. The other splits get a part of the problems of "train",
-    which a hash of the question chooses. A question of "test" is left out of the other splits, and one of
-    "validation" is left out of "train".
+    `given` has the problems of the splits that are in the data. For any other split, a hash of the question chooses
+    problems of "train". A question of "test" is left out of the other splits, and a question of "validation" is left
+    out of "train".
     """
     hashed = [split for split in SPLITS if split not in given]
     by_split: dict[str, list[Problem]] = {split: [] for split in SPLITS}
@@ -237,9 +237,9 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     option: str = "--data",
 ) -> tuple[dict[str, list[Problem]], str]:
-    """Read the problems of a file or of a data set of the Hub by split; also return the SHA-256 of what was read.
+    """Return the problems of a file or of a data set of the Hub, by split, and the SHA-256 of what was read.
 
-    A file has the split WHOLE. `columns` has names of columns in the data, by the names that the tasks use. Raises
+    A file has the split WHOLE. `columns` maps names that the tasks use to names of columns in the data. Raises
     ValueError, in one line: `place: reason` for the first malformed row, then the numbers of a few more such rows.
     """
     problems: dict[str, list[Problem]] = {}
@@ -275,7 +275,7 @@ def read_rows(
 def rounded(value: float) -> str | None:
     """Return a computed number, such as 1/3, as text with four significant digits or more; None for any other number.
 
-    Such numbers have more decimals than an answer may have. Numbers too small for 9 decimals stay as they are.
+    A computed number has more decimals than an answer may have. A number that rounds to 0 at 9 decimals gives None.
     """
     if Decimal(repr(value)).as_tuple().exponent >= -MAX_DECIMALS or round(value, MAX_DECIMALS) == 0:
         return None

@@ -15,8 +15,8 @@ def solution(task: Task, problem: Problem) -> str | None:
 
     If the chat template ends each prompt with <think>, the completion continues after this tag.
 
-    The working is left out if the task grades the completion with it as wrong, for example because the working has a
-    tag in it. Return None if the task grades the bare answer as wrong too.
+    The working is left out if a completion that shows it is not graded as right and well-formed, for example because
+    the working contains a tag. Return None if the completion without working fails this check too.
     """
     own_task = task_of(task, problem)
     for working in dict.fromkeys((problem.working, "")):
@@ -31,7 +31,7 @@ def with_shots(task: QATask, shots: int) -> QATask:
     """Return the task with `shots` solved training problems before each question, always the same ones.
 
     The problems belong to step -1, which no run trains on: the steps of a run begin at 1. Raises ValueError if too
-    few are found.
+    few problems are found.
     """
     solutions: dict[str, str] = {}  # the right completion for each question
     for row in range(MAX_TRIES * shots):
@@ -57,7 +57,7 @@ def with_shots_in_system_prompt(task: Task) -> Task:
 
 
 def solved_problem(task: Task, seed: int, step: int, row: int) -> tuple[Problem, str]:
-    """Return a training problem and a right completion for it, as a pure function of the three numbers.
+    """Return a training problem and a right completion for it; they depend only on seed, step and row.
 
     Problems without a right completion are skipped. Raises ValueError if none of MAX_TRIES problems has one.
     """

@@ -1,7 +1,7 @@
 """Read rows of problems from JSON Lines, a JSON array, CSV, Parquet, or a data set of the Hub.
 
-`read_source` yields each row as a dictionary, whatever the format. The libraries that read Parquet files (pyarrow)
-and data sets of the Hub (datasets) are optional. Every mistake is a ValueError in one line.
+`read_source` gives each row as a dictionary, whatever the format. The libraries that read Parquet files (pyarrow)
+and data sets of the Hub (datasets) are optional. Every mistake in a source is reported as a ValueError, in one line.
 """
 
 import csv
@@ -19,7 +19,7 @@ from tasks.base import SPLITS, first_few, one_line
 Row = Mapping[str, Any]
 NumberedRows = Iterator[tuple[int, Row | ValueError]]  # each row with its number, or the reason why it is malformed
 MAX_LINE_BYTES = 32 * 2**20  # A longer line of a JSON Lines file would fill the memory.
-QUESTIONS = ("question", "prompt")  # columns that may hold the question; the first that a row has counts
+QUESTIONS = ("question", "prompt")  # the columns that may hold the question
 ANSWERS = ("answer", "response")  # the columns that may hold the answer
 COLUMNS_NAMED = 8  # the largest number of columns that an error names
 WHOLE = ""  # The name of the only split of a file, or of a data set with a single split.
@@ -31,11 +31,11 @@ _COMPUTED = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]{10,}|\.[0-9]+(?=[eE])|(?=
 
 
 def read_source(source: str) -> tuple[dict[str, tuple[str, NumberedRows]], str | None]:
-    """Return the rows of a file or of a data set of the Hub by split, and the SHA-256 of the rows of a data set.
+    """Return the rows of a file or of a data set of the Hub, by split, and the SHA-256 of the data set's rows.
 
-    Each split has a text and its rows; the text, followed by a row's number, names the row's place. A file
-    has one split, WHOLE, and None for the SHA-256. This function and the iterators raise ValueError or OSError if the
-    source cannot be read.
+    A split is a pair of a prefix and the rows; the prefix followed by a row's number names the row's place. For a
+    file, the only split is WHOLE, and None replaces the SHA-256. This function and the iterators raise ValueError or
+    OSError if the source cannot be read.
     """
     suffix = os.path.splitext(source)[1].lower()
     if not os.path.exists(source) and suffix not in _SUFFIXES and _HUB_NAME.fullmatch(source):
@@ -60,7 +60,7 @@ def file_sha256(path: str) -> str:
 
 
 def _json_lines(path: str) -> NumberedRows:
-    """Yield the objects of a JSON Lines file by line. Blank lines, a byte order mark and CRLF are allowed."""
+    """Yield each object of a JSON Lines file with its line number. Blank lines, CRLF and a BOM are allowed."""
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
             if len(line) > MAX_LINE_BYTES:
@@ -75,7 +75,7 @@ def _json_lines(path: str) -> NumberedRows:
 
 
 def parse_row(line: bytes) -> Row:
-    """Parse the JSON object in a line. Raises ValueError with the reason if there is none."""
+    """Parse the JSON object in a line. Raises ValueError with the reason if the line holds no valid object."""
     if b"\0" in line:
         raise ValueError("the line has a NUL character")
     try:
@@ -94,7 +94,7 @@ def parse_row(line: bytes) -> Row:
 
 
 def _array_rows(path: str) -> NumberedRows:
-    """Yield the objects of a JSON array by their position, from 1. What follows a syntax error is not read."""
+    """Yield each object of a JSON array with its position, counted from 1. Reading ends at a syntax error."""
     text = _text_of_file(path).strip()
     decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     place = _after_white_space(text, 1)
@@ -139,7 +139,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _csv_rows(path: str, delimiter: str) -> NumberedRows:
-    """Yield the rows of a CSV file by the line on which they begin. The first row has the names of the columns."""
+    """Yield each row of a CSV file with the line number at which it begins. The first row names the columns."""
     reader = csv.reader(io.StringIO(_text_of_file(path), newline=""), delimiter=delimiter, strict=True)
     names: list[str] = []
     line = 1
@@ -175,7 +175,7 @@ def _text_of_file(path: str) -> str:
 
 
 def _parquet_rows(path: str) -> NumberedRows:
-    """Yield the rows of a Parquet file by their position, from 1."""
+    """Yield each row of a Parquet file with its position, counted from 1."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -207,8 +207,8 @@ def _hub_splits(source: str) -> tuple[dict[str, tuple[str, NumberedRows]], str]:
         rows = {split: list(data[split]) for split in data if split in SPLITS or len(data) == 1}
     except Exception as error:  # The library raises a dozen kinds of errors, which all mean the same to the user.
         raise ValueError(
-            f"there is no such file, and the Hub gives no data set of this name ({one_line(error)}); a configuration "
-            "is named as OWNER/NAME:CONFIGURATION; --data FILE needs no network"
+            f"there is no such file, and the Hub gives no data set of this name ({one_line(error)}); write a "
+            "configuration as OWNER/NAME:CONFIGURATION; --data FILE needs no network"
         ) from None
     if len(data) == 1:
         rows = {WHOLE: next(iter(rows.values()))}
@@ -219,7 +219,7 @@ def _hub_splits(source: str) -> tuple[dict[str, tuple[str, NumberedRows]], str]:
 
 
 def parse_columns(columns: str) -> dict[str, str]:
-    """Return the names of columns in the data by the names that the tasks use.
+    """Return --columns as a mapping from names that the tasks use to names of columns in the data.
 
     >>> parse_columns("question=problem, answer=solution")
     {'question': 'problem', 'answer': 'solution'}
@@ -232,7 +232,7 @@ def parse_columns(columns: str) -> dict[str, str]:
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """Return a row with some columns under other names. Raises ValueError if one is missing."""
+    """Return a row with the columns in `columns` under the tasks' names. Raises ValueError if a column is missing."""
     if missing := [column for column in columns.values() if column not in row]:
         raise ValueError(f"no {missing[0]!r}, which --columns names; {names_of(row)}")
     rest = {name: value for name, value in row.items() if name not in columns and name not in columns.values()}
@@ -247,11 +247,11 @@ def names_of(row: Row) -> str:
 
 
 def with_plain_texts(row: Row) -> Row:
-    """Return a row in which texts replace chats: question or prompt, and answer or response.
+    """Return a row in which the columns with question and answer hold texts instead of chats.
 
-    A chat is a list of messages with role and content. The column `messages` has the question, and it has the answer
+    A chat is a list of messages with role and content. A column `messages` has the question; it also has the answer
     if it ends with a turn of the assistant. The column `system` gets a chat's system prompt. Raises ValueError if a
-    chat has more than one question.
+    chat does not have exactly one turn of the role that is read from it.
     """
     texts: dict[str, str] = {}
     chat = row.get("messages")
@@ -277,7 +277,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _turn(chat: Sequence[Mapping[str, Any]], role: str) -> Any:
-    """Return the content of the only turn of a role in a chat."""
+    """Return the content of a role's turn in a chat. Raises ValueError unless the role has exactly one turn."""
     turns = [turn["content"] for turn in chat if turn["role"] == role]
     if len(turns) != 1:
         raise ValueError(f"the chat has {len(turns)} turns of the {role}; it must have one question and one answer")

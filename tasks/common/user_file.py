@@ -1,17 +1,17 @@
 """Run a user's file: rewards (`--reward FILE.py:FUNCTION=WEIGHT`), a judge (`--correct FILE.py:FUNCTION`) or tasks
 (`--task FILE.py:NAME`, see `own_task.py`).
 
-The signature of a reward is TRL's, so that functions written for TRL work unchanged:
+The signature of a reward is TRL's, so that most functions written for TRL work unchanged:
 
     def mentions_steps(prompts, completions, **columns):
         return [float("step" in completion[0]["content"]) for completion in completions]
 
-Each of `prompts` is a list of messages, each of `completions` a list of one assistant message; `columns` are
-question, answer, the other columns of the data, and completion_ids. A function returns a number for each completion,
-or None where the reward does not apply. A judge is called for each answer; see `Judge`.
+Each item of `prompts` is a list of messages, and each item of `completions` is a list of one assistant message.
+`columns` are question, answer, the other columns of the data, and completion_ids. A function returns a number for
+each completion, or None where the reward does not apply. A judge is called for each answer; see `Judge`.
 
 This is the only place where the project runs code that is not its own, and it runs only files that the command line
-names. A model's card must not name such a file (grpo/model_card.py).
+or a --config file names. A model's card must not name such a file (grpo/model_card.py).
 """
 
 import asyncio
@@ -39,12 +39,12 @@ from tasks.common.watch import watched
 
 PREFIX = "user_file_"  # Prefix of the module name under which a user's file is put in sys.modules.
 _folders: list[str] = []  # the folders of users' files, the newest first; they are at the end of sys.path
-_neighbours: set[str] = set()  # names of the modules that the last user's file imported from its folder
+_neighbours: set[str] = set()  # names of modules that were imported from the folder of the file that was loaded last
 
 
 @dataclass(frozen=True)
 class UserFile:
-    """A user's file after it was run, with the SHA-256 of its text and of its own modules at that moment."""
+    """A user's file that has been run, with the SHA-256 that it and the modules of its folder had then."""
 
     path: str
     module: ModuleType
@@ -67,7 +67,7 @@ class UserFile:
         return function
 
     def maker(self, name: str) -> Callable[..., Any]:
-        """Return a function or a class of the file. Raises ValueError if the file has no such name."""
+        """Return a function or a class of the file. Raises ValueError if the file does not define it."""
         maker = getattr(self.module, name, None)
         if not callable(maker):
             names = [n for n, value in vars(self.module).items() if callable(value) and not n.startswith("_")]
@@ -76,9 +76,9 @@ class UserFile:
 
 
 def _run_async(function: Callable[..., Any], **keywords: Any) -> Any:
-    """Run an async function to its end, in another thread, because a notebook has an event loop in this one.
+    """Run an async function to its end in another thread, because a notebook's main thread runs an event loop.
 
-    The end of the process does not wait for the thread, because the function may never return.
+    The process does not wait for this thread when it exits, because the function may never return.
     """
     future: Future[Any] = Future()
 
@@ -111,7 +111,7 @@ class _Source(SourceFileLoader):
 
 @contextmanager
 def contained(what: str) -> Iterator[None]:
-    """Run a user's code in the block; a message names the code as `what` if it does not return.
+    """Run a user's code in the block. If the code does not return, a message names it as `what`.
 
     If the code leaves the process in another folder, change back to the earlier folder and raise RuntimeError.
     """
@@ -173,7 +173,7 @@ def _find_neighbours(folder: str, before: Collection[str]) -> dict[str, str]:
 
 
 def load_file(path: str) -> UserFile:
-    """Run a user's file. Raises ValueError, in one line, if the file cannot be read or raises an exception."""
+    """Run a user's file and return it. Raises ValueError, in one line, if it cannot be read or raises an error."""
     try:
         text = Path(path).read_bytes()
     except (OSError, ValueError) as error:
@@ -197,7 +197,7 @@ def load_file(path: str) -> UserFile:
 
 
 def place_of(error: BaseException, path: str) -> str:
-    """Return where in the user's file an exception was raised: `file:line`, or the path if no line of it is known.
+    """Return where in the user's file an exception was raised: `file:line`, or the path if the line is unknown.
 
     Without a path, return the innermost `file:line`.
     """
@@ -208,7 +208,7 @@ def place_of(error: BaseException, path: str) -> str:
 
 @contextmanager
 def naming_own_code() -> Iterator[None]:
-    """Turn an exception from a user's code into a ValueError, in one line with file and line."""
+    """Turn an exception from a user's code into a ValueError of one line, with the file and the line number."""
     try:
         yield
     except Exception as error:
@@ -237,12 +237,12 @@ class Judge:
 
     @property
     def reads_text(self) -> bool:
-        """Return whether the judge gets all answers as texts, numbers too, as the built-in judges do."""
+        """Return whether the judge gets all answers as texts, even numbers, as the built-in judges do."""
         return self.file is None
 
     @classmethod
     def load(cls, spec: str) -> "Judge":
-        """Return the built-in judge of this name, or FILE.py:FUNCTION. Raises ValueError if there is none."""
+        """Return the judge named `spec`: built in, or FILE.py:FUNCTION. Raises ValueError if it does not exist."""
         if spec in JUDGES:
             return cls(spec, None, JUDGES[spec])
         path, colon, name = spec.rpartition(":")
@@ -267,7 +267,7 @@ class Judge:
 
 
 def as_bool(verdict: Any) -> bool:
-    """Return a bool of Python or numpy as a bool. Raises TypeError for any other verdict, such as 1.0 or None."""
+    """Convert a bool of Python or numpy to a bool. Raises TypeError for any other verdict, such as 1.0 or None."""
     if type(verdict).__name__ not in ("bool", "bool_"):
         raise TypeError(f"it returned {shown(verdict)}, not True or False")
     return bool(verdict)

@@ -1,7 +1,7 @@
 """Watch a user's function: name it while it does not return, and let a run interrupt it.
 
-The watch is a timer of the operating system, whose signal Python handles in the main thread. A thread would not do:
-it cannot run while a regular expression or another long operation holds Python's global lock.
+The watch is a timer of the operating system, whose signal Python handles in the main thread. A thread could
+not do this: it does not run while a regular expression or another long operation holds Python's global lock.
 """
 
 import signal
@@ -14,7 +14,7 @@ from types import FrameType
 
 FIRST_LINE_SECONDS = 5.0  # A message names a function that takes longer than this.
 CHECK_SECONDS = 1.0  # After that, `checks` are called at this interval.
-LINE_FACTOR = 4  # Each next message comes when the function has taken this many times as long.
+LINE_FACTOR = 4  # The next message comes when the call has lasted this many times as long as at the last one.
 
 checks: list[Callable[[], None]] = []  # called while a function does not return; each may raise to end the call
 

@@ -2,7 +2,7 @@
 
 Each function takes an `Attempt` and returns a number from 0 to 1. It accepts any completion and takes time linear in
 its length. To add a reward, write it here and name it in REWARDS, or keep it in a file of your own (`--reward
-FILE.py:FUNCTION=WEIGHT`, see `tasks/common/user_file.py`). In the metrics, `reward/<name>` is a reward's mean.
+FILE.py:FUNCTION=WEIGHT`, see `tasks/common/user_file.py`). In the metrics, `reward/<name>` is the mean of a reward.
 """
 
 import unicodedata
@@ -26,7 +26,7 @@ DEMO = {"correctness": 2.0, "integer": 0.5, "strict_format": 0.5, "soft_format":
 
 
 def _last_answer(attempt: Attempt) -> Answer | None:
-    """Parse the text between the last <answer> and the next </answer>; return None if there is none."""
+    """Parse the text between the last <answer> and the next </answer>; return None if no valid answer is there."""
     _, opening, rest = attempt.completion.rpartition(OPEN)
     text, closing, _ = rest.partition(CLOSE)
     return parse_as(attempt.kind, text.strip()) if opening and closing else None

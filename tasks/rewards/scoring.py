@@ -20,7 +20,7 @@ WRONG_COMPLETION = "It is 1, I think."  # a completion for the trial that does n
 MESSAGE_TYPES = re.compile(r"\b(list|dict)\b")  # An error names one of these if a message was taken for a text.
 LARGEST_REWARD = 1e12  # largest reward times weight; float32 and a group's variance overflow only far above it
 
-Columns = Mapping[str, Sequence[Any]]  # one value for each completion, by name
+Columns = Mapping[str, Sequence[Any]]  # for each name, one value per completion
 Values = Sequence[float | None]
 
 
@@ -42,12 +42,12 @@ class RewardFunction:
     path: str = ""  # the user's file that has the function; "" for a function of the project
     # The SHA-256, by path, of that file and of the modules it imports from its folder; {} if there is no such file.
     files: Mapping[str, str] = field(default_factory=dict)
-    # The same function for the trial before training, called with texts instead of messages; None for the project's.
+    # The same function for the trial before training, called with texts, not messages; None if there is no file.
     plain: Callable[[Sequence[Attempt], Columns], Values] | None = None
 
 
 def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[RewardFunction]:
-    """Return the rewards in specs `NAME=WEIGHT` and `FILE.py:FUNCTION=WEIGHT`; without specs, the default rewards.
+    """Return the rewards that `specs` name, as NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT; without specs, the defaults.
 
     Raises ValueError, in one line, if a reward is malformed, unknown, missing in its file, or given twice.
     """
@@ -105,7 +105,7 @@ def rewards_of(settings: RewardSettings, task: Task) -> list[RewardFunction]:
 
 
 def join_rewards(by_task: Mapping[str, Sequence[RewardFunction]]) -> list[RewardFunction]:
-    """Join the rewards of tasks, given by the task's name, into the rewards of a mixture.
+    """Return the rewards of a mixture, joined from the rewards of its tasks; the keys of `by_task` are task names.
 
     A reward applies only to problems of the tasks that have it. If a reward has the same weight and file in all tasks
     that have it, it is one shared reward. If weight or file differ, the mixture has a reward NAME/TASK for each task.
@@ -126,7 +126,7 @@ def join_rewards(by_task: Mapping[str, Sequence[RewardFunction]]) -> list[Reward
 
 
 def _in_tasks(reward: RewardFunction, tasks: Set[str], attempts: Sequence[Attempt], columns: Columns) -> Values:
-    """Call a reward for the problems of some tasks of a mixture. Return None for other problems."""
+    """Return a reward's values for the problems of `tasks`; the value for problems of other tasks is None."""
     rows = [row for row, attempt in enumerate(attempts) if attempt.problem.category in tasks]
     values: list[float | None] = [None] * len(attempts)
     if rows:
@@ -142,8 +142,8 @@ def _in_tasks(reward: RewardFunction, tasks: Set[str], attempts: Sequence[Attemp
 def decides_by_reward(rewards: Sequence[RewardFunction], task: Task) -> bool:
     """Return whether the mean reward, instead of accuracy, chooses the best policy.
 
-    This is so if all rewards are a user's functions, and the task only compares answers with the reference answers in
-    the user's data although other answers may be right too.
+    This is the case if all rewards are a user's functions, and the task only compares answers with reference answers
+    in the user's data although other answers may be right too.
     """
     return all(reward.path for reward in rewards if reward.name != OVERLONG) and not task.knows_right
 
@@ -151,7 +151,7 @@ def decides_by_reward(rewards: Sequence[RewardFunction], task: Task) -> bool:
 def decides_until_right(rewards: Sequence[RewardFunction], task: Task) -> bool:
     """Return whether the mean reward chooses the best policy at least until a validation answer is right.
 
-    This is so if any reward is a user's function, and the task only compares answers with reference answers.
+    This is the case if any reward is a user's function, and the task only compares answers with reference answers.
     """
     return any(reward.path for reward in rewards) and not task.knows_right
 
@@ -165,8 +165,8 @@ def _of_user(
 ) -> Any:
     """Call a user's function as TRL does: with keywords, and with prompts and completions as messages.
 
-    `what` names the function and its file, in case it does not return. With `as_texts`, the completions are plain
-    texts instead.
+    `what` names the function and its file in the message that is printed while it does not return. With `as_texts`,
+    the completions are plain texts instead.
     """
     names = {name for attempt in attempts for name in attempt.problem.columns}
     keywords = {name: [attempt.problem.columns.get(name) for attempt in attempts] for name in sorted(names)}
@@ -213,13 +213,13 @@ def score(
 
 
 def _total(parts: Iterable[float | None]) -> float | None:
-    """Return the sum of the parts that apply; None if none does."""
+    """Return the sum of the parts that apply; None if no part applies."""
     applied = [value for value in parts if value is not None]
     return sum(applied, 0.0) if applied else None
 
 
 def _values(reward: RewardFunction, attempts: Sequence[Attempt], columns: Columns) -> Values:
-    """Call a function on a batch and check what it returns."""
+    """Call a reward on a batch, check its values and return them. Raises ValueError if the function fails."""
     try:
         values = list(reward.function(attempts, columns))
     except KeyboardInterrupt:
@@ -286,14 +286,14 @@ def _number(reward: RewardFunction, value: Any, attempt: Attempt) -> float | Non
 def try_out(rewards: Sequence[RewardFunction], task: Task) -> list[str]:
     """Score a few made-up completions of training problems, and make a few held-out problems.
 
-    This finds a mistake in a user's function in a second, before the model is loaded. Return a remark on each user's
-    function that gives all completions the same value. Raises ValueError, in one line, for a mistake, and if such a
-    function gives different values when it gets plain texts. The problems belong to step 0, which no run trains on:
-    the steps of a run begin at 1.
+    This finds a mistake in a user's function in a second, before the model is loaded. Return a remark for each of the
+    user's functions that gives all completions the same value. Raises ValueError, in one line, for a mistake, and if
+    such a function gives more than one value when it gets plain texts. The problems belong to step 0, which no
+    run trains on: the steps of a run begin at 1.
     """
     for split in ("validation", "test"):
         if not task.held_out(split, PROBLEMS_TRIED):
-            raise ValueError(f"the task has no {split} problems; it needs more different problems")
+            raise ValueError(f"the task has no {split} problems; it needs more distinct problems")
     attempts = []
     for row in range(PROBLEMS_TRIED):
         problem = task.training_problem(0, 0, row)
@@ -314,7 +314,7 @@ def try_out(rewards: Sequence[RewardFunction], task: Task) -> list[str]:
 
 
 def _reads_plain_texts(reward: RewardFunction, attempts: Sequence[Attempt], columns: Columns) -> bool:
-    """Return whether a user's function gives different values if it gets the completions as plain texts."""
+    """Return whether a user's function, given plain texts, no longer gives all completions the same value."""
     if reward.plain is None:
         return False
     try:

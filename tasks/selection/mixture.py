@@ -1,7 +1,7 @@
 """Several tasks as one: `--task arithmetic=0.7 --task countdown=0.3`.
 
 Each problem belongs to one task, which asks, grades and rewards the problem; its category is the name of that task.
-The task of each row of a step is drawn by weight, as a function of seed, step and row. Held-out problems come from
+For each row of a step, a task is drawn by weight, as a function of seed, step and row. Held-out problems come from
 all tasks in the same shares.
 """
 
@@ -32,7 +32,7 @@ class Share:
 
 
 def parse_shares(specs: str | Sequence[str]) -> list[Share]:
-    """Return the tasks of --task: a single task, or several, each as NAME=WEIGHT.
+    """Return the tasks that --task names: a single task, or several, each as NAME=WEIGHT.
 
     Raises ValueError, in one line, if a weight is missing or not a positive number, or if a task is named twice.
     """
@@ -54,7 +54,7 @@ def parse_shares(specs: str | Sequence[str]) -> list[Share]:
     names = [share.name for share in shares]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(
-            f"--task {twice!r} is given twice; options (such as --data) and metrics go by its name, so give it once"
+            f"--task {twice!r} is given twice; its options (such as --data) and metrics would clash; give it once"
         )
     return shares
 
@@ -77,7 +77,7 @@ class Mixture(QATask):
     weights: Mapping[str, float]  # the weight of each task, by the task's name
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem of a row of a step, from a task that is drawn by weight."""
+        """Return the training problem at place `row` of step `step`, from a task that is drawn by weight."""
         [name] = seeded_rng("mixture", seed, step, row).choices(list(self.weights), self.weights.values())
         return replace(self.parts[name].training_problem(seed, step, row), category=name)
 
@@ -108,7 +108,7 @@ class Mixture(QATask):
 
 
 def mixture_of(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Mixture:
-    """Return the mixture of several tasks, given as parts and weights by the task's name."""
+    """Return the mixture of several tasks; `parts` and `weights` have the task's name as key."""
     first = next(iter(parts.values()))
     hints: dict[str, str] = {}
     for name, part in parts.items():
