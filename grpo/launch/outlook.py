@@ -14,7 +14,7 @@ from grpo.algorithm.rollout import Rollout
 from grpo.config import TrainConfig
 from grpo.launch.seeds import as_arguments
 from grpo.model.chat_template import task_for
-from grpo.model.language_model import LanguageModel, fitting_task
+from grpo.model.language_model import LanguageModel, fitting_task, longest_example
 from grpo.model_card import resolve
 from grpo.setting import parse_template_args
 from tasks.base import Task, asked, task_of
@@ -26,6 +26,7 @@ FORWARDS_PER_BACKWARD = 2  # A backward pass takes about as long as two forward 
 MIN_TEACHING = 0.1  # Below this share of groups with mixed rewards, a run stops before its first step.
 MAX_TRYING_SECONDS = 40.0  # A trial that would probably end later than this after the first began is left out.
 TRIED_SHOTS = (2, 4)
+TOKEN_LIMITS = [2**n for n in range(3, 15)]  # The limits from which one is taken that holds all worked examples.
 TRIED_TOKENS = (2, 4)  # multiples of --max-new-tokens
 THINKING_OFF = "enable_thinking=false"  # The templates of Qwen3 and SmolLM3, for example, have this variable.
 MIN_THINKING = 0.5  # THINKING_OFF is tried if at least this share of completions begins with <think>.
@@ -82,6 +83,12 @@ def try_settings(grpo: GRPO, look: Mapping[str, Any]) -> list[Trial]:
             changed = replace(config, **changes)
             asking = replace(lm, template_args=parse_template_args(changed.chat_template_arg))
             task = fitting_task(asking, task_for(asking, make_task(changed)), changed)
+            if (needed := longest_example(asking, task)) > changed.max_new_tokens:
+                # A completion like the examples would be cut off.
+                limit = min(n for n in TOKEN_LIMITS if n >= needed)
+                changes = {**changes, "max_new_tokens": limit}
+                changed = replace(changed, max_new_tokens=limit)
+                task = fitting_task(asking, task, changed)
         except ValueError:  # too few problems for the examples, or no room for a longer prompt or completion
             continue
         expected_end = time.monotonic() - start + seconds_per_token * changed.max_new_tokens

@@ -199,3 +199,9 @@ def limit_note(lm: LanguageModel, task: Task, config: TrainConfig) -> str | None
 def _examples(task: Task) -> list[Message]:
     """Return the worked examples of a task, or of all tasks of a mixture."""
     return [turn for part in (task.parts.values() or [task]) for turn in part.examples]
+
+
+def longest_example(lm: LanguageModel, task: Task) -> int:
+    """Return the number of tokens of the longest completion among the worked examples; 0 if there are none."""
+    texts = [turn["content"] for turn in _examples(task) if turn["role"] == "assistant"]
+    return max((len(lm.completion(text)) for text in texts), default=0)

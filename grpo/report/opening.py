@@ -120,13 +120,13 @@ def show_trials(
     _, look = trials[0]
     best_of_group = f"pass@{look['num_generations']}"
     say(f"\nThe same {look['groups']} problems under other settings:")
-    say(f"  {'setting':25}  well-formed  cut off  pass@1  {best_of_group:>7}  room  mixed")
+    say(f"  {'setting':29} well-formed cut off pass@1 {best_of_group:>7} room mixed")
     for changes, o in trials:
         words = {name: value for name, value in changes.items() if value != ""}
         name = " ".join(v[-1] if isinstance(v, tuple) else f"{as_typed(name)} {v}" for name, v in words.items())
         say(
-            f"  {fitted(name or 'as asked', 25):25}  {o['well_formed']:>11.0%}  {o['truncated']:>7.0%}  "
-            f"{o['pass_at_1']:>6.0%}  {o['pass_at_g']:>7.0%}  {_room(o):>4}  {o['teaching']:>5.0%}"
+            f"  {fitted(name or 'as asked', 29):29} {o['well_formed']:>11.0%} {o['truncated']:>7.0%} "
+            f"{o['pass_at_1']:>6.0%} {o['pass_at_g']:>7.0%} {_room(o):>4} {o['teaching']:>5.0%}"
         )
     say(f"  room: the room for improvement, {best_of_group} - pass@1")
     say("  mixed: the share of groups with mixed rewards, from which GRPO learns")
