@@ -43,7 +43,7 @@ def load(
     style: str = "answer",
     system_prompt: str = "",
     correct: Annotated[
-        str, Option("judge of answers, instead of equality: choice, math, or FILE.py:FUNCTION", inheritable=False)
+        str, Option("how to judge answers: choice, math, or FILE.py:FUNCTION; default: equality", inheritable=False)
     ] = "",
     validation_data: ValidationData = "",
     test_data: TestData = "",

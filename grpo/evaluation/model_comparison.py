@@ -48,7 +48,9 @@ def measure(
         task = task_for(lm, task)
         fitting = fitting_task(lm, task, config)
         if fitting is not task and measured:
-            raise ValueError(f"{name} has fewer positions than {names[0]}, too few for some problems; name it first")
+            raise ValueError(
+                f"{name} has too few positions for some problems that {names[0]} can take; name it first"
+            )
         if fitting is not task:
             say(printable(fitting.notes[-1]))
         task = fitting

@@ -66,7 +66,8 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 # Only these files of a Hub model are downloaded. Weights come from safetensors files only.
 HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 HUB_FILES_LEFT_OUT = ("*/*", "consolidated*")  # These files hold the same weights in other formats.
-# Two copies of one weight, in 5 and in 8 bits, differed by 0.04 of its norm; two independent weights, by about 1.4.
+# Embedding and output layer are copies of one weight if they differ by less than this share of the weight's norm.
+# Copies in 5 and in 8 bits differed by 0.04, independent weights differ by about 1.4.
 MAX_QUANTIZATION_ERROR = 0.1
 GGUF_PACKAGES = ("gguf>=0.10", "accelerate>=1.0")  # Transformers needs these packages to read a GGUF file.
 

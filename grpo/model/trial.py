@@ -60,7 +60,10 @@ def try_tokenizer(folder: Path, size: int) -> None:
 
 
 def use(tokenizer: Any) -> None:
-    """Encode, decode and render a few texts, as training does. Raises whatever the tokenizer raises."""
+    """Encode, decode and render a few texts, as training does; the template may refuse a chat.
+
+    Raises ValueError if a result is far too long, and whatever else the tokenizer raises.
+    """
     from jinja2 import TemplateError
 
     ids = tokenizer(TEXT)["input_ids"]

@@ -46,7 +46,7 @@ class Scorer:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the log-probability of each token, and the entropy of the distribution that predicts it, in nats.
 
-        Both are (B, C) float32, and 0 on padding. The entropy is None without `with_entropy`, and it has a gradient
+        Both are (B, C) float32, and 0 on padding. Without `with_entropy`, the entropy may be None. It has a gradient
         only with `entropy_gradient`.
         """
         if self._is_fused(model, tokens):
@@ -149,7 +149,7 @@ def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
 
 
 def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Return the logits that predict first completion tokens (B, V) and the M others (M, V), from a packed row."""
+    """Run a packed row; return the logits of each completion's first token (B, V) and of M later tokens (M, V)."""
     prompts = len(tokens.prompt_ids)
     scored = prompts + int(tokens.completion_mask[:, 1:].sum())
     logits = model(**packed_inputs(model, tokens), logits_to_keep=scored).logits[0]  # (N + M, V)
@@ -178,7 +178,7 @@ def fused_scores(model: PreTrainedModel, tokens: Tokens, temperature: float) -> 
 
 
 def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Return the logits that predict first completion tokens (B, V) and the others (B, C − 1, V), from full rows."""
+    """Run full rows; return the logits of each completion's first token (B, V) and of later tokens (B, C − 1, V)."""
     inputs = tokens.completion_ids[:, :-1]
     prompt_ids = tokens.prompt_ids.repeat_interleave(tokens.num_generations, 0)
     prompt_mask = tokens.prompt_mask.repeat_interleave(tokens.num_generations, 0)

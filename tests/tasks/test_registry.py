@@ -122,7 +122,7 @@ def test_the_options_are_those_that_the_tasks_declare():
     data = "gsm8k, jsonl: problem file (.jsonl, .json, .csv, .parquet), or OWNER/NAME of a data set on the Hub"
     held_out = "gsm8k, jsonl: problems for {}, instead of a tenth of --data"
     columns = "gsm8k, jsonl: names of columns in the data, such as question=problem,answer=solution"
-    correct = "jsonl: judge of answers, instead of equality: choice, math, or FILE.py:FUNCTION"
+    correct = "jsonl: how to judge answers: choice, math, or FILE.py:FUNCTION; default: equality"
     smallest = "arithmetic: smallest operand; a negative one is written in brackets"
     largest, numbers = "arithmetic: largest operand", "countdown: how many numbers a problem gives"
     assert task_options() == {

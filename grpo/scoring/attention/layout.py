@@ -178,7 +178,7 @@ def _in_order(index: Tensor, is_real: Tensor) -> Tensor:
 
 
 def _columns(lengths: Tensor, common_prefix: int) -> Tensor:
-    """Return 0, 1, ..., L - 1, where sequences with these lengths are padded to L columns, at least one."""
+    """Return column indices 0, …, L − 1. L is the largest length, at least 1, rounded up with a common beginning."""
     multiple = COLUMN_MULTIPLE if common_prefix else 1
     return torch.arange(-(-max(1, int(lengths.max())) // multiple) * multiple, device=lengths.device)
 
