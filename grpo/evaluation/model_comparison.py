@@ -49,7 +49,7 @@ def measure(
         fitting = fitting_task(lm, task, config)
         if fitting is not task and measured:
             raise ValueError(
-                f"{name} has too few positions for some problems that {names[0]} can take; name it first"
+                f"{name} has too few positions for some problems of {names[0]}; name it first"
             )
         if fitting is not task:
             say(printable(fitting.notes[-1]))
