@@ -48,9 +48,7 @@ def measure(
         task = task_for(lm, task)
         fitting = fitting_task(lm, task, config)
         if fitting is not task and measured:
-            raise ValueError(
-                f"{name} has too few positions for some problems of {names[0]}; name it first"
-            )
+            raise ValueError(f"{name} has too few positions for some problems of {names[0]}; name it first")
         if fitting is not task:
             say(printable(fitting.notes[-1]))
         task = fitting
