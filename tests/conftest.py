@@ -71,11 +71,6 @@ def _empty_pictures(request):
         yield
 
 
-def pytest_xdist_auto_num_workers():
-    """Start one process more than there are cores, because some tests wait."""
-    return min(4, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else None
-
-
 @pytest.fixture(scope="module")
 def no_plots():
     """For speed, of runs that are looked at in other ways."""

@@ -125,7 +125,7 @@ def test_a_second_signal_quits_at_once(tmp_path, number, status):
     second_signal_at = time.monotonic()
     process.communicate(timeout=30)
     assert process.returncode in (status, -number)  # the run ends itself, or the system ends it
-    assert time.monotonic() - second_signal_at < 1
+    assert time.monotonic() - second_signal_at < 4  # a step takes far longer, and another test may use the core
 
 
 def test_a_second_run_in_the_folder_is_refused_at_once_and_the_first_continues(tmp_path):
