@@ -87,7 +87,6 @@ class Updater:
         self.optimizer = torch.optim.AdamW(
             trainable(policy).values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
-        self.skipped_in_a_row = 0  # number of updates skipped in a row, up to the latest update
         self.has_begun = False  # True from the first update of a step until the caller has counted the step
         self.reset()
 
@@ -96,7 +95,7 @@ class Updater:
 
         Otherwise AdamW would create the moments in its first step, and if memory ran out then, some would be missing.
         """
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row = 0  # number of updates skipped in a row, up to the latest update
         self.optimizer.state.clear()
         self._make_moments()
 

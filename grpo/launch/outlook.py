@@ -26,7 +26,6 @@ FORWARDS_PER_BACKWARD = 2  # A backward pass takes about as long as two forward 
 MIN_TEACHING = 0.1  # Below this share of groups with mixed rewards, a run stops before its first step.
 MAX_TRYING_SECONDS = 40.0  # A trial that would probably end later than this after the first began is left out.
 TRIED_SHOTS = (2, 4)
-TOKEN_LIMITS = [2**n for n in range(3, 15)]  # The limits from which one is taken that holds all worked examples.
 TRIED_TOKENS = (2, 4)  # multiples of --max-new-tokens
 THINKING_OFF = "enable_thinking=false"  # The templates of Qwen3 and SmolLM3, for example, have this variable.
 MIN_THINKING = 0.5  # THINKING_OFF is tried if at least this share of completions begins with <think>.
@@ -84,8 +83,8 @@ def try_settings(grpo: GRPO, look: Mapping[str, Any]) -> list[Trial]:
             asking = replace(lm, template_args=parse_template_args(changed.chat_template_arg))
             task = fitting_task(asking, task_for(asking, make_task(changed)), changed)
             if (needed := longest_example(asking, task)) > changed.max_new_tokens:
-                # A completion like the examples would be cut off.
-                limit = min(n for n in TOKEN_LIMITS if n >= needed)
+                # A completion like the examples would be cut off. The limit becomes the next power of two.
+                limit = 2 ** (needed - 1).bit_length()
                 changes = {**changes, "max_new_tokens": limit}
                 changed = replace(changed, max_new_tokens=limit)
                 task = fitting_task(asking, task, changed)

@@ -175,7 +175,7 @@ def limit_note(lm: LanguageModel, task: Task, config: TrainConfig) -> str | None
     if config.sft_steps:
         texts = [solved_problem(task, config.seed, -1, row)[1] for row in rows]
         what = "completions that fine-tuning teaches"
-    elif texts := [turn["content"] for turn in _examples(task) if turn["role"] == "assistant"]:
+    elif texts := _example_completions(task):
         what = "worked examples in the prompt"
     else:
         problems = [task.training_problem(config.seed, -1, row) for row in rows]
@@ -196,12 +196,12 @@ def limit_note(lm: LanguageModel, task: Task, config: TrainConfig) -> str | None
     )
 
 
-def _examples(task: Task) -> list[Message]:
-    """Return the worked examples of a task, or of all tasks of a mixture."""
-    return [turn for part in (task.parts.values() or [task]) for turn in part.examples]
+def _example_completions(task: Task) -> list[str]:
+    """Return the completions in the worked examples of a task, or of all tasks of a mixture."""
+    turns = [turn for part in (task.parts.values() or [task]) for turn in part.examples]
+    return [turn["content"] for turn in turns if turn["role"] == "assistant"]
 
 
 def longest_example(lm: LanguageModel, task: Task) -> int:
     """Return the number of tokens of the longest completion among the worked examples; 0 if there are none."""
-    texts = [turn["content"] for turn in _examples(task) if turn["role"] == "assistant"]
-    return max((len(lm.completion(text)) for text in texts), default=0)
+    return max((len(lm.completion(text)) for text in _example_completions(task)), default=0)

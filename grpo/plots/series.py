@@ -147,7 +147,7 @@ def _settings(record: Record) -> dict[str, Any]:
 
 
 def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a label for each group: those of its settings in which groups differ; "" if all settings are equal."""
+    """Return a label for each group, made of the settings in which groups differ; "" if all settings are equal."""
     names = dict.fromkeys(name for group in settings for name in group)
     differing = [name for name in names if len({repr(group.get(name)) for group in settings}) > 1]
     return [", ".join(f"{name} {group.get(name, '?')}" for name in differing) for group in settings]

@@ -57,7 +57,7 @@ class Tracker:
         """Send the numbers in an entry of `steps`, or, with a prefix such as "validation/", in an entry of `evals`.
 
         `step` is the current step of the run, even for a test of an earlier policy, because wandb drops an entry
-        whose step is lower than that of the entry before it.
+        whose step is lower than the step of the entry before it.
         """
         numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}
         self._attempt(lambda: self._send(numbers, step))

@@ -4,7 +4,7 @@ The G completions of a group share their prompt, and prompts may share a beginni
 A scorer that shares prompts runs all real tokens as one packed row, in which the common beginning of S tokens and the
 rest of each prompt appear once. The row has at most S + N · (P − S) + B · C tokens, instead of B · (P + C).
 `attention/packed.py` decides which tokens attend to which. Gradients flow through all tokens of the row. In float32
-the results differ only by rounding from those of rows run in full.
+the results are the same as if every row were run in full, apart from rounding.
 """
 
 from dataclasses import dataclass
