@@ -37,10 +37,10 @@ from grpo.resume import Progress, RunState
 from grpo.runtime.atomic_io import check_room, name_in_errors
 from grpo.runtime.console import ProgressBar
 from grpo.runtime.device import (
+    TRAITS,
     choose_device,
     environment,
     keep_freed_memory,
-    peak_memory,
     return_freed_memory,
     set_deterministic,
     use_large_pages,
@@ -223,7 +223,8 @@ class Trainer:
         with interrupts.abandonable():
             forecast, seconds = outlook(self.grpo, self.config)
         self.metrics.record["outlook"] = forecast
-        show_outlook(forecast, seconds, self.config.num_iterations, peak_memory(self.lm.model.device))
+        peak_memory = TRAITS[self.lm.model.device.type].peak_memory(self.lm.model.device)
+        show_outlook(forecast, seconds, self.config.num_iterations, peak_memory)
         self.measurer.diagnose()  # says at once if there is nothing to learn from
         if is_hopeless(forecast) and not self.train_anyway:
             with interrupts.abandonable():
@@ -309,7 +310,7 @@ class Trainer:
             readme = saved_readme(self.config, self.task, progress.best, progress.before, after)
             with name_in_errors(self.saved_model / "README.md"):
                 (self.saved_model / "README.md").write_text(readme, encoding="utf-8")
-        finished = {"step": progress.step, "reason": reason, "peak_memory": peak_memory(device)}
+        finished = {"step": progress.step, "reason": reason, "peak_memory": TRAITS[device.type].peak_memory(device)}
         self.metrics.record["finished"] = finished
         self.metrics.write()
         conclude(self.folder, self.metrics.record, time.monotonic() - self.launched, self.task.example)

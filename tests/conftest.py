@@ -15,7 +15,7 @@ from grpo.evaluation import evaluator
 from grpo.model import inspection
 from grpo.model_card import CARD
 from grpo.plots import figures
-from grpo.runtime import precision
+from grpo.runtime import device
 from tests.helpers.runs import a_tiny_model
 
 
@@ -32,7 +32,7 @@ def _one_thread():
 def _float32():
     """Make a tiny run the same on CPUs that multiply bfloat16 and on others, unless a test asks for it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precision, "cpu_multiplies_bfloat16", lambda: False)
+        patch.setattr(device, "cpu_multiplies_bfloat16", lambda: False)
         yield
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
+from grpo.runtime.device import TRAITS
+
 # This many tokens run on a side stream before the recording, to initialise CUDA's libraries.
 WARM_UP_TOKENS = 2
 
@@ -41,7 +43,7 @@ class CudaGraphDecoding:
         """Append one token (B,) to each row; return the logits (B, V) after it, which the next call overwrites."""
         self.tokens.copy_(tokens[:, None])
         self.done += 1
-        if tokens.device.type != "cuda":
+        if not TRAITS[tokens.device.type].has_graphs:
             self._forward()
         elif self.done <= WARM_UP_TOKENS:
             side = torch.cuda.Stream()

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grpo.generation.cuda_graphs import CudaGraphDecoding
+from grpo.runtime.device import TRAITS
 from grpo.runtime.ranks import ONE, Ranks
 from grpo.scoring.attention.common_prefix import CommonPrefix
 from grpo.scoring.attention.packed import enable
@@ -72,7 +73,7 @@ class PreallocatedLayer(DynamicLayer):
         """Copy a layer of N rows, (N, heads, length, size), each row `repeats` times."""
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self.is_compileable |= layer.device.type != "cpu"  # else the host waits while transformers reads the mask
+        self.is_compileable |= TRAITS[layer.device.type].is_queued  # else the host waits to read the mask
         self._length = layer.keys.shape[-2]
         self._buffers = [reserve(layer.keys, repeats), reserve(layer.values, repeats)]
         self._update_views()

@@ -15,6 +15,7 @@ from grpo.generation.cuda_graphs import WARM_UP_TOKENS, CudaGraphDecoding
 from grpo.generation.decoding import CachedDecoding, Decoder, begin_after_prefix, prefill
 from grpo.model.language_model import LanguageModel
 from grpo.runtime.console import say
+from grpo.runtime.device import TRAITS
 from grpo.runtime.microbatch import is_unsupported, matches_reference
 from grpo.runtime.precision import in_precision, precision
 from grpo.runtime.ranks import ONE, Ranks
@@ -144,7 +145,7 @@ def supports_prefix_attention(model: PreTrainedModel, ids: Tensor, mask: Tensor,
 @torch.no_grad()
 def supports_cuda_graphs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
     """Return whether decoding with a CUDA graph agrees with plain passes; False if the device is not CUDA."""
-    if ids.device.type != "cuda":
+    if not TRAITS[ids.device.type].has_graphs:
         return False
     with in_precision(model):
         cache, logits = prefill(model, ids, mask)

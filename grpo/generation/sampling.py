@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from grpo.generation.decoding import Decoder, Decoding
+from grpo.runtime.device import TRAITS
 from grpo.runtime.microbatch import split_microbatches
 from grpo.scoring.scorer import scaled
 from grpo.scoring.tokens import length_mask, prompts_of
@@ -92,7 +93,7 @@ class Generator:
         n, device = params.n, prompt_ids.device
         total = len(prompt_ids) * n
         if uniforms is not None:
-            uniforms = uniforms.to(torch.float32 if device.type == "mps" else uniforms.dtype).to(device)
+            uniforms = uniforms.to(uniforms.dtype if TRAITS[device.type].has_float64 else torch.float32).to(device)
         parts = []
         for rows in split_microbatches(total, n, rows_per_pass or total):
             prompts = prompts_of(rows, n)
@@ -112,7 +113,7 @@ class Generator:
         """
         rows, columns, device = logits.shape[0], params.max_tokens, logits.device
         ends = torch.tensor(list(params.stop_ids), device=device)
-        check_every = self.check_every or (1 if device.type == "cpu" else CHECK_EVERY)
+        check_every = self.check_every or (CHECK_EVERY if TRAITS[device.type].is_queued else 1)
         ids = torch.zeros(rows, columns, dtype=torch.long, device=device)
         logprobs = torch.zeros(rows, columns, device=device)
         lengths = torch.zeros(rows, dtype=torch.long, device=device)

@@ -14,7 +14,7 @@ from grpo.generation.greedy import ROWS_PER_PASS
 from grpo.launch.outlook import look_closer, outlook, try_settings, way_out
 from grpo.report.opening import introduce, show_shares, show_trials
 from grpo.runtime.console import duration, printable, say
-from grpo.runtime.device import peak_memory
+from grpo.runtime.device import TRAITS
 from grpo.sft import SupervisedTrainer
 from grpo.step_probe import measured_step
 from tasks.base import Problem, Task
@@ -43,7 +43,7 @@ def check(grpo: GRPO, evaluator: Evaluator, environment: Mapping[str, Any], star
     say("\nEstimate, from a step that was measured and thrown away:")
     say(f"  a step {duration(parts['steps'] / grpo.config.num_iterations, decimals=True)}")
     say(f"  the run about {duration(sum(parts.values()))}:  {details}")
-    if memory := peak_memory(lm.model.device):
+    if memory := TRAITS[lm.model.device.type].peak_memory(lm.model.device):
         say(f"  the largest amount of memory so far: {memory / 2**20:,.0f} MiB")
     say("Later steps are slower if completions become longer. Nothing was trained, and nothing was written.")
 
@@ -106,8 +106,9 @@ def expected_seconds(grpo: GRPO, evaluator: Evaluator) -> dict[str, float]:
     seconds = _seconds(lambda: evaluator.evaluate(lm, task, timed))
 
     def evaluation(problems: int) -> float:
-        """Return the expected seconds of an evaluation: proportional to its rows on a CPU, else to its passes."""
-        return seconds * (problems / len(timed) if lm.model.device.type == "cpu" else -(-problems // ROWS_PER_PASS))
+        """Return the expected seconds of an evaluation: proportional to its passes on a GPU, else to its rows."""
+        is_gpu = TRAITS[lm.model.device.type].is_queued
+        return seconds * (-(-problems // ROWS_PER_PASS) if is_gpu else problems / len(timed))
 
     evaluations = 1 + -(-c.num_iterations // c.eval_every)
     expected["validation"] = evaluations * evaluation(len(validation))

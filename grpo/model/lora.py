@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from grpo.config import TrainConfig
 from grpo.runtime.console import suppress_warnings
+from grpo.runtime.device import TRAITS
 from grpo.runtime.ranks import ONE, Ranks, full_tensor
 
 ADAPTER = "adapter"  # The adapter is in this folder inside saved_model/.
@@ -32,12 +33,12 @@ def four_bits(device: torch.device) -> dict[str, Any]:
             import bitsandbytes  # noqa: F401
     except ImportError:
         raise ValueError("--load-in-4bit needs bitsandbytes: pip install 'bitsandbytes>=0.48,<0.51'") from None
-    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    dtype = torch.bfloat16 if device.type == "cuda" and TRAITS["cuda"].multiplies_bfloat16(device) else torch.float32
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": quantization, "device_map": {"": device}}
 

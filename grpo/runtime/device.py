@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -18,21 +19,84 @@ OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate m
 FEW_PARAMETERS = 2**25  # With more parameters, freed memory is returned to the system; with fewer, it is kept.
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What a type of device can do, and torch's functions for it."""
+
+    is_available: Callable[[], bool]
+    is_queued: bool  # operations run later, in order, so reading a value makes the host wait for all of them
+    has_float64: bool  # tensors may be float64
+    has_graphs: bool  # torch can record the operations of a pass as a CUDA graph, and replay them
+    multiplies_bfloat16: Callable[[torch.device], bool]  # in hardware, so that passes in bfloat16 are faster
+    name: Callable[[torch.device], str]
+    synchronize: Callable[[torch.device], None]  # wait until all queued operations have run
+    empty_cache: Callable[[], None]  # release the unused memory that torch holds on the device
+    peak_memory: Callable[[torch.device], int | None]  # most bytes held by this process so far; None: not known
+
+
+def _peak_memory_of_process(device: torch.device) -> int | None:
+    try:
+        import resource  # Windows has no such module
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Return whether this CPU has instructions that multiply bfloat16: AMX or AVX512-BF16."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+# By the type of the device, in the order in which "auto" tries them.
+TRAITS = {
+    "cuda": Traits(
+        is_available=torch.cuda.is_available,
+        is_queued=True,
+        has_float64=True,
+        has_graphs=True,
+        # torch.cuda.is_bf16_supported() is also true where bfloat16 is only emulated
+        multiplies_bfloat16=lambda device: torch.cuda.get_device_capability(device)[0] >= 8,
+        name=torch.cuda.get_device_name,
+        synchronize=torch.cuda.synchronize,
+        empty_cache=torch.cuda.empty_cache,
+        peak_memory=torch.cuda.max_memory_allocated,
+    ),
+    "mps": Traits(
+        is_available=torch.backends.mps.is_available,
+        is_queued=True,
+        has_float64=False,
+        has_graphs=False,
+        multiplies_bfloat16=lambda device: False,
+        name=lambda device: device.type,
+        synchronize=lambda device: torch.mps.synchronize(),
+        empty_cache=torch.mps.empty_cache,
+        peak_memory=_peak_memory_of_process,
+    ),
+    "cpu": Traits(
+        is_available=lambda: True,
+        is_queued=False,
+        has_float64=True,
+        has_graphs=False,
+        multiplies_bfloat16=lambda device: cpu_multiplies_bfloat16(),
+        name=lambda device: device.type,
+        synchronize=lambda device: None,
+        empty_cache=lambda: None,
+        peak_memory=_peak_memory_of_process,
+    ),
+}
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device of this name; "auto" is the best available one. Raises ValueError for a missing device."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind, is_available in available.items() if is_available)
-    if name not in available:
-        raise ValueError(f"--device is {name!r}; it must be auto, cuda, mps or cpu")
-    if not available[name]:
+        name = next(kind for kind, traits in TRAITS.items() if traits.is_available())
+    if name not in TRAITS:
+        raise ValueError(f"--device is {name!r}; it must be auto, {', '.join(TRAITS)}")
+    if not TRAITS[name].is_available():
         raise ValueError(f"--device {name} is not available on this machine; use --device auto")
     return torch.device(name)
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of the GPU on CUDA, else the type of the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def set_deterministic(enabled: bool) -> None:
@@ -92,7 +156,7 @@ def _glibc_function(name: str) -> Callable[..., int] | None:
 def environment(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
     """Return what results depend on besides the settings: device, precision, threads, processes, versions."""
     return {
-        "device": device_name(device),
+        "device": TRAITS[device.type].name(device),
         "precision": precision,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -104,18 +168,6 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
     }
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """Return the largest number of bytes that this process has held (on CUDA, in GPU memory); None if not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # Windows has no such module
-    except ImportError:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` reports a lack of memory: by its class on CUDA, by its message on other devices."""
     if isinstance(error, torch.OutOfMemoryError):
@@ -123,9 +175,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OOM_MESSAGES)
 
 
-def empty_cache() -> None:
-    """Release the unused memory that torch holds on the accelerator."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
-        torch.mps.empty_cache()
+def empty_caches() -> None:
+    """Release the unused memory that torch holds on devices."""
+    for traits in TRAITS.values():
+        if traits.is_available():
+            traits.empty_cache()

@@ -6,7 +6,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from grpo.runtime.console import say
-from grpo.runtime.device import empty_cache, is_out_of_memory
+from grpo.runtime.device import empty_caches, is_out_of_memory
 
 Result = TypeVar("Result")
 # Errors that may be raised if a model's attention or cache does not support a shortcut.
@@ -68,7 +68,7 @@ class AdaptiveMicrobatch:
                     raise
             # This is outside the except clause, in which the error would keep the tensors of the failed pass alive.
             self._halve()
-            empty_cache()
+            empty_caches()
 
     def _halve(self) -> None:
         if self.collective:

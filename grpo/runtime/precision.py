@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from grpo.runtime.device import TRAITS
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -22,7 +24,7 @@ def set_precision(model: nn.Module, name: str, device: torch.device) -> None:
     ValueError if the name is unknown, which can happen with a name from a model's folder.
     """
     if name == "auto":
-        name = "bfloat16" if _multiplies_bfloat16(device) else "float32"
+        name = "bfloat16" if TRAITS[device.type].multiplies_bfloat16(device) else "float32"
     if name not in list(DTYPES):  # a list, because a name from a file may be unhashable
         raise ValueError(f"--precision is {name!r}; it must be auto, float32 or bfloat16")
     model.compute_dtype = DTYPES[name]
@@ -64,15 +66,3 @@ def lower_weights(model: nn.Module) -> None:
     """Cast the weights of a model that is never trained to the precision of its passes, in place."""
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(model, "compute_dtype", weight.dtype))
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":  # torch.cuda.is_bf16_supported() is also true where bfloat16 is only emulated
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and cpu_multiplies_bfloat16()
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Return whether this CPU has instructions that multiply bfloat16: AMX or AVX512-BF16."""
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)

@@ -26,7 +26,7 @@ from grpo.generation.probe import probe
 from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.record.metrics import load_metrics
-from grpo.runtime.device import choose_device, device_name
+from grpo.runtime.device import TRAITS, choose_device
 from grpo.runtime.precision import set_precision
 from grpo.scoring.scorer import DENSE
 from grpo.step_probe import measured_step
@@ -210,7 +210,7 @@ def main(device: str, minutes: float, trl: bool, quick: bool, output_dir: Path) 
         checks = dict(list(CHECKS.items())[: 1 - len(SHAPES)]) if quick else CHECKS
         rows = run_checks(checks, check, end)
     text = table(rows)
-    about = {"hardware": hardware(where.type), "device": device_name(where), "torch": torch.__version__}
+    about = {"hardware": hardware(where.type), "device": TRAITS[where.type].name(where), "torch": torch.__version__}
     (output_dir / "device_check.json").write_text(json.dumps({**about, "checks": rows}, indent=1) + "\n")
     (output_dir / "device_check.md").write_text(text + "\n", encoding="utf-8")
     click.echo(f"\n{about['device']}, torch {about['torch']}\n\n{text}")

@@ -22,7 +22,7 @@ from grpo.generation.greedy import greedy
 from grpo.model.language_model import LanguageModel
 from grpo.model.loading import load
 from grpo.model_card import PACKAGED, STARTER, resolve
-from grpo.runtime.device import choose_device, peak_memory
+from grpo.runtime.device import TRAITS, choose_device
 from tasks.base import Message, Problem, Task, seeded_rng
 from tasks.common.qa_task import QATask
 from tasks.registry import make_task
@@ -193,7 +193,7 @@ class Channel:
         return sum(result.right) / result.n
 
     def _memory(self) -> int | None:
-        return peak_memory(self._lm.model.device)
+        return TRAITS[self._lm.model.device.type].peak_memory(self._lm.model.device)
 
     def _send(self, **message: Any) -> None:
         print(json.dumps(message), file=self._out, flush=True)

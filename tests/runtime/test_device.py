@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from grpo.runtime import device
-from grpo.runtime.device import FEW_PARAMETERS, keep_freed_memory, peak_memory, return_freed_memory
+from grpo.runtime.device import FEW_PARAMETERS, TRAITS, keep_freed_memory, return_freed_memory
 from tests.helpers.runs import ROOT
 
 
 def test_peak_memory_is_that_of_this_process():
-    assert 50 * 2**20 < peak_memory(torch.device("cpu")) < 2**40
+    assert 50 * 2**20 < TRAITS["cpu"].peak_memory(torch.device("cpu")) < 2**40
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's")

@@ -8,8 +8,9 @@ import torch
 from grpo.algorithm.reference import frozen_copy
 from grpo.model.loading import load
 from grpo.model_card import resolve
-from grpo.runtime import precision as module
-from grpo.runtime.precision import cpu_multiplies_bfloat16, in_precision, precision, set_precision
+from grpo.runtime import device as module
+from grpo.runtime.device import cpu_multiplies_bfloat16
+from grpo.runtime.precision import in_precision, precision, set_precision
 from tests.helpers.models import ragged_tokens, tiny_model
 from tests.helpers.scoring import logprobs_of, scores_of
 
