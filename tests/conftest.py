@@ -1,7 +1,7 @@
 """Fixtures of all tests: offline, one thread, float32, and settings that make a run quick."""
 
 import os
-from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("COLUMNS", None)  # pytest imports readline, which sets it to 80 for the processes that it starts
@@ -12,11 +12,10 @@ import torch
 
 from grpo import trainer
 from grpo.evaluation import evaluator
-from grpo.model import inspection
-from grpo.model_card import CARD
+from grpo.model import trial
 from grpo.plots import figures
 from grpo.runtime import device
-from tests.helpers.runs import a_tiny_model
+from tests.helpers.runs import a_tiny_model, run_trial_in_fork
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,25 +35,17 @@ def _float32():
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_trial_of_each_tokenizer():
-    """Try a tokenizer in a child process only the first time that a model with the same files is loaded.
+@pytest.fixture(scope="module", autouse=True)
+def _quick_trials(request):
+    """Try a tokenizer in a fork of this process, which has already imported transformers.
 
-    A trial takes more than a second, and some tests load the same model seven times. A tokenizer that is refused is
-    tried every time.
+    A new process needs more than a second of CPU time for the import. The tests of the trial itself start it.
     """
-    passed = set()
-    true_trial = inspection.try_tokenizer
-
-    def try_once(folder: Path, size: int) -> None:
-        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".safetensors"]
-        files = tuple((path.name, path.read_bytes()) for path in paths if path.name not in (CARD, "README.md"))
-        if files not in passed:
-            true_trial(folder, size)
-            passed.add(files)
-
+    if request.module.__name__.endswith(("test_trial", "test_hostile_files")):
+        yield
+        return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspection, "try_tokenizer", try_once)
+        patch.setattr(trial, "subprocess", SimpleNamespace(run=run_trial_in_fork, DEVNULL=None, PIPE=None))
         yield
 
 

@@ -87,6 +87,16 @@ def main(folder: str, memory: int, seconds: float) -> None:
     sys.modules["torch"] = None  # importing torch fails now, and transformers works without it
     from transformers import AutoTokenizer
 
+    set_limits(memory, seconds)
+    try:
+        use(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+    except BaseException as error:  # a panic inside tokenizers is not an Exception
+        os.write(out, f"{type(error).__name__}: {error}"[:2000].encode(errors="replace"))
+        os._exit(1)
+
+
+def set_limits(memory: int, seconds: float) -> None:
+    """Limit how many more bytes of memory, and how many more seconds of CPU time, this process may use."""
     with suppress(ImportError, OSError, ValueError):  # only Linux reports and limits the address space
         import resource
 
@@ -95,11 +105,6 @@ def main(folder: str, memory: int, seconds: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (in_use + memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
     if hasattr(signal, "setitimer"):  # Windows has no timers
         signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the child, even if the training process is gone
-    try:
-        use(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
-    except BaseException as error:  # a panic inside tokenizers is not an Exception
-        os.write(out, f"{type(error).__name__}: {error}"[:2000].encode(errors="replace"))
-        os._exit(1)
 
 
 if __name__ == "__main__":

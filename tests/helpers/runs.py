@@ -24,6 +24,7 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train_grpo
+from grpo.model import trial
 from grpo.model.language_model import encode_chat
 from grpo.model_card import CARD, STARTER
 from grpo.record.metrics import load_metrics
@@ -177,6 +178,28 @@ def _run(command, arguments, before, folder):
         sys.stdout.flush()
         sys.stderr.flush()
     return status
+
+
+def run_trial_in_fork(arguments, **_):
+    """Try a tokenizer as a new process of `grpo/model/trial.py` does, in a fork, which has imported transformers."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.environ.update(trial.ONE_THREAD)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.dup2(2, 1)
+        trial.set_limits(int(arguments[-2]), float(arguments[-1]))
+        try:
+            trial.use(AutoTokenizer.from_pretrained(arguments[-3], local_files_only=True))
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}"[:2000].encode(errors="replace"))
+            os._exit(1)
+        os._exit(0)
+    os.close(write)
+    with open(read, encoding="utf-8", errors="replace") as out:
+        reason = out.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return subprocess.CompletedProcess(arguments, status, reason)
 
 
 def forked(command, arguments, before=lambda: None, folder=None):
