@@ -22,8 +22,8 @@ from tasks.common import watch
 TIME_IS_UP = 1  # Lower than the signals' numbers, 2 and 15, so that a signal takes precedence.
 TIME_LIMIT = "the time limit"
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-JOIN_SECONDS = 1.0  # At the end, the thread gets this long to print that a signal has come.
-REPEAT_SECONDS = 0.3  # While abandonable work continues after a signal, the signal is sent again this often.
+JOIN_SECONDS = 1.0  # At the end, the thread that reads signals gets this long to print its message.
+REPEAT_SECONDS = 0.3  # While abandonable work continues after a signal, the signal is sent again at this interval.
 
 
 class Interrupted(KeyboardInterrupt):

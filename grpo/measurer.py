@@ -59,8 +59,8 @@ class Measurer:
     ) -> dict[str, Any]:
         """Measure the policy of a step on a split, record and return the evaluation, and look for findings.
 
-        On the "test" split, neighbouring skills are measured too. The measurement runs in the context `abandonable`,
-        so a signal may interrupt it.
+        On the "test" split, skills that are not trained on are measured too. The measurement runs in the context
+        `abandonable`, so a signal may interrupt it.
         """
         start = time.perf_counter()
         with abandonable:

@@ -105,7 +105,8 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     """
     entries = read_card(given.get("model", "starter"))
     card = with_new_names(entries.get("settings", {}))
-    if "system_prompt" in entries:  # Only a card of an older version lacks the wording.
+    # The starter's card and the cards of older versions name no wording, because there was only FIRST_WORDING.
+    if "system_prompt" in entries:
         card.setdefault("prompt_wording", FIRST_WORDING)
     card.pop(REMOVED, None)  # it affected only how the model itself was trained
     if unknown := sorted(set(card) - {f.name for f in fields(TrainConfig) if f.name not in NOT_INHERITED}):

@@ -42,7 +42,7 @@ class Completion:
 
 
 def sample(lm: LanguageModel, prompt: Sequence[int], uniforms: Tensor, temperature: float) -> list[int]:
-    """Sample token ids until one ends the turn or `uniforms` runs out. Each of `uniforms`, in [0, 1), decides one."""
+    """Sample token ids until one ends the turn or `uniforms` runs out. Each uniform, in [0, 1), decides one token."""
     ids: list[int] = []
     for uniform in uniforms:
         logits = lm.model(torch.tensor([[*prompt, *ids]])).logits[:, -1]  # (1, V)

@@ -43,7 +43,9 @@ class Progress:
             return True
         if "reward" not in entry:
             return entry["accuracy"] > self.best["accuracy"]
-        if "reward" not in self.best:  # The best was measured by an earlier version, or has right answers.
+        # `best` has no reward if some of its answers were right, because accuracy chooses then, or if an older
+        # version of this program measured it.
+        if "reward" not in self.best:
             return entry["accuracy"] >= self.best["accuracy"]
         return entry["reward"] > self.best["reward"]
 

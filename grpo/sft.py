@@ -96,7 +96,10 @@ def supervised_tokens(lm: LanguageModel, chats: Sequence[Sequence[Message]], com
 def supervised_gradient(
     model: PreTrainedModel, tokens: Tokens, num_tokens: int, scorer: Scorer, rows_per_pass: int
 ) -> Tensor:
-    """Return the sum of −log p divided by `num_tokens`, counted on all ranks; leave its gradient in the model."""
+    """Return −log p summed over the completion tokens, divided by `num_tokens`; leave its gradient in the model.
+
+    `num_tokens` is the number of completion tokens of all ranks.
+    """
     model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=tokens.completion_ids.device)
     for rows in split_microbatches(len(tokens.completion_ids), 1, rows_per_pass):

@@ -1,4 +1,4 @@
-"""Compute the metrics of a step from its outcome, and from the weights before and after it."""
+"""Take a step, and compute its metrics from its outcome and from the weights before and after it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from grpo.record.step_metrics import StepResult, UpdateStats, step_metrics
 from grpo.runtime.ranks import Ranks, sample_of
 from grpo.runtime.sharding import local_tensor
 
-WATCHED_WEIGHTS = 10_000  # This number is enough to see whether updates change the weights, and cheap to copy.
+WATCHED_WEIGHTS = 10_000  # A sample of this size shows whether updates change the weights, and is cheap to copy.
 
 
 def measured_step(grpo: GRPO, step: int) -> tuple[StepOutcome, dict[str, Any]]:

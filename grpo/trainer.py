@@ -72,10 +72,12 @@ class Trainer:
         train_anyway: bool = False,
         accept_changed_files: bool = False,
     ) -> None:
-        """Load the model and make the parts of the run. A time limit counts from `launched`, by default from now.
+        """Load the model and make the parts of the run.
 
-        With `train_anyway`, train even if the outlook finds hardly any learning signal. With `accept_changed_files`,
-        continue even if files of rewards, tasks or problems changed.
+        `skills` are tasks by name; those on the model's card are measured, but not trained on. A time limit counts
+        from `launched`, a value of `time.monotonic()`, by default now. With `train_anyway`, train even if the outlook
+        finds hardly any learning signal. With `accept_changed_files`, continue even if files of rewards, tasks or
+        problems changed.
         """
         self.config, self.ranks, self.train_anyway = config, ranks, train_anyway
         self.folder = Path(config.output_dir)
@@ -244,9 +246,9 @@ class Trainer:
             self.evaluator.remember_start(self.lm)
 
     def _look_for_a_way_out(self, forecast: Mapping[str, Any]) -> None:
-        """Sample more groups. If hardly any has a signal, print shares under other settings; raise NothingToLearn.
+        """Sample more groups. If hardly any has mixed rewards, try other settings, and raise NothingToLearn.
 
-        The run's files are kept only if the model was fine-tuned.
+        A table of these trials is printed. The run's files are kept only if the model was fine-tuned.
         """
         look = look_closer(self.grpo, forecast)
         if not is_hopeless(look):

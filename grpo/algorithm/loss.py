@@ -4,7 +4,7 @@ Per token (DeepSeekMath, arXiv:2402.03300, equation 3; Schulman's k3 from equati
 
     objective = min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) − β · KL
 
-The objective is averaged over a completion's tokens, then over the completions. The loss is its negative. The
+The objective is averaged over a completion's tokens, then over the completions. The loss is its negative. Its
 published variants are settings: each is a function here and a choice in `grpo/config.py`. All arguments are (B, C)
 float32 unless stated otherwise. Results are finite if the arguments are. A `mask` (B, C) is True for the tokens that
 count.

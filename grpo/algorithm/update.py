@@ -91,9 +91,9 @@ class Updater:
         self.reset()
 
     def reset(self) -> None:
-        """Reset the optimizer: set all moments to 0.
+        """Reset the optimizer: make all moments again, with the value 0.
 
-        Otherwise AdamW would create the moments in its first step, and if memory ran out then, some would be missing.
+        If AdamW made them in its first step, and memory ran out at that moment, some moments would be missing.
         """
         self.skipped_in_a_row = 0  # number of updates skipped in a row, up to the latest update
         self.optimizer.state.clear()

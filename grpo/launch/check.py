@@ -68,7 +68,7 @@ def show_examples(grpo: GRPO) -> None:
 
 
 def wrong_answer(task: Task, problem: Problem) -> str | None:
-    """Return a well-formed completion that the task grades as wrong; None if it grades no candidate as wrong."""
+    """Return a well-formed completion that the task grades as wrong; None if no candidate is both."""
     for answer in (f"{problem.answer}0", "1", "2", "wrong"):
         completion = after_opening(ideal_completion(answer, task.style, ""), task.opening)
         attempt = task.grade(problem, completion)

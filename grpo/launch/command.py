@@ -73,7 +73,8 @@ def run_script(command: click.Command) -> None:
     except SystemExit as end:
         if is_whole_program and (end.code is None or isinstance(end.code, int)):
             atexit._run_exitfuncs()
-            with suppress(OSError):  # If a stream fails, Python reports it after `raise`.
+            # If flushing fails, `raise` below ends the process, and Python reports the failure.
+            with suppress(OSError):
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(end.code or 0)

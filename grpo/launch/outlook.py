@@ -21,10 +21,10 @@ from tasks.base import Task, asked, task_of
 from tasks.common.prompts import THINK, WORDINGS
 from tasks.registry import make_task
 
-GROUPS = 8  # The rollout has this many groups; fewer if a step has fewer. With --shard it has a step's groups.
+GROUPS = 8  # The rollout has this many groups, or as many as a step if these are fewer, or with --shard.
 FORWARDS_PER_BACKWARD = 2  # A backward pass takes about as long as two forward passes.
 MIN_TEACHING = 0.1  # Below this share of groups with mixed rewards, a run stops before its first step.
-MAX_TRYING_SECONDS = 40.0  # A trial that would probably end later than this after the first began is left out.
+MAX_TRYING_SECONDS = 40.0  # A trial is left out if it would probably end more than 40 s after the first one began.
 TRIED_SHOTS = (2, 4)
 TRIED_TOKENS = (2, 4)  # multiples of --max-new-tokens
 THINKING_OFF = "enable_thinking=false"  # The templates of Qwen3 and SmolLM3, for example, have this variable.
@@ -41,7 +41,7 @@ Trial = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
 def outlook(grpo: GRPO, config: TrainConfig) -> tuple[dict[str, Any], float]:
-    """Return the figures of a rollout that `_shares` describes, and the expected seconds of a step.
+    """Sample a rollout; return its shares by name (see `_shares`), and the expected seconds of a step.
 
     The problems belong to step 0, which no run trains on, and the training does not depend on the outlook. `teaching`
     is the share of groups with mixed rewards. A step is expected to take the time of sampling, one forward pass for

@@ -71,9 +71,9 @@ def meet(statement: Mapping[str, Any], ranks: Ranks) -> Meeting:
 class Heartbeat:
     """Count a heartbeat every few seconds, and end this process when another process stops counting.
 
-    If a process dies, its connections break, which ends the other processes. If a process is stopped, or its machine
-    is off, no connection breaks: the other processes would wait for it until a long timeout. Heartbeats are counted,
-    not seconds, so that processes that were all stopped together continue together.
+    If a process dies, its connections break, which ends the other processes. If a process is suspended, or its
+    machine is off, no connection breaks: the other processes would wait for it until a long timeout. Heartbeats are
+    counted, not seconds, so that processes that were all suspended together continue together.
     """
 
     def __init__(self, meeting: Meeting, hint: str) -> None:
@@ -119,8 +119,8 @@ class Heartbeat:
             seen = self._seen
             if max(silent) >= SILENT_BEATS:
                 rank = silent.index(max(silent))
-                # If this process does not see its own heartbeats either, the store does not answer. Half the beats
-                # are enough to tell, because the last read may have missed a heartbeat of another process.
+                # If this process does not see its own heartbeats either, the store does not answer. Its own last
+                # heartbeat may have come a little later than the other's, so half of SILENT_BEATS is enough.
                 store_is_silent = silent[self.rank] > SILENT_BEATS // 2
                 self._end(f"torchrun at {_address()}" if store_is_silent else f"process {rank} on {self.hosts[rank]}")
 

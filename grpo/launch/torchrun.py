@@ -21,8 +21,8 @@ from grpo.runtime.device import choose_device
 from grpo.runtime.failures import RESUME_HINT, failures_in_words
 from grpo.runtime.ranks import ConnectedRanks, Ranks
 
-# The other ranks wait at most this long while rank 0 writes or scores. If a process was stopped, `Heartbeat` ends the
-# run sooner.
+# The other ranks wait at most this long while rank 0 writes or scores. If a process is suspended, `Heartbeat` ends
+# the run sooner.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -32,7 +32,7 @@ def train_together(
     """Train as one of the processes that torchrun started, and end this process when all are done.
 
     `settle` returns the settings of this process. `train(config, task, ranks, earlier)` runs the training and returns
-    the exit status; after a restart, `earlier` is the number of seconds since the first start, else 0.
+    the exit status. `earlier` is 0, or after a restart the seconds since the launch first began to train.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = (ConnectedRanks if size > 1 else Ranks)(

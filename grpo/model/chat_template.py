@@ -26,7 +26,7 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-# A chat template writes the current date with such a call, which is replaced by the text of TEMPLATE_DATE.
+# The call with which a chat template writes the current date. `fix_date` writes TEMPLATE_DATE in its place.
 TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
 TEMPLATE_DATE = datetime(2026, 1, 1)
 # Put before a template without a system role (Gemma 2), this adds the system text to the first user message.

@@ -167,8 +167,8 @@ def fitting_task(lm: LanguageModel, task: Task, config: TrainConfig) -> Task:
 def limit_note(lm: LanguageModel, task: Task, config: TrainConfig) -> str | None:
     """Return a note if completions that the run teaches, shows or asks for exceed --max-new-tokens, else None.
 
-    Fine-tuning teaches ideal completions, worked examples show them, and each run asks for the bare answers. A model
-    that has learned to write longer completions is cut off every time, so no completion gets a reward. Raises
+    Fine-tuning teaches ideal completions, worked examples show them, and every run needs at least the bare answers. A
+    model that has learned to write longer completions is cut off every time, so no completion gets a reward. Raises
     ValueError if the run has supervised steps, but the task knows no right completion.
     """
     rows = range(MEASURED_PROBLEMS)

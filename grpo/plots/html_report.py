@@ -111,7 +111,7 @@ def _state(record: Record) -> str:
 
 
 def _evaluations(record: Record) -> dict[str, Any]:
-    """Return heads and rows of two tables, evaluations and neighbouring skills, by their names in the template."""
+    """Return the header and the rows of two tables, evaluations and skills, by their names in the template."""
     drifts = any(entry.get("drift") is not None for entry in record["evals"])
     head = ["step", "problems", "right", "95% interval", "n", "well-formed"] + ["drift, nats a token"] * drifts
     rows = [

@@ -52,7 +52,7 @@ def _number(name: str, colour: str, axes: Axes, record: Record) -> str | None:
 
 
 def _share(name: str, colour: str, axes: Axes, record: Record) -> str | None:
-    """Draw a metric from 0 to 1 in %. The y axis ends at 1, 10 or 100%, whichever holds all values."""
+    """Draw a metric from 0 to 1 in %. The y axis ends at the first of 1, 10 and 100% that holds all values."""
     drawn = style.line(axes, record, name, colour)
     style.fitting_shares(axes, column(record, name))
     if not drawn:
@@ -135,7 +135,7 @@ def _drift(axes: Axes, record: Record) -> str | None:
 
 
 def skills(axes: Axes, record: Record) -> str | None:
-    """Draw the accuracy of each neighbouring skill before and after training; the y axis lists the skills."""
+    """Draw the accuracy of skills that are not trained on, before and after training; the y axis lists the skills."""
     tests = [e for e in evaluations(record, "test") if isinstance(e.get("skills"), dict) and e["skills"]]
     axes.set_xlim(-0.02, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))

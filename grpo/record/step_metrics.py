@@ -48,7 +48,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepMetric:
-    """A metric of a step. If its name ends in `/*`, the formula returns a dict of values by what replaces the `*`."""
+    """A metric of a step. If its name ends in `/*`, the formula returns a dict, whose keys replace the `*`."""
 
     name: str
     meaning: str

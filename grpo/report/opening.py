@@ -34,7 +34,7 @@ def introduce(
     decoder: Decoder,
     task_notes: Sequence[str] = (),
 ) -> None:
-    """Print the model, the device, the resolved settings, and a note if groups cannot share their prompts."""
+    """Print the model, the device, the settings, and a note if completions of a group cannot share their prompt."""
     millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
     where = environment["device"]
     if lm.model.device.type == "cpu":
@@ -88,7 +88,7 @@ def show_continuation(place: str, threads_then: int, threads_now: int) -> None:
 
 
 def show_outlook(outlook: Mapping[str, Any], seconds: float, steps: int, memory: int | None) -> None:
-    """Print the outlook, the expected time of a step and of all `steps`, and the memory used so far (bytes)."""
+    """Print the outlook, the expected time of a step and of all `steps`, and `memory`, the bytes used so far."""
     show_shares(outlook)
     memory_text = f", {memory / 2**20:,.0f} MiB of memory so far" if memory else ""
     step = duration(seconds, decimals=True)
@@ -112,10 +112,10 @@ def _room(outlook: Mapping[str, Any]) -> str:
 def show_trials(
     trials: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], options: Sequence[str], script: Sequence[str]
 ) -> None:
-    """Print the shares under other settings, and a command with the best settings if there are better ones.
+    """Print a table of trials, and a command with the settings of the best trial if enough of its groups are mixed.
 
-    Each trial has the settings that differ from the run's, and the shares under them; the first changes no setting.
-    `options` follow the words of `script` in the command; they are empty if no settings help.
+    A trial is a pair: the settings that differ from the run's (none in the first trial), and the shares measured with
+    them. The command has the words of `script`, then `options`, which are empty if no trial is good enough.
     """
     _, look = trials[0]
     best_of_group = f"pass@{look['num_generations']}"

@@ -19,7 +19,7 @@ from tqdm.utils import disp_len
 WIDEST = 100  # A paragraph is at most this many columns wide.
 BAR_COLUMNS = 44  # Columns that a progress bar needs besides its values and step numbers.
 CELL = re.compile("( *)([^ ]+(?: [^ ]+)*)")  # Two or more spaces separate the cells of a table.
-PLAIN_LINE_SECONDS = 15.0  # Without a terminal, plain lines of progress are at least this far apart.
+PLAIN_LINE_SECONDS = 15.0  # Without a terminal, progress is printed at most every 15 s, and after the last step.
 
 
 def printable(text: str) -> str:

@@ -115,7 +115,7 @@ def batch(lm: LanguageModel, step: int) -> Tokens:
 
 
 def learning_rate(step: int) -> float:
-    """Return the rate of a step: a linear rise, a linear fall to step DIRECT_FROM, a second one to the end."""
+    """Return the rate of a step: a linear rise, a linear fall to step DIRECT_FROM, a second fall to the end."""
     if step < WARM_UP:
         return LEARNING_RATE[0] * (step + 1) / WARM_UP
     is_direct = step >= DIRECT_FROM

@@ -1,8 +1,8 @@
 """Draw the training data of the starter model: chats and completions of training problems from `tasks/`.
 
 Most chats are problems of the default task, with the prompt of `python train_grpo.py` or another prompt of the
-project. The others train neighbouring skills. Problems with a carry are drawn far more often than by chance, because
-a model of this size often gets them wrong.
+project. The others train the skills of `tasks/skills.py`. Problems with a carry are drawn far more often than by
+chance, because a model of this size often gets them wrong.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Draw = TypeVar("Draw")
 SEED = 0
 BATCH = 96  # rows a step
 SKILL_SHARE = 0.35  # share of the rows that train a skill; the other rows are arithmetic
-ANY_PROMPT_SHARE = 0.35  # share of the arithmetic rows with a random prompt of PROMPTS; others have its first
+ANY_PROMPT_SHARE = 0.35  # share of the arithmetic rows with a random prompt of PROMPTS; the others have the first
 CARRY_SHARE = 0.4  # share of the arithmetic rows that are drawn again until the last operation carries
 SINGLE_CARRY_SHARE = 0.5  # share of the rows of `single` that are drawn again until the operation carries
 WIDE_SHARE = 0.6  # share of the rows of `single` with larger numbers than its test problems have
