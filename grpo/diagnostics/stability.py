@@ -7,7 +7,7 @@ from grpo.diagnostics.snapshot import CheckResult, RunSnapshot, lower_bound, per
 KL_MIN = 1.0  # nats a token: on average a token is e times as likely as under the reference.
 KL_SPIKE_MIN_RATIO = 10.0  # A spike is this many times the median of the earlier KL.
 KL_SPIKE_MIN = 0.5  # nats a token: early medians are near 0, so a large ratio alone says little.
-KL_SPIKE_MIN_COMPLETIONS = 32  # The KL is a mean over this many completions, so that one rare token is not a spike.
+KL_SPIKE_MIN_COMPLETIONS = 32  # The KL is a mean over this many completions or more, so one rare token is no spike.
 KL_SPIKE_MIN_BLOCKS = 7  # A spike is compared with at least this many earlier blocks of steps.
 KL_SPIKE_MIN_STEPS = 20  # The earlier blocks have at least this many steps in all, so a fast start is no spike.
 ENTROPY_MAX_REMAINING = 0.35  # A collapsed entropy is below this part of the entropy of the first steps.
