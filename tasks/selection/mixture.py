@@ -1,8 +1,8 @@
 """Several tasks as one: `--task arithmetic=0.7 --task countdown=0.3`.
 
 Each problem belongs to one task, which asks, grades and rewards the problem; its category is the name of that task.
-For each row of a step, a task is drawn by weight, as a function of seed, step and row. Held-out problems come from
-all tasks in the same shares.
+For each problem of a step, a task is drawn by weight, as a function of seed, step and the problem's place in the
+step. Held-out problems come from all tasks in the same shares.
 """
 
 from collections.abc import Mapping, Sequence
