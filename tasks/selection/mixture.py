@@ -77,7 +77,7 @@ class Mixture(QATask):
     weights: Mapping[str, float]  # the weight of each task, by the task's name
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem at place `row` of step `step`, from a task that is drawn by weight."""
+        """Return training problem number `row` of step `step`, from a task that is drawn by weight."""
         [name] = seeded_rng("mixture", seed, step, row).choices(list(self.weights), self.weights.values())
         return replace(self.parts[name].training_problem(seed, step, row), category=name)
 
