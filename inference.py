@@ -166,7 +166,7 @@ def examine(names: Sequence[str], given: dict[str, Any]) -> None:
 
     task = make_task(config)
     card = read_card(names[-1])
-    if not {"task", "shots", "prompt_style"} & set(given):  # Use the run's examples, even if its data has changed.
+    if not {"task", "shots", "prompt_style"} & set(given):  # Use the card's examples; the data may have changed.
         task = with_examples(task, card)
 
     from grpo.evaluation.model_comparison import answers, as_json, measure, table

@@ -30,9 +30,9 @@ from grpo.launch.command import Script, run_script
 )
 @click.option("--html", is_flag=True, help="also write grpo_report.html, one page with everything about the run")
 def main(runs: tuple[Path, ...], labels: tuple[str, ...], out: Path | None, html: bool) -> None:
-    """Draw the plots of RUN: a metrics file, or the folder of a run (default: this folder).
+    """Draw the plots of RUN: a metrics file, or the folder of a run (default: the current folder).
 
-    Several runs are compared in one picture, which is written to this folder or to --out.
+    Several runs are compared in one picture, which is written to the current folder or to --out.
     """
     from grpo.record.metrics import load_metrics
 

@@ -7,9 +7,9 @@
 
 Writes saved_model/ (the policy that is best on validation problems), grpo_metrics.json, grpo_samples.jsonl,
 grpo_overview.png, grpo_training_curve.png, grpo_kl_divergence.png and checkpoints/ into --output-dir. The same
-command continues a run that was stopped. Three things differ from the published recipe: the direction of the KL,
-advantages of exactly 0 in tied groups, and the saved policy, which is the best and not the last. The reasons are in
-grpo/algorithm/README.md.
+command continues a run that was stopped. The main differences from the published recipe are the sign of the log-ratio
+in the KL, advantages of exactly 0 in tied groups, and the saved policy, which is the best and not the last.
+grpo/algorithm/README.md has all differences, with the reasons.
 """
 
 import signal

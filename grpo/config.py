@@ -251,7 +251,7 @@ class TrainConfig(TaskOptions):
 
     def conflicting_settings(self, earlier: Mapping[str, Any]) -> list[str]:
         """Return, in words, the changed settings that prevent this launch from continuing an earlier one."""
-        # If an older version did not record a setting, its default applies; these versions had only one wording.
+        # If an older version did not record a setting, its default applies; these versions had one prompt wording.
         earlier = {**TrainConfig().to_dict(), "prompt_wording": FIRST_WORDING, **with_new_names(earlier)}
         may_change = set(CHANGEABLE_ON_RESUME)
         if self.group_schedule or self.learning_rate_decay != "none":  # both depend on the number of steps

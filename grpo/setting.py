@@ -8,7 +8,7 @@ from typing import Any
 
 LARGEST_FLOAT32 = 3.4e38
 MAX_COUNT = 10**9  # A larger number of steps, prompts or tokens is probably a typo, and would fill the memory.
-# The code that renders a prompt passes these names to the chat template, so --chat-template-arg cannot set them.
+# These names have a meaning of their own where transformers renders a prompt, so --chat-template-arg cannot set them.
 RESERVED_TEMPLATE_ARGS = {
     *("self", "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
     *("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"),

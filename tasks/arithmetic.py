@@ -124,7 +124,7 @@ class Arithmetic(QATask):
                 return expression
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem at place `row` of step `step`."""
+        """Return training problem number `row` of step `step`."""
         return _problem(self.training_expression(seed, step, row))
 
     def held_out(self, split: str, limit: int) -> list[Problem]:

@@ -95,7 +95,7 @@ class Task:
 
     @abstractmethod
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem at place `row` of step `step`; it depends only on the three arguments."""
+        """Return training problem number `row` of step `step`; it depends only on the three arguments."""
 
     @abstractmethod
     def held_out(self, split: str, limit: int) -> list[Problem]:

@@ -4,7 +4,7 @@
 
 `--data FILE` is a file in that format, split by a hash of the question. Without it, the optional package datasets
 loads the problems from the Hugging Face Hub: the official test problems are the test split, and a hash puts a tenth
-of the official training problems into validation. The column `solution` has the full answer.
+of the official training problems into validation. Rewards get the full answer in the column `solution`.
 """
 
 import re

@@ -3,15 +3,15 @@
     {"question": "What is the capital of France?", "answer": "Paris", "level": "easy"}
 
 The file may be JSON Lines, a JSON array, CSV or Parquet; `--data OWNER/NAME` is a data set of the Hub
-(`tasks/common/sources.py`). A column `messages` may hold chats instead. If columns have other names, give
-`--columns question=NAME`.
+(`tasks/common/sources.py`). A column `messages` may hold chats with question and answer instead. If columns have
+other names, give `--columns question=NAME`.
 
 A number is compared as a number (1,234 and 1234.0 are equal), any other answer as text. A column `solution` is the
-working, which worked examples show before the answer. All columns but question and answer are passed to the user's
-rewards. A hash of the question holds out a tenth for validation and another tenth for test, unless the data set has
-these splits or `--validation-data` and `--test-data` name them. If a question has many right answers, `--correct`
-names a judge: FILE.py:FUNCTION (`tasks/common/user_file.py`), or the built-in judge choice or math
-(`tasks/common/judges.py`). The judge must accept the answer in the file.
+working, which worked examples show before the answer. The user's rewards get all columns. A hash of the question
+holds out a tenth for validation and another tenth for test, unless the data set has these splits or
+`--validation-data` and `--test-data` name them. If a question has many right answers, `--correct` names a judge:
+FILE.py:FUNCTION (`tasks/common/user_file.py`), or the built-in judge choice or math (`tasks/common/judges.py`). The
+judge must accept the answer in the file.
 """
 
 from dataclasses import replace

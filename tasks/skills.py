@@ -22,7 +22,7 @@ from tasks.common.prompts import ideal_completion, system_prompt
 
 @dataclass(frozen=True)
 class Skill(DrawnTask):
-    """A skill beside the trained task (`tasks.base.Task`)."""
+    """A skill besides the trained task (`tasks.base.Task`)."""
 
     name: str
     make: Callable[[Random], Problem]  # makes a problem of any split

@@ -1,7 +1,7 @@
 """Questions that no task trains on, to measure how far training has changed a policy outside its task.
 
-They are asked in plain text, without a system prompt. A run stores the token ids of their prompts, so a change of
-this list affects only new runs.
+Each is asked as a chat of one message, without a system prompt. A run stores the token ids of their prompts, so a
+change of this list affects only new runs.
 """
 
 QUESTIONS = (

@@ -10,7 +10,7 @@ from grpo.diagnostics.snapshot import HARDLY_ANY, NEARLY_ALL, CheckResult, RunSn
 OUTLOOK_MIN_COMPLETIONS = 16  # Fewer completions may all lack the form, or all be cut off, by chance.
 OUTLOOK_MIN_THINKING = 0.5  # From this share on, a finding mentions completions that begin with <think>.
 OUTLOOK_MIN_GRADED = 128  # Fewer completions may all be right, or all wrong, by chance.
-UNSOLVED_MAX_CI_HIGH = 0.15  # The 95% interval must end at or below this value, as it does for 0 right of 22.
+UNSOLVED_MAX_CI_HIGH = 0.15  # A category's 95% interval ends at or below this value, as it does for 0 right of 22.
 ALL_OR_NOTHING_MIN_SHARE = 0.15  # All-right and all-wrong groups must each be at least this share of all groups.
 TIED_MIN_SHARE = 0.5  # If at least this share of the groups is tied, much of the sampling is wasted.
 TIED_MIN_SHARE_SMALL_GROUPS = 0.7  # Groups of 2 or 3 completions are often tied by chance.

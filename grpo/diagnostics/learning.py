@@ -10,15 +10,19 @@ BLIND_MIN_SHARE = 0.1  # Minimum share of groups that are tied although they hav
 RISE_MIN_ERRORS = 4.0  # A metric rises if its last window is this number of standard errors above its first.
 REWARD_RISE_MIN_STDS = 0.5  # A reward must also rise by this fraction of its standard deviation within groups.
 FORM_MIN_RISE = 0.2  # The form is learned if the share of well-formed answers rises by this much.
-FORM_MAX_ACCURACY_RISE = 0.3  # Only the form is learned if accuracy rises by less than this part of the form's rise.
+# The task is not learned if accuracy rises by less than this fraction of the rise in well-formed answers.
+FORM_MAX_ACCURACY_RISE = 0.3
 OVERFITTING_MIN_GAP = 0.15  # Accuracy must rise by this much more on training problems than on held-out ones.
-COLLAPSE_MIN_ACCURACY = 0.2  # The loss of an accuracy below this is not worth a warning.
-COLLAPSE_MAX_REMAINING = 0.25  # After a collapse, less than this fraction of the best accuracy is left.
+# A collapse takes sampled accuracy from COLLAPSE_MIN_ACCURACY or more to below COLLAPSE_MAX_REMAINING of its best.
+# Held-out accuracy is judged by its 95% interval: at the best evaluation it began at half of that minimum or above,
+# and now it ends below twice that fraction of the best accuracy.
+COLLAPSE_MIN_ACCURACY = 0.2
+COLLAPSE_MAX_REMAINING = 0.25
 COLLAPSE_MIN_GROUPS = 24  # Between evaluations, a collapse must show in at least this number of groups.
 FORGETTING_MIN_DRIFT = 0.5  # nats a token: on average a token of the starting model's answers is 40% less likely.
 SKILL_MIN_LOSS = 0.05  # A skill is lost if accuracy on it falls by this much.
 SKILL_MIN_HALF_WIDTHS = 1.7  # The fall must also be at least this number of half-widths of its 95% interval.
-PART_MIN_RELATIVE_STD = 0.03  # A part with a std below this fraction of the largest std has hardly any effect.
+PART_MIN_RELATIVE_STD = 0.03  # A reward part with a std below this fraction of the largest one has hardly any effect.
 UNSCALED_MIN_STD = 0.01  # With --scale-rewards none, rewards with a smaller std are too small for the default --beta.
 UNSCALED_MAX_STD = 10.0  # With --scale-rewards none, rewards with a larger std are too large for the default --beta.
 SCALED_MIN_STD = 1e-3  # At this std, the 1e-4 that is added to it before the division makes advantages 9% smaller.
@@ -211,7 +215,7 @@ def fine_tuning_forgets(run: RunSnapshot) -> CheckResult:
 
 
 def _losses(drift: float, before: Row, after: Row) -> tuple[float, str]:
-    """Return the largest loss, and a text about all: the drift in nats a token, the accuracies of lost skills."""
+    """Return the largest loss, and a text about all losses: drift (nats a token), the accuracy of each lost skill."""
     losses = [drift]
     texts = []
     if drift >= FORGETTING_MIN_DRIFT:

@@ -16,7 +16,7 @@ WINDOW_MIN_GROUPS = 40  # A window has at least this many groups, so that its me
 WINDOW_MIN_STEPS = 10
 LONG_WINDOW = 2  # Rare or noisy figures are means over this number of windows.
 NEARLY_ALL = 0.9  # From this share of groups or completions on, messages say "nearly all".
-HARDLY_ANY = 0.02  # Up to this share of completions, less than 1 of 48, messages say "hardly any".
+HARDLY_ANY = 0.02  # Up to this share of completions, 1 of 50, messages say "hardly any".
 
 Row = Mapping[str, Any]
 CheckResult = tuple[float, str] | None  # the figure and the text of the finding; None if there is no finding

@@ -7,10 +7,10 @@ from grpo.diagnostics.snapshot import CheckResult, RunSnapshot, lower_bound, per
 KL_MIN = 1.0  # nats a token: on average a token is e times as likely as under the reference.
 KL_SPIKE_MIN_RATIO = 10.0  # A spike is this many times the median of the earlier KL.
 KL_SPIKE_MIN = 0.5  # nats a token: early medians are near 0, so a large ratio alone says little.
-KL_SPIKE_MIN_COMPLETIONS = 32  # The KL is a mean over this many completions, so that one rare token is not a spike.
+KL_SPIKE_MIN_COMPLETIONS = 32  # The KL is a mean over this many completions or more, so one rare token is no spike.
 KL_SPIKE_MIN_BLOCKS = 7  # A spike is compared with at least this many earlier blocks of steps.
 KL_SPIKE_MIN_STEPS = 20  # The earlier blocks have at least this many steps in all, so a fast start is no spike.
-ENTROPY_MAX_REMAINING = 0.35  # A collapsed entropy is below this part of the entropy of the first steps.
+ENTROPY_MAX_REMAINING = 0.35  # A collapsed entropy is below this fraction of the entropy of the first steps.
 ENTROPY_MAX = 0.08  # nats a token: a collapsed entropy is also below this value.
 ENTROPY_MIN_TIED_SHARE = 0.75  # A healthy policy that copies text has little entropy too, but fewer ties.
 ENTROPY_MAX_ACCURACY = 0.8  # A policy that is right this often may have little entropy.
@@ -18,7 +18,7 @@ LENGTH_MIN_RATIO = 4.0  # Completions grow if they have this many times the toke
 LENGTH_MIN_RATIO_IF_BETTER = 10.0  # This ratio applies if accuracy has risen, perhaps due to the length.
 LENGTH_MIN_GROWTH = 20  # tokens: smaller growth is ignored, because a few tokens can multiply a short length.
 MOST_MIN_SHARE = 0.5  # From this share of completions on, messages say "most".
-NEVER_ENDS_MIN_SHARE = 0.95  # If at least this share is truncated, the model does not end its turns.
+NEVER_ENDS_MIN_SHARE = 0.95  # If at least this share of completions is truncated, the model does not end its turns.
 REPEATED_MIN_SHARE = 0.1  # Minimum share of completions with a repeated ending; a model that stops in time has none.
 GRADIENT_SPIKE_MIN_RATIO = 10.0  # A spike is more than this many times both the median norm and --clip-grad-norm.
 GRADIENT_MIN_SPIKES = 3  # One spike is harmless.
@@ -123,7 +123,7 @@ def never_ends(run: RunSnapshot) -> CheckResult:
 
 
 def ends_at_once(run: RunSnapshot) -> CheckResult:
-    """Report that most completions are empty."""
+    """Report that most completions have at most one token."""
     share = run.mean("empty_fraction")
     if not share >= MOST_MIN_SHARE or run.config.get("max_new_tokens", 2) == 1:
         return None

@@ -198,7 +198,7 @@ class Evaluator:
         return samples
 
     def _reward(self, evaluation: Evaluation) -> dict[str, float]:
-        """Return the mean reward under "reward", 0 if no reward applies; {} if accuracy chooses the policy."""
+        """Return {"reward": mean reward}, with 0 if no reward applies; {} if accuracy chooses the policy."""
         if not self.rewards or (any(evaluation.right) and not self.always_by_reward):
             return {}
         ids = {"completion_ids": evaluation.completion_ids}

@@ -108,7 +108,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def t_quantile(degrees: int) -> float:
     """Return the 97.5% quantile of Student's t for a number of degrees of freedom.
 
-    Up to 4 degrees, it is exact. Beyond, it is expansion 26.7.5 of Abramowitz and Stegun, accurate within 0.2%.
+    Up to 4 degrees, it is in a table. Beyond, it is expansion 26.7.5 of Abramowitz and Stegun, accurate within 0.2%.
     """
     if degrees <= len(T_QUANTILES):
         return T_QUANTILES[degrees - 1]

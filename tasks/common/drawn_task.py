@@ -27,7 +27,7 @@ class DrawnTask(QATask):
         return normal(problem.question)
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem at place `row` of step `step`. Raises ValueError if none is found."""
+        """Return training problem number `row` of step `step`. Raises ValueError if none is found."""
         rng = seeded_rng(self.name, seed, step, row)
         for _ in range(MAX_DRAWS_FOR_TRAINING):
             problem = self.draw(rng)

@@ -30,7 +30,7 @@ def same_text(given: str, answer: str) -> bool:
 
 
 def _value(text: str) -> tuple[Fraction | str, str]:
-    """Return a text's number and unit; for any other text, the text without marks and an empty unit."""
+    """Return the number and the unit in a text; if it has no number, the text without marks and an empty unit."""
     text = unmarked(text)
     if match := _IN_BRACKETS.fullmatch(text):
         text = match["letter"] or match["before"]

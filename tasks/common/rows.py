@@ -64,7 +64,7 @@ class Rows(QATask):
     judge: Judge | None = None  # decides which answers are right; None: an answer must equal the problem's own
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem at place `row` of step `step`, drawn uniformly from the training split."""
+        """Return training problem number `row` of step `step`, drawn uniformly from the training split."""
         train = self.problems["train"]
         return train[seeded_rng(self.name, seed, step, row).randrange(len(train))]
 

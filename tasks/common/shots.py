@@ -7,7 +7,7 @@ from tasks.common.prompts import after_opening, ideal_completion
 from tasks.common.qa_task import QATask
 
 MAX_TRIES = 50  # the largest number of training problems that are tried for one example
-ROWS_BETWEEN_TRIES = 10**6  # more than the rows of a batch, so that two rows never try the same problems
+ROWS_BETWEEN_TRIES = 10**6  # more than the problems of a step, so that two rows never try the same problem
 
 
 def solution(task: Task, problem: Problem) -> str | None:

@@ -14,7 +14,7 @@ from types import FrameType
 
 FIRST_LINE_SECONDS = 5.0  # A message names a function that takes longer than this.
 CHECK_SECONDS = 1.0  # After that, `checks` are called at this interval.
-LINE_FACTOR = 4  # The next message comes when the call has lasted this many times as long as at the last one.
+LINE_FACTOR = 4  # After a message, the next one comes when the call has lasted this many times as long.
 
 checks: list[Callable[[], None]] = []  # called while a function does not return; each may raise to end the call
 

@@ -2,7 +2,8 @@
 
 Each function takes an `Attempt` and returns a number from 0 to 1. It accepts any completion and takes time linear in
 its length. To add a reward, write it here and name it in REWARDS, or keep it in a file of your own (`--reward
-FILE.py:FUNCTION=WEIGHT`, see `tasks/common/user_file.py`). In the metrics, `reward/<name>` is the mean of a reward.
+FILE.py:FUNCTION=WEIGHT`, see `tasks/common/user_file.py`). In the metrics, `reward/<name>` is the mean of a
+reward times its weight.
 """
 
 import unicodedata

@@ -1,8 +1,8 @@
 """Several tasks as one: `--task arithmetic=0.7 --task countdown=0.3`.
 
 Each problem belongs to one task, which asks, grades and rewards the problem; its category is the name of that task.
-For each row of a step, a task is drawn by weight, as a function of seed, step and row. Held-out problems come from
-all tasks in the same shares.
+For each problem of a step, a task is drawn by weight, as a function of seed, step and the problem's place in the
+step. Held-out problems come from all tasks in the same shares.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,7 +77,7 @@ class Mixture(QATask):
     weights: Mapping[str, float]  # the weight of each task, by the task's name
 
     def training_problem(self, seed: int, step: int, row: int) -> Problem:
-        """Return the training problem at place `row` of step `step`, from a task that is drawn by weight."""
+        """Return training problem number `row` of step `step`, from a task that is drawn by weight."""
         [name] = seeded_rng("mixture", seed, step, row).choices(list(self.weights), self.weights.values())
         return replace(self.parts[name].training_problem(seed, step, row), category=name)
 
