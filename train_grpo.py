@@ -122,7 +122,8 @@ def train(
     deadline = launched - earlier + parse_duration(config.time_limit) if config.time_limit else None
     with naming_own_code(), limited(deadline):
         task = make_task(config) if task is None else task  # first, so that an error in its data is reported at once
-        for remark in try_out(rewards_of(config, task), task):
+        rewards, remarks = try_out(rewards_of(config, task), task)
+        for remark in remarks:
             click.echo(printable(f"Note: {remark}"), err=True)
 
     from grpo.launch.check import check as check_run
@@ -133,7 +134,7 @@ def train(
 
     with failures_in_words(config.model), naming_own_code():
         flags = (train_anyway, accept_changed_files)
-        trainer = Trainer(config, task, SKILLS, launched - earlier, ranks or ONE, *flags)
+        trainer = Trainer(config, task, SKILLS, rewards, launched - earlier, ranks or ONE, *flags)
         if check:
             check_run(trainer.grpo, trainer.evaluator, trainer.metrics.record["environment"], launched)
             return 0

@@ -51,7 +51,7 @@ from grpo.runtime.sharding import shard
 from grpo.sft import SupervisedTrainer
 from grpo.step_probe import measured_step
 from tasks.base import Reward, Task
-from tasks.rewards.scoring import decides_by_reward, decides_until_right, rewards_of
+from tasks.rewards.scoring import RewardFunction, decides_by_reward, decides_until_right, rewards_of
 
 QUICK_STEP_SECONDS = 1.0  # After a signal, a step is finished if it takes at most this long, else thrown away.
 MAX_SKIPPED_IN_A_ROW = 10  # The run ends after this many updates in a row whose loss or gradient was not finite.
@@ -67,6 +67,7 @@ class Trainer:
         config: TrainConfig,
         task: Task,
         skills: dict[str, Task],
+        rewards: Sequence[RewardFunction] = (),
         launched: float | None = None,
         ranks: Ranks = ONE,
         train_anyway: bool = False,
@@ -74,7 +75,8 @@ class Trainer:
     ) -> None:
         """Load the model and make the parts of the run.
 
-        `skills` are tasks by name; those on the model's card are measured, but not trained on. A time limit counts
+        `skills` are tasks by name; those on the model's card are measured, but not trained on. Without `rewards`, the
+        run has those that `config` names. A time limit counts
         from `launched`, a value of `time.monotonic()`, by default now. With `train_anyway`, train even if the outlook
         finds hardly any learning signal. With `accept_changed_files`, continue even if files of rewards, tasks or
         problems changed.
@@ -82,7 +84,7 @@ class Trainer:
         self.config, self.ranks, self.train_anyway = config, ranks, train_anyway
         self.folder = Path(config.output_dir)
         self.saved_model = self.folder / SAVED_MODEL
-        rewards = rewards_of(config, task)
+        rewards = rewards or rewards_of(config, task)
         files = dict(task.files)
         for reward in rewards:
             files |= reward.files

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -42,8 +42,9 @@ class RewardFunction:
     path: str = ""  # the user's file that has the function; "" for a function of the project
     # The SHA-256, by path, of that file and of the modules it imports from its folder; {} if there is no such file.
     files: Mapping[str, str] = field(default_factory=dict)
-    # The same function for the trial before training, called with texts, not messages; None if there is no file.
+    # The same function, called with plain texts instead of messages; None if there is no file.
     plain: Callable[[Sequence[Attempt], Columns], Values] | None = None
+    reads_texts: bool = False  # True: `function` is `plain`
 
 
 def parse_rewards(specs: Sequence[str], defaults: Mapping[str, float]) -> list[RewardFunction]:
@@ -166,7 +167,7 @@ def _of_user(
     """Call a user's function as TRL does: with keywords, and with prompts and completions as messages.
 
     `what` names the function and its file in the message that is printed while it does not return. With `as_texts`,
-    the completions are plain texts instead.
+    completions are plain texts instead, and prompts are the texts of their last messages.
     """
     names = {name for attempt in attempts for name in attempt.problem.columns}
     keywords = {name: [attempt.problem.columns.get(name) for attempt in attempts] for name in sorted(names)}
@@ -176,6 +177,7 @@ def _of_user(
     keywords["prompts"] = [[dict(message) for message in attempt.prompt] for attempt in attempts]
     keywords["completions"] = [[{"role": "assistant", "content": attempt.completion}] for attempt in attempts]
     if as_texts:
+        keywords["prompts"] = [attempt.prompt[-1]["content"] for attempt in attempts]
         keywords["completions"] = [attempt.completion for attempt in attempts]
     with contained(what):
         return list(function(**keywords))  # `list` runs the function here if it is a generator
@@ -283,13 +285,13 @@ def _number(reward: RewardFunction, value: Any, attempt: Attempt) -> float | Non
     return number
 
 
-def try_out(rewards: Sequence[RewardFunction], task: Task) -> list[str]:
+def try_out(rewards: Sequence[RewardFunction], task: Task) -> tuple[list[RewardFunction], list[str]]:
     """Score a few made-up completions of training problems, and make a few held-out problems.
 
-    This finds a mistake in a user's function in a second, before the model is loaded. Return a remark for each of the
-    user's functions that gives all completions the same value. Raises ValueError, in one line, for a mistake, and if
-    such a function gives more than one value when it gets plain texts. The problems belong to step 0, which no
-    run trains on: the steps of a run begin at 1.
+    This finds a mistake in a user's function in a second, before the model is loaded. Return the rewards to train
+    with, and remarks for the user. A user's function that fails on messages, or gives all of them the same value, is
+    called with plain texts from now on if it works with them. Raises ValueError, in one line, for a mistake. The
+    problems belong to step 0, which no run trains on: the steps of a run begin at 1.
     """
     for split in ("validation", "test"):
         if not task.held_out(split, PROBLEMS_TRIED):
@@ -300,27 +302,39 @@ def try_out(rewards: Sequence[RewardFunction], task: Task) -> list[str]:
         for text in (ideal_completion(problem.answer, task.style), WRONG_COMPLETION, ""):
             attempts.append(task.grade(problem, text))
     columns = {"completion_ids": [list(range(len(attempt.completion))) for attempt in attempts]}
-    scored = score(rewards, attempts, columns)
-    remarks = []
+    chosen, remarks = [], []
     for reward in rewards:
-        values = {each.parts[reward.name] for each in scored}
-        if not reward.path or not reward.weight or len(values) > 1:
-            continue
-        same = f"{_named(reward)} gave all {len(attempts)} made-up completions the same value"
-        if _reads_plain_texts(reward, attempts, columns):
-            raise ValueError(f"{same}: it seems to expect plain texts, but {READ_A_MESSAGE}")
-        remarks.append(f"{same}; if it does so in training too, nothing is learned from it")
-    return remarks
+        reward, values = _try_out_one(reward, attempts, columns)
+        chosen.append(reward)
+        if reward.reads_texts:
+            remarks.append(
+                f"{_named(reward)} does not read messages, so it gets prompts and completions as plain texts"
+            )
+        if reward.path and reward.weight and len(set(values)) == 1:
+            same = f"{_named(reward)} gave all {len(attempts)} made-up completions the same value"
+            remarks.append(f"{same}; if it does so in training too, nothing is learned from it")
+    return chosen, remarks
 
 
-def _reads_plain_texts(reward: RewardFunction, attempts: Sequence[Attempt], columns: Columns) -> bool:
-    """Return whether a user's function, given plain texts, no longer gives all completions the same value."""
-    if reward.plain is None:
-        return False
+def _try_out_one(
+    reward: RewardFunction, attempts: Sequence[Attempt], columns: Columns
+) -> tuple[RewardFunction, Values]:
+    """Return a reward and its values; a user's function is changed to plain texts if it works only with them."""
+    failure = None
+    values: Values = ()
     try:
-        return len(set(_values(replace(reward, function=reward.plain), attempts, columns))) > 1
-    except ValueError:
-        return False
+        values = _values(reward, attempts, columns)
+    except ValueError as error:
+        failure = error
+    if reward.plain and len(set(values)) < 2:
+        with_texts = replace(reward, function=reward.plain, reads_texts=True)
+        with suppress(ValueError):
+            text_values = _values(with_texts, attempts, columns)
+            if failure or len(set(text_values)) > 1:
+                return with_texts, text_values
+    if failure:
+        raise failure
+    return reward, values
 
 
 def _named(reward: RewardFunction) -> str:

@@ -7,11 +7,13 @@ import numpy
 import pytest
 import torch
 
+from grpo.model_card import resolve
 from grpo.runtime.stopwatch import Stopwatch
 from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
 from tasks.common.prompts import ideal_completion
 from tasks.gsm8k import problem_of
+from tasks.registry import make_task
 from tasks.rewards.functions import DEMO
 from tasks.rewards.scoring import parse_rewards, score, try_out
 from tests.helpers.tasks import SUM, WORD, numbers_task, untimed
@@ -188,30 +190,89 @@ def test_a_file_without_the_function_is_refused_in_one_line(body, spec, word, tm
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ("return [-abs(20 - len(c)) for c in completions]", "it seems to expect plain texts"),
-        ("import re\n    return [len(re.findall('1', c)) for c in completions]", "TypeError"),
-        ("return [len(c.split()) for c in completions]", "AttributeError"),
-        ("return [len(c['content']) for c in completions]", "TypeError"),
-    ],
-)
-def test_a_reward_for_plain_texts_is_refused_with_the_way_to_read_a_message(body, words, tmp_path):
-    rewards = user(tmp_path, f"def f(completions, **c):\n    {body}")
-    with pytest.raises(ValueError, match="'f'") as caught:
+TEXT_REWARDS = {
+    "return [-abs(20 - len(c)) for c in completions]": [0, -3, -20],
+    "import re\n    return [len(re.findall('1', c)) for c in completions]": [0, 1, 0],
+    "return [len(c.split()) for c in completions]": [1, 5, 0],
+    "return [len(p + c) for p, c in zip(prompts, completions)]": [40, 37, 20],
+}
+
+
+@pytest.mark.parametrize(("body", "expected"), TEXT_REWARDS.items())
+def test_a_reward_for_plain_texts_gets_texts_and_a_remark_says_so(body, expected, tmp_path):
+    [reward], [remark] = try_out(user(tmp_path, f"def f(completions, prompts, **c):\n    {body}"), Arithmetic())
+    assert "'f' of" in remark
+    assert "plain texts" in remark
+    texts = ["<answer>30</answer>!", "It is 1, I think.", ""]
+    attempts = [Arithmetic().grade(SUM, text) for text in texts]
+    assert [each.total for each in score([reward], attempts, {}, untimed)] == expected
+
+
+def test_a_reward_that_fails_on_texts_too_is_refused_with_the_way_to_read_a_message(tmp_path):
+    rewards = user(tmp_path, "def f(completions, **c):\n    return [len(c['content']) for c in completions]")
+    with pytest.raises(ValueError, match="'f' raised TypeError") as caught:
         try_out(rewards, Arithmetic())
-    assert words in str(caught.value)
     assert 'completion[0]["content"]' in str(caught.value)
     assert "mine.py" in str(caught.value)
 
 
 def test_a_reward_that_gives_all_made_up_completions_the_same_is_named(tmp_path):
     body = "def f(completions, **c):\n    return [float('because' in c[0]['content']) for c in completions]"
-    [remark] = try_out([*user(tmp_path, body), *parse_rewards(["xml_count=1"], {})], Arithmetic())
+    rewards = [*user(tmp_path, body), *parse_rewards(["xml_count=1"], {})]
+    chosen, [remark] = try_out(rewards, Arithmetic())
+    assert chosen == rewards
     assert "'f' of" in remark
     assert "all 12 made-up completions the same value" in remark
-    assert try_out(user(tmp_path, body.replace("because", "think")), Arithmetic()) == []
+    assert try_out(user(tmp_path, body.replace("because", "think")), Arithmetic())[1] == []
+
+
+# Functions of the kinds that TRL's documentation shows: by tokens, by a pattern, against a column of the data with
+# plain texts, for one kind of problem only, and async.
+DOCUMENTED = """
+import asyncio
+import re
+
+def by_tokens(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+def by_pattern(completions, **kwargs):
+    contents = [completion[0]["content"] for completion in completions]
+    return [1.0 if re.match("^<answer>.*?</answer>$", content) else 0.0 for content in contents]
+
+def boxed(completions, ground_truth, **kwargs):
+    found = [re.search(r"\\\\boxed{(.*?)}", completion) for completion in completions]
+    return [1.0 if match and match.group(1) == truth else 0.0 for match, truth in zip(found, ground_truth)]
+
+def math_only(prompts, completions, kind, **kwargs):
+    return [float(len(completion[0]["content"])) if k == "math" else None for completion, k in zip(completions, kind)]
+
+async def slow(prompts, completions, **kwargs):
+    await asyncio.sleep(0.001)
+    return [float(len(completion[0]["content"])) for completion in completions]
+"""
+
+
+def test_rewards_of_the_kinds_in_trls_documentation_work_as_they_stand(tmp_path):
+    path = tmp_path / "documented.py"
+    path.write_text(DOCUMENTED, encoding="utf-8")
+    data = tmp_path / "sums.jsonl"
+    rows = [{"question": f"What is {i} + 9?", "answer": i + 9, "ground_truth": str(i + 9)} for i in range(60)]
+    data.write_text("".join(json.dumps({**row, "kind": "math"}) + "\n" for row in rows), encoding="utf-8")
+    task = make_task(resolve({"task": "jsonl", "data": str(data)}))
+    names = ("by_tokens", "by_pattern", "boxed", "math_only", "slow")
+    rewards, remarks = try_out(parse_rewards([f"{path}:{name}=1" for name in names], {}), task)
+    assert len(remarks) == 2  # that boxed reads plain texts, and that no made-up completion has a box
+    assert all("'boxed'" in remark for remark in remarks)
+    problem = task.training_problem(0, 0, 0)
+    texts = (f"<answer>{problem.answer}</answer>", f"\\boxed{{{problem.answer}}}", "")
+    attempts = [task.grade(problem, text) for text in texts]
+    scored = score(rewards, attempts, {"completion_ids": [[1, 2], [1], []]}, untimed)
+    long, short = map(len, texts[:2])
+    assert [list(each.parts.values()) for each in scored] == [
+        [2, 1, 0, long, long],
+        [1, 0, 1, short, short],
+        [0, 0, 0, 0, 0],
+    ]
 
 
 def test_a_file_may_import_its_neighbours_and_their_changes_are_noticed(tmp_path):
