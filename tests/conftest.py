@@ -10,12 +10,15 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from grpo import trainer
 from grpo.evaluation import evaluator
 from grpo.model import trial
 from grpo.plots import figures
 from grpo.runtime import device
 from tests.helpers.runs import a_tiny_model, run_trial_in_fork
+
+# Modules whose tests look at the content or size of pictures, or at the number of test problems.
+FULL_PICTURES = ("plot_metrics",)
+FULL_TESTS = ("test_evaluator",)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,32 +53,17 @@ def _quick_trials(request):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _empty_pictures(request):
-    """Leave the pictures of a run empty, which saves a second a run, except where their content or size matters."""
+def _quick_runs(request):
+    """Leave the pictures of a run empty, and test its models on a few problems, except where these are looked at."""
     name = request.module.__name__
-    if name.startswith(("tests.plots.", "tests.run.test_faults")) or name.endswith(("plot_metrics", "train_run")):
-        yield
-        return
     with pytest.MonkeyPatch.context() as patch:
-        for picture in ("training_curve", "kl_divergence", "sft_curve", "overview"):
-            patch.setattr(figures, picture, lambda record: plt.figure(figsize=(1, 1)))
+        if not name.startswith(("tests.plots.", "tests.run.test_faults")) and not name.endswith(FULL_PICTURES):
+            for picture in ("training_curve", "kl_divergence", "sft_curve", "overview"):
+                patch.setattr(figures, picture, lambda record: plt.figure(figsize=(1, 1)))
+        if not name.endswith(FULL_TESTS):
+            patch.setattr(evaluator, "TEST_PROBLEMS", 4)
+            patch.setattr(evaluator, "SKILL_PROBLEMS", 1)
         yield
-
-
-@pytest.fixture(scope="module")
-def no_plots():
-    """For speed, of runs that are looked at in other ways."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "draw_all", lambda *_: [])
-        yield
-
-
-@pytest.fixture
-def quick_runs(monkeypatch):
-    """Make runs quick: a few test problems, one of each skill, no plots."""
-    monkeypatch.setattr(evaluator, "TEST_PROBLEMS", 4)
-    monkeypatch.setattr(evaluator, "SKILL_PROBLEMS", 1)
-    monkeypatch.setattr(trainer, "draw_all", lambda *_: [])
 
 
 @pytest.fixture(scope="module")

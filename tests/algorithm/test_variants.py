@@ -142,7 +142,7 @@ ALL += ["--mask-truncated-completions", "--group-schedule", "4:2", "--learning-r
 ALL += ["--loss-average", "constant", "--scale-rewards", "batch", "--epsilon-high", "0.3"]
 
 
-def test_a_run_with_all_of_them_that_is_interrupted_goes_on_bit_for_bit(tmp_path, monkeypatch, quick_runs):
+def test_a_run_with_all_of_them_that_is_interrupted_goes_on_bit_for_bit(tmp_path, monkeypatch):
     true_step = GRPO.step
 
     def run(name, stop_before=None):

@@ -12,7 +12,7 @@ from tests.helpers.sick_runs import names
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, no_plots):
+def tiny(tmp_path_factory):
     """Return the folder of a tiny model that answers with a random digit in answer tags."""
     return a_tiny_model(tmp_path_factory.mktemp("health") / "model")
 

@@ -91,7 +91,7 @@ def evals_of(record):
     return [{k: v for k, v in e.items() if "time" not in k} for e in record["evals"]]
 
 
-def test_a_run_reports_drift_and_measures_it_exactly_after_a_resume(tiny, tmp_path, quick_runs):
+def test_a_run_reports_drift_and_measures_it_exactly_after_a_resume(tiny, tmp_path):
     whole, out = trained(tiny, tmp_path / "whole", num_iterations=4, pass_at_k=2)
     assert "drift 0." in out
     assert "pass@2" in out
@@ -107,7 +107,7 @@ def test_a_run_reports_drift_and_measures_it_exactly_after_a_resume(tiny, tmp_pa
         assert by_step.get((entry["step"], entry["split"]), entry) == entry
 
 
-def test_measuring_drift_changes_nothing_that_is_trained(tiny, tmp_path, quick_runs, monkeypatch):
+def test_measuring_drift_changes_nothing_that_is_trained(tiny, tmp_path, monkeypatch):
     trained(tiny, tmp_path / "with", num_iterations=3)
     monkeypatch.setattr(Evaluator, "remember_start", lambda *_: None)
     record, _ = trained(tiny, tmp_path / "without", num_iterations=3)
@@ -116,7 +116,7 @@ def test_measuring_drift_changes_nothing_that_is_trained(tiny, tmp_path, quick_r
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_run_continues_without_drift_from_a_checkpoint_that_has_no_baseline(tiny, tmp_path, quick_runs):
+def test_a_run_continues_without_drift_from_a_checkpoint_that_has_no_baseline(tiny, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "remember_start", lambda *_: None)  # as in earlier versions
         trained(tiny, tmp_path, num_iterations=2)

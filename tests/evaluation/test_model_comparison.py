@@ -16,7 +16,7 @@ def evaluated(*arguments):
     return result
 
 
-def test_two_models_are_measured_with_the_prompts_of_the_last_and_compared(tmp_path, quick_runs):
+def test_two_models_are_measured_with_the_prompts_of_the_last_and_compared(tmp_path):
     model, saved = a_tiny_model(tmp_path / "model"), tmp_path / "run/saved_model"
     record, _ = trained(model, tmp_path / "run", num_iterations=4)
     tests = [e for e in record["evals"] if e["split"] == "test"]
@@ -44,14 +44,14 @@ def test_two_models_are_measured_with_the_prompts_of_the_last_and_compared(tmp_p
     assert twice.stdout.splitlines()[2:] == result.stdout.splitlines()[2:]
 
 
-def test_one_model_on_validation_and_another_range(quick_runs):
+def test_one_model_on_validation_and_another_range():
     result = evaluated("--model", "starter", "--split", "validation", "--max-operand", "2", "--pass-at-k", "1")
     assert "validation" in result.stdout
     assert "pass@1" in result.stdout
     assert "difference" not in result.stdout
 
 
-def test_answers_are_those_that_the_accuracies_count(tmp_path, quick_runs):
+def test_answers_are_those_that_the_accuracies_count(tmp_path):
     file = tmp_path / "a.jsonl"
     shown = json.loads(evaluated("--model", "starter", "--json", "--answers", file).stdout)["models"][0]
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

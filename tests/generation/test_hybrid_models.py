@@ -80,7 +80,7 @@ def test_a_model_that_takes_padding_for_tokens_is_refused(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["lfm2", "qwen3_5"])
-def test_a_run_trains_a_hybrid_model(kind, tmp_path, quick_runs):
+def test_a_run_trains_a_hybrid_model(kind, tmp_path):
     zoo.build(tmp_path / "model", kind)
     sizes = ["--num-iterations", 1, "--batch-size", 2, "--num-generations", 4, "--eval-problems", 4, "--train-anyway"]
     result = invoke(train_grpo.main, "--model", "model", *sizes, "--max-new-tokens", 12, folder=tmp_path)

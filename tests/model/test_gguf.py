@@ -62,7 +62,6 @@ def test_shared_prompts_give_what_dense_rows_give(smollm2):
 
 @needs_model
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_runs")
 def test_a_run_killed_in_a_step_continues_to_the_same_bits(smollm2, tmp_path, monkeypatch):
     # Only the first 2 of the 30 layers are kept, to save time and space.
     model = copy.deepcopy(smollm2.model)
@@ -112,7 +111,7 @@ def test_a_file_that_is_no_model_gets_one_line_with_its_name(content, tmp_path):
 @needs_model
 def test_a_file_that_is_cut_short_gets_one_line(tmp_path):
     whole = loading._packaged_file("smollm2").read_bytes()
-    for size in (10_000, 2_000_000, len(whole) - 1_000_000):
+    for size in (10_000, len(whole) - 1_000_000):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
         assert "cut short" in mistake(name=tmp_path / "cut.gguf")
 

@@ -145,7 +145,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(more, monkeypatch):
 
 
 @pytest.fixture
-def train(tmp_path, quick_runs):
+def train(tmp_path):
     """Start a tiny run with an adapter, as a user does."""
 
     def run(name, *more):

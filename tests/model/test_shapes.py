@@ -68,7 +68,7 @@ def test_prompts_and_ends_of_turn_are_those_of_the_model(kind, folders):
 
 
 @pytest.mark.parametrize("kind", zoo.KINDS)
-def test_one_step_of_training_and_one_question(kind, folders, tmp_path, quick_runs):
+def test_one_step_of_training_and_one_question(kind, folders, tmp_path):
     result = invoke(train_grpo.main, "--model", folders[kind], *ONE_STEP, folder=tmp_path)
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert "cannot be shared" not in result.stdout

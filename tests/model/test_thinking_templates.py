@@ -75,7 +75,7 @@ def test_a_variable_of_the_template_reaches_every_prompt(folders):
         assert lm.decode(lm.prompts([CHAT]))[0].endswith(end)
 
 
-def test_a_run_keeps_the_variables_and_inference_asks_alike(folders, tmp_path, quick_runs, monkeypatch):
+def test_a_run_keeps_the_variables_and_inference_asks_alike(folders, tmp_path, monkeypatch):
     args = options(output_dir=tmp_path, model=folders["switches"], num_iterations=2)
     result = CliRunner().invoke(train_grpo.main, [*args, "--chat-template-arg", "enable_thinking=false"])
     assert result.exit_code == 0, result.output
@@ -221,7 +221,7 @@ def test_each_task_of_a_mixture_has_its_opening_and_its_examples(folders):
             assert [note.partition(":")[0] for note in task.notes] == ["arithmetic", "reverse"]
 
 
-def test_a_saved_model_is_asked_with_the_examples_in_its_system_prompt(folders, tmp_path, quick_runs):
+def test_a_saved_model_is_asked_with_the_examples_in_its_system_prompt(folders, tmp_path):
     args = options(output_dir=tmp_path, model=folders["removes"], num_iterations=2, prompt_style="think", shots=1)
     result = CliRunner().invoke(train_grpo.main, args)
     assert result.exit_code == 0, result.output

@@ -9,7 +9,7 @@ from tests.helpers.malformed import train
 
 
 @pytest.fixture(scope="module")
-def two_steps(model, no_plots):
+def two_steps(model):
     """Return the folder of a run of two steps; no test may change it."""
     folder = model.parent / "two steps"
     result = train(model, folder, num_iterations=2)

@@ -48,8 +48,6 @@ NAN = math.nan
 DEEP = "[" * 100_000
 HUGE = "1" * 10_000  # Python refuses to read a number with this many digits.
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 @pytest.fixture(scope="module")
 def trainer(model, tmp_path_factory):

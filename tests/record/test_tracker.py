@@ -13,8 +13,6 @@ from tasks.rewards.functions import REWARDS
 from tests.helpers.malformed import train
 from tests.helpers.runs import options
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
-
 
 def install(name, monkeypatch):
     """Install a fake tracker; return the list to which it adds its calls."""

@@ -27,7 +27,7 @@ BITS = {"device", "micro_batch_size", "deterministic", "gradient_checkpointing"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _contained(no_plots):
+def _contained():
     """Keep trackers out, and undo what a run sets for the whole process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tracker, "__init__", lambda self, *_: setattr(self, "package", None))

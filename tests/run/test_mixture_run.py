@@ -32,7 +32,7 @@ STEPS = {"num_iterations": 6, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, no_plots):
+def place(tmp_path_factory):
     """Return a folder with a tiny model and a file with a task."""
     folder = tmp_path_factory.mktemp("mixture")
     a_tiny_model(folder / "model")

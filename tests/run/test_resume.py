@@ -199,7 +199,6 @@ def test_a_setting_that_may_not_change_is_named_and_refused(whole, change):
     assert fingerprint(folder) == before
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_a_time_limit_ends_in_time_with_everything_saved(tmp_path):
     folder = tmp_path / "run"
     start = time.monotonic()
@@ -209,7 +208,6 @@ def test_a_time_limit_ends_in_time_with_everything_saved(tmp_path):
     assert (folder / "saved_model" / "README.md").is_file()
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_patience_and_target_accuracy_stop_and_say_why(tmp_path):
     out = in_process(tmp_path / "a", "--num-iterations", "1000", "--target-accuracy", "0.01").stdout
     assert "validation accuracy reached" in out
@@ -217,7 +215,6 @@ def test_patience_and_target_accuracy_stop_and_say_why(tmp_path):
     assert "no better than" in out
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_a_kill_in_the_very_first_save_does_no_harm(tmp_path):
     (tmp_path / "run" / "checkpoints" / ".step-00000000.new").mkdir(parents=True)
     result = in_process(tmp_path / "run", "--num-iterations", "1")
@@ -241,7 +238,6 @@ class Killed(BaseException):
     """Stand in for SIGKILL: nothing catches this exception."""
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_the_saved_model_is_never_ahead_of_the_checkpoint_and_is_written_after_a_kill_between_the_two(
     whole, tmp_path, monkeypatch
 ):
@@ -271,7 +267,6 @@ def test_the_saved_model_is_never_ahead_of_the_checkpoint_and_is_written_after_a
     assert card["step"] == evals[-1]["step"] == 4
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_a_launch_that_continues_leaves_time_for_the_last_test_too(tmp_path, monkeypatch):
     left, test = [], Evaluator.test
     monkeypatch.setattr(InterruptHandler, "reason", lambda self, seconds: left.append(seconds))

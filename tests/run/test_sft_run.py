@@ -13,7 +13,6 @@ from grpo.sft import SupervisedTrainer
 from tests.helpers.runs import fingerprint, options, trained
 
 FIRST = {"sft_steps": 5, "sft_batch_size": 4, "sft_learning_rate": 1e-2, "num_iterations": 4}
-pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture

@@ -37,11 +37,6 @@ def whole(model, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick(no_plots):
-    """Switch the plots off."""
-
-
 def launch(model, folder, **settings):
     """Start or continue the tiny run in this process; return click's result."""
     return CliRunner().invoke(train_grpo.main, options(**{"model": model, "output_dir": folder, **settings}))

@@ -12,8 +12,6 @@ from grpo.model_card import resolve
 from grpo.record.metrics import load_metrics
 from tests.helpers.runs import a_tiny_model, options
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
-
 
 def launch(folder, *words, **settings):
     """Launch a tiny run, without --train-anyway, and return its status and what it printed."""

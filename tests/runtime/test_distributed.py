@@ -36,8 +36,6 @@ VARIANTS = {
     "sharded, small passes": {"shard": True, "micro_batch_size": 1, "gradient_checkpointing": True},
 }
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 @pytest.fixture(scope="module")
 def alone(model):

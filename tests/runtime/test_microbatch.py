@@ -151,7 +151,7 @@ TINY += ["--eval-every", "4", "--eval-problems", "4", "--save-every", "1", "--sh
 
 
 @pytest.fixture
-def train(quick_runs, tmp_path, monkeypatch):
+def train(tmp_path, monkeypatch):
     """Run train_grpo.py; from step `first` on, memory holds only `fits` rows with gradient."""
     true_step = GRPO.step
 

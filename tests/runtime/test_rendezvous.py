@@ -14,8 +14,6 @@ from grpo.launch import agreement, rendezvous
 from grpo.launch.rendezvous import Meeting, _agree_on_round
 from tests.helpers.runs import a_tiny_model, options, together, wait_for
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 def ends_of(forks):
     return [fork.wait() for fork in forks]

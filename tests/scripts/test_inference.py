@@ -204,7 +204,6 @@ def test_questions_through_a_pipe_give_answers_and_nothing_else(processes, tmp_p
     assert error == "Model: starter\n"
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_worked_examples_of_a_run_are_kept_and_asked_with(tmp_path, monkeypatch):
     train("--shots", 2, folder=tmp_path)
     examples = with_shots(Arithmetic(), 2).examples

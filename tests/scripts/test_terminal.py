@@ -64,7 +64,6 @@ def test_an_error_that_begins_with_a_word_longer_than_the_line_says_error_once(m
     assert error.value.message.split() == [f"/{'a' * 70}", "is", "no", "folder"]
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_a_run_and_questions_to_its_model_fit_a_narrow_terminal(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     result = train("--show-every", 1, "--beta", 0, folder=tmp_path)
@@ -148,7 +147,6 @@ def test_comparing_without_a_trained_model_says_to_train_first(tmp_path):
 # --- --check ---
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_check_says_what_a_run_would_do_and_writes_nothing(tmp_path):
     options = ["--sft-steps", 1, "--pass-at-k", 1, "--output-dir", "out"]
     text = invoke(train_grpo.main, *TINY, *options, "--check", folder=tmp_path).stdout
@@ -167,7 +165,6 @@ def test_check_and_seeds_do_not_go_together(tmp_path):
     assert "--seed" in result.stderr
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_check_of_problems_without_a_known_solution(tmp_path, monkeypatch):
     def unknown(*args):
         raise ValueError("the task knows no right completion for any of 50 training problems")

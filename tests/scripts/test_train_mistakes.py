@@ -9,8 +9,6 @@ import train_grpo
 from grpo.model_card import CARD
 from tests.helpers.scripts import QUESTION, TINY, a_model, invoke, names_in, refusal, snapshot
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 # One call of each kind. Which values a setting refuses is tested in tests/run/test_config.py
 BAD_CALLS = [
     (["--device", "tpu"], "--device"),

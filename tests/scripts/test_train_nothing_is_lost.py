@@ -85,7 +85,6 @@ def test_fresh_that_cannot_move_anything_aside_leaves_all_in_place(copy_of_run):
     assert snapshot(copy_of_run) == before
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_a_run_killed_while_it_replaced_its_model_loses_neither(copy_of_run, monkeypatch):
     # `save` moves the old folder out of the way and the new one in: two renames, and a kill may fall between them.
     class Killed(BaseException):
@@ -140,7 +139,6 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path, monkeypatch):
     assert "Traceback" not in result.output
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_a_run_that_only_makes_nan_ends_with_an_explanation_and_a_good_model(tmp_path):
     result = invoke(train_grpo.main, *TINY, "--num-iterations", 20, "--learning-rate", 1e30, folder=tmp_path)
     assert result.exit_code == 1
@@ -162,7 +160,6 @@ def test_a_reward_that_is_not_a_finite_number_ends_the_run_and_names_the_functio
     assert load_metrics(tmp_path)["steps"] == []
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_deterministic_changes_nothing_on_the_cpu(run, tmp_path):
     train("--deterministic", folder=tmp_path)
     assert torch.are_deterministic_algorithms_enabled()

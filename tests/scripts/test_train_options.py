@@ -188,7 +188,6 @@ def test_the_card_of_an_earlier_version_is_understood(resolved, tmp_path):
     assert (config.ref_model_sync_steps, config.mask_truncated_completions) == (7, False)
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_a_run_of_an_earlier_version_continues(copy_of_earlier):
     same = ["--ref-model-sync-steps", 1, "--mask-truncated-completions", "--num-iterations", 3]
     result = train(*same, folder=copy_of_earlier)

@@ -22,8 +22,6 @@ from tests.helpers.scripts import (
     train,
 )
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 def sums_file(path, n=120):
     """Write a JSON Lines file in the format of GSM8K, which is also one of questions and answers."""
