@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from grpo.evaluation import evaluator
+from grpo.evaluation.evaluator import SKILL_PROBLEMS, TEST_PROBLEMS
 from grpo.model import trial
 from grpo.plots import figures
 from grpo.runtime import device
@@ -52,17 +53,26 @@ def _quick_trials(request):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_problems():
+    """Test models on a few problems, in the runs of fixtures of a package too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "TEST_PROBLEMS", 4)
+        patch.setattr(evaluator, "SKILL_PROBLEMS", 1)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_runs(request):
-    """Leave the pictures of a run empty, and test its models on a few problems, except where these are looked at."""
+    """Leave pictures of runs empty, except where they are looked at; test on all problems where this matters."""
     name = request.module.__name__
     with pytest.MonkeyPatch.context() as patch:
         if not name.startswith(("tests.plots.", "tests.run.test_faults")) and not name.endswith(FULL_PICTURES):
             for picture in ("training_curve", "kl_divergence", "sft_curve", "overview"):
                 patch.setattr(figures, picture, lambda record: plt.figure(figsize=(1, 1)))
-        if not name.endswith(FULL_TESTS):
-            patch.setattr(evaluator, "TEST_PROBLEMS", 4)
-            patch.setattr(evaluator, "SKILL_PROBLEMS", 1)
+        if name.endswith(FULL_TESTS):
+            patch.setattr(evaluator, "TEST_PROBLEMS", TEST_PROBLEMS)
+            patch.setattr(evaluator, "SKILL_PROBLEMS", SKILL_PROBLEMS)
         yield
 
 
