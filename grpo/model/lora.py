@@ -129,10 +129,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merged(model: nn.Module, ranks: Ranks = ONE) -> PreTrainedModel:
-    """Return a plain model with float32 weights, the adapter merged in; a sharded model is gathered on the CPU.
+    """Return a plain model on the CPU with float32 weights, the adapter merged in.
 
-    `model` keeps its weights to the bit: adding the adapter in place and subtracting it again would round them. The
-    two models share all weights that have no adapter. All ranks must call this; only rank 0 gets weights.
+    `model` keeps its weights to the bit: adding the adapter in place and subtracting it again would round them. If
+    `model` is on the CPU, the two models share all weights that have no adapter. Another device never holds more than
+    two merged weights. All ranks must call this; only rank 0 gets weights.
     """
     base = model.get_base_model() if has_adapter(model) else model
     config = copy.deepcopy(base.config)
@@ -149,7 +150,7 @@ def merged(model: nn.Module, ranks: Ranks = ONE) -> PreTrainedModel:
     plain.tie_weights()
     for name, buffer in base.named_buffers():  # Buffers, such as rotary frequencies, are not among the weights.
         layer, _, leaf = name.rpartition(".")
-        plain.get_submodule(layer).register_buffer(leaf, buffer, persistent=False)
+        plain.get_submodule(layer).register_buffer(leaf, buffer.cpu(), persistent=False)
     plain.generation_config = copy.deepcopy(base.generation_config)
     missing = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
     assert not missing or not ranks.is_main, missing
@@ -158,14 +159,14 @@ def merged(model: nn.Module, ranks: Ranks = ONE) -> PreTrainedModel:
 
 @torch.no_grad()
 def _merged_weight(base: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """Return a weight in float32, dequantised and gathered from all ranks, with its adapter added if it has one."""
+    """Return a weight in float32 on the CPU, dequantised, gathered from all ranks, with its adapter if it has one."""
     weight = parameter.detach()
     if hasattr(parameter, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
         weight = dequantize_4bit(parameter.data, parameter.quant_state)
-    weight = full_tensor(weight).float()
+    weight = full_tensor(weight).cpu().float()
     layer, _, leaf = name.rpartition(".base_layer.")
     if leaf != "weight":
         return weight
-    return weight + full_tensor(base.get_submodule(layer).get_delta_weight("default")).float()
+    return weight + full_tensor(base.get_submodule(layer).get_delta_weight("default")).cpu().float()

@@ -21,6 +21,7 @@ from grpo.scoring import scorer
 from grpo.step_probe import measured_step
 from tasks.arithmetic import Arithmetic
 from tests.helpers.models import ragged_tokens, tiny_model
+from tests.helpers.on_card import OnCard, put_on_card
 from tests.helpers.runs import kept_gradients
 from tests.helpers.scoring import logprobs_of
 
@@ -117,6 +118,28 @@ def test_a_base_in_4_bits_is_trained_by_its_adapter_and_saved_in_full():
         torch.testing.assert_close(four.grad, full.grad, atol=1e-3, rtol=1e-3)
     made.step(1)
     torch.testing.assert_close(logprobs(merged(made.policy)), logprobs(made.policy), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_a_card_holds_at_most_two_merged_weights_at_a_time(load_in_4bit, monkeypatch):
+    if load_in_4bit:
+        functional = pytest.importorskip("bitsandbytes").functional
+    model = make_grpo(lora_rank=4, load_in_4bit=load_in_4bit).policy
+    for name, weight in trainable(model).items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight)
+    expected = merged(model).state_dict()
+    put_on_card(model)
+    if load_in_4bit:
+        true_function = functional.dequantize_4bit
+        monkeypatch.setattr(functional, "dequantize_4bit", lambda *args: OnCard.hold(true_function(*args)))
+    before = OnCard.peak
+    plain = merged(model)
+    largest = max(weight.nbytes for name, weight in expected.items() if "proj" in name)
+    assert largest <= OnCard.peak - before <= 2 * largest
+    assert not any(isinstance(tensor, OnCard) for tensor in (*plain.parameters(), *plain.buffers()))
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
 
 
 @pytest.mark.parametrize("more", [{}, {"lora_rank": 4}], ids=str)
