@@ -18,6 +18,7 @@ from grpo.measurer import Measurer
 from grpo.model.chat_template import task_for
 from grpo.model.language_model import fitting_task, limit_note
 from grpo.model.loading import load, load_policy
+from grpo.model.lora import ADAPTER, read_adapter
 from grpo.model.saving import SAVED_MODEL
 from grpo.model_card import read_card
 from grpo.plots.figures import draw_all
@@ -303,13 +304,17 @@ class Trainer:
                 f"{self.saved_model} was deleted or moved during the run. It held the best policy, of step "
                 f"{progress.best['step']}: put it back and repeat the command, or start over with --fresh"
             )
-        self.grpo = self.lm = self.state.grpo = None  # free the memory of policy, reference and optimizer
+        self.grpo = self.state.grpo = None  # free the memory of reference and optimizer
         with interrupts.abandonable():
             c = self.config
-            best = load(str(self.saved_model), device, c.precision, c.shard, c.chat_template_arg)
-            if self.config.shard:
-                shard(best.model, device, self.ranks)
-        after = self.measurer.measure(best, "test", progress.best["step"], interrupts.abandonable())
+            if c.load_in_4bit:  # the device may have no room for the merged weights in float32
+                read_adapter(self.lm.model, self.saved_model / ADAPTER)
+            else:
+                self.lm = None  # free the memory of the policy
+                self.lm = load(str(self.saved_model), device, c.precision, c.shard, c.chat_template_arg)
+            if c.shard:
+                shard(self.lm.model, device, self.ranks)
+        after = self.measurer.measure(self.lm, "test", progress.best["step"], interrupts.abandonable())
         if self.ranks.is_main:
             readme = saved_readme(self.config, self.task, progress.best, progress.before, after)
             with name_in_errors(self.saved_model / "README.md"):

@@ -118,6 +118,13 @@ def merge_saved_adapter(model: PreTrainedModel, folder: Path) -> None:
         weight += scale * second @ first
 
 
+def read_adapter(model: nn.Module, folder: Path) -> None:
+    """Replace the weights of a model's adapter by the weights that peft saved in a folder."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
 def has_adapter(model: nn.Module) -> bool:
     """Return whether a model has an adapter, as models from `add_adapter` do."""
     return hasattr(model, "peft_config")

@@ -200,6 +200,29 @@ def test_a_run_saves_the_merged_model_with_the_adapter_beside_it_and_resumes_to_
     assert (logprobs(loaded) - logprobs(load("starter", CPU).model)).abs().max() > 1e-3, "it was trained"
 
 
+def test_the_test_of_a_run_in_4_bits_measures_the_best_adapter_and_loads_no_whole_model(train, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    falling, tested = iter(range(100, 0, -1)), []
+    true_validate, true_test = Evaluator.validate, Evaluator.test
+    monkeypatch.setattr(
+        Evaluator, "validate", lambda *args: {**true_validate(*args), "accuracy": next(falling) / 100}
+    )
+
+    def test(self, lm):
+        tested.append({name: weight.detach().clone() for name, weight in trainable(lm.model).items()})
+        return true_test(self, lm)
+
+    monkeypatch.setattr(Evaluator, "test", test)
+    result = train("four", "--load-in-4bit", "--num-iterations", "1", "--num-inner-updates", "1")
+    assert result.exit_code == 0, result.output
+    before, after = tested
+    saved = load_file(tmp_path / "four" / "saved_model" / ADAPTER / "adapter_model.safetensors")
+    last = load_file(tmp_path / "four" / "checkpoints/step-00000001/policy.safetensors")
+    assert any(not torch.equal(last[name], weight) for name, weight in before.items()), "it was trained"
+    assert all(torch.equal(after[name], weight) for name, weight in before.items()), "the best was the first"
+    assert all(torch.equal(saved[name.replace(".default.", ".")], weight) for name, weight in after.items())
+
+
 @pytest.mark.parametrize(
     ("package", "args"), [("peft", LORA), ("bitsandbytes", [*LORA, "--load-in-4bit"])], ids=["peft", "bitsandbytes"]
 )
