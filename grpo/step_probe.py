@@ -74,7 +74,7 @@ def sampler_gap(outcome: StepOutcome, ranks: Ranks) -> float:
     mask = outcome.batch.tokens.completion_mask
     scored = outcome.batch.old_logprobs
     own_rows = ranks.own_slice(len(outcome.rollout.sample_logprobs))
-    sampled = outcome.rollout.sample_logprobs[own_rows, : scored.shape[1]]
+    sampled = outcome.rollout.sample_logprobs[own_rows, : scored.shape[1]].to(scored.device)
     return float(ranks.all_reduce(torch.where(mask, (sampled - scored).abs(), 0.0).amax(), "max"))
 
 

@@ -95,7 +95,7 @@ class GRPO:
         """Take step number `step`, counted from 1; return its settings, rollouts, batch and updates."""
         settings = self.schedule.at(step)
         drawn, rollout = self.sampler.sample(step, settings.num_generations)  # o_i ~ π_old, r_i, A_i
-        batch = Batch.from_rollout(rollout, self.config, self.ranks)
+        batch = Batch.from_rollout(rollout, self.config, self.ranks, self.policy.device)
         batch = replace(batch, ref_logprobs=self.reference.logprobs(batch.tokens))  # log π_ref
         updates = []
         for _ in range(self.config.num_inner_updates):  # μ

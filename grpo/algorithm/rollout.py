@@ -25,7 +25,7 @@ from tasks.rewards.scoring import RewardFunction, score
 
 @dataclass(frozen=True)
 class Rollout:
-    """N problems with G completions each, group-major: row i belongs to problem i // G; B = N · G."""
+    """N problems with G completions each, on the CPU, group-major: row i belongs to problem i // G; B = N · G."""
 
     # Set by sampling:
     problems: Sequence[Problem]  # length N
@@ -53,7 +53,7 @@ class Rollout:
 
     @cached_property
     def applies(self) -> Tensor:
-        """Return which completions have a reward, (B,) bool, on the CPU."""
+        """Return which completions have a reward, (B,) bool."""
         return ~self.totals.isnan().view(-1)
 
     @cached_property
@@ -69,15 +69,15 @@ class Rollout:
 
     @cached_property
     def lengths(self) -> Tensor:
-        """Return the number of tokens of each completion, (B,), on the CPU."""
-        return self.tokens.completion_mask.sum(-1).cpu()
+        """Return the number of tokens of each completion, (B,)."""
+        return self.tokens.completion_mask.sum(-1)
 
     def loss_tokens(self, config: TrainConfig) -> Tokens:
         """Return the tokens; their completion mask is True only for tokens that count in the loss.
 
         Completions without a reward do not count, nor do truncated ones with `mask_truncated_completions` (DAPO).
         """
-        counts = self.applies.to(self.truncated.device)
+        counts = self.applies
         if config.mask_truncated_completions:
             counts = counts & ~self.truncated
         return replace(self.tokens, completion_mask=self.tokens.completion_mask & counts.unsqueeze(-1))
@@ -101,15 +101,6 @@ class Rollout:
             completion_texts=[self.completion_texts[row] for row in rows],
             rewards=[self.rewards[row] for row in rows] if self.rewards else (),
             compared=self.compared[rows] if self.rewards else self.compared,
-        )
-
-    def to(self, device: torch.device | str) -> "Rollout":
-        """Return a copy; the tensors set by sampling are moved to `device`."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device),
-            sample_logprobs=self.sample_logprobs.to(device),
-            truncated=self.truncated.to(device),
         )
 
     def samples(self, step: int, groups: int) -> list[dict[str, Any]]:
@@ -231,8 +222,7 @@ class RolloutSampler:
         local = self.microbatch.run(lambda rows_per_pass: self._sample(problems, uniforms, g, rows_per_pass))
         if self.ranks.size == 1:
             return local
-        gathered = concatenate(self.ranks.gather(local.to("cpu"))).to(self.lm.model.device)
-        return gathered.pick(range(len(places)))
+        return concatenate(self.ranks.gather(local)).pick(range(len(places)))
 
     def _sample(
         self, problems: Sequence[Problem], uniforms: Tensor, num_generations: int, rows_per_pass: int
@@ -241,7 +231,7 @@ class RolloutSampler:
         c, lm, decoder = self.config, self.lm, self.generator.decoder
         with self.clock("sample"), in_precision(lm.model):
             prompts = lm.prompts([prompt_of(self.task, problem) for problem in problems])
-            prompt_ids, prompt_mask = left_pad(prompts, lm.pad_id, lm.model.device)
+            prompt_ids, prompt_mask = left_pad(prompts, lm.pad_id, torch.device("cpu"))
             params = SamplingParams(c.max_new_tokens, lm.end_ids, num_generations, c.temperature)
             common = decoder.common_prefix(prompts, least=shared_from(lm.model))
             completions = self.generator(prompt_ids, prompt_mask, params, uniforms, rows_per_pass, common)
@@ -274,10 +264,8 @@ class RolloutSampler:
         g, scale = rollout.num_generations, self.config.scale_rewards
         if self.config.multi_objective_aggregation == "normalize_then_sum":
             weights = torch.tensor([f.weight for f in self.rewards])
-            advantages = decoupled_advantages(rollout.compared, weights, g, scale)
-        else:
-            advantages = group_advantages(rollout.compared[:, 0], g, scale)
-        return advantages.to(rollout.truncated.device)
+            return decoupled_advantages(rollout.compared, weights, g, scale)
+        return group_advantages(rollout.compared[:, 0], g, scale)
 
 
 def _number(value: float | None) -> float:

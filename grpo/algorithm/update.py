@@ -35,13 +35,17 @@ class Batch:
     old_logprobs: Tensor | None = None  # (B, C); None until the first inner update has computed them
 
     @classmethod
-    def from_rollout(cls, rollout: Rollout, config: TrainConfig, ranks: Ranks = ONE) -> "Batch":
-        """Make a batch of this rank's rows of a rollout, with the denominators of the whole step."""
+    def from_rollout(
+        cls, rollout: Rollout, config: TrainConfig, ranks: Ranks = ONE, device: torch.device | str = "cpu"
+    ) -> "Batch":
+        """Make a batch, on `device`, of this rank's rows of a rollout, with the denominators of the whole step."""
         tokens = rollout.loss_tokens(config)
         num_completions = max(1, int(rollout.applies.sum()))
         num_tokens = max(1, int(tokens.completion_mask.sum()))
-        batch = cls(tokens, rollout.advantages, StepSizes(num_completions, num_tokens, config.max_new_tokens))
-        return batch.slice_rows(ranks.own_slice(len(rollout.advantages)))
+        rows = ranks.own_slice(len(rollout.advantages))
+        own_tokens = tokens.slice_rows(rows).to(device)
+        sizes = StepSizes(num_completions, num_tokens, config.max_new_tokens)
+        return cls(own_tokens, rollout.advantages[rows].to(device), sizes)
 
     def kl(self, ranks: Ranks) -> float:
         """Return the mean KL from the policy that sampled to the reference, in nats per token, over all ranks."""

@@ -38,4 +38,4 @@ def greedy(
     completions = concatenate(parts).pick(sorted(range(len(order)), key=order.__getitem__))
     if ranks.size == 1:
         return completions
-    return concatenate(ranks.gather(completions.to("cpu"))).pick(range(len(prompts)))
+    return concatenate(ranks.gather(completions)).pick(range(len(prompts)))

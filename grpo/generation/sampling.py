@@ -28,7 +28,7 @@ SHRINK_TO = 3 / 4  # Ended rows are dropped once at most 3/4 of the batch is run
 
 @dataclass(frozen=True)
 class Completions:
-    """Sampled completions, group-major: B = N · G rows and C columns. The longest completion has C tokens."""
+    """Sampled completions, on the CPU, group-major: B = N · G rows and C columns. The longest one has C tokens."""
 
     ids: Tensor  # (B, C) int64, right-padded
     lengths: Tensor  # (B,) int64, number of tokens, end token included
@@ -44,10 +44,6 @@ class Completions:
         """Return the token ids of each completion, with or without its end token."""
         lengths = self.lengths if with_end else self.lengths - self.ended.long()
         return [ids[:n] for ids, n in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
-
-    def to(self, device: torch.device | str) -> "Completions":
-        """Return the completions on `device`."""
-        return Completions(**{name: values.to(device) for name, values in vars(self).items()})
 
     def pick(self, rows: Sequence[int]) -> "Completions":
         """Return these rows, in this order, with as many columns as the longest of them needs."""
@@ -84,13 +80,14 @@ class Generator:
         rows_per_pass: int | None = None,
         common_prefix: int = 0,
     ) -> Completions:
-        """Return `params.n` completions of each of N left-padded prompts (N, P).
+        """Return `params.n` completions of each of N left-padded prompts (N, P), on any device.
 
         `uniforms` (N · n, max_tokens) come from `sampling_uniforms`; if they are None, decoding is greedy. At most
         `rows_per_pass` rows, by default all, run together. The first `common_prefix` tokens, which must be the same
         in all prompts, run once.
         """
-        n, device = params.n, prompt_ids.device
+        n, device = params.n, self.model.device
+        prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
         total = len(prompt_ids) * n
         if uniforms is not None:
             uniforms = uniforms.to(uniforms.dtype if TRAITS[device.type].has_float64 else torch.float32).to(device)
@@ -137,12 +134,13 @@ class Generator:
                     break
                 size = shrunk(len(decoded), left)
                 if decoding.can_shrink and size < len(decoded):
-                    ended_so_far = (~running).long().cumsum(0)
-                    stay = (running | (ended_so_far <= size - left)).nonzero().squeeze(-1)
+                    # The running rows and the first ended ones; unlike `nonzero`, this reads no size.
+                    stay = (~running).long().argsort(stable=True)[:size].sort().values
                     decoding.keep(stay)
                     decoded, running, tokens = decoded[stay], running[stay], tokens[stay]
             logits = decoding(tokens)
         ended[decoded] = ~running
+        ids, lengths, ended, logprobs = (x.cpu() for x in (ids, lengths, ended, logprobs))
         longest = int(lengths.max())
         return Completions(ids[:, :longest], lengths, ended, logprobs[:, :longest])
 

@@ -171,7 +171,7 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     StepMetric(
         name="truncated_fraction",
         meaning="share of completions cut off by `max_new_tokens`",
-        formula=lambda s: float(s.drawn.truncated.cpu().float().mean()),
+        formula=lambda s: float(s.drawn.truncated.float().mean()),
         title="Truncated",
         unit="% of completions",
         scale="share",

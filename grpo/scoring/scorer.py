@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -19,7 +20,7 @@ from grpo.runtime.sharding import run_as_forward
 from grpo.scoring.attention.layout import Layout
 from grpo.scoring.attention.packed import is_enabled
 from grpo.scoring.output_layer import LOG_OF_ZERO, body_of, linear_logprobs
-from grpo.scoring.tokens import Tokens, last_columns, position_ids, shared_beginning
+from grpo.scoring.tokens import Tokens, last_columns, position_ids, shared_beginning, shared_from
 
 # More logits than this are processed in chunks of this size, which take 64 MiB each in float32.
 CHUNK = 2**24
@@ -49,25 +50,23 @@ class Scorer:
         Both are (B, C) float32, and 0 on padding. Without `with_entropy`, the entropy may be None. It has a gradient
         only with `entropy_gradient`.
         """
-        if self._is_fused(model, tokens):
-            logprobs, entropy = fused_scores(model, tokens, temperature)
-            return logprobs, entropy if entropy_gradient else entropy.detach()
-        first, rest = packed_logits(model, tokens) if self.shares_prompts else dense_logits(model, tokens)
         ids, mask = tokens.completion_ids, tokens.completion_mask
-        rest_ids = ids[:, 1:][mask[:, 1:]] if self.shares_prompts else ids[:, 1:]
+        places = None
+        rest_ids = ids[:, 1:]
+        if self.shares_prompts:
+            places = packed_inputs(model, tokens)[1]
+            rest_ids = ids.flatten()[places]
+            if self.fuses_output and (len(ids) + len(places)) * model.get_output_embeddings().weight.shape[0] > CHUNK:
+                logprobs, entropy = fused_scores(model, tokens, temperature)
+                return logprobs, entropy if entropy_gradient else entropy.detach()
+        first, rest = packed_logits(model, tokens) if self.shares_prompts else dense_logits(model, tokens)
         first_logprobs = token_logprobs(first, ids[:, 0], temperature)
-        logprobs = _columns(first_logprobs, token_logprobs(rest, rest_ids, temperature), mask)
+        logprobs = _columns(first_logprobs, token_logprobs(rest, rest_ids, temperature), mask, places)
         if not with_entropy:
             return logprobs, None
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            return logprobs, _columns(token_entropy(first, temperature), token_entropy(rest, temperature), mask)
-
-    def _is_fused(self, model: PreTrainedModel, tokens: Tokens) -> bool:
-        """Return whether to use the fused output layer: if it is supported and there are more than CHUNK logits."""
-        if not (self.shares_prompts and self.fuses_output):
-            return False
-        scored = len(tokens.completion_ids) + int(tokens.completion_mask[:, 1:].sum())
-        return scored * model.get_output_embeddings().weight.shape[0] > CHUNK
+            entropies = token_entropy(first, temperature), token_entropy(rest, temperature)
+            return logprobs, _columns(*entropies, mask, places)
 
 
 DENSE = Scorer()  # runs every row in full, which every model supports
@@ -111,25 +110,31 @@ def _token_entropy(logits: Tensor, temperature: float) -> Tensor:
     return -(p * logits.log_softmax(-1).clamp(min=LOG_OF_ZERO)).sum(-1)
 
 
-def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
+def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> tuple[dict[str, Any], Tensor]:
     """Return the keyword arguments of a forward pass over prompts and completions as one row, ordered as in `Layout`.
 
-    The last token of a completion is left out because it predicts nothing that is scored.
+    Return also where the M completion tokens that are not the first of their completion are among all B · C, (M,).
+    The last token of a completion is not in the row, because it predicts nothing that is scored. Everything is made
+    on the CPU, where reading a mask does not wait for the device, and only once for these tokens.
     """
     assert is_enabled(model)  # any other attention would ignore `layout`
-    ids = tokens.completion_ids[:, :-1]  # (B, C - 1)
-    is_input = tokens.completion_mask[:, 1:]  # (B, C - 1): completion tokens that another one follows
-    is_prompt = tokens.prompt_mask  # (N, P)
+    least = shared_from(model)
+    if least in tokens.packed:
+        return tokens.packed[least]
+    host, device = tokens.on_host or tokens.to("cpu"), tokens.prompt_ids.device
+    ids = host.completion_ids[:, :-1]  # (B, C - 1)
+    is_input = host.completion_mask[:, 1:]  # (B, C - 1): completion tokens that another one follows
+    is_prompt = host.prompt_mask  # (N, P)
     lengths = is_prompt.sum(-1)
-    common = shared_beginning(model, tokens.prompt_ids, is_prompt)
-    layout = Layout.of(lengths, is_input.sum(-1), common)
+    common = shared_beginning(host.prompt_ids, is_prompt, least)
+    layout = Layout.of(lengths, is_input.sum(-1), common, device)
     positions = position_ids(is_prompt)
     follows = (is_prompt & (positions >= common))[:, :-1]  # after the common beginning, without the last token
     starts = lengths.repeat_interleave(tokens.num_generations)[:, None]
-    completion_positions = starts + torch.arange(ids.shape[1], device=ids.device)  # (B, C - 1)
+    completion_positions = starts + torch.arange(ids.shape[1])  # (B, C - 1)
 
     def row(of_prompts: Tensor, of_completions: Tensor) -> Tensor:
-        """Return values (N, P) and (B, C − 1) as one row (1, T)."""
+        """Return values (N, P) and (B, C − 1) as one row (1, T), on the device."""
         parts = [
             of_prompts[0, is_prompt[0]][:common],
             of_prompts[0, -1:].expand(layout.filler),
@@ -137,34 +142,36 @@ def packed_inputs(model: PreTrainedModel, tokens: Tokens) -> dict[str, Any]:
             of_prompts[:, -1],  # prompts are padded on the left
             of_completions[is_input],
         ]
-        return torch.cat(parts)[None]
+        return torch.cat(parts)[None].to(device)
 
-    return {
-        "input_ids": row(tokens.prompt_ids, ids),
+    arguments = {
+        "input_ids": row(host.prompt_ids, ids),
         "position_ids": row(positions, completion_positions),
-        "attention_mask": ids.new_zeros(1, 1, 1, 1),  # ignored; without this argument the model would build a mask
+        "attention_mask": ids.new_zeros(1, 1, 1, 1, device=device),  # ignored; else the model would build a mask
         "use_cache": False,
         "layout": layout,
     }
+    places = pad(is_input, (1, 0)).flatten().nonzero().squeeze(-1).to(device)
+    tokens.packed[least] = arguments, places
+    return tokens.packed[least]
 
 
 def packed_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Run a packed row; return the logits of each completion's first token (B, V) and of M later tokens (M, V)."""
+    inputs, places = packed_inputs(model, tokens)
     prompts = len(tokens.prompt_ids)
-    scored = prompts + int(tokens.completion_mask[:, 1:].sum())
-    logits = model(**packed_inputs(model, tokens), logits_to_keep=scored).logits[0]  # (N + M, V)
+    logits = model(**inputs, logits_to_keep=prompts + len(places)).logits[0]  # (N + M, V)
     first, rest = logits.tensor_split([prompts])
     return first.repeat_interleave(tokens.num_generations, 0), rest
 
 
 def fused_scores(model: PreTrainedModel, tokens: Tokens, temperature: float) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and entropies, (B, C) each, from a packed row, without holding all logits."""
-    inputs = packed_inputs(model, tokens)
-    ids = tokens.completion_ids
-    real = tokens.completion_mask[:, 1:]
-    targets = torch.cat([ids[:, 0], ids[:, 1:][real]])  # (B + M,)
+    inputs, places = packed_inputs(model, tokens)
+    ids, mask = tokens.completion_ids, tokens.completion_mask
+    targets = torch.cat([ids[:, 0], ids.flatten()[places]])  # (B + M,)
     prompts = len(tokens.prompt_ids)
-    scored = prompts + len(targets) - len(ids)  # N + M
+    scored = prompts + len(places)  # N + M
 
     def score() -> tuple[Tensor, Tensor]:
         hidden = body_of(model)(**inputs).last_hidden_state[0, -scored:]  # (N + M, D)
@@ -172,9 +179,8 @@ def fused_scores(model: PreTrainedModel, tokens: Tokens, temperature: float) -> 
         rows = torch.cat([first.repeat_interleave(tokens.num_generations, 0), rest])
         return linear_logprobs(model.get_output_embeddings(), rows, targets, temperature)
 
-    logprobs, entropies = run_as_forward(model, score)
-    mask = tokens.completion_mask
-    return _columns(*logprobs.tensor_split([len(ids)]), mask), _columns(*entropies.tensor_split([len(ids)]), mask)
+    logprobs, entropies = (x.tensor_split([len(ids)]) for x in run_as_forward(model, score))
+    return _columns(*logprobs, mask, places), _columns(*entropies, mask, places)
 
 
 def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -193,8 +199,11 @@ def dense_logits(model: PreTrainedModel, tokens: Tokens) -> tuple[Tensor, Tensor
     return out.logits[:, 0], out.logits[:, 1:]
 
 
-def _columns(first: Tensor, rest: Tensor, mask: Tensor) -> Tensor:
-    """Join values of the first tokens (B,) and of the others, (M,) or (B, C − 1), into (B, C); 0 on padding."""
-    if rest.dim() == 1:
-        rest = rest.new_zeros(mask[:, 1:].shape).masked_scatter(mask[:, 1:], rest)
+def _columns(first: Tensor, rest: Tensor, mask: Tensor, places: Tensor | None) -> Tensor:
+    """Join values of the first tokens (B,) and of the others into (B, C); 0 on padding.
+
+    The others are (B, C − 1), or (M,) if `places` (M,) tells where they are among all B · C.
+    """
+    if places is not None:
+        rest = rest.new_zeros(mask.numel()).scatter(0, places, rest).view_as(mask)[:, 1:]
     return torch.where(mask, torch.cat([first[:, None], rest], 1), 0.0)

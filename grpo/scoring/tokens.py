@@ -1,7 +1,8 @@
 """Token ids of prompts and completions: padding, masks, positions, slices, and the beginning that prompts share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Tokens:
     prompt_mask: Tensor  # (N, P) bool
     completion_ids: Tensor  # (B, C) int64, right-padded
     completion_mask: Tensor  # (B, C) bool, through the first end token, inclusive
+    on_host: "Tokens | None" = None  # the same tokens on the CPU, to be read without waiting for the device
+    packed: dict[int, Any] = field(init=False, default_factory=dict, repr=False)  # what `packed_inputs` has made
 
     @property
     def num_generations(self) -> int:
@@ -35,19 +38,27 @@ class Tokens:
         return [ids[:length] for ids, length in zip(self.completion_ids.tolist(), lengths, strict=True)]
 
     def to(self, device: torch.device | str) -> "Tokens":
-        """Return the tokens on `device`."""
-        return Tokens(**{name: values.to(device) for name, values in vars(self).items()})
+        """Return the tokens, which are on the CPU, on `device`."""
+        tensors = (self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask)
+        return Tokens(*(tensor.to(device) for tensor in tensors), on_host=self)
 
     def slice_rows(self, rows: slice) -> "Tokens":
-        """Return these rows, which are whole groups or a part of one, cut to their longest prompt and completion."""
+        """Return these rows, which are whole groups or a part of one, cut to their longest prompt and completion.
+
+        If nothing is cut, return the tokens themselves, with what has been made for them.
+        """
+        host = self.on_host or self
         groups = prompts_of(rows, self.num_generations)
-        left = self.prompt_mask.shape[1] - int(self.prompt_mask[groups].sum(-1).max())
-        width = max(1, int(self.completion_mask[rows].sum(-1).max()))
+        left = self.prompt_mask.shape[1] - int(host.prompt_mask[groups].sum(-1).max())
+        width = max(1, int(host.completion_mask[rows].sum(-1).max()))
+        if left == 0 and (rows.stop - rows.start, width) == self.completion_ids.shape:
+            return self
         return Tokens(
             self.prompt_ids[groups, left:],
             self.prompt_mask[groups, left:],
             self.completion_ids[rows, :width],
             self.completion_mask[rows, :width],
+            self.on_host and self.on_host.slice_rows(rows),
         )
 
 
@@ -55,10 +66,10 @@ def tokens_of(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> Tokens:
     """Return the padded tokens of prompts with one completion each; both are given as lists of ids."""
-    lengths = torch.tensor([len(ids) for ids in completions], device=device)
+    lengths = torch.tensor([len(ids) for ids in completions])
     width = int(lengths.max())
-    ids = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in completions], device=device)
-    return Tokens(*left_pad(prompts, pad_id, device), ids, length_mask(lengths, width))
+    ids = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in completions])
+    return Tokens(*left_pad(prompts, pad_id, ids.device), ids, length_mask(lengths, width)).to(device)
 
 
 def prompts_of(rows: slice, num_generations: int) -> slice:
@@ -105,8 +116,8 @@ def shared_from(model: PreTrainedModel) -> int:
     return SHARED_FROM if precision(model) == "float32" else SHARED_FROM_16_BITS
 
 
-def shared_beginning(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> int:
-    """Return the length of the common beginning of left-padded prompts (N, P); 0 if sharing it saves no time."""
+def shared_beginning(ids: Tensor, mask: Tensor, least: int) -> int:
+    """Return the length of the common beginning of left-padded prompts (N, P); 0 if it is shorter than `least`."""
     rows = zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)
     common = common_prefix_length([row[len(row) - length :] for row, length in rows])
-    return common if common >= shared_from(model) else 0
+    return common if common >= least else 0

@@ -57,7 +57,7 @@ def same_numbers(check: Check) -> str:
     """Compare packed with dense rows in float32, and bfloat16 with float32, on a rollout of the starter."""
     lm = load("starter", check.device)
     grpo = GRPO(resolve({"model": "starter", "device": check.device.type}), Arithmetic(), lm)
-    tokens = grpo.step(1).rollout.tokens
+    tokens = grpo.step(1).batch.tokens
     mask = tokens.completion_mask
     sharing = scorer_for(lm.model)
     dense, packed = (logprobs_in_passes(scorer, lm.model, tokens, 1.0, len(mask)) for scorer in (DENSE, sharing))

@@ -9,7 +9,7 @@ from grpo.algorithm.grpo import GRPO
 from grpo.model.language_model import LanguageModel
 from grpo.runtime.device import keep_freed_memory, use_large_pages
 from grpo.runtime.precision import precision
-from grpo.scoring.tokens import shared_beginning
+from grpo.scoring.tokens import shared_beginning, shared_from
 from grpo.step_probe import measured_step
 from tests.benchmarks.flops import Dimensions, update_flops
 from tests.benchmarks.work import Channel, Spec, record
@@ -60,7 +60,7 @@ def main() -> None:
             prompts, completions = (
                 mask.sum(-1).tolist() for mask in (rollout.tokens.prompt_mask, rollout.tokens.completion_mask)
             )
-            common = shared_beginning(lm.model, rollout.tokens.prompt_ids, rollout.tokens.prompt_mask)
+            common = shared_beginning(rollout.tokens.prompt_ids, rollout.tokens.prompt_mask, shared_from(lm.model))
             rows = sum(prompts) - (len(prompts) - 1) * common + sum(completions) - len(completions)
             channel.records.append(
                 record(

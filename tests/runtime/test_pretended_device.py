@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from grpo.algorithm.grpo import GRPO
+from grpo.generation.decoding import Decoder
+from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
 from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.runtime.device import choose_device
+from grpo.scoring.attention.layout import Layout
+from grpo.scoring.tokens import left_pad
 from grpo.step_probe import measured_step
 from tasks.registry import make_task
 from tests.helpers.pretended_device import NAME, PretendedDevice, pretended_device
@@ -89,3 +93,45 @@ def test_a_step_has_the_metrics_of_the_cpu(device, model):
         elif not name.startswith("time/"):
             assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
     assert expected["reward_std"] > 0, "a step without a gradient would show little"
+
+
+# --- how often the host waits for the device ---
+
+FOUR_BY_FOUR = {"batch_size": 4, "num_generations": 4, "num_inner_updates": 5, "max_new_tokens": 16}
+
+
+@pytest.mark.parametrize("prompts_per_pass", [4, 2])
+def test_a_step_of_4_by_4_with_5_updates_reads_at_most_30_times(device, model, prompts_per_pass):
+    # At most 8 outside of sampling: loss and gradient norm of each update, and 3 metrics that the device computes.
+    # Reference and updates read nothing else, even if a micro-batch is cut out of the step.
+    grpo = a_grpo(model, NAME, **FOUR_BY_FOUR, micro_batch_size=prompts_per_pass)
+    device.reads.clear()
+    measured_step(grpo, 1)
+    assert device.reads.total() <= 30, device.reads
+    reads_of_sampling = sum(count for place, count in device.reads.items() if place.startswith("grpo/generation/"))
+    assert device.reads.total() - reads_of_sampling <= 8, device.reads
+
+
+def test_the_decode_loop_reads_at_most_3_times_in_10_tokens(device, model):
+    lm = load(model, torch.device(NAME))
+    ids, mask = left_pad([[1, 2, 3], [4, 5]], lm.pad_id, torch.device("cpu"))
+
+    def reads(tokens: int) -> int:
+        device.reads.clear()
+        params = SamplingParams(tokens, stop_ids=[-1], n=4)  # no row ends, so every one has `tokens` tokens
+        completions = Generator(lm.model, Decoder(expands_cache=True))(
+            ids, mask, params, sampling_uniforms(0, 1, 8, tokens)
+        )
+        assert completions.lengths.tolist() == 8 * [tokens]
+        return device.reads.total()
+
+    assert 0 < reads(44) - reads(4) <= 0.3 * 40
+
+
+def test_reference_and_updates_make_the_layout_of_a_step_once(model, monkeypatch):
+    made = []
+    of = Layout.of
+    grpo = a_grpo(model, "cpu", **FOUR_BY_FOUR)
+    monkeypatch.setattr(Layout, "of", lambda *arguments: made.append(of(*arguments)) or made[-1])
+    grpo.step(1)
+    assert len(made) == 1

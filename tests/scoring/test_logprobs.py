@@ -62,7 +62,7 @@ def test_a_common_beginning_is_run_once_and_changes_no_value_or_gradient(kind, l
     monkeypatch.setattr(tokens_module, "SHARED_FROM", 2)
     model = tiny_model(kind).double()
     tokens = ragged_tokens(lengths, generations, columns=9, extra_padding=2, common_prefix=6)
-    assert shared_beginning(model, tokens.prompt_ids, tokens.prompt_mask) == 6
+    assert shared_beginning(tokens.prompt_ids, tokens.prompt_mask, least=2) == 6
     packed, dense = (logprobs_of(model, tokens, 1.0, shared=packed) for packed in (True, False))
     torch.testing.assert_close(packed, dense, atol=1e-5, rtol=1e-6)
     a, b = gradient(model, tokens, True), gradient(model, tokens, False)

@@ -22,7 +22,7 @@ HEADS, KEY_HEADS, SIZE = 4, 2, 8
 
 def a_layout(prompts=(3, 1), completions=(2, 0, 1, 3), common=0) -> Layout:
     """Return the layout of prompts and completions of these lengths, and of a common beginning of `common` tokens."""
-    return Layout.of(torch.tensor(prompts), torch.tensor(completions), common)
+    return Layout.of(torch.tensor(prompts), torch.tensor(completions), common, torch.device("cpu"))
 
 
 def vectors(length: int, heads: int, seed: int) -> torch.Tensor:

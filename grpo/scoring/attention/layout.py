@@ -62,34 +62,41 @@ class Layout:
     completion_lengths: Tensor  # (B,) int64, at least 0
     prompt_index: Tensor  # (N, P) int64, where each token is in the row; an arbitrary index for padding
     completion_index: Tensor  # (B, C) int64, where each token is in the row; an arbitrary index for padding
+    prompt_tokens: int  # the sum of `prompt_lengths`
+    completion_tokens: int  # the sum of `completion_lengths`
     common_prefix: int = 0  # S; every prompt has at least one more token
     filler: int = 0
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # index maps, masks, biases that layers share
 
     @classmethod
-    def of(cls, prompt_lengths: Tensor, completion_lengths: Tensor, common_prefix: int = 0) -> "Layout":
-        """Make the layout from the lengths of whole prompts (N,) and completions (B,), group-major."""
+    def of(
+        cls, prompt_lengths: Tensor, completion_lengths: Tensor, common_prefix: int, device: torch.device
+    ) -> "Layout":
+        """Make the layout on `device` from the lengths, on the CPU, of whole prompts (N,) and completions (B,)."""
         prompt_lengths = prompt_lengths - common_prefix
         p, c = prompt_lengths[:, None], completion_lengths[:, None]
         filler = _filler(common_prefix + int(p.sum() + c.sum())) if common_prefix else 0
         i = _columns(p, common_prefix)
         j = _columns(c, common_prefix)
         body = p - 1  # lengths without the last token
-        last = filler + body.sum() + torch.arange(len(p), device=p.device)[:, None]
+        last = filler + body.sum() + torch.arange(len(p))[:, None]
         prompts = torch.where(i < body, filler + body.cumsum(0) - body + i, last)
         completions = torch.where(j < c, last[-1] + 1 + c.cumsum(0) - c + j, 0)
-        return cls(prompt_lengths, completion_lengths, prompts, completions, common_prefix, filler)
+        tensors = (prompt_lengths, completion_lengths, prompts, completions)
+        return cls(*(x.to(device) for x in tensors), int(p.sum()), int(c.sum()), common_prefix, filler)
 
     def maps(self, heads: int) -> IndexMaps:
         """Return the index maps of a row in which each token has `heads` vectors."""
         if ("maps", heads) not in self._cache:
-            index, is_real = _vectors(self.prompt_index, self.prompt_lengths, heads)
-            completion_index, completion_is_real = _vectors(self.completion_index, self.completion_lengths, heads)
+            index, order = _vectors(self.prompt_index, self.prompt_lengths, heads)
+            completion_index, completion_order = _vectors(self.completion_index, self.completion_lengths, heads)
+            prompts, padding = order.tensor_split([heads * self.prompt_tokens])
+            completions, more_padding = completion_order.tensor_split([heads * self.completion_tokens])
             self._cache["maps", heads] = IndexMaps(
                 index=torch.cat([index, completion_index]),
-                padding=(~torch.cat([is_real, completion_is_real])).nonzero().squeeze(-1),
-                prompts=_in_order(index, is_real),
-                completions=_in_order(completion_index, completion_is_real),
+                padding=torch.cat([padding, len(index) + more_padding]),
+                prompts=prompts,
+                completions=completions,
                 num_prompts=len(index),
                 filler=heads * self.filler,
             )
@@ -165,16 +172,15 @@ def causal(i: Tensor, reach: float) -> Tensor:
 
 
 def _vectors(token_index: Tensor, lengths: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Return where the vectors of M padded sequences are in the row, and which are not padding, (M · H · L,) each."""
+    """Return where the vectors of M padded sequences are in the row, (M · H · L,), and their order there.
+
+    The order (M · H · L,) lists the positions of the vectors that are not padding, as they follow each other in the
+    row, and after them the positions of padding.
+    """
     head = torch.arange(heads, device=lengths.device)[:, None]
-    is_real = length_mask(lengths, token_index.shape[1])[:, None].expand(-1, heads, -1)
-    return (token_index[:, None] * heads + head).flatten(), is_real.flatten()
-
-
-def _in_order(index: Tensor, is_real: Tensor) -> Tensor:
-    """Return the positions in `index` of the vectors that are not padding, in the order of the row."""
-    real = is_real.nonzero().squeeze(-1)
-    return real[index[real].argsort()]
+    index = token_index[:, None] * heads + head  # (M, H, L)
+    is_real = length_mask(lengths, token_index.shape[1])[:, None]
+    return index.flatten(), index.masked_fill(~is_real, torch.iinfo(index.dtype).max).flatten().argsort()
 
 
 def _columns(lengths: Tensor, common_prefix: int) -> Tensor:
