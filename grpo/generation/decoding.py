@@ -217,7 +217,8 @@ class Decoder:
         if not self.expands_cache:
             ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
             repeats = 1
-        if self.holds_prefix and not self.uses_cuda_graphs and common_prefix >= shared_from(model):
+        pays = len(ids) * repeats * common_prefix >= TRAITS[ids.device.type].copied_tokens
+        if self.holds_prefix and pays and not self.uses_cuda_graphs and common_prefix >= shared_from(model):
             return begin_after_prefix(model, ids, mask, repeats, columns, common_prefix)
         cache, logits = prefill(model, ids, mask, common_prefix)
         decoding = CudaGraphDecoding if self.uses_cuda_graphs else CachedDecoding

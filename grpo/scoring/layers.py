@@ -11,8 +11,10 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn.functional import silu
+from torch.nn.functional import rms_norm, silu
 from transformers import PreTrainedModel
+
+from grpo.runtime.device import TRAITS
 
 # Largest difference between a layer and its fused version, compared in float32.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -63,17 +65,28 @@ def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
     return GatedProduct.apply(gate, up, self.down_proj.weight)
 
 
+def _inverse(x: Tensor, epsilon: float) -> Tensor:
+    """Return 1 / sqrt(mean(x^2) + epsilon) over the last dimension, (…, 1)."""
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    return squares.div_(x.shape[-1]).add_(epsilon).rsqrt_()
+
+
 class RMSNorm(torch.autograd.Function):
     """`RMSNorm.apply(x, weight, epsilon)` returns weight * x / sqrt(mean(x^2) + epsilon), (…, D).
 
-    Everything except the product with the weight is computed in float32.
+    Everything except the product with the weight is computed in float32. If the device has a single operation for
+    the norm, it is used, because decoding a token takes as long as launching its operations; it computes the product
+    in float32 too, and the backward pass computes the inverse root again.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        ctx.epsilon = epsilon
+        if TRAITS[x.device.type].has_fused_norm and weight.dtype == x.dtype:
+            ctx.save_for_backward(x, weight, None)
+            return rms_norm(x, x.shape[-1:], weight, epsilon)
         y = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-        squares = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_()
-        inverse = squares.div_(x.shape[-1]).add_(epsilon).rsqrt_()  # (…, 1)
+        inverse = _inverse(y, epsilon)
         ctx.save_for_backward(x, weight, inverse)
         return y.mul_(inverse).to(x.dtype) * weight
 
@@ -83,6 +96,8 @@ class RMSNorm(torch.autograd.Function):
         # With n = x * inverse and v = grad * weight, the gradient of x is inverse * (v - n * mean(n * v)), and the
         # gradient of the weight is sum(grad * n).
         x, weight, inverse = ctx.saved_tensors
+        if inverse is None:
+            inverse = _inverse(x.to(torch.promote_types(x.dtype, torch.float32)), ctx.epsilon)
         normal = x * inverse  # float32 or float64, like `inverse`
         grad = grad.to(normal.dtype)
         wide_weight = weight.to(normal.dtype)

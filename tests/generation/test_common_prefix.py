@@ -1,5 +1,7 @@
 """What all prompts begin with is run once, with the same logits, cache and greedy tokens as in each prompt."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from grpo.generation.greedy import greedy
 from grpo.generation.probe import supports_common_prefix, supports_prefix_attention
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
 from grpo.model.language_model import LanguageModel
+from grpo.runtime.device import TRAITS
 from grpo.scoring import tokens
 from grpo.scoring.attention.common_prefix import CommonPrefix
 from grpo.scoring.tokens import common_prefix_length, left_pad
@@ -65,6 +68,18 @@ def test_a_beginning_held_once_gives_the_same_samples(kind, generations, monkeyp
         assert copied.lengths.min() < copied.lengths.max()
         torch.testing.assert_close(copied.logprobs, once.logprobs, atol=3e-5, rtol=0)
     assert held
+
+
+@pytest.mark.parametrize(("least", "holds"), [(5 * 3 * 4, True), (5 * 3 * 4 + 1, False)])
+def test_a_beginning_is_held_once_only_if_its_copies_have_as_many_tokens_as_the_device_asks_for(
+    least, holds, monkeypatch
+):
+    monkeypatch.setattr(tokens, "SHARED_FROM", 1)
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], copied_tokens=least))
+    ids, mask = left_pad(some_prompts(prefix=4), 0, torch.device("cpu"))  # 5 prompts
+    decoder = Decoder(expands_cache=True, holds_prefix=True)
+    decoding, _ = decoder.begin(tiny_model("qwen2"), ids, mask, repeats=3, columns=2, common_prefix=4)
+    assert (decoding.prefix is not None) == holds
 
 
 def test_a_beginning_held_once_is_refused_where_layers_keep_a_window_only():

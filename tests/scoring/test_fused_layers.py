@@ -1,13 +1,20 @@
 """RMSNorm and gated MLP with their own backward pass: computed by hand, against autograd, and in whole models."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import silu
+from torch.nn.functional import rms_norm, silu
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from grpo.generation.decoding import Decoder
 from grpo.model.loading import load
+from grpo.runtime.device import TRAITS
+from grpo.scoring import layers
 from grpo.scoring.layers import GatedProduct, RMSNorm, fuse_layers
 from tests.helpers.models import ragged_tokens, tiny_model
 from tests.helpers.scoring import logprobs_of
@@ -152,3 +159,62 @@ def test_a_loaded_model_has_fused_layers_in_bfloat16_only(precision, fused):
     model = load("starter", torch.device("cpu"), precision).model
     norms = [module for module in model.modules() if hasattr(module, "variance_epsilon")]
     assert {"forward" in vars(module) for module in norms} == {fused}
+
+
+# --- on a device with a single operation for the norm ---
+
+
+@pytest.fixture
+def fused_norm(monkeypatch):
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], has_fused_norm=True))
+
+
+@pytest.mark.usefixtures("fused_norm")
+def test_the_norm_of_the_device_by_hand_and_in_the_gradients_of_finite_differences():
+    test_a_norm_by_hand()
+    test_both_have_the_gradients_of_finite_differences()
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 0.5])
+@pytest.mark.parametrize(("dtype", "places"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_the_norm_of_the_device_has_the_values_of_transformers(fused_norm, epsilon, dtype, places):
+    # In bfloat16, transformers rounds before and after the product with the weight, by up to 2^-9 each, and the
+    # device once. Small and large inputs show where epsilon is added, and that the mean is computed in float32.
+    torch.manual_seed(0)
+    norm = Qwen2RMSNorm(96, eps=epsilon).to(dtype)
+    norm.weight.data.uniform_(0.5, 1.5)
+    for scale in (1e-3, 1.0, 300.0):
+        x = (scale * torch.randn(16, 96)).to(dtype)
+        actual = RMSNorm.apply(x, norm.weight, epsilon)
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual, norm(x), rtol=places, atol=1e-9)
+
+
+@pytest.mark.usefixtures("fused_norm")
+def test_a_decoded_token_of_24_layers_in_bfloat16_launches_at_most_700_operations(monkeypatch):
+    launches = 0
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal launches
+            makes_view = any(x.alias_info and not x.alias_info.is_write for x in function._schema.returns)
+            launches += not makes_view and function is not torch.ops.aten._unsafe_view.default
+            return function(*args, **(kwargs or {}))
+
+    def one_operation(*arguments):
+        nonlocal launches
+        launches += 1
+        with _disable_current_modes():
+            return rms_norm(*arguments)
+
+    monkeypatch.setattr(layers, "rms_norm", one_operation)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 24}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    assert fuse_layers(model) == 49 + 24
+    model = model.bfloat16()
+    ids = torch.arange(8).view(2, 4)
+    decoding, logits = Decoder(expands_cache=True).begin(model, ids, torch.ones_like(ids, dtype=torch.bool), 2, 4)
+    launches = 0
+    with torch.no_grad(), Launches():
+        decoding(logits.argmax(-1))
+    assert 24 * 20 < launches <= 700
