@@ -21,6 +21,8 @@ from grpo.scoring.tokens import length_mask, prompts_of
 
 # This many probabilities fit into a CPU's cache, each in float32 and as two integers.
 CACHE_PROBABILITIES = 2**17
+# On other devices this many are processed at once. They take 20 bytes each, so 320 MiB.
+DEVICE_PROBABILITIES = 2**24
 QUANTA = 2**50  # Probabilities are multiplied by this and cut to integers, so that their sums are exact.
 CHECK_EVERY = 4  # tokens between checks for ended rows, where a check makes the host wait for the device
 SHRINK_TO = 3 / 4  # Ended rows are dropped once at most 3/4 of the batch is running, and again at 3/4 of the rest.
@@ -157,9 +159,10 @@ def sampling_uniforms(seed: int, step: int, rows: int, columns: int, attempt: in
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Draw a token for each row of logits (B, V) by `uniforms` (B,); return tokens and log-probabilities, (B,) each.
 
-    A CPU processes as many rows at a time as fit into its cache.
+    Few rows are processed at a time, to limit memory; a CPU processes as many as fit into its cache.
     """
-    rows = max(1, CACHE_PROBABILITIES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    most = CACHE_PROBABILITIES if logits.device.type == "cpu" else DEVICE_PROBABILITIES
+    rows = max(1, most // logits.shape[-1])
     tokens, logprobs = [], []
     for few_logits, few_uniforms in zip(logits.split(rows), uniforms.split(rows), strict=True):
         probabilities = scaled(few_logits, temperature).softmax(-1)

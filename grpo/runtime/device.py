@@ -108,7 +108,21 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"--device is {name!r}; it must be auto, {', '.join(TRAITS)}")
     if not TRAITS[name].is_available():
         raise ValueError(f"--device {name} is not available on this machine; use --device auto")
+    if name == "cuda":
+        use_expandable_segments()
     return torch.device(name)
+
+
+def use_expandable_segments() -> None:
+    """Let torch extend its blocks of GPU memory, on Linux. Call this before the first use of CUDA.
+
+    The tensors of a step have other sizes in each step. Without this, memory is divided into blocks of past sizes,
+    and can run out although enough of it is free. A value that the user has set is kept. On Windows torch does not
+    support it, and in WSL the first allocation may fail (pytorch #192330).
+    """
+    is_wsl = "microsoft" in platform.release().lower()
+    if sys.platform == "linux" and not is_wsl and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads it once, with CUDA
 
 
 def set_deterministic(enabled: bool) -> None:

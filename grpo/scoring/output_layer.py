@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 # A block has at most this many logits. Blocks are large, because adding a block to the weight's gradient takes as
 # long with 300 rows as with 1,400.
 MAX_PRODUCT = 2**27
+# On other devices, where a block is also processed in float32 as a whole, which takes three times as much memory.
+DEVICE_MAX_PRODUCT = 2**26
 # Rows are padded to a multiple of this, because oneDNN makes and keeps a kernel of 0.7 MiB for each number of rows.
 ROW_MULTIPLE = 64
 LOG_OF_ZERO = -1e4  # used as the logarithm of 0, because -inf times 0 would be NaN
@@ -108,7 +110,8 @@ class _LinearLogprobs(torch.autograd.Function):
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, logits), one block of rows at a time. Each block overwrites the one before it in memory."""
-    blocks = math.ceil(len(x) / max(1, MAX_PRODUCT // len(weight)))
+    most = MAX_PRODUCT if x.device.type == "cpu" else DEVICE_MAX_PRODUCT
+    blocks = math.ceil(len(x) / max(1, most // len(weight)))
     size = math.ceil(len(x) / blocks)
     memory = x.new_empty(size, len(weight))
     for start in range(0, len(x), size):

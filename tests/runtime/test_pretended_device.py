@@ -4,13 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from grpo.algorithm.grpo import GRPO
+from grpo.generation import sampling
 from grpo.generation.decoding import Decoder
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
 from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.runtime.device import choose_device
+from grpo.scoring import output_layer
 from grpo.scoring.attention.layout import Layout
 from grpo.scoring.tokens import left_pad
 from grpo.step_probe import measured_step
@@ -93,6 +97,40 @@ def test_a_step_has_the_metrics_of_the_cpu(device, model):
         elif not name.startswith("time/"):
             assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
     assert expected["reward_std"] > 0, "a step without a gradient would show little"
+
+
+# --- how much memory the logits take ---
+
+
+class Largest(TorchDispatchMode):
+    """Note the most elements of any tensor that an operation makes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self.most = max([self.most, *(x.numel() for x in tree_leaves(results) if isinstance(x, torch.Tensor))])
+        return results
+
+
+def test_tokens_are_drawn_a_few_rows_at_a_time(device, monkeypatch):
+    monkeypatch.setattr(sampling, "DEVICE_PROBABILITIES", 3 * 50)
+    logits, uniforms = torch.randn(8, 50), sampling_uniforms(0, 1, 8, 1)[:, 0].float()
+    expected = sampling.draw(logits, uniforms, 0.7)
+    logits, uniforms = logits.to(NAME), uniforms.to(NAME)
+    with Largest() as seen:
+        actual = sampling.draw(logits, uniforms, 0.7)
+    assert [x.tolist() for x in actual] == [x.tolist() for x in expected]
+    assert seen.most == 3 * 50
+
+
+def test_the_output_layer_computes_a_block_of_logits_at_a_time(device, monkeypatch):
+    monkeypatch.setattr(output_layer, "DEVICE_MAX_PRODUCT", 16 * 50)
+    layer = torch.nn.Linear(4, 50).to(NAME)
+    hidden, ids = torch.randn(64, 4, device=NAME, requires_grad=True), torch.zeros(64, dtype=torch.long, device=NAME)
+    with Largest() as seen:
+        output_layer.linear_logprobs(layer, hidden, ids, 1.0)[0].sum().backward()
+    assert seen.most == 16 * 50
 
 
 # --- how often the host waits for the device ---
