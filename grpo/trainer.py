@@ -299,19 +299,20 @@ class Trainer:
     def _finish(self, interrupts: InterruptHandler, reason: str) -> None:
         """Measure the saved policy on the test problems, and print the result of the run."""
         device, progress = self.lm.model.device, self.progress
-        if not self.saved_model.is_dir():
+        best = self.saved_model / ADAPTER if self.config.load_in_4bit else self.saved_model
+        if not best.is_dir():
             raise ValueError(
-                f"{self.saved_model} was deleted or moved during the run. It held the best policy, of step "
+                f"{best} was deleted or moved during the run. It held the best policy, of step "
                 f"{progress.best['step']}: put it back and repeat the command, or start over with --fresh"
             )
         self.grpo = self.state.grpo = None  # free the memory of reference and optimizer
         with interrupts.abandonable():
             c = self.config
             if c.load_in_4bit:  # the device may have no room for the merged weights in float32
-                read_adapter(self.lm.model, self.saved_model / ADAPTER)
+                read_adapter(self.lm.model, best)
             else:
                 self.lm = None  # free the memory of the policy
-                self.lm = load(str(self.saved_model), device, c.precision, c.shard, c.chat_template_arg)
+                self.lm = load(str(best), device, c.precision, c.shard, c.chat_template_arg)
             if c.shard:
                 shard(self.lm.model, device, self.ranks)
         after = self.measurer.measure(self.lm, "test", progress.best["step"], interrupts.abandonable())

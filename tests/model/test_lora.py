@@ -1,6 +1,9 @@
 """LoRA, 4-bit bases and gradient checkpointing: the trained weights, the reference and the saved model."""
 
+import os
+import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -221,6 +224,37 @@ def test_the_test_of_a_run_in_4_bits_measures_the_best_adapter_and_loads_no_whol
     assert any(not torch.equal(last[name], weight) for name, weight in before.items()), "it was trained"
     assert all(torch.equal(after[name], weight) for name, weight in before.items()), "the best was the first"
     assert all(torch.equal(saved[name.replace(".default.", ".")], weight) for name, weight in after.items())
+
+
+def test_a_run_in_4_bits_that_is_stopped_in_its_last_test_goes_on_if_the_best_adapter_is_there(
+    train, tmp_path, monkeypatch
+):
+    pytest.importorskip("bitsandbytes")
+    falling, tested = iter(range(100, 0, -1)), []
+    true_validate, true_test = Evaluator.validate, Evaluator.test
+    monkeypatch.setattr(
+        Evaluator, "validate", lambda *args: {**true_validate(*args), "accuracy": next(falling) / 100}
+    )
+
+    def test(self, lm):
+        tested.append({name: weight.detach().clone() for name, weight in trainable(lm.model).items()})
+        if len(tested) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return true_test(self, lm)
+
+    monkeypatch.setattr(Evaluator, "test", test)
+    run = partial(train, "four", "--load-in-4bit", "--num-iterations", "1", "--num-inner-updates", "1")
+    assert run().exit_code == 130
+    adapter, aside = tmp_path / "four" / "saved_model" / ADAPTER, tmp_path / "aside"
+    adapter.rename(aside)
+    result = run()
+    assert result.exit_code == 1
+    assert f"{adapter} was deleted or moved during the run" in result.stderr
+    aside.rename(adapter)
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert len(tested) == 3
+    assert all(torch.equal(tested[2][name], weight) for name, weight in tested[0].items()), "the best was the first"
 
 
 @pytest.mark.parametrize(
