@@ -3,19 +3,24 @@
 import ctypes
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy
 import torch
 import transformers
 
+from grpo.runtime.console import say, suppress_warnings
+
 M_TRIM_THRESHOLD = -1  # parameters of mallopt, from glibc's malloc.h
 M_MMAP_MAX = -4
 # Parts of the error messages of MPS, cuBLAS and the CPU when memory runs out.
 OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+ARCHITECTURE = re.compile("(sm|compute)_([0-9]+)([0-9])([af]?)")  # in torch's list; its names for ROCm differ
 FEW_PARAMETERS = 2**25  # With more parameters, freed memory is returned to the system; with fewer, it is kept.
 # On a GPU, sharing the common beginning of prompts while decoding adds 12 operations to each layer, which take about
 # 60 µs to launch. In this time a GPU reads about 60 MB: keys and values, at 1 KiB for each token of a small model's
@@ -23,7 +28,7 @@ FEW_PARAMETERS = 2**25  # With more parameters, freed memory is returned to the 
 MANY_COPIED_TOKENS = 2**16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Traits:
     """What a type of device can do, and torch's functions for it."""
 
@@ -33,6 +38,7 @@ class Traits:
     has_graphs: bool  # torch can record the operations of a pass as a CUDA graph, and replay them
     has_fused_norm: bool  # torch.nn.functional.rms_norm is a single operation
     copied_tokens: int  # while decoding, share the common beginning of prompts if its copies had this many tokens
+    refusal: Callable[[torch.device], str] = lambda device: ""  # why torch cannot use the device; "" if it can
     multiplies_bfloat16: Callable[[torch.device], bool]  # in hardware, so that passes in bfloat16 are faster
     name: Callable[[torch.device], str]
     synchronize: Callable[[torch.device], None]  # wait until all queued operations have run
@@ -55,6 +61,35 @@ def cpu_multiplies_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
+def runs_code(entry: str, capability: tuple[int, int]) -> bool:
+    """Return whether a card of a CUDA capability runs the code of an architecture, such as "sm_86" or "compute_90".
+
+    Binary code (sm) runs on the same major version, from its minor version on. PTX (compute) is compiled on the card,
+    and runs from its version on. With the suffix "a", both run on their own version only; with "f", both run like
+    binary code. Source: CUDA C++ Programming Guide, "Binary Compatibility" and "Feature Set Compiler Targets".
+    """
+    kind, major, minor, suffix = ARCHITECTURE.fullmatch(entry).groups()
+    built_for = (int(major), int(minor))
+    if suffix == "a":
+        return capability == built_for
+    is_same_family = capability[0] == built_for[0] or (kind == "compute" and not suffix)
+    return is_same_family and capability >= built_for
+
+
+def missing_code(device: torch.device) -> str:
+    """Return a sentence that says that torch has no code for a CUDA card, and what to do; "" if torch has code."""
+    entries = [entry for entry in torch.cuda.get_arch_list() if ARCHITECTURE.fullmatch(entry)]
+    with suppress_warnings():  # torch warns of such a card in several lines
+        capability = torch.cuda.get_device_capability(device)
+        if not entries or any(runs_code(entry, capability) for entry in entries):
+            return ""
+        name = torch.cuda.get_device_name(device)
+    return (
+        f"{name} has CUDA capability {capability[0]}.{capability[1]}, but this build of torch has code for "
+        f"{', '.join(entries)} only; install a build for this card (https://pytorch.org/get-started/locally)"
+    )
+
+
 # By the type of the device, in the order in which "auto" tries them.
 TRAITS = {
     "cuda": Traits(
@@ -64,6 +99,7 @@ TRAITS = {
         has_graphs=True,
         has_fused_norm=True,
         copied_tokens=MANY_COPIED_TOKENS,
+        refusal=missing_code,
         # torch.cuda.is_bf16_supported() is also true where bfloat16 is only emulated
         multiplies_bfloat16=lambda device: torch.cuda.get_device_capability(device)[0] >= 8,
         name=torch.cuda.get_device_name,
@@ -101,15 +137,23 @@ TRAITS = {
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of this name; "auto" is the best available one. Raises ValueError for a missing device."""
+    """Return the device of this name; "auto" is the best available one that torch can use.
+
+    Raises ValueError for a missing device, and for one that torch cannot use.
+    """
+    if name in ("auto", "cuda") and TRAITS["cuda"].is_available():
+        use_expandable_segments()
     if name == "auto":
-        name = next(kind for kind, traits in TRAITS.items() if traits.is_available())
+        available = [kind for kind, traits in TRAITS.items() if traits.is_available()]
+        refusals = [TRAITS[kind].refusal(torch.device(kind)) for kind in available]
+        name = available[refusals.index("")]
+        for refusal in refusals[: refusals.index("")]:
+            say_once(f"{refusal}. Until then, this command runs on {name} instead.")
     if name not in TRAITS:
         raise ValueError(f"--device is {name!r}; it must be auto, {', '.join(TRAITS)}")
     if not TRAITS[name].is_available():
         raise ValueError(f"--device {name} is not available on this machine; use --device auto")
-    if name == "cuda":
-        use_expandable_segments()
+    check_usable(torch.device(name))
     return torch.device(name)
 
 
@@ -123,6 +167,18 @@ def use_expandable_segments() -> None:
     is_wsl = "microsoft" in platform.release().lower()
     if sys.platform == "linux" and not is_wsl and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads it once, with CUDA
+
+
+def check_usable(device: torch.device) -> None:
+    """Raise ValueError if torch cannot use an available device."""
+    if refusal := TRAITS[device.type].refusal(device):
+        raise ValueError(f"{refusal}, or give --device cpu")
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print a text on standard error, unless this process has already printed it."""
+    say(text, sys.stderr)
 
 
 def set_deterministic(enabled: bool) -> None:

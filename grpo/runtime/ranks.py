@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from grpo.runtime.device import is_out_of_memory
+from grpo.runtime.device import check_usable, is_out_of_memory
 
 Value = TypeVar("Value")
 BUCKET_NUMBERS = 2**24  # One all-reduce sums at most this many numbers, unless a single gradient has more.
@@ -134,7 +134,8 @@ class ConnectedRanks(Ranks):
     def own_device(self, device: torch.device) -> torch.device:
         """Return the device of this process. On CUDA, each process of a machine has its own device.
 
-        Raises ValueError if there are more processes than devices, or if the devices cannot work together.
+        Raises ValueError if there are more processes than devices, if the devices cannot work together, or if torch
+        cannot use the device.
         """
         if device.type == "mps":
             raise ValueError("several processes cannot train on mps; start a single process, or give --device cpu")
@@ -144,7 +145,8 @@ class ConnectedRanks(Ranks):
                 raise ValueError(
                     f"this machine has more processes than CUDA devices; start at most {available} processes on it"
                 )
-            return torch.device("cuda", self.local_rank)
+            device = torch.device("cuda", self.local_rank)
+            check_usable(device)
         return device
 
     def gather(self, value: Value) -> list[Value]:
