@@ -1,5 +1,6 @@
 """Print what a user should know before the first step of a run."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from grpo.runtime.console import (
     show_command,
     width,
 )
+from grpo.runtime.device import TRAITS, processes_for
 from grpo.scoring.scorer import Scorer
 from grpo.setting import as_typed
 from tasks.registry import task_options, task_shares
@@ -49,6 +51,11 @@ def introduce(
         say(f"Training {printable(config.model)} ({millions:,.1f}M parameters) on {where}.")
     for note in (*lm.notes, *task_notes):
         say(printable(note))
+    processes = processes_for(lm.model.device, config.batch_size)
+    if processes > 1 and "WORLD_SIZE" not in os.environ:  # torchrun sets WORLD_SIZE
+        cards = TRAITS[lm.model.device.type].count()
+        command = ("torchrun", "--nproc-per-node", str(processes), "train_grpo.py")
+        show_command(f"This run uses 1 of {cards} GPUs. With the same options, this uses {processes}:", command)
     if recipe := recipe_of(config.model):
         say(f"The model's settings come from grpo/recipes/{recipe.name}; the command line overrides them.")
     _say_settings(config)

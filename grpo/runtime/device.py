@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 import numpy
@@ -38,6 +39,7 @@ class Traits:
     has_graphs: bool  # torch can record the operations of a pass as a CUDA graph, and replay them
     has_fused_norm: bool  # torch.nn.functional.rms_norm is a single operation
     copied_tokens: int  # while decoding, share the common beginning of prompts if its copies had this many tokens
+    count: Callable[[], int] = lambda: 1  # how many devices processes can use, one each
     refusal: Callable[[torch.device], str] = lambda device: ""  # why torch cannot use the device; "" if it can
     multiplies_bfloat16: Callable[[torch.device], bool]  # in hardware, so that passes in bfloat16 are faster
     name: Callable[[torch.device], str]
@@ -90,6 +92,12 @@ def missing_code(device: torch.device) -> str:
     )
 
 
+def usable_cards() -> int:
+    """Return how many CUDA cards, counted from the first, torch has code for. Process i of a machine uses card i."""
+    cards = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return len(list(takewhile(lambda card: not missing_code(card), cards)))
+
+
 # By the type of the device, in the order in which "auto" tries them.
 TRAITS = {
     "cuda": Traits(
@@ -99,6 +107,7 @@ TRAITS = {
         has_graphs=True,
         has_fused_norm=True,
         copied_tokens=MANY_COPIED_TOKENS,
+        count=usable_cards,
         refusal=missing_code,
         # torch.cuda.is_bf16_supported() is also true where bfloat16 is only emulated
         multiplies_bfloat16=lambda device: torch.cuda.get_device_capability(device)[0] >= 8,
@@ -179,6 +188,11 @@ def check_usable(device: torch.device) -> None:
 def say_once(text: str) -> None:
     """Print a text on standard error, unless this process has already printed it."""
     say(text, sys.stderr)
+
+
+def processes_for(device: torch.device, prompts: int) -> int:
+    """Return how many processes, with a device each, can share `prompts` prompts a step evenly on this machine."""
+    return max(n for n in range(1, max(1, TRAITS[device.type].count()) + 1) if prompts % n == 0)
 
 
 def set_deterministic(enabled: bool) -> None:

@@ -8,9 +8,14 @@ import torch
 from click.testing import CliRunner
 
 import train_grpo
+from grpo.config import TrainConfig
+from grpo.generation.decoding import Decoder
+from grpo.model.loading import load
+from grpo.report.opening import introduce
 from grpo.runtime import device as devices
 from grpo.runtime.device import TRAITS, choose_device, runs_code
 from grpo.runtime.ranks import ConnectedRanks
+from grpo.scoring.scorer import Scorer
 
 CPU = torch.device("cpu")
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # as in torch's wheels
@@ -130,3 +135,35 @@ def test_a_process_is_refused_a_card_without_code(cards):
     assert ConnectedRanks(0, 2, local_rank=0).own_device(cuda) == torch.device("cuda", 0)
     with pytest.raises(ValueError, match=r"^card 1 has CUDA capability 7\.0"):
         ConnectedRanks(1, 2, local_rank=1).own_device(cuda)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "prompts", "processes"),
+    [
+        ([ADA, ADA], 4, 2),
+        ([ADA, ADA, ADA], 4, 2),  # 3 processes cannot share 4 prompts
+        ([ADA], 4, None),
+        ([ADA, V100], 4, None),  # the second card has no code
+        ([ADA, V100, ADA], 4, None),  # process 1 would get the card without code
+        ([ADA, ADA], 5, None),
+    ],
+    ids=str,
+)
+def test_the_opening_names_the_cards_that_a_run_does_not_use(
+    capabilities, prompts, processes, cards, capsys, monkeypatch
+):
+    cards(*capabilities)
+    assert devices.processes_for(torch.device("cuda"), prompts) == (processes or 1)
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], count=TRAITS["cuda"].count))
+    said = opening(prompts, capsys)
+    assert said.count("torchrun") == (1 if processes else 0)
+    assert (f"torchrun --nproc-per-node {processes} train_grpo.py" in said) == bool(processes)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "torchrun" not in opening(prompts, capsys), "torchrun has started this process"
+
+
+def opening(prompts, capsys):
+    lm = load("starter", CPU)
+    machine = {"device": "a card", "threads": 1, "precision": "float32", "processes": 1}
+    introduce(TrainConfig(batch_size=prompts), lm, machine, Scorer(), Decoder())
+    return capsys.readouterr().out
