@@ -72,6 +72,7 @@ class GRPO:
         self.sample_microbatch = AdaptiveMicrobatch("sampling", config.batch_size * g, g, config.shard)
         self.update_microbatch = AdaptiveMicrobatch("the update", prompts * g, g, config.shard)
         self.scorer, self.decoder = probe(lm, task, config.cuda_graphs, ranks)
+        self.scorer.check_gradient(lm.model)
         self.sampler = RolloutSampler(
             config,
             lm,

@@ -20,7 +20,7 @@ from grpo.runtime.console import (
     show_command,
     width,
 )
-from grpo.runtime.device import TRAITS, processes_for
+from grpo.runtime.device import TRAITS, device_notes, processes_for
 from grpo.scoring.scorer import Scorer
 from grpo.setting import as_typed
 from tasks.registry import task_options, task_shares
@@ -49,7 +49,7 @@ def introduce(
         say(command_line("To train a Hub model instead:", HUB_EXAMPLE))
     else:
         say(f"Training {printable(config.model)} ({millions:,.1f}M parameters) on {where}.")
-    for note in (*lm.notes, *task_notes):
+    for note in (*device_notes(lm.model.device), *lm.notes, *task_notes):
         say(printable(note))
     processes = processes_for(lm.model.device, config.batch_size)
     if processes > 1 and "WORLD_SIZE" not in os.environ:  # torchrun sets WORLD_SIZE

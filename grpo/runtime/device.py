@@ -46,6 +46,8 @@ class Traits:
     synchronize: Callable[[torch.device], None]  # wait until all queued operations have run
     empty_cache: Callable[[], None]  # release the unused memory that torch holds on the device
     peak_memory: Callable[[torch.device], int | None]  # most bytes held by this process so far; None: not known
+    max_inner: int | None = None  # a matrix product that sums over more numbers than this may be wrong
+    least_torch: tuple[int, int] | None = None  # the oldest version of torch that computes right on the device
 
 
 def _peak_memory_of_process(device: torch.device) -> int | None:
@@ -128,6 +130,8 @@ TRAITS = {
         synchronize=lambda device: torch.mps.synchronize(),
         empty_cache=torch.mps.empty_cache,
         peak_memory=_peak_memory_of_process,
+        max_inner=32_766,  # see grpo/scoring/products.py
+        least_torch=(2, 14),
     ),
     "cpu": Traits(
         is_available=lambda: True,
@@ -193,6 +197,28 @@ def say_once(text: str) -> None:
 def processes_for(device: torch.device, prompts: int) -> int:
     """Return how many processes, with a device each, can share `prompts` prompts a step evenly on this machine."""
     return max(n for n in range(1, max(1, TRAITS[device.type].count()) + 1) if prompts % n == 0)
+
+
+def has_old_torch(device: torch.device) -> bool:
+    """Return whether this version of torch is known to compute some results wrongly on `device`."""
+    least = TRAITS[device.type].least_torch
+    return least is not None and torch.__version__ < least
+
+
+def least_torch(device: torch.device) -> str:
+    """Return the oldest version of torch that computes right on `device`, such as "2.14"."""
+    return ".".join(map(str, TRAITS[device.type].least_torch or ()))
+
+
+def device_notes(device: torch.device) -> list[str]:
+    """Return what a user should know before computing on `device`, one line each."""
+    notes = []
+    if has_old_torch(device):
+        notes.append(
+            f"Please install torch {least_torch(device)} or newer: torch {torch.__version__} computes some large "
+            f"matrix products wrongly on {device.type}, without an error."
+        )
+    return notes
 
 
 def set_deterministic(enabled: bool) -> None:

@@ -16,6 +16,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from grpo.scoring.products import product
+
 # A block has at most this many logits. Blocks are large, because adding a block to the weight's gradient takes as
 # long with 300 rows as with 1,400.
 MAX_PRODUCT = 2**27
@@ -97,9 +99,9 @@ class _LinearLogprobs(torch.autograd.Function):
                 p.scatter_add_(-1, ids[few, None], grad[few, None])
                 few_logits.copy_(p)  # overwrite the logits with their gradient
             if needs_hidden:
-                torch.mm(logits, weight, out=grad_hidden[rows])
+                product(logits, weight, out=grad_hidden[rows])
             if needs_weight:
-                part = logits.T @ hidden[rows]
+                part = product(logits.T, hidden[rows])
                 grad_weight = part if grad_weight is None else grad_weight.to(wide).add_(part)
             if needs_bias:
                 grad_bias += logits.sum(0, dtype=grad_bias.dtype)

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from grpo.runtime.device import TRAITS, has_old_torch, least_torch
 from grpo.runtime.sharding import run_as_forward
 from grpo.scoring.attention.layout import Layout
 from grpo.scoring.attention.packed import is_enabled
@@ -51,12 +52,11 @@ class Scorer:
         only with `entropy_gradient`.
         """
         ids, mask = tokens.completion_ids, tokens.completion_mask
-        places = None
-        rest_ids = ids[:, 1:]
-        if self.shares_prompts:
-            places = packed_inputs(model, tokens)[1]
-            rest_ids = ids.flatten()[places]
-            if self.fuses_output and (len(ids) + len(places)) * model.get_output_embeddings().weight.shape[0] > CHUNK:
+        places = packed_inputs(model, tokens)[1] if self.shares_prompts else None
+        rest_ids = ids[:, 1:] if places is None else ids.flatten()[places]
+        if self.fuses_output:
+            logits = (len(ids) + len(places)) * model.get_output_embeddings().weight.shape[0]
+            if logits > CHUNK or TRAITS[ids.device.type].max_inner:  # the plain gradient may be wrong above a limit
                 logprobs, entropy = fused_scores(model, tokens, temperature)
                 return logprobs, entropy if entropy_gradient else entropy.detach()
         first, rest = packed_logits(model, tokens) if self.shares_prompts else dense_logits(model, tokens)
@@ -67,6 +67,18 @@ class Scorer:
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropies = token_entropy(first, temperature), token_entropy(rest, temperature)
             return logprobs, _columns(*entropies, mask, places)
+
+    def check_gradient(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if training is impossible, because the device gets the output layer's gradient wrong."""
+        limit = TRAITS[model.device.type].max_inner
+        if self.fuses_output or limit is None or not has_old_torch(model.device):
+            return
+        if (size := len(model.get_output_embeddings().weight)) > limit:
+            raise ValueError(
+                f"on {model.device.type}, torch {torch.__version__} would compute wrong gradients of this model, "
+                f"whose vocabulary has {size} entries: install torch {least_torch(model.device)} or newer, or give "
+                "--device cpu"
+            )
 
 
 DENSE = Scorer()  # runs every row in full, which every model supports

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold_
 
+from grpo.scoring.products import product
+
 SCORES = 2**21  # At most this many attention scores are held in memory at a time: 8 MiB in float32.
 # Lower exponents are raised to this, because a CPU takes 10 to 30 times as long for results that underflow.
 LOWEST_EXPONENT = -80.0
@@ -48,7 +50,7 @@ class PartialAttention:
         for rows, scores in self._scores():
             sums[rows] = scores.logsumexp(-1)
             weights = _weights(scores, sums[rows])
-            torch.bmm(weights.to(self.value.dtype), self.value[rows], out=out[rows])
+            product(weights.to(self.value.dtype), self.value[rows], out=out[rows])
         return out, sums
 
     def gradients(self, grad_out: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,11 +69,11 @@ class PartialAttention:
         inner = torch.linalg.vecdot(grad_out.to(sums.dtype), out.to(sums.dtype))  # (M, L)
         for rows, scores in self._scores():
             weights = _weights(scores, sums[rows])
-            torch.bmm(weights.to(self.value.dtype).transpose(1, 2), grad_out[rows], out=grad_value[rows])
+            product(weights.to(self.value.dtype).transpose(1, 2), grad_out[rows], out=grad_value[rows])
             grad_scores = torch.bmm(grad_out[rows], self.value[rows].transpose(1, 2)).to(sums.dtype)
             grad_scores = grad_scores.sub_(inner[rows, :, None]).mul_(weights).mul_(self.scaling).to(self.query.dtype)
-            torch.bmm(grad_scores, self.key[rows], out=grad_query[rows])
-            torch.bmm(grad_scores.transpose(1, 2), self.query[rows], out=grad_key[rows])
+            product(grad_scores, self.key[rows], out=grad_query[rows])
+            product(grad_scores.transpose(1, 2), self.query[rows], out=grad_key[rows])
         return grad_query, grad_key, grad_value
 
     def _is_fused(self) -> bool:
