@@ -53,7 +53,7 @@ class SupervisedTrainer:
     def step(self, step: int) -> dict[str, Any]:
         """Take supervised step number `step`, counted from 1; return its metrics."""
         c = self.config
-        clock = Stopwatch()
+        clock = Stopwatch(self.lm.model.device)
         update = self.update
         ranks = update.ranks
         rate = learning_rate_at(step, c.sft_steps, c.sft_learning_rate, round(WARM_UP_SHARE * c.sft_steps), "linear")

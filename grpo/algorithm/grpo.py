@@ -59,7 +59,7 @@ class GRPO:
         If `rewards` is empty, `config` defines the rewards. The weights of a sharded model are moved to `device`.
         """
         self.config, self.policy, self.ranks = config, lm.model, ranks
-        self.clock = Stopwatch()  # seconds per phase of a step
+        self.clock = Stopwatch(device or lm.model.device)  # seconds per phase of a step
         needs_copy = config.beta > 0 and not has_adapter(lm.model)  # with an adapter, the base model is the reference
         frozen = frozen_copy(lm.model) if needs_copy else None
         if config.shard:
@@ -84,7 +84,7 @@ class GRPO:
             ranks,
         )
         self.reference = Reference(lm.model, frozen, config, self.scorer, self.update_microbatch, self.clock)
-        self.update = Updater(lm.model, config, self.scorer, self.update_microbatch, self.clock, ranks)
+        self.update = Updater(lm.model, config, self.scorer, self.update_microbatch, ranks)
 
     def begin_here(self) -> None:
         """Begin GRPO from the policy as it is now: copy it to the reference, and reset the optimizer."""
@@ -99,9 +99,10 @@ class GRPO:
         batch = Batch.from_rollout(rollout, self.config, self.ranks, self.policy.device)
         batch = replace(batch, ref_logprobs=self.reference.logprobs(batch.tokens))  # log π_ref
         updates = []
-        for _ in range(self.config.num_inner_updates):  # μ
-            update, batch = self.update(batch, settings)  # the first update fills in log π_old
-            updates.append(update)
+        with self.clock("update"):
+            for _ in range(self.config.num_inner_updates):  # μ
+                update, batch = self.update(batch, settings)  # the first update fills in log π_old
+                updates.append(update)
         if self.config.target_kl:
             self.schedule.adapt(batch.kl(self.ranks))
         self.reference.sync_if_due(step)  # π_ref ← π

@@ -189,7 +189,7 @@ class RolloutSampler:
     rewards: Sequence[RewardFunction]
     generator: Generator
     microbatch: AdaptiveMicrobatch
-    clock: Stopwatch = field(default_factory=Stopwatch)
+    clock: Stopwatch
     ranks: Ranks = ONE
 
     def sample(self, step: int, num_generations: int) -> tuple[Rollout, Rollout]:

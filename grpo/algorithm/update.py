@@ -19,7 +19,6 @@ from grpo.runtime.microbatch import AdaptiveMicrobatch, split_microbatches
 from grpo.runtime.precision import in_precision
 from grpo.runtime.ranks import ONE, Ranks, full_tensor
 from grpo.runtime.sharding import distribute_like
-from grpo.runtime.stopwatch import Stopwatch
 from grpo.scoring.scorer import Scorer
 from grpo.scoring.tokens import Tokens
 
@@ -82,12 +81,11 @@ class Updater:
         config: TrainConfig,
         scorer: Scorer,
         microbatch: AdaptiveMicrobatch,
-        clock: Stopwatch,
         ranks: Ranks = ONE,
     ) -> None:
-        """Make the optimizer. `microbatch` limits the rows of a pass; the time of updates is added to `clock`."""
+        """Make the optimizer. `microbatch` limits the rows of a pass."""
         self.policy, self.config, self.scorer = policy, config, scorer
-        self.microbatch, self.clock, self.ranks = microbatch, clock, ranks
+        self.microbatch, self.ranks = microbatch, ranks
         self.optimizer = torch.optim.AdamW(
             trainable(policy).values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
@@ -115,8 +113,7 @@ class Updater:
         """Update the policy; return the result, and the batch with `old_logprobs` from the first update."""
         self.has_begun = True
         self.optimizer.param_groups[0]["lr"] = settings.learning_rate
-        recomputing = self.recompute_activations() if self.config.gradient_checkpointing else nullcontext()
-        with self.clock("update"), recomputing:
+        with self.recompute_activations() if self.config.gradient_checkpointing else nullcontext():
             update = self.microbatch.run(lambda rows: self.inner_update(batch, settings.beta, rows))
         self.optimizer.zero_grad(set_to_none=True)  # frees memory for the next rollout
         if batch.old_logprobs is None:  # the policy was still the one that sampled

@@ -162,11 +162,12 @@ def _shares(rollout: Rollout, task: Task) -> dict[str, Any]:
 def _forward_seconds(grpo: GRPO, config: TrainConfig, rollout: Rollout) -> float:
     """Return the seconds of a forward pass over a rollout, after a pass over the first group as warm-up."""
     first_group = rollout.tokens.slice_rows(slice(0, rollout.num_generations))
-    seconds = 0.0
-    for tokens in (first_group.to(grpo.policy.device), rollout.tokens.to(grpo.policy.device)):
-        start = time.perf_counter()
-        grpo.update_microbatch.run(
-            lambda rows, tokens=tokens: logprobs_in_passes(grpo.scorer, grpo.policy, tokens, config.temperature, rows)
-        )
-        seconds = time.perf_counter() - start
-    return seconds
+    for phase, host_tokens in (("warm-up", first_group), ("forward", rollout.tokens)):
+        tokens = host_tokens.to(grpo.policy.device)
+        with grpo.clock(phase):
+            grpo.update_microbatch.run(
+                lambda rows, tokens=tokens: logprobs_in_passes(
+                    grpo.scorer, grpo.policy, tokens, config.temperature, rows
+                )
+            )
+    return grpo.clock.seconds["forward"]

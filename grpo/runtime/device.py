@@ -142,7 +142,7 @@ TRAITS = {
         copied_tokens=0,
         multiplies_bfloat16=lambda device: cpu_multiplies_bfloat16(),
         name=lambda device: device.type,
-        synchronize=lambda device: None,
+        synchronize=torch.cpu.synchronize,  # which does nothing
         empty_cache=lambda: None,
         peak_memory=_peak_memory_of_process,
     ),

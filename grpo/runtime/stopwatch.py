@@ -4,11 +4,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
+from grpo.runtime.device import TRAITS
+
 
 class Stopwatch:
     """Adds up seconds by phase: `with clock("sample"): ...` adds to `clock.seconds["sample"]`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """Measure work on `device`. At the end of a phase, wait for the operations that are queued there."""
+        self.device = device
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -17,5 +23,6 @@ class Stopwatch:
         start = time.perf_counter()
         try:
             yield
+            TRAITS[self.device.type].synchronize(self.device)
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

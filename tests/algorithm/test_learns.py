@@ -8,7 +8,6 @@ from grpo.algorithm.update import Updater
 from grpo.config import TrainConfig
 from grpo.generation.sampling import Generator, SamplingParams, sampling_uniforms
 from grpo.runtime.microbatch import AdaptiveMicrobatch
-from grpo.runtime.stopwatch import Stopwatch
 from grpo.scoring.tokens import Tokens, left_pad
 from tests.helpers.models import tiny_model
 from tests.helpers.rollouts import a_batch
@@ -29,7 +28,7 @@ def scores(completions, prompts):
 
 def test_grpo_learns_to_look_at_the_prompt_and_to_stop():
     model = tiny_model("llama")
-    update = Updater(model, CONFIG, scorer_for(model), AdaptiveMicrobatch("the update", 32, 8), Stopwatch())
+    update = Updater(model, CONFIG, scorer_for(model), AdaptiveMicrobatch("the update", 32, 8))
     settings = StepSettings(CONFIG.learning_rate, CONFIG.num_generations, CONFIG.beta)
     ids, mask = left_pad(PROMPTS, 0, torch.device("cpu"))
     params = SamplingParams(CONFIG.max_new_tokens, ENDS, CONFIG.num_generations)

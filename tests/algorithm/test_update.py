@@ -11,7 +11,6 @@ from grpo.algorithm.update import Updater
 from grpo.config import TrainConfig
 from grpo.runtime.microbatch import AdaptiveMicrobatch
 from grpo.runtime.ranks import ONE
-from grpo.runtime.stopwatch import Stopwatch
 from grpo.step_probe import update_stats
 from tests.helpers.models import ragged_tokens, tiny_model
 from tests.helpers.rollouts import a_batch
@@ -23,7 +22,7 @@ ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0, 0.0, -1.0, 0.3, 0.7])
 
 def one_update(model, reference, config=CONFIG, advantages=ADVANTAGES, updates=1, learning_rate=0.0, rows=9):
     """Update on a ragged rollout; return the statistics of each update. With rate 0 only the gradient is made."""
-    update = Updater(model, config, scorer_for(model), AdaptiveMicrobatch("the update", rows, 3), Stopwatch())
+    update = Updater(model, config, scorer_for(model), AdaptiveMicrobatch("the update", rows, 3))
     update.optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     batch = a_batch(ragged_tokens(), advantages, 16)
     if reference is not None:

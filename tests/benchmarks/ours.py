@@ -7,7 +7,7 @@ import torch
 
 from grpo.algorithm.grpo import GRPO
 from grpo.model.language_model import LanguageModel
-from grpo.runtime.device import keep_freed_memory, use_large_pages
+from grpo.runtime.device import TRAITS, keep_freed_memory, use_large_pages
 from grpo.runtime.precision import precision
 from grpo.scoring.tokens import shared_beginning, shared_from
 from grpo.step_probe import measured_step
@@ -26,8 +26,7 @@ def rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, 
     while time.perf_counter() < end:
         start = time.perf_counter()
         a @ b.T
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        TRAITS[device.type].synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * rows * columns * out / best
 

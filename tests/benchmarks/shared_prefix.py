@@ -20,7 +20,6 @@ from grpo.config import TrainConfig
 from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.runtime.microbatch import AdaptiveMicrobatch
-from grpo.runtime.stopwatch import Stopwatch
 from grpo.scoring.tokens import Tokens
 from tasks.registry import make_task
 from tests.helpers.rollouts import a_batch
@@ -45,9 +44,7 @@ def measure(tokens: Tokens, config: TrainConfig, runs: int) -> dict[bool, list[f
     rows = tokens.completion_ids.shape[0]
     slow = replace(config, learning_rate=1e-6)
     microbatch = AdaptiveMicrobatch("the update", rows, tokens.num_generations)
-    updaters = {
-        shared: Updater(model, slow, scorer_for(model, shared), microbatch, Stopwatch()) for shared in (True, False)
-    }
+    updaters = {shared: Updater(model, slow, scorer_for(model, shared), microbatch) for shared in (True, False)}
     advantages = torch.randn(rows, generator=torch.Generator().manual_seed(1))
     seconds: dict[bool, list[float]] = {shared: [] for shared in updaters}
     for run in range(2 + runs):

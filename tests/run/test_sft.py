@@ -12,7 +12,6 @@ from grpo.algorithm.update import Updater
 from grpo.config import TrainConfig
 from grpo.model.loading import load
 from grpo.runtime.microbatch import AdaptiveMicrobatch
-from grpo.runtime.stopwatch import Stopwatch
 from grpo.sft import SupervisedTrainer, supervised_gradient, supervised_tokens
 from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
@@ -152,7 +151,7 @@ def test_the_learning_rate_rises_over_a_tenth_of_the_steps_and_falls_to_zero(mon
     monkeypatch.setattr(sft, "supervised_tokens", lambda *_: ragged_tokens((4, 3), 1))
     trainer = a_trainer(sft_steps=20, sft_batch_size=2, sft_learning_rate=1e-3)
     model = tiny_model("llama")
-    update = Updater(model, trainer.config, scorer_for(model), AdaptiveMicrobatch("the update", 2, 1), Stopwatch())
+    update = Updater(model, trainer.config, scorer_for(model), AdaptiveMicrobatch("the update", 2, 1))
     trainer = SupervisedTrainer(trainer.config, SimpleNamespace(model=model), TASK, update)
     rates = [trainer.step(step)["learning_rate"] for step in (1, 2, 3, 12, 20)]
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4, 1e-3 / 18])

@@ -16,7 +16,6 @@ from grpo.model.loading import load
 from grpo.record.metrics import Metrics
 from grpo.resume import Progress
 from grpo.runtime.microbatch import AdaptiveMicrobatch
-from grpo.runtime.stopwatch import Stopwatch
 from grpo.scoring.scorer import DENSE
 from tasks.arithmetic import Arithmetic
 from tests.helpers.runs import SETTINGS
@@ -278,7 +277,7 @@ def test_a_restored_optimizer_continues_to_the_same_bits():
     def an_updater():
         torch.manual_seed(0)
         config = SimpleNamespace(gradient_checkpointing=False, learning_rate=0.1)
-        return Updater(torch.nn.Linear(4, 3), config, DENSE, AdaptiveMicrobatch("the update", 2, 2), Stopwatch())
+        return Updater(torch.nn.Linear(4, 3), config, DENSE, AdaptiveMicrobatch("the update", 2, 2))
 
     def train(updater, steps):
         for step in steps:

@@ -353,7 +353,7 @@ def test_a_file_is_run_once_for_all_its_functions_and_may_hold_what_any_module_m
 
 
 def test_each_function_is_timed_by_its_name(tmp_path):
-    clock = Stopwatch()
+    clock = Stopwatch(torch.device("cpu"))
     rewards = user(tmp_path, "import time\ndef f(**c):\n    time.sleep(0.02)\n    return [1.0] * 3")
     attempts = [Arithmetic().grade(SUM, "")] * 3
     score([*rewards, *parse_rewards(["exact=1"], {})], attempts, {}, clock)
