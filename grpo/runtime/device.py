@@ -46,6 +46,7 @@ class Traits:
     synchronize: Callable[[torch.device], None]  # wait until all queued operations have run
     empty_cache: Callable[[], None]  # release the unused memory that torch holds on the device
     peak_memory: Callable[[torch.device], int | None]  # most bytes held by this process so far; None: not known
+    has_bfloat16: bool = True  # passes in bfloat16 give right results
     max_inner: int | None = None  # a matrix product that sums over more numbers than this may be wrong
     least_torch: tuple[int, int] | None = None  # the oldest version of torch that computes right on the device
 
@@ -130,6 +131,7 @@ TRAITS = {
         synchronize=lambda device: torch.mps.synchronize(),
         empty_cache=torch.mps.empty_cache,
         peak_memory=_peak_memory_of_process,
+        has_bfloat16=False,  # pytorch's issue #195910: in 16 bits, causal attention sees up to 3 later tokens
         max_inner=32_766,  # see grpo/scoring/products.py
         least_torch=(2, 14),
     ),

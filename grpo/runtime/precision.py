@@ -21,12 +21,18 @@ def set_precision(model: nn.Module, name: str, device: torch.device) -> None:
     """Set the precision in which `in_precision` runs a model's passes; "auto" is the faster one on `device`.
 
     "auto" is bfloat16 on GPUs of CUDA capability 8 and up, and on CPUs that multiply bfloat16 in hardware. Raises
-    ValueError if the name is unknown, which can happen with a name from a model's folder.
+    ValueError if the name is unknown, or if the device computes wrongly in this precision. Both can happen with a
+    name from a model's folder.
     """
     if name == "auto":
         name = "bfloat16" if TRAITS[device.type].multiplies_bfloat16(device) else "float32"
     if name not in list(DTYPES):  # a list, because a name from a file may be unhashable
         raise ValueError(f"--precision is {name!r}; it must be auto, float32 or bfloat16")
+    if name == "bfloat16" and not TRAITS[device.type].has_bfloat16:
+        raise ValueError(
+            f"bfloat16 cannot be used on {device.type}, where attention would see later tokens (pytorch's issue "
+            "#195910); give --device cpu, or train with --precision float32"
+        )
     model.compute_dtype = DTYPES[name]
 
 

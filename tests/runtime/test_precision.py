@@ -1,15 +1,17 @@
 """The precision of passes: how it is chosen, and what it changes."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
+import inference
 from grpo.algorithm.reference import frozen_copy
 from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.runtime import device as module
-from grpo.runtime.device import cpu_multiplies_bfloat16
+from grpo.runtime.device import TRAITS, cpu_multiplies_bfloat16
 from grpo.runtime.precision import in_precision, precision, set_precision
 from tests.helpers.models import ragged_tokens, tiny_model
 from tests.helpers.scoring import logprobs_of, scores_of
@@ -37,6 +39,21 @@ def test_passes_are_in_the_precision_that_is_asked_for_and_so_are_those_of_a_cop
 def test_another_precision_such_as_a_models_folder_may_name_is_refused_in_one_line(name):
     with pytest.raises(ValueError, match=r"^--precision is .*; it must be auto, float32 or bfloat16$"):
         set_precision(tiny_model("llama"), name, CPU)
+
+
+REFUSAL = r"^bfloat16 cannot be used on \w+, .* give --device cpu, or train with --precision float32$"
+
+
+def test_bfloat16_is_refused_on_mps_where_attention_would_see_later_tokens():
+    with pytest.raises(ValueError, match=REFUSAL):
+        set_precision(tiny_model("llama"), "bfloat16", torch.device("mps"))
+    set_precision(tiny_model("llama"), "float32", torch.device("mps"))
+
+
+def test_so_is_bfloat16_that_a_models_folder_names(monkeypatch):
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], has_bfloat16=False))
+    with pytest.raises(ValueError, match=REFUSAL):
+        inference.load_model("starter", {"settings": {"precision": "bfloat16"}}, "cpu")
 
 
 def test_a_model_that_was_never_asked_is_in_float32():
