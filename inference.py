@@ -15,8 +15,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -125,7 +125,8 @@ def main(
         names = [before_training(name), name] if compare else list(models or [name])
         if evaluate:
             given |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
-            examine(names, {**given, "device": device, "seed": seed})
+            with memory_in_words():
+                examine(names, {**given, "device": device, "seed": seed})
             return
         is_conversation = not questions and on_terminal()
         questions = [] if is_conversation else read_questions(questions)
@@ -133,9 +134,12 @@ def main(
         sampling = Sampling(temperature, samples, max_new_tokens, seed)
         card = as_task(read_card(name), asks_as)
         if is_conversation:
-            converse([load_model(n, card, device) for n in names], card, sampling, vote)
+            with memory_in_words():
+                loaded = [load_model(n, card, device) for n in names]
+            converse(loaded, card, sampling, vote)
             return
-        answers = [complete(load_model(n, card, device), card, questions, sampling) for n in names]
+        with memory_in_words():
+            answers = [complete(load_model(n, card, device), card, questions, sampling) for n in names]
         for question, *completions in zip(questions, *answers, strict=True):
             say(printable(question))
             show(completions, card, vote)
@@ -144,6 +148,21 @@ def main(
     except KeyboardInterrupt:
         say("", sys.stderr)  # so that the shell's prompt begins on a new line
         sys.exit(130)
+
+
+@contextmanager
+def memory_in_words() -> Iterator[None]:
+    """Raise a ValueError that tells users what to do, if memory runs out in the block."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        from grpo.runtime.device import is_out_of_memory
+
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            "memory ran out; use a smaller model, lower --samples or --max-new-tokens, or give --device cpu"
+        ) from None
 
 
 def examine(names: Sequence[str], given: dict[str, Any]) -> None:
@@ -270,8 +289,10 @@ def converse(models: Sequence["LanguageModel"], card: Mapping[str, Any], samplin
         if not line:
             return
         try:
-            show([complete(lm, card, read_questions([line]), sampling, number)[0] for lm in models], card, vote)
-        except ValueError as error:  # the question is too long; the next one may fit
+            with memory_in_words():
+                answers = [complete(lm, card, read_questions([line]), sampling, number)[0] for lm in models]
+            show(answers, card, vote)
+        except ValueError as error:  # the question is too long or memory ran out; the next one may fit
             say(f"Error: {printable(str(error))}", sys.stderr)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import inference
 from grpo.model.language_model import LanguageModel
@@ -225,3 +226,41 @@ def test_worked_examples_of_a_run_are_kept_and_asked_with(tmp_path, monkeypatch)
     ask("--evaluate", "--prompt-style", "think", "--max-new-tokens", 8, "--model", folder, folder=tmp_path)
     [answers] = {tuple(turn["content"] for turn in chat[2:-1:2]) for chat in chats if len(chat) > 2}
     assert all(answer.startswith("<think>") for answer in answers)  # in the form that the prompt asks for
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("Invalid buffer size: 9.75 GiB"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "mps", "python"])
+@pytest.mark.parametrize(("work", "options"), [("load_model", []), ("complete", []), ("examine", ["--evaluate"])])
+def test_memory_that_runs_out_is_answered_in_one_line(work, options, error, monkeypatch, tmp_path):
+    monkeypatch.setattr(inference, "load_model", lambda *args: None)
+    monkeypatch.setattr(inference, work, lambda *args: raising(error))
+    result = invoke(inference.main, *options, *([] if options else [QUESTION]), folder=tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: memory ran out; use a smaller model, lower --samples")
+    assert not isinstance(result.exception, RuntimeError)
+
+
+def test_another_error_is_not_taken_for_memory_that_ran_out():
+    with pytest.raises(RuntimeError, match="must match"), inference.memory_in_words():
+        raise RuntimeError("The size of tensor a (3) must match")
+
+
+def test_after_a_question_for_which_memory_runs_out_the_next_one_is_answered(monkeypatch, capsys):
+    lines = iter([QUESTION, QUESTION, ""])
+    outcomes = iter([lambda: raising(OUT_OF_MEMORY[1]), lambda: [["<answer>5</answer>"]]])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(inference, "complete", lambda *args: next(outcomes)())
+    inference.converse([None], {}, inference.Sampling(0.0, 1, 8, 0), False)
+    said = capsys.readouterr()
+    assert said.err.count("Error: memory ran out") == 1
+    assert said.out.count("answer 5") == 1
+
+
+def raising(error):
+    raise error
