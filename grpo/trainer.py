@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ from grpo.runtime.device import (
     choose_device,
     environment,
     keep_freed_memory,
-    return_freed_memory,
     set_deterministic,
     use_large_pages,
 )
@@ -97,9 +97,10 @@ class Trainer:
         if config.sft_steps:
             ranks.check_divisible(config.sft_batch_size, config.shard, "--sft-batch-size")
         self.lm = load_policy(config, device, ranks)
-        self.parameters_on_cpu = self.lm.model.num_parameters() if device.type == "cpu" else 0
-        if self.parameters_on_cpu:
-            keep_freed_memory(self.parameters_on_cpu)
+        parameters = self.lm.model.num_parameters()
+        if device.type == "cpu":
+            keep_freed_memory(parameters)
+        self.end_step = partial(TRAITS[device.type].end_step, parameters)
         task = fitting_task(self.lm, task_for(self.lm, task), config)
         if note := limit_note(self.lm, task, config):
             task = replace(task, notes=[*task.notes, note])
@@ -193,7 +194,7 @@ class Trainer:
                 self.measurer.record(outcome.rollout, entry)
                 shown = {"reward": entry["reward_mean"], "accuracy": entry["accuracy"], "kl": entry["kl"]}
                 bar.update(progress.step, shown)
-                return_freed_memory(self.parameters_on_cpu)
+                self.end_step()
                 self._stop_if_broken()
                 self._stop_if_rewards_fail(outcome.drawn.rewards)
                 if c.show_every and progress.step % c.show_every == 0:
@@ -285,7 +286,7 @@ class Trainer:
                 self.metrics.add_step(entry, "sft")
                 self.measurer.tracker.log(progress.total, entry, "sft/")
                 bar.update(progress.sft_step, {"loss": entry["loss"]})
-                return_freed_memory(self.parameters_on_cpu)
+                self.end_step()
                 self._stop_if_broken()
                 if progress.sft_step % c.save_every == 0 or progress.sft_step == c.sft_steps:
                     self.state.save(self.folder)

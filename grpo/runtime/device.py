@@ -20,7 +20,7 @@ from grpo.runtime.console import say, suppress_warnings
 M_TRIM_THRESHOLD = -1  # parameters of mallopt, from glibc's malloc.h
 M_MMAP_MAX = -4
 # Parts of the error messages of MPS, cuBLAS and the CPU when memory runs out.
-OOM_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+OOM_MESSAGES = ("out of memory", "Invalid buffer size", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 ARCHITECTURE = re.compile("(sm|compute)_([0-9]+)([0-9])([af]?)")  # in torch's list; its names for ROCm differ
 FEW_PARAMETERS = 2**25  # With more parameters, freed memory is returned to the system; with fewer, it is kept.
 # On a GPU, sharing the common beginning of prompts while decoding adds 12 operations to each layer, which take about
@@ -46,6 +46,8 @@ class Traits:
     synchronize: Callable[[torch.device], None]  # wait until all queued operations have run
     empty_cache: Callable[[], None]  # release the unused memory that torch holds on the device
     peak_memory: Callable[[torch.device], int | None]  # most bytes held by this process so far; None: not known
+    # Called after each step with the model's number of parameters: release memory that would grow from step to step.
+    end_step: Callable[[int], None] = lambda parameters: None
     has_bfloat16: bool = True  # passes in bfloat16 give right results
     max_inner: int | None = None  # a matrix product that sums over more numbers than this may be wrong
     least_torch: tuple[int, int] | None = None  # the oldest version of torch that computes right on the device
@@ -131,6 +133,8 @@ TRAITS = {
         synchronize=lambda device: torch.mps.synchronize(),
         empty_cache=torch.mps.empty_cache,
         peak_memory=_peak_memory_of_process,
+        # Up to torch 2.13, a Metal graph is kept for each new shape (pytorch's issue #181213).
+        end_step=lambda parameters: torch.mps.empty_cache(),
         has_bfloat16=False,  # pytorch's issue #195910: in 16 bits, causal attention sees up to 3 later tokens
         max_inner=32_766,  # see grpo/scoring/products.py
         least_torch=(2, 14),
@@ -147,6 +151,7 @@ TRAITS = {
         synchronize=torch.cpu.synchronize,  # which does nothing
         empty_cache=lambda: None,
         peak_memory=_peak_memory_of_process,
+        end_step=lambda parameters: return_freed_memory(parameters),  # defined below
     ),
 }
 

@@ -4,10 +4,13 @@ import ctypes
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+import train_grpo
 from grpo.runtime import device
 from grpo.runtime.device import FEW_PARAMETERS, TRAITS, keep_freed_memory, return_freed_memory
 from tests.helpers.runs import ROOT
@@ -45,6 +48,29 @@ def test_memory_in_pieces_is_returned_of_a_large_model_only():
     assert resident() > held - 20 * 2**20
     return_freed_memory(FEW_PARAMETERS + 1)
     assert resident() < held - 100 * 2**20
+
+
+TINY = "--num-iterations 2 --batch-size 2 --num-generations 2 --num-inner-updates 1 --eval-every 2 --eval-problems 4"
+TINY += " --sft-steps 1 --sft-batch-size 2 --max-operand 1 --max-new-tokens 4 --train-anyway"
+
+
+def test_memory_that_would_grow_is_released_after_each_step(monkeypatch, tmp_path):
+    sizes = []
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], end_step=sizes.append))
+    result = CliRunner().invoke(train_grpo.main, [*TINY.split(), "--output-dir", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert len(sizes) == 3, "a supervised step and two of GRPO"
+    assert set(sizes) == {sizes[0]}
+    assert sizes[0] > 1e5
+
+
+def test_on_mps_the_cache_is_emptied_after_a_step_and_on_cuda_nothing(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append("mps"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("cuda"))
+    TRAITS["mps"].end_step(100)
+    TRAITS["cuda"].end_step(100)
+    assert emptied == ["mps"]
 
 
 def test_another_c_library_is_left_unchanged(monkeypatch):

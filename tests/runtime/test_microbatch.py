@@ -72,6 +72,7 @@ def test_the_rows_are_halved_in_whole_groups_then_within_one_and_stay_halved():
 def test_only_errors_about_memory_are_taken_for_it():
     assert is_out_of_memory(CUDA)
     assert is_out_of_memory(MPS)
+    assert is_out_of_memory(RuntimeError("Invalid buffer size: 9.75 GiB"))  # MPS, for one tensor that is too large
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
     assert not is_out_of_memory(RuntimeError("The size of tensor a (3) must match"))
     assert not is_out_of_memory(ValueError("out of memory"))

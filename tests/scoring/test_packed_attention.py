@@ -1,6 +1,7 @@
 """The layout of a packed row by hand, its attention against a loop over tokens, and what it refuses."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from grpo.generation.probe import probe_scorer
+from grpo.runtime.device import TRAITS
 from grpo.runtime.precision import in_precision, set_precision
 from grpo.scoring.attention import packed as module
 from grpo.scoring.attention.layout import Layout
@@ -212,3 +214,33 @@ def test_rows_with_a_common_beginning_come_in_few_lengths(tokens, filler):
     # in units of 1/32 to 1/16 of the row: 2 from 32 tokens on, 64 from 1024, 256 from 4096
     assert a_layout((tokens - 3,), (3,), common=2).filler == filler
     assert a_layout((tokens - 3,), (3,)).filler == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("common", [0, 4])
+def test_off_the_cpu_lengths_are_rounded_without_changing_a_result(kind, common, monkeypatch):
+    for name in ("SHARED_FROM", "SHARED_FROM_16_BITS"):
+        monkeypatch.setattr(f"grpo.scoring.tokens.{name}", 2)
+    model, tokens, found = tiny_model(kind), ragged_tokens((9, 7, 12), columns=11, common_prefix=common), []
+    for is_queued in (False, True):
+        monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], is_queued=is_queued))
+        model.zero_grad()
+        logprobs = logprobs_of(model, tokens)
+        (logprobs * torch.linspace(-1, 1, logprobs.shape[1])).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((logprobs.detach(), gradient))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_off_the_cpu_few_shapes_occur(monkeypatch):
+    def shapes():
+        layouts = [a_layout((length + 3, length), (length, 0, 1, length)) for length in range(40, 60)]
+        rows = {
+            layout.filler + int(layout.prompt_lengths.sum() + layout.completion_lengths.sum()) for layout in layouts
+        }
+        return len(rows), len({layout.prompt_index.shape for layout in layouts})
+
+    assert shapes() == (20, 20)
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], is_queued=True))
+    assert shapes() == (10, 3)

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo.runtime.device import TRAITS
 from grpo.scoring.tokens import length_mask
 
-# With a common beginning, prompts and completions are padded to a multiple of 8 columns, so that few shapes occur.
+# Prompts and completions are padded to a multiple of 8 columns, so that few shapes occur. The CPU does this only with
+# a common beginning; other devices always, because they keep memory or kernels for each shape.
 COLUMN_MULTIPLE = 8
 
 
@@ -53,9 +55,9 @@ class Layout:
     So the tokens whose logits are needed are at the end. Lengths and indices do not count the common beginning. When
     a row is split, prompts without the common beginning (N, P) and completions (B, C) are padded on the right.
 
-    Only a row with a common beginning has filler, at most 1/16 of its tokens. With filler, few different row lengths
-    occur, so a device's allocator can reuse memory and fewer kernels are made. A filler token attends to the
-    common beginning alone, and no token attends to it.
+    On the CPU, only a row with a common beginning has filler, at most 1/16 of its tokens. With filler, few different
+    row lengths occur, so a device's allocator can reuse memory and fewer kernels are made. A filler token attends to
+    the common beginning alone, and no token attends to it.
     """
 
     prompt_lengths: Tensor  # (N,) int64, at least 1
@@ -75,9 +77,10 @@ class Layout:
         """Make the layout on `device` from the lengths, on the CPU, of whole prompts (N,) and completions (B,)."""
         prompt_lengths = prompt_lengths - common_prefix
         p, c = prompt_lengths[:, None], completion_lengths[:, None]
-        filler = _filler(common_prefix + int(p.sum() + c.sum())) if common_prefix else 0
-        i = _columns(p, common_prefix)
-        j = _columns(c, common_prefix)
+        multiple = COLUMN_MULTIPLE if common_prefix or TRAITS[p.device.type].is_queued else 1
+        filler = _filler(common_prefix + int(p.sum() + c.sum())) if multiple > 1 else 0
+        i = _columns(p, multiple)
+        j = _columns(c, multiple)
         body = p - 1  # lengths without the last token
         last = filler + body.sum() + torch.arange(len(p))[:, None]
         prompts = torch.where(i < body, filler + body.cumsum(0) - body + i, last)
@@ -183,9 +186,8 @@ def _vectors(token_index: Tensor, lengths: Tensor, heads: int) -> tuple[Tensor, 
     return index.flatten(), index.masked_fill(~is_real, torch.iinfo(index.dtype).max).flatten().argsort()
 
 
-def _columns(lengths: Tensor, common_prefix: int) -> Tensor:
-    """Return column indices 0, …, L − 1. L is the largest length, at least 1, rounded up with a common beginning."""
-    multiple = COLUMN_MULTIPLE if common_prefix else 1
+def _columns(lengths: Tensor, multiple: int) -> Tensor:
+    """Return column indices 0, …, L − 1, where L is the largest length, at least 1, rounded up to a multiple."""
     return torch.arange(-(-max(1, int(lengths.max())) // multiple) * multiple, device=lengths.device)
 
 
