@@ -16,13 +16,14 @@ _REASONING = (
     "Respond in the following format, with {} between the answer tags:\n"
     "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
 )
+_REASONING_FORM = _REASONING.replace("...", "steps", 1).replace("...", "{placeholder}", 1)
 # The system prompts by wording and style. The starter was trained with "plain". tasks/README.md shows how well real
 # models follow each wording.
 _FORMS = {
     "form": {
         "answer": _EXAMPLE,
         "think": "Solve the problem. Answer only in this form: <think>steps</think><answer>{placeholder}</answer>",
-        "reasoning": _REASONING,
+        "reasoning": _REASONING_FORM,
     },
     "example": {
         "answer": _EXAMPLE,

@@ -23,3 +23,11 @@ def test_the_first_wording_stays_what_the_starter_and_older_runs_were_trained_wi
         "Think in <think>...</think>, then give the result as an integer in <answer>...</answer>."
     )
     assert system_prompt("reasoning", "text", "plain").startswith("Respond in the following format, with the answer")
+
+
+def test_the_form_of_reasoning_names_what_goes_where():
+    assert system_prompt("reasoning", "number", "form") == (
+        "Respond in the following format, with the result as a number between the answer tags:\n"
+        "<reasoning>\nsteps\n</reasoning>\n<answer>\nnumber\n</answer>\n"
+    )
+    assert "<answer>\n...\n</answer>" in system_prompt("reasoning", "text", "form")

@@ -9,6 +9,7 @@ import pytest
 from tasks import registry
 from tasks.arithmetic import Arithmetic
 from tasks.base import Option, Problem
+from tasks.common.prompts import DEFAULT_WORDING, system_prompt
 from tasks.common.qa_task import QATask
 from tasks.registry import TASKS, TaskOption, make_task, task_options
 from tests.helpers.data import refusal, town_rows, write
@@ -162,7 +163,8 @@ def test_a_task_gets_its_own_options_style_and_system_prompt(divisors):
     task = make_task(settings("divisors", smallest=4, prompt_style="think", system_prompt="Be brief."))
     assert task == Divisors(smallest=4, style="think", system_prompt="Be brief.")
     task = make_task(settings("arithmetic", min_operand=-2, max_operand=7, prompt_style="reasoning"))
-    assert task == Arithmetic(7, -2, style="reasoning")
+    prompt = system_prompt("reasoning", wording=DEFAULT_WORDING)
+    assert task == Arithmetic(7, -2, style="reasoning", system_prompt=prompt)
 
 
 def test_the_tasks_of_a_file_take_data(tmp_path):
