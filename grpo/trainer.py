@@ -123,7 +123,7 @@ class Trainer:
         """Start, or continue from the newest checkpoint; train; measure the best policy; return the exit status."""
         with InterruptHandler(self.config.time_limit, self.launched, self.ranks) as interrupts:
             machine = self.metrics.record["environment"]
-            introduce(self.config, self.lm, machine, self.grpo.scorer, self.grpo.decoder, self.task.notes)
+            introduce(self.config, self.lm, machine, self.task.notes)
             ended = self._restore()
             if ended and self.state.why_done():
                 show_already_finished(self.folder, ended)

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
-from grpo.runtime.device import TRAITS
+from grpo.runtime.device import TRAITS, is_out_of_memory
+from grpo.runtime.shortcuts import UnsupportedError, reason_of
 
 # This many tokens run on a side stream before the recording, to initialise CUDA's libraries.
 WARM_UP_TOKENS = 2
@@ -55,10 +56,19 @@ class CudaGraphDecoding:
         else:
             if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):  # this records the pass without running it
-                    self._forward()
+                self._record()
             self.graph.replay()
         return self.logits
+
+    def _record(self) -> None:
+        """Record a pass without running it. Raises UnsupportedError if the model does what a graph cannot record."""
+        try:
+            with torch.cuda.graph(self.graph):
+                self._forward()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise UnsupportedError(f"a CUDA graph cannot record a pass ({reason_of(error)})") from error
 
     def _forward(self) -> None:
         """Run the model on `self.tokens`; set `self.logits`."""

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from grpo.generation.cuda_graphs import CudaGraphDecoding
 from grpo.runtime.device import TRAITS
 from grpo.runtime.ranks import ONE, Ranks
+from grpo.runtime.shortcuts import UnsupportedError
 from grpo.scoring.attention.common_prefix import CommonPrefix
 from grpo.scoring.attention.packed import enable
 from grpo.scoring.tokens import common_prefix_length, last_columns, position_ids, shared_from
@@ -128,7 +129,7 @@ class CachedDecoding:
         With `prefix`, which all rows share, cache and mask hold only the tokens after the prefix.
         """
         for i, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer:
+            if type(layer) is DynamicLayer and layer.is_initialized:
                 cache.layers[i] = PreallocatedLayer(layer, repeats)
             elif repeats > 1:  # another kind of layer, which has its own method to repeat rows
                 layer.reorder_cache(torch.arange(len(mask), device=mask.device).repeat_interleave(repeats))
@@ -165,12 +166,12 @@ def begin_after_prefix(
 ) -> tuple[CachedDecoding, Tensor]:
     """Run N left-padded prompts as `Decoder.begin` does, but hold the first `length` tokens, equal in all, only once.
 
-    Raises ValueError if a layer of the model's cache is not a plain `DynamicLayer`.
+    Raises UnsupportedError if a layer of the model's cache is not a plain `DynamicLayer`.
     """
     enable(model)
     layers = prefill_prefix(model, ids, mask, length).layers
     if any(type(layer) is not DynamicLayer for layer in layers):
-        raise ValueError("a common prefix cannot be held once with this kind of cache")
+        raise UnsupportedError("a common prefix cannot be held once with this kind of cache")
     prefix = CommonPrefix([layer.keys[0] for layer in layers], [layer.values[0] for layer in layers])
     cache = DynamicCache()
     positions = position_ids(mask)

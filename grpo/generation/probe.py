@@ -4,7 +4,7 @@ For example, models with state-space layers or an unusual kind of attention do n
 decodes a batch of rows differently from each row alone is refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ from transformers.cache_utils import DynamicLayer
 from grpo.generation.cuda_graphs import WARM_UP_TOKENS, CudaGraphDecoding
 from grpo.generation.decoding import CachedDecoding, Decoder, begin_after_prefix, prefill
 from grpo.model.language_model import LanguageModel
-from grpo.runtime.console import say
+from grpo.runtime.console import printable, say
 from grpo.runtime.device import TRAITS
-from grpo.runtime.microbatch import is_unsupported, matches_reference
 from grpo.runtime.precision import in_precision, precision
 from grpo.runtime.ranks import ONE, Ranks
 from grpo.runtime.sharding import is_sharded
+from grpo.runtime.shortcuts import FLOAT32, FOUR_BITS, SIXTEEN_BITS, Tolerance, is_unsupported, reason_of, why_refused
 from grpo.scoring import output_layer
 from grpo.scoring.attention.packed import disable, enable
 from grpo.scoring.scorer import DENSE, Scorer, fused_scores
@@ -31,7 +31,7 @@ PROBED_GROUP = 2  # completions per prompt
 PROBED_TOKENS = 8  # tokens per completion
 BATCH_ROWS = 3  # rows of different lengths, decoded together and alone
 # Largest difference in nats. In float32, linear attention rounds by up to 2e-3; wrong results differ by 0.04 or more.
-BATCH_TOLERANCE = 0.01
+BATCH_TOLERANCE = Tolerance(largest=0.01)
 GRAPH_TOKENS = WARM_UP_TOKENS + 4  # After the warm-up the graph is recorded once and replayed four times.
 # Largest difference of a log-probability in nats. In float32, graph and plain passes agree within 1e-6.
 GRAPH_TOLERANCE = {torch.float32: 1e-3}
@@ -48,21 +48,37 @@ def probe(lm: LanguageModel, task: Task, cuda_graphs: bool = False, ranks: Ranks
     ids, mask = left_pad(prompts, lm.pad_id, lm.model.device)
     scorer = probe_scorer(lm.model, ids, mask)
     packs = scorer.shares_prompts
-    sharded = is_sharded(lm.model)  # a graph cannot record the communication in a sharded model's passes
-    # Rows round differently in a batch if layers are in 4 bits, or if a sharded model computes in bfloat16.
-    rounds = hasattr(lm.model.config, "quantization_config") or (sharded and precision(lm.model) != "float32")
-    if not packs and not rounds:
+    # Rows of 4-bit layers, and of layers in 16 bits, round differently in a batch.
+    if not packs and not hasattr(lm.model.config, "quantization_config") and tolerance_of(lm.model) == FLOAT32:
         check_batches(lm.model, prompts[0], lm.pad_id)
     decoder = Decoder(
         expands_cache=supports_cache_expansion(lm.model, ids, mask),
         shares_prefix=supports_common_prefix(lm.model, prompts, lm.pad_id),
         holds_prefix=packs and supports_prefix_attention(lm.model, ids, mask, common_prefix_length(prompts)),
-        uses_cuda_graphs=cuda_graphs and not sharded and supports_cuda_graphs(lm.model, ids, mask),
-        ranks=ranks if sharded else ONE,
+        uses_cuda_graphs=cuda_graphs and supports_cuda_graphs(lm.model, ids, mask),
+        ranks=ranks if is_sharded(lm.model) else ONE,
     )
-    if cuda_graphs and not decoder.uses_cuda_graphs:
-        say("This model or device does not support CUDA graphs, so --cuda-graphs has no effect.")
     return scorer, decoder
+
+
+def tolerance_of(model: PreTrainedModel) -> Tolerance:
+    """Return how far a shortcut's log-probabilities may be from those of plain passes.
+
+    A probe runs in float32, except in sharded models, which cast their shards themselves, and in 4-bit layers.
+    """
+    if is_sharded(model) and precision(model) != "float32":
+        return SIXTEEN_BITS
+    quantization = getattr(model.config, "quantization_config", None)
+    computes_in_float32 = getattr(quantization, "bnb_4bit_compute_dtype", torch.float32) == torch.float32
+    return FLOAT32 if computes_in_float32 else FOUR_BITS
+
+
+def _is_supported(model: PreTrainedModel, shortcut: Callable[[], Tensor], expected: Tensor, without: str) -> bool:
+    """Return whether `shortcut()` agrees with `expected`. If not, print what the run does without it, and why."""
+    reason = why_refused(shortcut, expected, tolerance_of(model))
+    if reason:
+        say(printable(f"{without}: {reason}"))
+    return not reason
 
 
 @torch.no_grad()
@@ -76,14 +92,16 @@ def probe_scorer(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor
         enable(model)
         return Scorer(shares_prompts=True).logprobs(model, tokens, 1.0)
 
-    if not matches_reference(packed, expected):
+    if not _is_supported(model, packed, expected, "In updates, prompts are computed for each of their completions"):
         disable(model)
         return DENSE
-    is_plain = output_layer.is_plain(model)
-    fuses = is_plain and matches_reference(lambda: fused_scores(model, tokens, 1.0)[0], expected)
-    if is_plain and not fuses:
-        # The model may have a softcap, for example.
-        say("This model changes its logits after the output layer, so the logits of all tokens are held in memory.")
+    # A model that changes its logits after the output layer, by a softcap for example, cannot fuse it.
+    fuses = output_layer.is_plain(model) and _is_supported(
+        model,
+        lambda: fused_scores(model, tokens, 1.0)[0],
+        expected,
+        "In updates, the logits of all tokens are held in memory",
+    )
     return Scorer(shares_prompts=True, fuses_output=fuses)
 
 
@@ -106,17 +124,22 @@ def check_batches(model: PreTrainedModel, prompt: Sequence[int], pad_id: int) ->
         return model(input_ids=tokens, use_cache=False).logits[:, -1].float().log_softmax(-1)
 
     expected = torch.cat([alone(row) for row in range(1, BATCH_ROWS)])
-    if not matches_reference(together, expected, BATCH_TOLERANCE):
+    if reason := why_refused(together, expected, BATCH_TOLERANCE):
         kind = model.config.model_type
-        raise ValueError(f"a {kind} model answers differently in a batch than alone: take another --model")
+        raise ValueError(f"a {kind} model answers differently in a batch than alone ({reason}): take another --model")
 
 
 @torch.no_grad()
 def supports_cache_expansion(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
     """Return whether copying a prompt's cache for its group agrees with running the prompt for each row."""
-    expected = _next_logprobs(*Decoder().begin(model, ids, mask, PROBED_GROUP, 1))
+    tokens, expected = _decoded_plainly(model, ids, mask)
     expanding = Decoder(expands_cache=True)
-    return matches_reference(lambda: _next_logprobs(*expanding.begin(model, ids, mask, PROBED_GROUP, 1)), expected)
+    return _is_supported(
+        model,
+        lambda: _next_logprobs(expanding.begin(model, ids, mask, PROBED_GROUP, 1)[0], tokens),
+        expected,
+        "In sampling, prompts are computed for each of their completions",
+    )
 
 
 @torch.no_grad()
@@ -124,8 +147,13 @@ def supports_common_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[in
     """Return whether running the common beginning of the prompts once agrees with running it in each prompt."""
     ids, mask = left_pad(prompts, pad_id, model.device)
     common = common_prefix_length(prompts)
-    expected = prefill(model, ids, mask)[1].log_softmax(-1)
-    return matches_reference(lambda: prefill(model, ids, mask, common)[1].log_softmax(-1), expected)
+    expected = prefill(model, ids, mask)[1].float().log_softmax(-1)
+    return _is_supported(
+        model,
+        lambda: prefill(model, ids, mask, common)[1].float().log_softmax(-1),
+        expected,
+        "The common beginning of the prompts is computed for each prompt",
+    )
 
 
 @torch.no_grad()
@@ -136,29 +164,39 @@ def supports_prefix_attention(model: PreTrainedModel, ids: Tensor, mask: Tensor,
     """
     if not common_prefix:
         return False
-    expected = _next_logprobs(*Decoder().begin(model, ids, mask, PROBED_GROUP, 1))
-    return matches_reference(
-        lambda: _next_logprobs(*begin_after_prefix(model, ids, mask, PROBED_GROUP, 1, common_prefix)), expected
+    tokens, expected = _decoded_plainly(model, ids, mask)
+    return _is_supported(
+        model,
+        lambda: _next_logprobs(begin_after_prefix(model, ids, mask, PROBED_GROUP, 1, common_prefix)[0], tokens),
+        expected,
+        "In sampling, the common beginning of the prompts is held for each completion",
     )
 
 
 @torch.no_grad()
 def supports_cuda_graphs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
-    """Return whether decoding with a CUDA graph agrees with plain passes; False if the device is not CUDA."""
+    """Return whether decoding with a CUDA graph agrees with plain passes. If not, print why."""
     if not TRAITS[ids.device.type].has_graphs:
-        return False
-    with in_precision(model):
-        cache, logits = prefill(model, ids, mask)
-        logits = logits.repeat_interleave(PROBED_GROUP, 0)
-        return graph_matches_cached(model, cache, mask, PROBED_GROUP, logits)
+        reason = "they need CUDA"
+    elif is_sharded(model):
+        reason = "a graph cannot record the communication of a sharded model"
+    else:
+        with in_precision(model):
+            cache, logits = prefill(model, ids, mask)
+            logits = logits.repeat_interleave(PROBED_GROUP, 0)
+            reason = why_graph_refused(model, cache, mask, PROBED_GROUP, logits)
+    if reason:
+        say(printable(f"CUDA graphs are not used: {reason}"))
+    return not reason
 
 
-def graph_matches_cached(
-    model: PreTrainedModel, cache: DynamicCache, mask: Tensor, repeats: int, logits: Tensor
-) -> bool:
-    """Return whether a graph and plain passes decode alike, greedily from `logits` (B, V); `cache` is not changed."""
+def why_graph_refused(model: PreTrainedModel, cache: DynamicCache, mask: Tensor, repeats: int, logits: Tensor) -> str:
+    """Return why a graph cannot be used; "" if graph and plain passes decode alike, greedily from `logits` (B, V).
+
+    `cache` is not changed.
+    """
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return False
+        return "they do not work with the kind of cache that this model has"
     copy = DynamicCache()
     copy.layers = list(cache.layers)
     differences = []
@@ -173,10 +211,19 @@ def graph_matches_cached(
     except Exception as error:
         if not is_unsupported(error):
             raise
-        return False
-    return bool(torch.stack(differences).max() < GRAPH_TOLERANCE.get(logits.dtype, GRAPH_TOLERANCE_16_BITS))
+        return reason_of(error)
+    largest = torch.stack(differences).max().item()
+    tolerance = GRAPH_TOLERANCE.get(logits.dtype, GRAPH_TOLERANCE_16_BITS)
+    return "" if largest < tolerance else f"log-probabilities differ by {largest:.2g} nats (allowed: {tolerance})"
 
 
-def _next_logprobs(decoding: CachedDecoding, logits: Tensor) -> Tensor:
-    """Decode the most likely token of `logits` (B, V); return the log-probabilities (B, V) after it."""
-    return decoding(logits.argmax(-1)).float().log_softmax(-1)
+def _decoded_plainly(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the most likely token (B,) after each prompt, without shortcuts, and the log-probabilities after it."""
+    decoding, logits = Decoder().begin(model, ids, mask, PROBED_GROUP, 1)
+    tokens = logits.argmax(-1)
+    return tokens, _next_logprobs(decoding, tokens)
+
+
+def _next_logprobs(decoding: CachedDecoding, tokens: Tensor) -> Tensor:
+    """Append a token (B,) to each row; return the log-probabilities (B, V) after it."""
+    return decoding(tokens).float().log_softmax(-1)

@@ -32,7 +32,7 @@ def check(grpo: GRPO, evaluator: Evaluator, environment: Mapping[str, Any], star
     """
     lm = grpo.sampler.lm
     loading = time.monotonic() - started
-    introduce(grpo.config, lm, environment, grpo.scorer, grpo.decoder, grpo.sampler.task.notes)
+    introduce(grpo.config, lm, environment, grpo.sampler.task.notes)
     show_examples(grpo)
     shares, _ = outlook(grpo, grpo.config)
     show_shares(shares)

@@ -6,7 +6,6 @@ from typing import Any
 
 from grpo.config import TrainConfig, ordered_fields
 from grpo.evaluation.intervals import accuracy_text
-from grpo.generation.decoding import Decoder
 from grpo.model.language_model import LanguageModel
 from grpo.model_card import recipe_of
 from grpo.runtime.console import (
@@ -21,7 +20,6 @@ from grpo.runtime.console import (
     width,
 )
 from grpo.runtime.device import TRAITS, device_notes, processes_for
-from grpo.scoring.scorer import Scorer
 from grpo.setting import as_typed
 from tasks.registry import task_options, task_shares
 
@@ -32,11 +30,9 @@ def introduce(
     config: TrainConfig,
     lm: LanguageModel,
     environment: Mapping[str, Any],
-    scorer: Scorer,
-    decoder: Decoder,
     task_notes: Sequence[str] = (),
 ) -> None:
-    """Print the model, the device, the settings, and a note if completions of a group cannot share their prompt."""
+    """Print the model, the device and the settings."""
     millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
     where = environment["device"]
     if lm.model.device.type == "cpu":
@@ -59,9 +55,6 @@ def introduce(
     if recipe := recipe_of(config.model):
         say(f"The model's settings come from grpo/recipes/{recipe.name}; the command line overrides them.")
     _say_settings(config)
-    shared = {"the update": scorer.shares_prompts, "sampling": decoder.expands_cache}
-    if unshared := " and ".join(phase for phase, is_shared in shared.items() if not is_shared):
-        say(f"In {unshared}, this model cannot share a group's prompt: the prompt is computed for each completion.\n")
 
 
 def _say_settings(config: TrainConfig) -> None:

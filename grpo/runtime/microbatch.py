@@ -3,15 +3,10 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch import Tensor
-
 from grpo.runtime.console import say
 from grpo.runtime.device import empty_caches, is_out_of_memory
 
 Result = TypeVar("Result")
-# Errors that may be raised if a model's attention or cache does not support a shortcut.
-UNSUPPORTED = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError)
-TOLERANCE = 1e-3  # nats; in float32, shortcuts that are supported agree within 1e-6
 
 
 def split_microbatches(rows: int, group: int, rows_per_pass: int) -> list[slice]:
@@ -30,22 +25,6 @@ def split_microbatches(rows: int, group: int, rows_per_pass: int) -> list[slice]
         for first in range(0, rows, group)
         for start in range(first, first + group, rows_per_pass)
     ]
-
-
-def is_unsupported(error: Exception) -> bool:
-    """Return whether `error` can mean that a model does not support a shortcut. It cannot if memory ran out."""
-    return isinstance(error, UNSUPPORTED) and not is_out_of_memory(error)
-
-
-def matches_reference(shortcut: Callable[[], Tensor], expected: Tensor, tolerance: float = TOLERANCE) -> bool:
-    """Return whether `shortcut()` agrees with `expected` within `tolerance`; False if it is not supported."""
-    try:
-        logprobs = shortcut()
-    except Exception as error:
-        if not is_unsupported(error):
-            raise
-        return False
-    return bool((logprobs - expected).abs().max() < tolerance)
 
 
 class AdaptiveMicrobatch:

@@ -1,5 +1,9 @@
 """Decoding in tensors of constant shape, as CUDA graphs replay it, but run without graphs, against the plain way."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,10 +13,12 @@ from grpo.algorithm.grpo import GRPO
 from grpo.generation import probe as probe_module
 from grpo.generation.cuda_graphs import CudaGraphDecoding
 from grpo.generation.decoding import Decoder, prefill
-from grpo.generation.probe import GRAPH_TOKENS, graph_matches_cached, probe, supports_cuda_graphs
+from grpo.generation.probe import GRAPH_TOKENS, probe, supports_cuda_graphs, why_graph_refused
 from grpo.generation.sampling import sampling_uniforms
 from grpo.model.loading import load
 from grpo.model_card import resolve
+from grpo.runtime.device import TRAITS
+from grpo.runtime.shortcuts import UnsupportedError
 from tasks.arithmetic import Arithmetic
 from tests.helpers import zoo
 from tests.helpers.generation import generate, same_completions
@@ -60,7 +66,7 @@ class Recorded(TorchDispatchMode):
 
 
 def prefilled(kind, lengths=(7, 4, 9)):
-    """Return the arguments of `graph_matches_cached` for a tiny model."""
+    """Return the arguments of `why_graph_refused` for a tiny model."""
     model, tokens = tiny_model(kind), ragged_tokens(lengths)
     with torch.no_grad():
         cache, logits = prefill(model, tokens.prompt_ids, tokens.prompt_mask)
@@ -97,13 +103,26 @@ def test_every_token_makes_the_same_calls_on_the_same_shapes_and_addresses(kind)
 def test_the_probe_leaves_the_cache_unchanged():
     model, cache, mask, repeats, logits = prefilled("llama")
     before = [layer.keys.clone() for layer in cache.layers]
-    assert graph_matches_cached(model, cache, mask, repeats, logits)
+    assert not why_graph_refused(model, cache, mask, repeats, logits)
     for layer, keys in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing"), None], ids=str)
+def test_a_model_that_cannot_be_recorded_is_not_supported_but_too_little_memory_is_another_matter(monkeypatch):
+    decoding = CudaGraphDecoding(*prefilled("llama")[:4], 1)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    for error, expected in (
+        (RuntimeError("CUDA error: operation not permitted when stream is capturing"), UnsupportedError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+    ):
+        monkeypatch.setattr(decoding, "_forward", Mock(side_effect=error))
+        with pytest.raises(expected):
+            decoding._record()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [UnsupportedError("a CUDA graph cannot record a pass"), None], ids=str)
 def test_the_probe_finds_a_graph_that_fails_or_differs(error, monkeypatch):
     true_forward = CudaGraphDecoding._forward
 
@@ -115,7 +134,7 @@ def test_the_probe_finds_a_graph_that_fails_or_differs(error, monkeypatch):
             self.logits = self.logits.roll(1, 0)
 
     monkeypatch.setattr(CudaGraphDecoding, "_forward", forward)
-    assert not graph_matches_cached(*prefilled("llama"))
+    assert ("cannot record" if error else "differ by") in why_graph_refused(*prefilled("llama"))
 
 
 @torch.no_grad()
@@ -125,7 +144,7 @@ def test_running_out_of_memory_in_the_probe_is_raised(monkeypatch):
 
     monkeypatch.setattr(CudaGraphDecoding, "_forward", forward)
     with pytest.raises(torch.OutOfMemoryError):
-        graph_matches_cached(*prefilled("llama"))
+        why_graph_refused(*prefilled("llama"))
 
 
 def test_without_cuda_the_probe_says_so_once_and_the_model_decodes_without_graphs(capsys):
@@ -144,7 +163,7 @@ def test_without_cuda_the_probe_says_so_once_and_the_model_decodes_without_graph
 
 
 @pytest.mark.parametrize("found", [True, False])
-def test_a_run_probes_once_at_the_start_and_only_if_the_settings_ask_for_graphs(found, monkeypatch, capsys):
+def test_a_run_probes_once_at_the_start_and_only_if_the_settings_ask_for_graphs(found, monkeypatch):
     probes, decoders, true_init = [], [], CudaGraphDecoding.__init__
     monkeypatch.setattr(probe_module, "supports_cuda_graphs", lambda *_: probes.append(1) or found)
     monkeypatch.setattr(CudaGraphDecoding, "__init__", lambda *args: decoders.append(1) or true_init(*args))
@@ -157,11 +176,11 @@ def test_a_run_probes_once_at_the_start_and_only_if_the_settings_ask_for_graphs(
             made.step(step)
         assert len(probes) == asked
         assert bool(decoders) == (asked and found)
-        assert capsys.readouterr().out.count("CUDA graphs") == (asked and not found)
 
 
 def test_several_devices_never_decode_by_graphs(monkeypatch):
     monkeypatch.setattr(probe_module, "is_sharded", lambda model: True)
-    monkeypatch.setattr(probe_module, "supports_cuda_graphs", lambda *_: True)
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], has_graphs=True))
+    monkeypatch.setattr(probe_module, "why_graph_refused", lambda *_: "")
     _, decoder = probe(load("starter", CPU), Arithmetic(), cuda_graphs=True)
     assert not decoder.uses_cuda_graphs

@@ -15,6 +15,7 @@ from grpo.generation import decoding
 from grpo.generation.decoding import Decoder
 from grpo.generation.probe import probe, probe_scorer, supports_cache_expansion
 from grpo.model.loading import load
+from grpo.runtime.shortcuts import UnsupportedError
 from grpo.scoring.attention import packed as packed_attention
 from grpo.scoring.scorer import DENSE, Scorer
 from tasks.arithmetic import Arithmetic
@@ -87,7 +88,7 @@ def test_a_model_that_refuses_to_copy_its_cache_does_not_support_cache_expansion
 
     def refuse(x, repeats, more=0):
         if repeats > 1:
-            raise ValueError("no")
+            raise UnsupportedError("no")
         return true_reserve(x, repeats, more)
 
     monkeypatch.setattr(decoding, "reserve", refuse)

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from grpo.runtime.shortcuts import UnsupportedError
 from grpo.scoring.attention.common_prefix import CommonPrefix
 from grpo.scoring.attention.layout import IndexMaps, Layout, causal
 from grpo.scoring.attention.tree import Tree, TreeAttention
@@ -75,16 +76,16 @@ def packed_attention(
     """Return the attention (1, T, H, d) over a packed row: query (1, H, T, d), key and value (1, K, T, d).
 
     The model passes on `layout` when a packed row is scored. When rows are decoded after a common prefix, it passes
-    on `common_prefix`, and `attention_mask` is added to the scores of the tokens after the prefix. Raises ValueError
-    if the model asks for something that this attention does not support, such as a softcap.
+    on `common_prefix`, and `attention_mask` is added to the scores of the tokens after the prefix. Raises
+    UnsupportedError if the model asks for something that this attention does not support, such as a softcap.
     """
     if layout is None and common_prefix is None:
         more |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     given = {name for name, argument in more.items() if argument is not None and argument is not False}
-    unknown = given - IGNORED_ARGUMENTS
+    unknown = sorted(given - IGNORED_ARGUMENTS)
     if unknown or dropout or not getattr(module, "is_causal", True):
-        raise ValueError(f"packed rows do not work with {', '.join(sorted(unknown)) or 'this kind of attention'}")
+        raise UnsupportedError(f"packed rows do not work with {', '.join(unknown) or 'this kind of attention'}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if common_prefix is not None:
         return common_prefix.attend(module.layer_idx, query, key, value, attention_mask, scaling), None
@@ -148,15 +149,15 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def enable(model: PreTrainedModel) -> None:
-    """Make a model use `packed_attention`. Raises ValueError if its attention or layers are not supported."""
+    """Make a model use `packed_attention`. Raises UnsupportedError if its attention or layers are not supported."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
     if not is_enabled(model):
-        raise ValueError(f"packed rows do not work with {model.config._attn_implementation} attention")
+        raise UnsupportedError(f"packed rows do not work with {model.config._attn_implementation} attention")
     # Other layers (chunks, convolutions, state spaces) mix tokens by rules that a packed row does not follow.
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - SUPPORTED_LAYERS
     if kinds:
-        raise ValueError(f"packed rows do not work with layers of type {', '.join(sorted(kinds))}")
+        raise UnsupportedError(f"packed rows do not work with layers of type {', '.join(sorted(kinds))}")
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
