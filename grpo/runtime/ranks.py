@@ -230,7 +230,8 @@ class ConnectedRanks(Ranks):
         digest = hashlib.sha256()
         samples = sample_of(model.parameters(), COMPARED_WEIGHTS)
         for (name, p), sample in zip(model.named_parameters(), samples, strict=True):
-            sample = sample.contiguous().cpu()
+            # A copy, because `contiguous` keeps the stride of a sample of one number, and then `view` fails.
+            sample = sample.cpu().clone(memory_format=torch.contiguous_format)
             digest.update(f"{name} {tuple(p.shape)} {sample.dtype}".encode())
             digest.update(bytes(sample.view(torch.uint8).tolist()))
         self.check_alike("the precision of passes", str(getattr(model, "compute_dtype", torch.float32)))
