@@ -51,10 +51,10 @@ def why_refused(shortcut: Callable[[], Tensor], expected: Tensor, tolerance: Tol
     largest = difference.abs().max().item()
     root_mean_square = difference.square().mean().sqrt().item()
     if not largest < tolerance.largest:  # `not <`, because NaN must be refused too
-        return f"log-probabilities differ by {largest:.2g} nats (allowed: {tolerance.largest:g})"
+        return f"log-probabilities differ by {largest:.3g} nats (allowed: {tolerance.largest:g})"
     if not root_mean_square < tolerance.root_mean_square:
         allowed = f"{tolerance.root_mean_square:g}"
-        return f"log-probabilities differ by {root_mean_square:.2g} nats, root mean square (allowed: {allowed})"
+        return f"log-probabilities differ by {root_mean_square:.3g} nats, root mean square (allowed: {allowed})"
     return ""
 
 
