@@ -61,6 +61,22 @@ class Batch:
         return replace(self, tokens=tokens, advantages=self.advantages[rows], ref_logprobs=ref, old_logprobs=old)
 
 
+@contextmanager
+def unchanged_if_failed(numbers: list[Tensor]) -> Iterator[None]:
+    """Restore these tensors, scalars on one device, if the block raises an error.
+
+    AdamW counts a step before it changes a weight. If memory ran out in between, the repeated step would be counted
+    twice.
+    """
+    before = torch.stack(numbers)
+    try:
+        yield
+    except RuntimeError:
+        for number, value in zip(numbers, before, strict=True):
+            number.copy_(value)
+        raise
+
+
 @dataclass(frozen=True)
 class Update:
     """The result of one inner update."""
@@ -170,7 +186,8 @@ class Updater:
         loss, norm = torch.stack([loss, norm]).tolist()  # one transfer from the device
         applied = isfinite(loss) and isfinite(norm)
         if applied:
-            self.optimizer.step()
+            with unchanged_if_failed([entry["step"] for entry in self.optimizer.state.values()]):
+                self.optimizer.step()
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         return loss, norm, applied
 
