@@ -9,13 +9,11 @@ from click.testing import CliRunner
 
 import train_grpo
 from grpo.config import TrainConfig
-from grpo.generation.decoding import Decoder
 from grpo.model.loading import load
 from grpo.report.opening import introduce
 from grpo.runtime import device as devices
 from grpo.runtime.device import TRAITS, choose_device, runs_code
 from grpo.runtime.ranks import ConnectedRanks
-from grpo.scoring.scorer import Scorer
 
 CPU = torch.device("cpu")
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # as in torch's wheels
@@ -165,5 +163,5 @@ def test_the_opening_names_the_cards_that_a_run_does_not_use(
 def opening(prompts, capsys):
     lm = load("starter", CPU)
     machine = {"device": "a card", "threads": 1, "precision": "float32", "processes": 1}
-    introduce(TrainConfig(batch_size=prompts), lm, machine, Scorer(), Decoder())
+    introduce(TrainConfig(batch_size=prompts), lm, machine)
     return capsys.readouterr().out

@@ -128,7 +128,7 @@ def test_a_run_checks_this_before_its_first_step_and_asks_for_a_newer_torch(monk
     limit_cpu(monkeypatch, 4, least_torch=(99, 0))
     grpo = GRPO(resolve({"model": "starter"}), Arithmetic(), lm)
     environment = {"device": "cpu", "threads": 1, "precision": "float32", "processes": 1}
-    introduce(grpo.config, lm, environment, grpo.scorer, grpo.decoder)
+    introduce(grpo.config, lm, environment)
     assert capsys.readouterr().out.count("Please install torch 99.0 or newer: torch 2.") == 1
     monkeypatch.setattr(output_layer, "is_plain", lambda model: False)
     with pytest.raises(ValueError, match="would compute wrong gradients"):
