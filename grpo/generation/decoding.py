@@ -53,8 +53,14 @@ def prefix_cache(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int)
 
 
 def prefill_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> DynamicCache:
-    """Return a cache of one row with the `length` tokens that all left-padded prompts (N, P) begin with."""
+    """Return a cache of one row with the `length` tokens that all left-padded prompts (N, P) begin with.
+
+    Raises UnsupportedError if the model's layers hold states instead of keys and values.
+    """
     cache = DynamicCache()
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise UnsupportedError("layers of this model hold states, not keys and values")
     prefix = ids[0, mask[0]][None, :length]  # (1, S)
     model(
         input_ids=prefix,

@@ -23,7 +23,7 @@ from grpo.runtime.shortcuts import FLOAT32, FOUR_BITS, SIXTEEN_BITS, Tolerance, 
 from grpo.scoring import output_layer
 from grpo.scoring.attention.packed import disable, enable
 from grpo.scoring.scorer import DENSE, Scorer, fused_scores
-from grpo.scoring.tokens import Tokens, common_prefix_length, left_pad
+from grpo.scoring.tokens import Tokens, common_prefix_length, left_pad, shared_from
 from tasks.base import Task, prompt_of
 
 PROBED_PROMPTS = 4
@@ -36,6 +36,8 @@ GRAPH_TOKENS = WARM_UP_TOKENS + 4  # After the warm-up the graph is recorded onc
 # Largest difference of a log-probability in nats. In float32, graph and plain passes agree within 1e-6.
 GRAPH_TOLERANCE = {torch.float32: 1e-3}
 GRAPH_TOLERANCE_16_BITS = 0.25  # larger, because a logit in bfloat16 has only 8 significant bits
+
+HELD_OFTEN = "In sampling, the common beginning of the prompts is held for each completion"
 
 
 def probe(lm: LanguageModel, task: Task, cuda_graphs: bool = False, ranks: Ranks = ONE) -> tuple[Scorer, Decoder]:
@@ -74,9 +76,12 @@ def tolerance_of(model: PreTrainedModel) -> Tolerance:
 
 
 def _is_supported(model: PreTrainedModel, shortcut: Callable[[], Tensor], expected: Tensor, without: str) -> bool:
-    """Return whether `shortcut()` agrees with `expected`. If not, print what the run does without it, and why."""
+    """Return whether `shortcut()` agrees with `expected`. If not, print what the run does without it, and why.
+
+    Nothing is printed if `without` is "".
+    """
     reason = why_refused(shortcut, expected, tolerance_of(model))
-    if reason:
+    if reason and without:
         say(printable(f"{without}: {reason}"))
     return not reason
 
@@ -169,7 +174,8 @@ def supports_prefix_attention(model: PreTrainedModel, ids: Tensor, mask: Tensor,
         model,
         lambda: _next_logprobs(begin_after_prefix(model, ids, mask, PROBED_GROUP, 1, common_prefix)[0], tokens),
         expected,
-        "In sampling, the common beginning of the prompts is held for each completion",
+        # Rollouts do not use this shortcut for a shorter beginning, so there is nothing to tell.
+        HELD_OFTEN if common_prefix >= shared_from(model) else "",
     )
 
 
