@@ -1,10 +1,11 @@
-"""A shortcut that a model does not support is left out, with the reason. A fault in a shortcut ends the run."""
+"""Shortcuts that a model does not support are left out, with a reason; faults of the project end the run."""
 
-from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from grpo.generation import decoding, probe
 from grpo.generation.decoding import Decoder
@@ -13,13 +14,14 @@ from grpo.generation.probe import (
     supports_cache_expansion,
     supports_common_prefix,
     supports_prefix_attention,
+    tolerance_of,
 )
 from grpo.model.loading import load
 from grpo.model_card import resolve
 from grpo.runtime.microbatch import split_microbatches
-from grpo.runtime.shortcuts import FLOAT32, SIXTEEN_BITS, UnsupportedError, is_unsupported, why_refused
-from grpo.scoring import scorer as scoring
+from grpo.runtime.shortcuts import FLOAT32, FOUR_BITS, SIXTEEN_BITS, UnsupportedError, is_unsupported, why_refused
 from grpo.scoring.attention.layout import Layout
+from grpo.scoring.attention.tree import Tree
 from grpo.scoring.scorer import DENSE, Scorer
 from grpo.scoring.tokens import left_pad
 from tasks.registry import make_task
@@ -55,34 +57,55 @@ def test_errors_of_a_models_code_mean_that_a_shortcut_is_not_supported_and_error
     assert not is_unsupported(RuntimeError("MPS backend out of memory"))
 
 
-def test_a_tensor_on_the_wrong_device_ends_a_probe(monkeypatch):
-    with pretended_device():
-        model, tokens = tiny_model("llama").to(NAME), ragged_tokens((9, 12), common_prefix=4)
-        ids, mask = tokens.prompt_ids.to(NAME), tokens.prompt_mask.to(NAME)
-        prompts = [[3, 4, 5, 6, 7], [3, 4, 5, 6, 8]]
-        assert probe_scorer(model, ids, mask).shares_prompts
-        for module, tried in (
-            (scoring, lambda: probe_scorer(model, ids, mask)),
-            (decoding, lambda: supports_common_prefix(model, prompts, 0)),
-        ):
-            with monkeypatch.context() as patch:
-                positions = partial(on_the_cpu, module.position_ids)
-                patch.setattr(module, "position_ids", positions)
-                with pytest.raises(RuntimeError, match="same device"):
-                    tried()
-
-
-def on_the_cpu(function, *args) -> Tensor:
-    return function(*args).cpu()
-
-
+@pytest.mark.parametrize("shots", [0, 4])
 @pytest.mark.parametrize("name", ["cpu", NAME])
-def test_the_starter_supports_every_shortcut(name):
+def test_the_starter_supports_all_shortcuts_on_the_cpu_and_on_another_device(name, shots, capsys):
     with pretended_device():
         lm = load("starter", torch.device(name))
-        scorer, decoder = probe.probe(lm, make_task(resolve({})))
-    assert scorer == Scorer(shares_prompts=True, fuses_output=True)
-    assert decoder == Decoder(expands_cache=True, shares_prefix=True, holds_prefix=True)
+        scorer, decoder = probe.probe(lm, make_task(resolve({"model": "starter", "shots": shots})))
+        assert scorer == Scorer(shares_prompts=True, fuses_output=True)
+        assert decoder == Decoder(expands_cache=True, shares_prefix=True, holds_prefix=True)
+        probe.check_batches(lm.model, list(range(3, 12)), lm.pad_id)
+        model, cache, mask, repeats, logits = prefilled(lm.model)
+        assert probe.why_graph_refused(model, cache, mask, repeats, logits) == ""
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("common", [4, 20])
+def test_other_kinds_of_layers_support_the_same_shortcuts_on_another_device(common):
+    tokens = ragged_tokens((common + 5, common + 8), common_prefix=common)
+    for kind, expected in (("gemma3", Scorer(shares_prompts=True, fuses_output=True)), ("lfm2", DENSE)):
+        model = tiny_model(kind)
+        model.compute_dtype = torch.bfloat16  # then updates compute a beginning of 16 tokens or more once
+        for name in ("cpu", NAME):
+            with pretended_device():
+                ids, mask = tokens.prompt_ids.to(name), tokens.prompt_mask.to(name)
+                assert probe_scorer(model.to(name), ids, mask) == expected
+                assert supports_cache_expansion(model, ids, mask)
+
+
+def prefilled(model: PreTrainedModel) -> tuple[PreTrainedModel, DynamicCache, Tensor, int, Tensor]:
+    """Return the arguments of `why_graph_refused` for a model."""
+    ids, mask = left_pad([[3, 4, 5, 6, 7], [3, 4, 5]], 0, model.device)
+    with torch.no_grad():
+        cache, logits = decoding.prefill(model, ids, mask)
+    return model, cache, mask, 2, logits.repeat_interleave(2, 0)
+
+
+def test_a_tensor_on_the_wrong_device_ends_a_probe(monkeypatch):
+    true_of, true_cache = Layout.of, decoding.prefix_cache
+    prompts = [[3, 4, 5, 6, 7], [3, 4, 5, 6, 8]]
+    with pretended_device():
+        model = tiny_model("llama").to(NAME)
+        ids, mask = left_pad(prompts, 0, model.device)
+        assert probe_scorer(model, ids, mask).shares_prompts
+        assert supports_common_prefix(model, prompts, 0)
+        monkeypatch.setattr(Layout, "of", lambda *args: true_of(*args[:-1], CPU))
+        with pytest.raises(RuntimeError, match="same device"):
+            probe_scorer(model, ids, mask)
+        monkeypatch.setattr(decoding, "prefix_cache", lambda m, x, mask, n: true_cache(m, x, mask.cpu(), n))
+        with pytest.raises(RuntimeError, match="same device"):
+            supports_common_prefix(model, prompts, 0)
 
 
 # --- tolerances ---
@@ -120,24 +143,43 @@ def rows_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "reserve", lambda x, n, more=0: true_reserve(x.roll(n - 1, 0), n, more))
 
 
-@pytest.mark.parametrize("least", [16, 2], ids=["short beginning", "beginning shared"])
+@pytest.mark.parametrize("common", [4, 20], ids=["short beginning", "beginning computed once in updates"])
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3", "phi3"])
-def test_shortcuts_are_accepted_in_bfloat16_and_refused_if_a_token_too_many_is_seen(kind, least, monkeypatch, capsys):
-    for name in ("SHARED_FROM", "SHARED_FROM_16_BITS"):
-        monkeypatch.setattr(f"grpo.scoring.tokens.{name}", least)
-    model, tokens = tiny_model(kind).to(torch.bfloat16), ragged_tokens((9, 12, 11, 14), common_prefix=4)
+def test_in_bfloat16_right_shortcuts_are_accepted_and_wrong_ones_refused(kind, common, monkeypatch, capsys):
+    model = tiny_model(kind).to(torch.bfloat16)
+    model.compute_dtype = torch.bfloat16  # as in a sharded model, whose probes run in bfloat16
+    lengths = [common + more for more in (5, 8, 7, 10)]
+    tokens = ragged_tokens(tuple(lengths), common_prefix=common)
     ids, mask = tokens.prompt_ids, tokens.prompt_mask
     prompts = [row[seen].tolist() for row, seen in zip(ids, mask, strict=True)]
+    trees, true_parts = [], Tree.parts
+    monkeypatch.setattr(Tree, "parts", lambda self, *args: trees.append(self) or true_parts(self, *args))
+
     assert probe_scorer(model, ids, mask) == DENSE, "the tolerance of float32 is too small"
+    assert bool(trees) == (common == 20)
     assert "In updates, prompts are computed for each of their completions: log-prob" in capsys.readouterr().out
     monkeypatch.setattr(probe, "tolerance_of", lambda model: SIXTEEN_BITS)
     assert probe_scorer(model, ids, mask) == Scorer(shares_prompts=True, fuses_output=True)
     assert supports_cache_expansion(model, ids, mask)
     assert supports_common_prefix(model, prompts, 0)
-    assert supports_prefix_attention(model, ids, mask, 4) == (kind != "gemma3")
-    capsys.readouterr()
+    assert capsys.readouterr().out == ""
+    assert supports_prefix_attention(model, ids, mask, common) == (kind != "gemma3")
+    is_said = "the common beginning of the prompts is held for each completion" in capsys.readouterr().out
+    assert is_said == (kind == "gemma3" and common == 20), "rollouts would not hold a short beginning once"
+
     next_token_seen(monkeypatch)
     rows_mixed(monkeypatch)
     assert probe_scorer(model, ids, mask) == DENSE
     assert not supports_cache_expansion(model, ids, mask)
     assert "root mean square (allowed: 0.15)" in capsys.readouterr().out
+
+
+def test_the_tolerance_is_that_of_the_precision_in_which_a_probe_runs(monkeypatch):
+    model = tiny_model("llama")
+    model.compute_dtype = torch.bfloat16
+    assert tolerance_of(model) == FLOAT32, "the weights of a model that is not sharded are cast for steps only"
+    for dtype, expected in ((torch.float32, FLOAT32), (torch.bfloat16, FOUR_BITS)):
+        model.config.quantization_config = SimpleNamespace(bnb_4bit_compute_dtype=dtype)
+        assert tolerance_of(model) == expected
+    monkeypatch.setattr(probe, "is_sharded", lambda model: True)
+    assert tolerance_of(model) == SIXTEEN_BITS
