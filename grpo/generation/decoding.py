@@ -70,6 +70,8 @@ def prefill_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: in
         use_cache=True,
         logits_to_keep=1,
     )
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise UnsupportedError("this kind of cache does not hold plain keys and values")
     return cache
 
 
@@ -172,12 +174,10 @@ def begin_after_prefix(
 ) -> tuple[CachedDecoding, Tensor]:
     """Run N left-padded prompts as `Decoder.begin` does, but hold the first `length` tokens, equal in all, only once.
 
-    Raises UnsupportedError if a layer of the model's cache is not a plain `DynamicLayer`.
+    Raises UnsupportedError as `prefill_prefix` does.
     """
     enable(model)
     layers = prefill_prefix(model, ids, mask, length).layers
-    if any(type(layer) is not DynamicLayer for layer in layers):
-        raise UnsupportedError("a common prefix cannot be held once with this kind of cache")
     prefix = CommonPrefix([layer.keys[0] for layer in layers], [layer.values[0] for layer in layers])
     cache = DynamicCache()
     positions = position_ids(mask)
