@@ -55,21 +55,24 @@ class SupervisedTrainer:
         c = self.config
         clock = Stopwatch(self.lm.model.device)
         update = self.update
-        ranks = update.ranks
         rate = learning_rate_at(step, c.sft_steps, c.sft_learning_rate, round(WARM_UP_SHARE * c.sft_steps), "linear")
         update.optimizer.param_groups[0]["lr"] = rate
         with clock("total"):
             tokens = supervised_tokens(self.lm, *self.batch(step))
             num_tokens = int(tokens.completion_mask.sum())
-            own_tokens = tokens.slice_rows(ranks.own_slice(c.sft_batch_size))
+            own_tokens = tokens.slice_rows(update.ranks.own_slice(c.sft_batch_size))
             with update.recompute_activations() if c.gradient_checkpointing else nullcontext():
-                own_loss = self.microbatch.run(
-                    lambda rows: supervised_gradient(self.lm.model, own_tokens, num_tokens, update.scorer, rows)
-                )
-            with ranks.end_if_out_of_memory("the optimizer's step"):
-                loss, norm, _ = update.apply_gradient(ranks.all_reduce(own_loss))
+                loss, norm = self.microbatch.run(lambda rows: self.supervised_update(own_tokens, num_tokens, rows))
         entry = {"step": step, "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": num_tokens}
         return {**entry, "time/total": clock.seconds["total"]}
+
+    def supervised_update(self, tokens: Tokens, num_tokens: int, rows_per_pass: int) -> tuple[float, float]:
+        """Accumulate the gradient of a step, and apply it; return the loss and the norm of the gradient."""
+        update = self.update
+        own_loss = supervised_gradient(self.lm.model, tokens, num_tokens, update.scorer, rows_per_pass)
+        with update.ranks.end_if_out_of_memory("the optimizer's step"):
+            loss, norm, _ = update.apply_gradient(update.ranks.all_reduce(own_loss))
+        return loss, norm
 
     def batch(self, step: int) -> tuple[list[list[Message]], list[str]]:
         """Return the chats and ideal completions of a step, one chat and one completion per problem.
