@@ -156,6 +156,8 @@ def _check_operands(function: Any, args: Any, tensors: list[Tensor]) -> None:
         others = [x for x in (args[0], *args[2:3]) if isinstance(x, Tensor) and x.dim()]
     else:  # a number held as a tensor of the CPU is accepted as an operand of pointwise operations
         others = [x for x in tensors if x.dim() or torch.Tag.pointwise not in function.tags]
+        is_in_place = function._schema.name.endswith("_")  # a tensor of the CPU cannot hold a result of the device
+        others += tensors[:1] if is_in_place else []
     if not all(isinstance(x, OnDevice) for x in others):
         raise RuntimeError(f"Expected all tensors of {function} to be on the same device, but found {NAME}:0 and cpu")
 

@@ -1,12 +1,21 @@
 """What runs on a device that is not the CPU: the pretended device refuses what CUDA or MPS would refuse."""
 
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import inference
+import train_grpo
+from grpo import trainer
 from grpo.algorithm.grpo import GRPO
 from grpo.generation import sampling
 from grpo.generation.decoding import Decoder
@@ -20,7 +29,7 @@ from grpo.scoring.tokens import left_pad
 from grpo.step_probe import measured_step
 from tasks.registry import make_task
 from tests.helpers.pretended_device import NAME, PretendedDevice, pretended_device
-from tests.helpers.runs import a_tiny_model
+from tests.helpers.runs import a_tiny_model, trained
 
 
 @pytest.fixture
@@ -42,6 +51,7 @@ def test_it_refuses_operands_on_two_devices_and_float64(device):
         lambda: torch.ones(3)[index.to(NAME)],
         lambda: x.gather(0, index),
         lambda: torch.nn.functional.embedding(index, x[:, None]),
+        lambda: torch.tensor(1.0).add_(x.sum()),
     ):
         with pytest.raises(RuntimeError, match="same device"):
             wrong()
@@ -173,3 +183,101 @@ def test_reference_and_updates_make_the_layout_of_a_step_once(model, monkeypatch
     monkeypatch.setattr(Layout, "of", lambda *arguments: made.append(of(*arguments)) or made[-1])
     grpo.step(1)
     assert len(made) == 1
+
+
+# --- whole runs ---
+
+# The most reads of a run, by file. A file that is not named reads nothing. Files that save read each tensor once.
+# Counts of generation depend on how many tokens the completions have, and so have some slack.
+READS_WITH_EVERY_PHASE = {
+    "grpo/algorithm/update.py": 49,
+    "grpo/evaluation/drift.py": 8,
+    "grpo/generation/decoding.py": 50,
+    "grpo/generation/sampling.py": 60,
+    "grpo/model/saving.py": 11,
+    "grpo/record/checkpoint.py": 187,
+    "grpo/runtime/shortcuts.py": 20,
+    "grpo/scoring/scorer.py": 20,
+    "grpo/scoring/tokens.py": 8,
+    "grpo/sft.py": 1,
+    "grpo/step_probe.py": 6,
+}
+READS_WITH_AN_ADAPTER = {
+    "grpo/algorithm/update.py": 30,
+    "grpo/evaluation/drift.py": 5,
+    "grpo/generation/decoding.py": 28,
+    "grpo/generation/sampling.py": 38,
+    "grpo/model/lora.py": 20,
+    "grpo/model/saving.py": 14,
+    "grpo/record/checkpoint.py": 70,
+    "grpo/runtime/shortcuts.py": 10,
+    "grpo/scoring/scorer.py": 12,
+    "grpo/scoring/tokens.py": 4,
+    "grpo/step_probe.py": 3,
+}
+
+
+@pytest.fixture
+def scripts(device, monkeypatch) -> None:
+    """Let --device of the scripts name the pretended device. Draw no plots, which take a second."""
+    for script in (train_grpo.main, inference.main):
+        option = next(option for option in script.params if option.name == "device")
+        monkeypatch.setattr(option, "type", click.Choice([*option.type.choices, NAME]))
+    monkeypatch.setattr(trainer, "draw_all", lambda *_: None)
+
+
+def assert_reads(device: PretendedDevice, most: dict[str, int]) -> None:
+    """Fail if a file has read more often than `most` allows."""
+    files: Counter[str] = Counter()
+    for place, count in device.reads.items():
+        files[place.split(":")[0]] += count
+    assert not files - Counter(most), device.reads
+
+
+def assert_same_run(actual: Path, expected: Path, records: list[dict[str, Any]]) -> None:
+    """Compare metrics, samples and saved tensors of two runs."""
+    for part in ("sft", "steps", "evals"):
+        assert len(records[0][part]) == len(records[1][part]), part
+        for row, expected_row in zip(records[0][part], records[1][part], strict=True):
+            assert_close(row, expected_row, part)
+    assert (actual / "grpo_samples.jsonl").read_bytes() == (expected / "grpo_samples.jsonl").read_bytes()
+    paths = sorted(path.relative_to(expected) for path in expected.rglob("*.safetensors"))
+    assert paths == sorted(path.relative_to(actual) for path in actual.rglob("*.safetensors"))
+    for path in paths:
+        tensors, expected_tensors = load_file(actual / path), load_file(expected / path)
+        assert tensors.keys() == expected_tensors.keys(), path
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, expected_tensors[name], rtol=1e-3, atol=1e-4, msg=f"{path} {name}")
+
+
+def assert_close(actual: Any, expected: Any, place: str) -> None:
+    """Compare two values of a record: numbers to 3 digits, everything else but seconds exactly."""
+    if isinstance(expected, dict):
+        names = {name for name in expected if not name.startswith("time/")}
+        assert names == {name for name in actual if not name.startswith("time/")}, place
+        for name in names:
+            assert_close(actual[name], expected[name], f"{place}.{name}")
+    elif isinstance(expected, float):
+        assert actual == pytest.approx(expected, rel=1e-3, abs=1e-4), place
+    else:
+        assert actual == expected, place
+
+
+def test_a_run_with_every_phase_is_the_run_of_the_cpu(scripts, device, model, tmp_path):
+    settings = {"sft_steps": 1, "shots": 1, "micro_batch_size": 1, "save_every": 1, "eval_every": 1}
+    mine, theirs = tmp_path / NAME, tmp_path / "cpu"
+    trained(model, mine, device=NAME, num_iterations=1, **settings)
+    record, _ = trained(model, mine, device=NAME, num_iterations=2, **settings)  # goes on from the checkpoint
+    assert_reads(device, READS_WITH_EVERY_PHASE)
+    assert_same_run(mine, theirs, [record, trained(model, theirs, num_iterations=2, **settings)[0]])
+    question = ["--model", str(mine / "saved_model"), "What is (1 + 0) - 1?"]
+    answers = [CliRunner().invoke(inference.main, ["--device", where, *question]).stdout for where in (NAME, "cpu")]
+    assert answers[0] == answers[1]
+    assert "<answer>" in answers[0]
+
+
+def test_a_run_with_an_adapter_is_the_run_of_the_cpu(scripts, device, model, tmp_path):
+    settings = {"num_iterations": 1, "lora_rank": 4, "eval_every": 1}
+    records = [trained(model, tmp_path / where, device=where, **settings)[0] for where in (NAME, "cpu")]
+    assert_reads(device, READS_WITH_AN_ADAPTER)
+    assert_same_run(tmp_path / NAME, tmp_path / "cpu", records)
