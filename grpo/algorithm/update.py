@@ -63,12 +63,12 @@ class Batch:
 
 @contextmanager
 def unchanged_if_failed(numbers: list[Tensor]) -> Iterator[None]:
-    """Restore these tensors, scalars on one device, if the block raises an error.
+    """Restore these tensors if the block raises an error.
 
     AdamW counts a step before it changes a weight. If memory ran out in between, the repeated step would be counted
     twice.
     """
-    before = torch.stack(numbers)
+    before = [number.clone() for number in numbers]
     try:
         yield
     except RuntimeError:

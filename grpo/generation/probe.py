@@ -105,7 +105,7 @@ def probe_scorer(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor
         model,
         lambda: fused_scores(model, tokens, 1.0)[0],
         expected,
-        "In updates, the logits of all tokens are held in memory",
+        "The model changes its logits after the output layer, so updates hold those of all tokens in memory",
     )
     return Scorer(shares_prompts=True, fuses_output=fuses)
 
