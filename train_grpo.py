@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 @click.option("--fresh", is_flag=True, help="start over; what an earlier run wrote is moved to earlier_runs/")
 @click.option("--train-anyway", is_flag=True, help="train even if hardly any group has mixed rewards at the start")
 @click.option("--accept-changed-files", is_flag=True, help="continue even if files of rewards, tasks or data changed")
+@click.option("--trust-device", is_flag=True, help="train even if the device computes other results than the CPU")
 @help_all_option
 @click.pass_context
 def main(
@@ -61,6 +62,7 @@ def main(
     fresh: bool,
     train_anyway: bool,
     accept_changed_files: bool,
+    trust_device: bool,
     **settings: Any,
 ) -> None:
     """Train a small instruct model with GRPO, on arithmetic or another task.
@@ -81,10 +83,10 @@ def main(
             in_file = read_settings(file) if file else {}
             in_file.pop("seed", None)
             resolve_with_file(file, in_file, given)
-            flags = (fresh, train_anyway, accept_changed_files)
+            flags = (fresh, train_anyway, accept_changed_files, trust_device)
             ctx.exit(run_seeds(__file__, parse_seeds(seeds), {**in_file, **given}, *flags))
     try:
-        train_as_asked = partial(train, launched, check, train_anyway, accept_changed_files)
+        train_as_asked = partial(train, launched, check, train_anyway, accept_changed_files, trust_device)
         ctx.exit(start(partial(settings_of, file, given), train_as_asked, fresh, check))
     except (ValueError, OSError) as error:
         raise click.ClickException(printable(str(error))) from None
@@ -102,6 +104,7 @@ def train(
     check: bool,
     train_anyway: bool,
     accept_changed_files: bool,
+    trust_device: bool,
     config: TrainConfig,
     task: Task | None = None,
     ranks: "Ranks | None" = None,
@@ -110,10 +113,11 @@ def train(
     """Run the training, or only check it, and return the exit status.
 
     `launched` is the `time.monotonic()` of this launch. With `train_anyway`, train even if there is hardly any
-    learning signal. With `accept_changed_files`, continue even if files of rewards, tasks or problems changed. After
-    a restart by torchrun, `earlier` is the number of seconds since the first start, which count towards the time
-    limit. `ranks` are the processes of the run, by default this process alone. Slow imports are inside the function,
-    so that the output folder is locked first.
+    learning signal. With `accept_changed_files`, continue even if files of rewards, tasks or problems changed.
+    With `trust_device`, train even if the device computes other results than the CPU. After a restart by torchrun,
+    `earlier` is the number of seconds since the first start, which count towards the time limit. `ranks` are the
+    processes of the run, by default this process alone. Slow imports are inside the function, so that the output
+    folder is locked first.
     """
     from tasks.rewards.scoring import rewards_of, try_out
 
@@ -133,7 +137,7 @@ def train(
     from tasks.skills import SKILLS
 
     with failures_in_words(config.model), naming_own_code():
-        flags = (train_anyway, accept_changed_files)
+        flags = (train_anyway, accept_changed_files, trust_device)
         trainer = Trainer(config, task, SKILLS, rewards, launched - earlier, ranks or ONE, *flags)
         if check:
             check_run(trainer.grpo, trainer.evaluator, trainer.metrics.record["environment"], launched)

@@ -13,6 +13,7 @@ from grpo.algorithm.grpo import GRPO
 from grpo.config import TrainConfig
 from grpo.evaluation.evaluator import Evaluator
 from grpo.interrupts import TIME_LIMIT, Interrupted, InterruptHandler
+from grpo.launch.device_look import check_device
 from grpo.launch.outlook import NothingToLearn, is_hopeless, look_closer, outlook, try_settings, way_out
 from grpo.launch.run_folder import free_folder
 from grpo.measurer import Measurer
@@ -73,14 +74,15 @@ class Trainer:
         ranks: Ranks = ONE,
         train_anyway: bool = False,
         accept_changed_files: bool = False,
+        trust_device: bool = False,
     ) -> None:
         """Load the model and make the parts of the run.
 
         `skills` are tasks by name; those on the model's card are measured, but not trained on. Without `rewards`, the
-        run has those that `config` names. A time limit counts
-        from `launched`, a value of `time.monotonic()`, by default now. With `train_anyway`, train even if the outlook
-        finds hardly any learning signal. With `accept_changed_files`, continue even if files of rewards, tasks or
-        problems changed.
+        run has those that `config` names. A time limit counts from `launched`, a value of `time.monotonic()`, by
+        default now. With `train_anyway`, train even if the outlook finds hardly any learning signal. With
+        `accept_changed_files`, continue even if files of rewards, tasks or problems changed. With `trust_device`,
+        continue even if the device computes other results than the CPU.
         """
         self.config, self.ranks, self.train_anyway = config, ranks, train_anyway
         self.folder = Path(config.output_dir)
@@ -106,6 +108,8 @@ class Trainer:
             task = replace(task, notes=[*task.notes, note])
         self.task = task
         self.grpo = GRPO(config, task, self.lm, rewards, device, ranks)
+        if not TRAITS[device.type].is_reference:
+            check_device(device, precision(self.lm.model), self.grpo.scorer, self.grpo.decoder, trust_device)
         model_skills = {name: skills[name] for name in read_card(config.model).get("skills", []) if name in skills}
         choosing_rewards = rewards if decides_until_right(rewards, task) else ()
         always = decides_by_reward(rewards, task)

@@ -33,6 +33,7 @@ def run_seeds(
     fresh: bool,
     train_anyway: bool,
     accept_changed_files: bool,
+    trust_device: bool,
 ) -> int:
     """Train with each seed, then print and draw the comparison; return the exit status.
 
@@ -44,7 +45,7 @@ def run_seeds(
     folder = Path(given.get("output_dir", "."))
     folders = [folder / f"seed-{seed}" for seed in seeds]
     flags = [*["--fresh"] * fresh, *["--train-anyway"] * train_anyway]
-    flags += ["--accept-changed-files"] * accept_changed_files
+    flags += [*["--accept-changed-files"] * accept_changed_files, *["--trust-device"] * trust_device]
     for seed, seed_folder in zip(seeds, folders, strict=True):
         say(f"Seed {seed}, in {seed_folder}/")
         arguments = as_arguments({**given, "seed": seed, "output_dir": str(seed_folder)})

@@ -34,6 +34,7 @@ class Traits:
     """What a type of device can do, and torch's functions for it."""
 
     is_available: Callable[[], bool]
+    is_reference: bool  # taken to be right: a run compares the results of other devices with its results
     is_queued: bool  # operations run later, in order, so reading a value makes the host wait for all of them
     has_float64: bool  # tensors may be float64
     has_graphs: bool  # torch can record the operations of a pass as a CUDA graph, and replay them
@@ -107,6 +108,7 @@ def usable_cards() -> int:
 TRAITS = {
     "cuda": Traits(
         is_available=torch.cuda.is_available,
+        is_reference=False,
         is_queued=True,
         has_float64=True,
         has_graphs=True,
@@ -123,6 +125,7 @@ TRAITS = {
     ),
     "mps": Traits(
         is_available=torch.backends.mps.is_available,
+        is_reference=False,
         is_queued=True,
         has_float64=False,
         has_graphs=False,
@@ -141,6 +144,7 @@ TRAITS = {
     ),
     "cpu": Traits(
         is_available=lambda: True,
+        is_reference=True,
         is_queued=False,
         has_float64=True,
         has_graphs=False,
