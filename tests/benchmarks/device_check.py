@@ -1,9 +1,10 @@
 """Check by one command what only a device can show: `python -m tests.benchmarks.device_check`.
 
-The checks are: whether fast paths compute the same, CUDA graphs, the retry after memory runs out, a resume to the
-bit, the default run, and the speed of a step in the shapes of Qwen2.5, compared with TRL if it can be installed. Each
-check is a line of the table. A check that fails does not stop the others, and none begins after the time is over. On
-a CPU, CUDA graphs and running out of memory are not checked; `--quick` takes a minute there.
+The checks are: whether the device computes what the CPU computes, supports all shortcuts, and computes the same with
+them; worked examples, adapters, CUDA graphs, the retries after memory runs out, a resume to the bit, the default run;
+and the speed of a step in the shapes of Qwen2.5, with --trl compared with TRL. Each check is a line of the table,
+which is written after each check. A check that fails does not stop the others, and none begins after the time is
+over. On a CPU, CUDA graphs and running out of memory in a step are not checked; `--quick` takes two minutes there.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,8 +23,11 @@ import torch
 
 from grpo.algorithm.grpo import GRPO
 from grpo.algorithm.reference import logprobs_in_passes
+from grpo.generation.decoding import Decoder
 from grpo.generation.probe import probe
+from grpo.launch.device_look import FAST, device_differences
 from grpo.model.loading import load
+from grpo.model.saving import SAVED_MODEL
 from grpo.model_card import resolve
 from grpo.record.metrics import load_metrics
 from grpo.runtime.device import TRAITS, choose_device
@@ -38,6 +42,8 @@ from tests.helpers.scoring import scorer_for
 
 MAX_PACKED_DIFFERENCE = 1e-3  # nats, of any token, between packed and dense rows in float32
 MAX_MEAN_BF16_DIFFERENCE = 0.05  # nats, on average over tokens, between bfloat16 and float32
+MAX_WEIGHT_DIFFERENCE = 1e-6  # passes of other sizes round differently
+SHORTCUTS = FAST, Decoder(expands_cache=True, shares_prefix=True, holds_prefix=True)
 STEPS = 20  # timed in each shape
 SHORT = ["--batch-size", "2", "--num-generations", "4", "--eval-problems", "8"]
 SHORT += ["--save-every", "3", "--eval-every", "3"]
@@ -68,6 +74,63 @@ def same_numbers(check: Check) -> str:
     if apart > MAX_PACKED_DIFFERENCE or rounding > MAX_MEAN_BF16_DIFFERENCE:
         raise ValueError(said)
     return said
+
+
+def like_the_cpu(check: Check) -> str:
+    """Compare tokens, log-probabilities and gradients of a made-up model, with a large vocabulary, with the CPU's."""
+    precisions = ["float32"] + ["bfloat16"] * TRAITS[check.device.type].has_bfloat16
+    for precision in precisions:
+        if differences := device_differences(check.device, precision, *SHORTCUTS):
+            raise ValueError(f"in {precision}, {'; '.join(differences)}")
+    return f"tokens, log-probabilities and gradients, {' and '.join(precisions)}"
+
+
+def capabilities(check: Check) -> str:
+    """Assert that the starter supports every shortcut on the device."""
+    found = probe(load("starter", check.device), Arithmetic())
+    if found != SHORTCUTS:
+        raise ValueError(f"not all shortcuts are supported: {found[0]}, {found[1]}")
+    return "all"
+
+
+def worked_examples(check: Check) -> str:
+    """Train with worked examples, so that prompts have a long common beginning."""
+    train(check, check.folder / "shots", *SHORT, "--shots", "4", "--num-iterations", "2")
+    return "two steps with --shots 4"
+
+
+def adapters(check: Check) -> str:
+    """Train an adapter, on CUDA also on a base in 4 bits; load the merged model that was saved."""
+    tried = [[]] + [["--load-in-4bit"]] * (check.device.type == "cuda")
+    for number, options in enumerate(tried):
+        folder = check.folder / f"adapter-{number}"
+        train(check, folder, *SHORT, "--lora-rank", "4", *options, "--num-iterations", "2")
+        load(str(folder / SAVED_MODEL), check.device)
+    return " and ".join(["LoRA", "4 bits"][: len(tried)])
+
+
+def out_of_memory_in_the_optimizer(check: Check) -> str:
+    """Let memory run out in the optimizer's step, by an error in its place; the weights must be as without it."""
+    weights = []
+    for fails in (False, True):
+        grpo = GRPO(resolve({"model": "starter", "learning_rate": 1e-4}), Arithmetic(), load("starter", check.device))
+        optimizer = grpo.update.optimizer
+        true_step = optimizer.step
+
+        def step(true_step=true_step, optimizer=optimizer) -> None:
+            optimizer.step = true_step
+            for entry in optimizer.state.values():
+                entry["step"] += 1  # as AdamW does before it changes a weight
+            raise torch.OutOfMemoryError("made up by this check: out of memory")
+
+        if fails:
+            optimizer.step = step
+        grpo.step(1)
+        weights.append(torch.cat([p.detach().flatten().cpu() for p in grpo.policy.parameters()]))
+    difference = (weights[0] - weights[1]).abs().max().item()
+    if difference > MAX_WEIGHT_DIFFERENCE:
+        raise ValueError(f"weights differ by {difference:.1e}")
+    return f"weights differ by at most {difference:.1e}"
 
 
 def cuda_graphs(check: Check) -> str:
@@ -156,30 +219,32 @@ def train(check: Check, folder: Path, *arguments: str) -> None:
 
 
 CHECKS: dict[str, Callable[[Check], str]] = {
+    "same as on the CPU": like_the_cpu,
+    "shortcuts": capabilities,
     "packed rows, bfloat16": same_numbers,
     "CUDA graphs": cuda_graphs,
     "out of memory": out_of_memory,
+    "out of memory in the optimizer": out_of_memory_in_the_optimizer,
+    "worked examples": worked_examples,
+    "adapters": adapters,
     "resume, --deterministic": resume,
     "default run": default_run,
     **{f"shape of Qwen2.5-{name}": shape(name) for name in SHAPES},
 }
 
 
-def run_checks(checks: dict[str, Callable[[Check], str]], check: Check, end: float) -> list[dict[str, Any]]:
-    """Return a row for each check: its name, whether it holds, what it found, and its seconds."""
-    rows = []
+def run_checks(checks: dict[str, Callable[[Check], str]], check: Check, end: float) -> Iterator[dict[str, Any]]:
+    """Yield a row for each check: its name, whether it holds, what it found, and its seconds."""
     for name, look in checks.items():
         start = time.monotonic()
         if start > end:
-            rows.append({"check": name, "holds": None, "found": "no time left", "seconds": 0.0})
+            yield {"check": name, "holds": None, "found": "no time left", "seconds": 0.0}
             continue
         try:
             holds, found = True, look(check)
         except Exception as error:
             holds, found = False, f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        rows.append({"check": name, "holds": holds, "found": found, "seconds": time.monotonic() - start})
-        click.echo(f"{name}: {found}")
-    return rows
+        yield {"check": name, "holds": holds, "found": found, "seconds": time.monotonic() - start}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -192,7 +257,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 @click.command()
 @click.option("--device", type=click.Choice(["auto", "cuda", "mps", "cpu"]), default="auto", show_default=True)
 @click.option("--minutes", default=8.0, show_default=True, help="no check begins later")
-@click.option("--trl/--no-trl", default=True, help="compare with TRL too")
+@click.option("--trl", is_flag=True, help="compare with TRL too, which is installed for this")
 @click.option("--quick", is_flag=True, help="small sizes, to see that the command itself works")
 @click.option("--output-dir", type=click.Path(path_type=Path), default=Path("benchmark_results"), show_default=True)
 def main(device: str, minutes: float, trl: bool, quick: bool, output_dir: Path) -> None:
@@ -205,15 +270,20 @@ def main(device: str, minutes: float, trl: bool, quick: bool, output_dir: Path) 
             python = trl_python((output_dir / "trl-venv").resolve())
         except (subprocess.CalledProcessError, OSError) as error:
             click.echo(f"TRL cannot be installed ({error}); this project alone is measured")
+    about = {"hardware": hardware(where.type), "device": TRAITS[where.type].name(where), "torch": torch.__version__}
+    rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
         check = Check(where, Path(folder), quick, python)
         checks = dict(list(CHECKS.items())[: 1 - len(SHAPES)]) if quick else CHECKS
-        rows = run_checks(checks, check, end)
-    text = table(rows)
-    about = {"hardware": hardware(where.type), "device": TRAITS[where.type].name(where), "torch": torch.__version__}
-    (output_dir / "device_check.json").write_text(json.dumps({**about, "checks": rows}, indent=1) + "\n")
-    (output_dir / "device_check.md").write_text(text + "\n", encoding="utf-8")
-    click.echo(f"\n{about['device']}, torch {about['torch']}\n\n{text}")
+        for row in run_checks(checks, check, end):
+            click.echo(f"{row['check']}: {row['found']}")
+            rows.append(row)
+            (output_dir / "device_check.json").write_text(json.dumps({**about, "checks": rows}, indent=1) + "\n")
+            (output_dir / "device_check.md").write_text(table(rows) + "\n", encoding="utf-8")
+    click.echo(f"\n{about['device']}, torch {about['torch']}\n\n{table(rows)}\n")
+    click.echo(
+        f"Please send {output_dir / 'device_check.json'} to the project in an issue, whether all checks hold or not."
+    )
     sys.exit(any(row["holds"] is False for row in rows))
 
 
