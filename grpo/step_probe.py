@@ -32,6 +32,7 @@ def measured_step(grpo: GRPO, step: int) -> tuple[StepOutcome, dict[str, Any]]:
         rollout=outcome.rollout,
         updates=update_stats(outcome.updates, outcome.batch, grpo.config, grpo.ranks),
         sampler_gap=sampler_gap(outcome, grpo.ranks),
+        entropy_gap=entropy_gap(outcome, grpo.config, grpo.ranks),
         weights_moved=moved_fraction(weights, watched_weights(grpo.policy), grpo.ranks),
         seconds=grpo.clock.seconds,
     )
@@ -76,6 +77,25 @@ def sampler_gap(outcome: StepOutcome, ranks: Ranks) -> float:
     own_rows = ranks.own_slice(len(outcome.rollout.sample_logprobs))
     sampled = outcome.rollout.sample_logprobs[own_rows, : scored.shape[1]].to(scored.device)
     return float(ranks.all_reduce(torch.where(mask, (sampled - scored).abs(), 0.0).amax(), "max"))
+
+
+def entropy_gap(outcome: StepOutcome, config: TrainConfig, ranks: Ranks) -> tuple[float, float] | None:
+    """Return the mean of −log p of the sampled tokens minus their mean entropy, and its standard error, in nats.
+
+    Both figures are those of the first inner update, so p and entropy are of one distribution: the policy that
+    sampled, at the sampling temperature. Given the tokens before it, a token that was drawn from this distribution
+    has an expected difference of 0. So the differences are uncorrelated, and the variance of their sum is the sum of
+    their squares. None if completions were left out because of what was sampled, as the others are no fair sample.
+    """
+    chosen = config.resample_tied or config.mask_truncated_completions or not outcome.rollout.applies.all()
+    entropies = outcome.updates[0].entropies
+    if chosen or entropies is None:
+        return None
+    difference = torch.where(outcome.batch.tokens.completion_mask, -outcome.batch.old_logprobs - entropies, 0.0)
+    sums = ranks.all_reduce(torch.stack([difference.sum(), difference.square().sum()]))
+    total, squares = sums.tolist()
+    n = outcome.batch.sizes.num_tokens
+    return total / n, squares**0.5 / n
 
 
 def watched_weights(policy: PreTrainedModel) -> Tensor:

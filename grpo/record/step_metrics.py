@@ -42,6 +42,7 @@ class StepResult:
     rollout: "Rollout"  # the groups that were trained on
     updates: Sequence[UpdateStats]
     sampler_gap: float
+    entropy_gap: tuple[float, float] | None  # the gap and its standard error; None if it cannot be measured
     weights_moved: float
     seconds: Mapping[str, float]  # the time of each phase
 
@@ -258,6 +259,17 @@ STEP_METRICS: tuple[StepMetric, ...] = (
         name="sampler_gap",
         meaning="largest difference between a completion token's log-probability when sampled and when scored, nats",
         formula=lambda s: s.sampler_gap,
+    ),
+    StepMetric(
+        name="entropy_gap",
+        meaning="mean of -log p of the sampled tokens minus `entropy`, nats; 0 within its error if the tokens are "
+        "drawn from the distribution that is scored; null if tied groups are redrawn or completions do not count",
+        formula=lambda s: s.entropy_gap and s.entropy_gap[0],
+    ),
+    StepMetric(
+        name="entropy_gap_error",
+        meaning="standard error of `entropy_gap`",
+        formula=lambda s: s.entropy_gap and s.entropy_gap[1],
     ),
     StepMetric(
         name="weights_moved",

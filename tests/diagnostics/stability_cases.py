@@ -69,6 +69,18 @@ SICK_AND_WELL = {
         {"steps": {"sampler_gap": 0.3}},
         [{"steps": {"sampler_gap": 1e-4}}, {"steps": {"sampler_gap": every(20, 0.05, 0.0)}}],
     ),
+    "entropy_gap": (
+        {"steps": {"entropy_gap": -0.02, "entropy_gap_error": 0.01}},  # of 20 steps: 9 standard errors
+        [
+            {"steps": {"entropy_gap": every(2, 0.03, -0.03), "entropy_gap_error": 0.01}},
+            {"steps": {"entropy_gap": -0.02, "entropy_gap_error": 0.03}},
+            {"steps": {"entropy_gap": -0.004, "entropy_gap_error": 1e-4}},  # too small to do harm
+            {"steps": {"entropy_gap": -0.02, "entropy_gap_error": 0.01}, "length": 19},
+            # The policy is nearly certain of each token, and its few surprising tokens are missing by chance.
+            {"steps": {"entropy": 0.006, "entropy_gap": -0.006, "entropy_gap_error": 1e-5}},
+            {"steps": {"entropy_gap": None, "entropy_gap_error": None}},
+        ],
+    ),
 }
 MORE_SICK = [
     ("learning_rate_small", {"steps": {"kl": 1e-8}}),

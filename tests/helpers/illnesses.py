@@ -129,6 +129,17 @@ def _all_alike(end: float) -> Callable[[Row, float], None]:
     return edit
 
 
+def _cold(gap: float) -> Callable[[Row, float], None]:
+    """Let the sampled tokens of a policy with an entropy of 0.5 nats be likelier than they should be."""
+
+    def edit(row: Row, done: float) -> None:
+        row["entropy_gap_error"] *= (0.5 / row["entropy"]) ** 0.5
+        row["entropy"] = 0.5
+        row["entropy_gap"] += gap
+
+    return edit
+
+
 def _evals(**figures: Any) -> Callable[[Setting, int], Record]:
     """Return a run whose evaluations after the start show these figures."""
 
@@ -234,6 +245,7 @@ ILLNESSES: dict[str, tuple[Callable[[Setting, int], Record], Callable[[Setting, 
     "clipping": (_changed(clip_fraction=0.7), _changed(clip_fraction=0.33)),
     "learning_rate_small": (_changed(FLAT, **SLOW), _changed(FLAT, weights_moved=0.09)),
     "sampler_gap": (_changed(sampler_gap=1.0), _changed(sampler_gap=0.02)),
+    "entropy_gap": (_edited(_cold(-0.4)), _edited(_cold(-0.1))),
 }
 
 # Shapes in which a fault cannot be told from a healthy run: a step of few groups has no signal if these are tied.

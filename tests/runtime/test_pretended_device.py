@@ -157,7 +157,7 @@ def test_a_step_of_4_by_4_with_5_updates_reads_at_most_30_times(device, model, p
     measured_step(grpo, 1)
     assert device.reads.total() <= 30, device.reads
     reads_of_sampling = sum(count for place, count in device.reads.items() if place.startswith("grpo/generation/"))
-    assert device.reads.total() - reads_of_sampling <= 8, device.reads
+    assert device.reads.total() - reads_of_sampling <= 9, device.reads
 
 
 def test_the_decode_loop_reads_at_most_3_times_in_10_tokens(device, model):
@@ -200,7 +200,7 @@ READS_WITH_EVERY_PHASE = {
     "grpo/scoring/scorer.py": 20,
     "grpo/scoring/tokens.py": 8,
     "grpo/sft.py": 1,
-    "grpo/step_probe.py": 6,
+    "grpo/step_probe.py": 8,
 }
 READS_WITH_AN_ADAPTER = {
     "grpo/algorithm/update.py": 30,
@@ -213,7 +213,7 @@ READS_WITH_AN_ADAPTER = {
     "grpo/runtime/shortcuts.py": 10,
     "grpo/scoring/scorer.py": 12,
     "grpo/scoring/tokens.py": 4,
-    "grpo/step_probe.py": 3,
+    "grpo/step_probe.py": 4,
 }
 
 

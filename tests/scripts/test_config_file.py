@@ -14,7 +14,9 @@ from tests.helpers.scripts import invoke, names_in, refusal
 def resolved(monkeypatch, tmp_path):
     """Return a function that calls train_grpo.py with a file, without training, and returns the settings."""
     seen = []
-    monkeypatch.setattr(train_grpo, "train", lambda launched, check, anyway, accept, config: seen.append(config) or 0)
+    monkeypatch.setattr(
+        train_grpo, "train", lambda launched, check, anyway, accept, trust, config: seen.append(config) or 0
+    )
 
     def call(content, *args):
         (tmp_path / "c.json").write_text(json.dumps(content), encoding="utf-8")

@@ -100,7 +100,9 @@ SYNCED_AND_MASKED = {"refresh_reference_every": 1, "mask_truncated": True}
 def resolved(monkeypatch, tmp_path):
     """Return a function that calls train_grpo.py without training, and returns settings and standard error."""
     seen = []
-    monkeypatch.setattr(train_grpo, "train", lambda launched, check, anyway, accept, config: seen.append(config) or 0)
+    monkeypatch.setattr(
+        train_grpo, "train", lambda launched, check, anyway, accept, trust, config: seen.append(config) or 0
+    )
 
     def call(*args):
         result = invoke(train_grpo.main, *args, folder=tmp_path)
