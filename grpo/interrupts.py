@@ -142,7 +142,7 @@ class InterruptHandler:
             raise Interrupted
 
     def _raise_if_waiting_in_vain(self) -> None:
-        """Interrupt a user's function that does not return, after a signal or when its time is up."""
+        """End a user's function that does not return, after a signal or when the run's time limit is near."""
         if self._reserved is None:
             return
         is_late = self._deadline is not None and time.monotonic() + self._reserved > self._deadline

@@ -25,7 +25,7 @@ SHOW_EXAMPLES = ("reward_hacking",)  # These findings quote wrong completions th
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem of a run: the step at which it was first found, the figure that shows it, and a text about it."""
+    """A problem of a run: the step at which it was first found, the number that shows it, and a text about it."""
 
     name: str
     step: int

@@ -140,8 +140,9 @@ def tied_groups(run: RunSnapshot) -> CheckResult:
         return None
     return tied, (
         f"Ties: in {percent(tied)} of the groups that were drawn in the last {window} steps all rewards were equal, "
-        f"so they gave no learning signal ({percent(right)} of all groups were all right). Add --resample-tied 3, a "
-        "--reward that tells wrong answers apart, easier problems, or more completions a prompt (--num-generations)."
+        f"so they gave no learning signal (in {percent(right)} of the groups every completion was right). Add "
+        "--resample-tied 3, a --reward that tells wrong answers apart, easier problems, or more completions a prompt "
+        "(--num-generations)."
     )
 
 

@@ -143,7 +143,7 @@ def fitting_task(lm: LanguageModel, task: Task, config: TrainConfig) -> Task:
     if not too_long:
         return task
     limits = (
-        f"--max-new-tokens is {config.max_new_tokens}, together more than the {lm.positions:,} positions of "
+        f"with --max-new-tokens {config.max_new_tokens} they need more than the {lm.positions:,} positions of "
         f"{config.model}"
     )
     if 2 * len(too_long) <= len(problems):

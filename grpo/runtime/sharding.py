@@ -23,8 +23,9 @@ Value = TypeVar("Value")
 def shard(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
     """Spread a model, which every process holds on the CPU, over the devices of the processes, in place.
 
-    If several machines have equally many processes, each machine holds the whole model, spread over its devices. Then
-    only gradients are sent between machines (FSDP2's hybrid sharding). All ranks must call this.
+    If several machines have the same number of processes, at least two each, each machine holds the whole model,
+    spread over its devices. Then only gradients are sent between machines (FSDP2's hybrid sharding). All ranks must
+    call this.
     """
     mesh = _mesh(device, ranks.gather(int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))))
     # Passes are in the model's precision; gradients are summed in float32.

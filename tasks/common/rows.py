@@ -201,7 +201,9 @@ def split_rows(given: Mapping[str, Sequence[Problem]], source: str) -> dict[str,
             repeated = f"{question[:60]!a} occurs {times} times"
             few = f"too few different questions: {len(questions)} in {total} rows; {repeated}"
         if not hashed:
-            raise ValueError(f"{source} has {few} that are not in the data for validation or test")
+            raise ValueError(
+                f"{source}, without the problems that are in the data for validation or test too, has {few}"
+            )
         raise ValueError(
             f"{source} has {few}. A hash of the question puts a tenth into validation and a tenth into test; "
             f"it leaves none for {' and '.join(missing)}. Provide a few hundred different questions"

@@ -1,4 +1,4 @@
-"""For each finding of what a run learns: a run that has it, and runs that are close to it but do not have it."""
+"""For each finding in learning.py: a run that must have it, and runs that are close to it and must not."""
 
 from tests.helpers.sick_runs import accuracy, by_category, every
 
@@ -85,8 +85,8 @@ SICK_AND_WELL = {
             {"steps": {"reward_std/exact": 0.4, "reward_std/length": 0.05}},
             {
                 "steps": {"reward_std/exact": 0.4, "reward_std/format": every(5, 0.005, None)}
-            },  # the part hardly ever differs
-            {"steps": {"reward_std": 50.0}},  # advantages are divided by it
+            },  # only in one of five steps do rewards of the part differ
+            {"steps": {"reward_std": 50.0}},  # advantages are divided by it, so it does no harm
             {"steps": {"reward_std": 0.5}, "config": {"scale_rewards": "none"}},
         ],
     ),

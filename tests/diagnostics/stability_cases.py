@@ -1,4 +1,4 @@
-"""For each finding of how a run trains: a run that has it, and runs that are close to it but do not have it."""
+"""For each finding in stability.py: a run that must have it, and runs that are close to it and must not."""
 
 from tests.helpers.sick_runs import every
 

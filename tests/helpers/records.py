@@ -1,4 +1,4 @@
-"""Records of runs as the figures and the page get them: short, long, damaged, with every metric."""
+"""Records of runs, as the figures and the HTML report read them: short, long, damaged, with every metric."""
 
 
 def an_evaluation(step, accuracy, split="validation", n=500):

@@ -46,7 +46,7 @@ def every(n, value, otherwise):
 
 
 def accuracy(value):
-    """Return validation accuracies with the interval of 500 problems."""
+    """Return validation accuracies, each with an interval as wide as for 500 problems."""
     return {
         "accuracy": value,
         "ci_low": lambda step: value_at(value, step) - 0.04,

@@ -103,7 +103,7 @@ def test_a_question_longer_than_the_model_is_left_out_and_named_with_its_line_an
     [note] = fitting.notes
     assert note.startswith("1 of 201 problems are left out")
     assert f"({data}:5: " in note
-    assert "--max-new-tokens is 22" in note
+    assert "--max-new-tokens 22" in note
     assert "512 positions" in note
 
 

@@ -65,7 +65,7 @@ def plain(state):
 
 
 def damaged(state, path, value):
-    """Return a copy of a state with another value, or without one if that is `...`, at a path of names."""
+    """Return a copy of a state with another value at a path of names; the value `...` removes the entry."""
     state = copy.deepcopy(state)
     *folders, name = path.split("/")
     place = state

@@ -1,4 +1,4 @@
-"""Signals at any moment: the run stops soon, says how to go on, and goes on to the bits of an undisturbed run."""
+"""Signals at any moment: the run stops soon, says how to continue, and ends with the bits of an undisturbed run."""
 
 import json
 import os

@@ -97,4 +97,4 @@ def test_several_seeds_override_the_one_of_the_file(tmp_path, monkeypatch):
     assert invoke(train_grpo.main, "--config", "c.json", "--seeds", "1,2", folder=tmp_path).exit_code == 0
     [(seeds, given, *flags)] = seen
     assert (seeds, given["batch_size"], "seed" in given) == ([1, 2], 4, False)
-    assert flags == [False, False, False]
+    assert flags == [False, False, False, False]

@@ -28,7 +28,7 @@ def value_of(question):
 
 
 def canonical(question):
-    """Return a problem without its spelling: one number for all that commuting and re-associating make of it."""
+    """Return a number that is the same for problems which differ only in the order or grouping of operands."""
     return fingerprint(*tokens_of(question))
 
 

@@ -272,7 +272,9 @@ def test_mistakes_in_files_of_ones_own_for_validation_and_test_are_named(tmp_pat
     line = refusal(jsonl.load, data, validation_data=str(tmp_path / "empty.csv"))
     assert "there are no problems for validation" in line
     assert "there are no problems for validation" in refusal(jsonl.load, data, validation_data=few, test_data=few)
-    assert "not in the data for validation or test" in refusal(jsonl.load, few, validation_data=data, test_data=few)
+    assert "without the problems that are in the data for" in refusal(
+        jsonl.load, few, validation_data=data, test_data=few
+    )
     (tmp_path / "bad.csv").write_bytes(b"question,answer\nq,\n")
     assert "bad.csv:2: 'answer' is empty" in refusal(jsonl.load, data, test_data=str(tmp_path / "bad.csv"))
 
