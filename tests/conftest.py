@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("COLUMNS", None)  # pytest imports readline, which sets it to 80 for the processes that it starts
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,13 @@ from tests.helpers.runs import a_tiny_model, run_trial_in_fork
 # Modules whose tests look at the content or size of pictures, or at the number of test problems.
 FULL_PICTURES = ("plot_metrics",)
 FULL_TESTS = ("test_evaluator",)
+
+
+def noise(record):
+    """Draw a picture whose file has more than 100 kB, in a twentieth of the time that a real one takes."""
+    figure = plt.figure(figsize=(2, 2))
+    figure.figimage(np.random.default_rng(0).random((200, 200)))
+    return figure
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,12 +72,16 @@ def _few_problems():
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_runs(request):
-    """Leave pictures of runs empty, except where they are looked at; test on all problems where this matters."""
+    """Leave pictures of runs empty, except where they are looked at; test on all problems where this matters.
+
+    Where writes fail, the files must be as large as real ones, but nobody looks at the pictures.
+    """
     name = request.module.__name__
+    picture = noise if name.startswith("tests.run.test_faults") else lambda record: plt.figure(figsize=(1, 1))
     with pytest.MonkeyPatch.context() as patch:
-        if not name.startswith(("tests.plots.", "tests.run.test_faults")) and not name.endswith(FULL_PICTURES):
-            for picture in ("training_curve", "kl_divergence", "sft_curve", "overview"):
-                patch.setattr(figures, picture, lambda record: plt.figure(figsize=(1, 1)))
+        if not name.startswith("tests.plots.") and not name.endswith(FULL_PICTURES):
+            for function in ("training_curve", "kl_divergence", "sft_curve", "overview"):
+                patch.setattr(figures, function, picture)
         if name.endswith(FULL_TESTS):
             patch.setattr(evaluator, "TEST_PROBLEMS", TEST_PROBLEMS)
             patch.setattr(evaluator, "SKILL_PROBLEMS", SKILL_PROBLEMS)

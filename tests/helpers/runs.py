@@ -23,7 +23,9 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import grpo.trainer  # noqa: F401, once, not in every fork
 import train_grpo
+from grpo.launch import outlook, torchrun  # noqa: F401
 from grpo.model import trial
 from grpo.model.language_model import encode_chat
 from grpo.model_card import CARD, STARTER

@@ -1,8 +1,6 @@
 """Test --seeds: which runs are started, what a stop leaves, and the table of results."""
 
 import signal
-import subprocess
-import sys
 from dataclasses import fields
 
 import click
@@ -16,8 +14,8 @@ from grpo.launch.options import setting_options
 from grpo.launch.seeds import as_arguments, parse_seeds, table
 from grpo.plots.comparison import COMPARISON
 from grpo.record.metrics import load_metrics
-from tests.helpers.runs import forked, options, wait_for
-from tests.helpers.scripts import ROOT, TINY, invoke, refusal
+from tests.helpers.runs import Fork, forked, options, wait_for
+from tests.helpers.scripts import TINY, invoke, refusal
 from tests.scripts.test_train_options import VALID
 
 
@@ -74,13 +72,12 @@ def test_a_run_a_seed_then_a_table_and_a_picture(model, tmp_path, monkeypatch):
 
 def test_sigterm_stops_the_run_of_a_seed_with_a_checkpoint_and_the_command_goes_on(model, tmp_path):
     arguments = options(model=model, seed=None, num_iterations=100_000, save_every=1, output_dir=None)
-    command = [sys.executable, ROOT / "train_grpo.py", *arguments, "--seeds", "0,1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Fork(train_grpo.main, [*arguments, "--seeds", "0,1"], folder=tmp_path)  # starts a new interpreter
     metrics = tmp_path / "seed-0/grpo_metrics.json"
     wait_for(metrics.exists, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output
+    output, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
     assert "Seed 0 was stopped or failed. Run the same command again to continue it." in output
     assert list((tmp_path / "seed-0/checkpoints").glob("step-*"))
     assert not (tmp_path / "seed-1").exists()

@@ -25,6 +25,7 @@ from grpo.scoring.tokens import left_pad
 from grpo.step_probe import measured_step
 from grpo.trainer import Trainer
 from tasks.arithmetic import Arithmetic
+from tasks.registry import make_task
 from tests.helpers.runs import kept_gradients
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -37,6 +38,9 @@ SETTINGS = {
     "num_inner_updates": 1,
     "learning_rate": 0.0,
     "clip_grad_norm": 1e9,
+    "max_new_tokens": 6,
+    "min_operand": -1,
+    "max_operand": 1,
 }
 
 
@@ -104,18 +108,19 @@ def short_of_memory(model, monkeypatch, where, fits, error=CUDA):
     monkeypatch.setattr(model, "forward", forward)
 
 
-def a_grpo():
-    """Return GRPO on the starter, with the settings that the tests share."""
-    config = resolve({"model": "starter", **SETTINGS})
-    return GRPO(config, Arithmetic(), load("starter", torch.device("cpu")))
+def a_grpo(model, **more):
+    """Return GRPO on the tiny model, with the settings that the tests share."""
+    config = resolve({"model": str(model), **SETTINGS, **more})
+    return GRPO(config, make_task(config), load(str(model), torch.device("cpu")))
 
 
 @pytest.fixture(scope="module")
-def whole():
+def whole(model):
     """Return the gradient and the rollout of a step with enough memory."""
-    grpo = a_grpo()
+    grpo = a_grpo(model)
     gradients = kept_gradients(grpo)
     rollout = grpo.step(1).rollout
+    assert gradients[0].norm() > 0.01, "or it would prove nothing"
     return gradients[0], rollout
 
 
@@ -126,10 +131,10 @@ def whole():
     ids=str,
 )
 def test_the_step_is_repeated_with_fewer_rows_and_has_the_same_gradient(
-    where, fits, error, whole, monkeypatch, capsys
+    where, fits, error, model, whole, monkeypatch, capsys
 ):
     gradient, expected = whole
-    short = a_grpo()
+    short = a_grpo(model)
     gradients = kept_gradients(short)
     short_of_memory(short.policy, monkeypatch, where, fits, error)
     outcome, entry = measured_step(short, 1)
@@ -149,10 +154,11 @@ def test_the_step_is_repeated_with_fewer_rows_and_has_the_same_gradient(
 
 TINY = ["--num-iterations", "4", "--batch-size", "2", "--num-generations", "2", "--num-inner-updates", "2"]
 TINY += ["--eval-every", "4", "--eval-problems", "4", "--save-every", "1", "--show-every", "0", "--max-operand", "1"]
+TINY += ["--min-operand", "-1", "--max-new-tokens", "6", "--train-anyway"]
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
+def train(model, tmp_path, monkeypatch):
     """Run train_grpo.py; from step `first` on, memory holds only `fits` rows with gradient."""
     true_step = GRPO.step
 
@@ -163,7 +169,9 @@ def train(tmp_path, monkeypatch):
             return true_step(self, number)
 
         monkeypatch.setattr(GRPO, "step", step)
-        return CliRunner().invoke(train_grpo.main, [*TINY, "--output-dir", str(tmp_path / name)])
+        return CliRunner().invoke(
+            train_grpo.main, [*TINY, "--model", str(model), "--output-dir", str(tmp_path / name)]
+        )
 
     return run
 
@@ -173,10 +181,10 @@ def test_the_reduced_size_is_stored_and_a_resume_begins_with_it(train, tmp_path)
     checkpoint, _ = newest_checkpoint(tmp_path / "run")
     assert checkpoint.state["limits"]["update"] == 2
     config = resolve({**checkpoint.state["config"]})
-    again = Trainer(config, Arithmetic(max_operand=1), {})
+    again = Trainer(config, make_task(config), {})
     again._restore()
     assert again.grpo.update_microbatch.rows == 2
-    other = Trainer(resolve({**checkpoint.state["config"], "micro_batch_size": 2}), Arithmetic(max_operand=1), {})
+    other = Trainer(resolve({**checkpoint.state["config"], "micro_batch_size": 2}), make_task(config), {})
     other._restore()
     assert other.grpo.update_microbatch.rows == 4, "a new --micro-batch-size is tried anew"
 
@@ -226,11 +234,10 @@ def test_running_out_of_memory_is_never_taken_for_a_model_that_does_not_support_
             tried()
 
 
-def test_memory_that_runs_out_for_the_moments_of_the_optimizer_leaves_no_half_made_ones(monkeypatch):
+def test_memory_that_runs_out_for_the_moments_of_the_optimizer_leaves_no_half_made_ones(model, monkeypatch):
     def after_one_step(fail):
         torch.manual_seed(0)
-        config = resolve({**SETTINGS, "model": "starter", "learning_rate": 1e-3})
-        grpo = GRPO(config, Arithmetic(), load("starter", torch.device("cpu")))
+        grpo = a_grpo(model, learning_rate=1e-3)
         parameters = list(grpo.policy.parameters())
         true_zeros_like = torch.zeros_like
 

@@ -14,12 +14,11 @@ def _small_and_offline():
     """Measure on a few test problems instead of 1000, and keep off the Hub, whatever was imported first."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "TEST_PROBLEMS", 8)
-        patch.setattr(evaluator, "SKILL_PROBLEMS", 4)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def run(tmp_path_factory):
     """Train; return the folder of the run, which no test changes, and what the run printed."""
     folder = tmp_path_factory.mktemp("run")

@@ -1,6 +1,5 @@
 """Test inference.py as a user runs it, in this process and in a new process."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,10 +8,12 @@ import pytest
 import torch
 
 import inference
+import train_grpo
 from grpo.model.language_model import LanguageModel
 from grpo.model_card import read_card
 from tasks.arithmetic import Arithmetic
 from tasks.common.shots import with_shots
+from tests.helpers.runs import ENVIRONMENT, forked
 from tests.helpers.scripts import QUESTION, ROOT, a_model, ask, invoke, refusal, train
 
 
@@ -167,42 +168,32 @@ def test_an_empty_standard_input_is_answered_in_one_line(text, tmp_path):
     assert "standard input" in refusal(invoke(inference.main, folder=tmp_path, input=text))
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """Train a missing model, and ask a question through a pipe; return status, output and error of each."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    calls = (["train_grpo.py", "--model", "no-such-owner/no-such-model"], ["inference.py"])
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / script), *args],
-            cwd=tmp_path_factory.mktemp("process"),
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for script, *args in calls
-    ]
-    outputs = [process.communicate(f"{QUESTION}\n", timeout=120) for process in running]
-    return [(process.returncode, *output) for process, output in zip(running, outputs, strict=True)]
-
-
-def test_a_model_that_is_not_to_be_had_is_one_line_in_a_terminal_too(processes):
-    status, output, error = processes[0]
+def test_a_model_that_is_not_to_be_had_is_one_line_in_a_terminal_too(tmp_path):
+    status, output, error = forked(train_grpo.main, ["--model", "no-such-owner/no-such-model"], folder=tmp_path)
     assert status == 1
     assert output == ""
-    loading, error = error.splitlines()
-    assert loading == "Loading no-such-owner/no-such-model"
+    [error] = error.splitlines()
     assert error.startswith("Error: ")
     assert "--model starter" in error
 
 
-def test_questions_through_a_pipe_give_answers_and_nothing_else(processes, tmp_path):
-    status, output, error = processes[1]
-    assert status == 0
-    assert output.splitlines() == ask(QUESTION, folder=tmp_path)
-    assert error == "Model: starter\n"
+def test_questions_through_a_pipe_give_answers_and_nothing_else(tmp_path):
+    # Each byte of the second question is a letter of this encoding, so the script prints the bytes that it reads.
+    environment, chinese = {**ENVIRONMENT, "PYTHONIOENCODING": "cp1252"}, "北京 4 + 3 是多少?"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "inference.py")],
+        cwd=tmp_path,
+        env=environment,
+        input=f"{QUESTION}\n{chinese}\n".encode(),
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"Model: starter\n")
+    *first, again, answer = done.stdout.decode().splitlines()
+    assert first == ask(QUESTION, folder=tmp_path)
+    assert again == chinese
+    assert answer.startswith("  ")
 
 
 def test_worked_examples_of_a_run_are_kept_and_asked_with(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -11,8 +12,8 @@ import pytest
 import inference
 import plot_metrics
 import train_grpo
-from grpo.launch.command import errors_that_fit
-from tests.helpers.runs import ENVIRONMENT, ROOT, a_tiny_model
+from grpo.launch.command import errors_that_fit, run_script
+from tests.helpers.runs import ENVIRONMENT, ROOT, forked
 from tests.helpers.scripts import QUESTION, TINY, ask, invoke, train
 
 SCRIPTS = [train_grpo.main, inference.main, plot_metrics.main]
@@ -178,28 +179,27 @@ def test_check_of_problems_without_a_known_solution(tmp_path, monkeypatch):
 QUESTION_IN_CHINESE = "北京 4 + 3 是多少?"
 
 
-def test_a_terminal_without_the_letters_of_a_text_gets_them_escaped(tmp_path):
-    model = a_tiny_model(tmp_path / "model")
-    command = [sys.executable, "inference.py", "--model", str(model)]
-    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "cp1252"}
-    for arguments, typed in ([QUESTION_IN_CHINESE], ""), ([], QUESTION_IN_CHINESE):
-        done = subprocess.run(
-            [*command, *arguments], cwd=ROOT, env=environment, input=typed.encode(), capture_output=True, check=False
-        )
-        assert (done.returncode, done.stderr) == (0, f"Model: {model}\n".encode())
-        assert b"4 + 3" in done.stdout
-        assert (rb"\u5317\u4eac 4 + 3" in done.stdout) == bool(arguments)
+def test_a_terminal_without_the_letters_of_a_text_gets_them_escaped(model):
+    def as_a_script(arguments, prog_name):
+        sys.argv = [prog_name, *arguments]
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding="cp1252")
+        run_script(inference.main)
+
+    script = SimpleNamespace(main=as_a_script)
+    status, out, err = forked(script, ["--model", model, QUESTION_IN_CHINESE])
+    assert (status, err) == (0, f"Model: {model}\n")
+    assert r"\u5317\u4eac 4 + 3" in out
 
 
-@pytest.mark.parametrize("stream", [1, 2])
-def test_a_closed_output_does_not_end_a_script(stream, tmp_path):
-    model = a_tiny_model(tmp_path / "model")
-    close = f"import os, sys; os.close({stream}); os.execv(sys.argv[1], sys.argv[1:])"
+@pytest.mark.parametrize("streams", [(0, 1), (2,)], ids=str)
+def test_closed_streams_do_not_end_a_script(streams, model):
+    close = f"import os, sys; [os.close(n) for n in {streams}]; os.execv(sys.argv[1], sys.argv[1:])"
     command = [sys.executable, "-c", close, sys.executable, "inference.py", "--model", str(model), "4 + 3"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
-    assert bool(done.stdout) == (stream == 2)
+    assert bool(done.stdout) == (1 not in streams)
 
 
 @pytest.mark.parametrize("status", [0, 3])

@@ -47,6 +47,12 @@ def rising(completions, **columns):
 """
 
 
+@pytest.fixture
+def tiny(model):
+    """Return the options of a model that needs a third of the starter's time, where its answers do not matter."""
+    return ["--model", model, "--max-new-tokens", 8]
+
+
 @pytest.mark.parametrize(
     ("args", "kind"),
     [
@@ -77,9 +83,9 @@ def test_every_task_and_style_trains_saves_and_answers(args, kind, tmp_path):
     assert len(ask("Spell batori backwards.", folder=tmp_path)) == 2
 
 
-def test_given_rewards_and_a_users_file_are_what_is_trained_and_measured(tmp_path):
+def test_given_rewards_and_a_users_file_are_what_is_trained_and_measured(tiny, tmp_path):
     (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
-    rewards = ["--reward", "exact=1", "--reward", "mine.py:shows_work=0.5", "--reward", "mine.py:never=1"]
+    rewards = [*tiny, "--reward", "exact=1", "--reward", "mine.py:shows_work=0.5", "--reward", "mine.py:never=1"]
     train(*rewards, folder=tmp_path)
     record = load_metrics(tmp_path)
     assert record["config"]["reward"] == ["exact=1", "mine.py:shows_work=0.5", "mine.py:never=1"]
@@ -105,8 +111,8 @@ def test_given_rewards_and_a_users_file_are_what_is_trained_and_measured(tmp_pat
     assert len(load_metrics(tmp_path)["steps"]) == 3
 
 
-def test_a_run_does_not_continue_with_changed_data(tmp_path):
-    args = ["--task", "gsm8k", "--data", "sums.jsonl", "--num-inner-updates", 1]
+def test_a_run_does_not_continue_with_changed_data(tiny, tmp_path):
+    args = [*tiny, "--task", "gsm8k", "--data", "sums.jsonl", "--num-inner-updates", 1]
     sums_file(tmp_path / "sums.jsonl")
     train(*args, folder=tmp_path)
     sums_file(tmp_path / "sums.jsonl", 121)
@@ -115,14 +121,14 @@ def test_a_run_does_not_continue_with_changed_data(tmp_path):
     assert "sums.jsonl changed" in result.stderr
 
 
-def test_a_run_on_csv_files_of_ones_own_does_not_continue_with_a_changed_one(tmp_path):
+def test_a_run_on_csv_files_of_ones_own_does_not_continue_with_a_changed_one(tiny, tmp_path):
     sums_file(tmp_path / "sums.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "sums.jsonl").read_text(encoding="utf-8").splitlines()]
     for name, part in (("train.csv", rows[:90]), ("test.csv", rows[90:])):
         lines = ["problem,level,result", *(f'"{row["question"]}",1,{row["answer"][8:]}' for row in part)]
         (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
     args = ["--task", "jsonl", "--data", "train.csv", "--test-data", "test.csv", "--num-inner-updates", 1]
-    args += ["--columns", "question=problem,answer=result"]
+    args += [*tiny, "--columns", "question=problem,answer=result"]
     train(*args, folder=tmp_path)
     config = load_metrics(tmp_path)["config"]
     assert (config["data"], config["test_data"]) == ("train.csv", "test.csv")
@@ -179,11 +185,12 @@ def test_a_task_in_a_file_trains_and_a_model_cannot_name_it(tmp_path):
     assert "multiples.py changed" in again.stderr
 
 
-def test_rewards_of_ones_own_choose_the_best_policy_where_nobody_judges(tmp_path, capsys):
+def test_rewards_of_ones_own_choose_the_best_policy_where_nobody_judges(tiny, tmp_path):
     rows = [{"question": f"Say something about {i}.", "answer": "anything"} for i in range(120)]
     (tmp_path / "open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (tmp_path / "mine.py").write_text(RISING, encoding="utf-8")
     args = ["--task", "jsonl", "--data", "open.jsonl", "--reward", "mine.py:rising=0.5", "--eval-every", 1]
+    args += tiny
     result = train(*args, folder=tmp_path)
     assert "The policy with the highest mean reward on validation problems is saved" in result.output
     record = load_metrics(tmp_path)
@@ -237,9 +244,9 @@ def test_a_rare_mistake_of_a_reward_does_not_end_the_run(tmp_path):
     assert "2 of 4 completions have no reward" in said
 
 
-def test_a_mistake_that_became_frequent_ends_the_run_and_a_mended_file_continues_it(tmp_path):
+def test_a_mistake_that_became_frequent_ends_the_run_and_a_mended_file_continues_it(tiny, tmp_path):
     (tmp_path / "mine.py").write_text(RARE, encoding="utf-8")
-    arguments = ["--reward", "mine.py:breaks=1", "--num-iterations", 8]
+    arguments = [*tiny, "--reward", "mine.py:breaks=1", "--num-iterations", 4]
     result = invoke(train_grpo.main, *TINY, *arguments, folder=tmp_path)
     assert result.exit_code == 1
     [error] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
@@ -252,10 +259,10 @@ def test_a_mistake_that_became_frequent_ends_the_run_and_a_mended_file_continues
     assert "--accept-changed-files" in result.stderr
     train(*arguments, "--accept-changed-files", folder=tmp_path)
     record = load_metrics(tmp_path)
-    assert len(record["steps"]) == 8
+    assert len(record["steps"]) == 4
     [change] = record["changed_files"]
     assert change == {"step": 2, "files": {"mine.py": sha256((tmp_path / "mine.py").read_bytes()).hexdigest()}}
-    train(*arguments, "--num-iterations", 9, folder=tmp_path)  # the checkpoints have the new content
+    train(*arguments, "--num-iterations", 5, folder=tmp_path)  # the checkpoints have the new content
     assert len(load_metrics(tmp_path)["changed_files"]) == 1
 
 

@@ -215,8 +215,8 @@ def fuzz(seconds, seed, path):
     return done
 
 
-def test_fuzz_of_the_readers_for_5_seconds(tmp_path):
-    assert fuzz(5, 0, tmp_path / "f.jsonl") > 100
+def test_fuzz_of_the_readers_for_a_second(tmp_path):
+    assert fuzz(1.2, 0, tmp_path / "f.jsonl") > 20
 
 
 @pytest.mark.slow
