@@ -114,7 +114,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if not isinstance(state, dict) or not isinstance(metrics, dict):
             raise ValueError("it was not written by this program")
         if state.get("format") != FORMAT:
-            raise IncompatibleCheckpoint(f"it has format {state.get('format')}, this version reads format {FORMAT}")
+            raise IncompatibleCheckpoint(f"it has format {state.get('format')!a}, this version reads format {FORMAT}")
         if not is_count(state.get("step")) or path.name != f"step-{state['step']:08d}":
             raise ValueError("its step differs from the step in its name")
         policy, optimizer = load_file(path / POLICY), load_file(path / OPTIMIZER)

@@ -76,7 +76,12 @@ def is_unsupported(error: Exception) -> bool:
         return True
     if not isinstance(error, UNSUPPORTED) or is_out_of_memory(error):
         return False
-    return not any(text in str(error) for text in WRONG_DEVICE_MESSAGES) and not _is_raised_here(error)
+    return not is_on_wrong_device(error) and not _is_raised_here(error)
+
+
+def is_on_wrong_device(error: Exception) -> bool:
+    """Return whether `error` says that tensors are on different devices."""
+    return any(text in str(error) for text in WRONG_DEVICE_MESSAGES)
 
 
 def _is_raised_here(error: Exception) -> bool:

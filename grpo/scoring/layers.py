@@ -15,6 +15,7 @@ from torch.nn.functional import rms_norm, silu
 from transformers import PreTrainedModel
 
 from grpo.runtime.device import TRAITS
+from grpo.runtime.shortcuts import is_on_wrong_device
 
 # Largest difference between a layer and its fused version, compared in float32.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -40,7 +41,9 @@ def fuse_layers(model: PreTrainedModel) -> int:
         try:
             trial = torch.linspace(-2, 3, 2 * len(layer.weight), device=layer.weight.device).view(2, -1)
             same = torch.allclose(forward(module, trial), module(trial), **TOLERANCE)
-        except Exception:  # a layer of an unexpected kind may raise any exception
+        except Exception as error:  # a layer of an unexpected kind may raise any exception
+            if is_on_wrong_device(error):
+                raise
             same = False
         if same:
             module.forward = MethodType(forward, module)  # in a deep copy, a method belongs to the copied layer

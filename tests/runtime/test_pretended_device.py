@@ -271,7 +271,9 @@ def test_a_run_with_every_phase_is_the_run_of_the_cpu(scripts, device, model, tm
     assert_reads(device, READS_WITH_EVERY_PHASE)
     assert_same_run(mine, theirs, [record, trained(model, theirs, num_iterations=2, **settings)[0]])
     question = ["--model", str(mine / "saved_model"), "What is (1 + 0) - 1?"]
+    device.reads.clear()
     answers = [CliRunner().invoke(inference.main, ["--device", where, *question]).stdout for where in (NAME, "cpu")]
+    assert device.reads, "the question was answered on the device"
     assert answers[0] == answers[1]
     assert "<answer>" in answers[0]
 

@@ -1,5 +1,6 @@
 """Shortcuts that a model does not support are left out, with a reason; faults of the project end the run."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from grpo.runtime.microbatch import split_microbatches
 from grpo.runtime.shortcuts import FLOAT32, FOUR_BITS, SIXTEEN_BITS, UnsupportedError, is_unsupported, why_refused
 from grpo.scoring.attention.layout import Layout
 from grpo.scoring.attention.tree import Tree
+from grpo.scoring.layers import fuse_layers
 from grpo.scoring.scorer import DENSE, Scorer
 from grpo.scoring.tokens import left_pad
 from tasks.registry import make_task
@@ -183,3 +185,14 @@ def test_the_tolerance_is_that_of_the_precision_in_which_a_probe_runs(monkeypatc
         assert tolerance_of(model) == expected
     monkeypatch.setattr(probe, "is_sharded", lambda model: True)
     assert tolerance_of(model) == SIXTEEN_BITS
+
+
+def test_layers_are_fused_on_another_device_as_on_the_cpu(monkeypatch):
+    model = tiny_model("llama")
+    expected = fuse_layers(copy.deepcopy(model))
+    with pretended_device():
+        assert fuse_layers(copy.deepcopy(model).to(NAME)) == expected > 0
+        true_linspace = torch.linspace
+        monkeypatch.setattr(torch, "linspace", lambda *args, device: true_linspace(*args))
+        with pytest.raises(RuntimeError, match="same device"):
+            fuse_layers(model.to(NAME))
