@@ -277,7 +277,8 @@ class TrainConfig(TaskOptions):
 def _shown(value: Any) -> str:
     """Return a value as an error message shows it."""
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text or "none"
+    text = text or "none"
+    return text if text.isprintable() else ascii(text)
 
 
 def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
