@@ -135,7 +135,7 @@ def changed(content, place, value):
 
 
 @pytest.mark.parametrize("file", FILES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_value_in_any_place_of_a_file_is_accepted_or_refused_in_one_line_that_names_it(
     file, data, two_steps, trainer
