@@ -18,7 +18,7 @@ def _small_and_offline():
         yield
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Train; return the folder of the run, which no test changes, and what the run printed."""
     folder = tmp_path_factory.mktemp("run")
